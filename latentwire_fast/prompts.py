@@ -1,0 +1,214 @@
+"""What a reader is given, for training, evaluation and generation alike: one builder, nothing else.
+
+A prompt is one or more turns. The user's part holds the context and the question, the assistant's part
+starts with the *anchor* (`Answer:`), and the answer carries its own leading space: an anchor that ends in
+a space breaks the tokenisation of the first answer token. Chat templates come from the tokenizer
+(`apply_chat_template`), rendered once and cut into their fixed pieces; what a user wrote is tokenised
+apart from them, so a text that spells a control token stays text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from latentwire_fast.errors import ConfigError
+
+Mode = Literal["context", "pure"]
+ANCHOR = "Answer:"
+_USER, _ASSISTANT, _NEXT_USER = "LWUSERTEXT", "LWASSISTANTTEXT", "LWNEXTUSERTEXT"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question on the context, with its answer when it is known."""
+
+    question: str
+    answer: str | None = None
+
+
+@dataclass
+class Prompt:
+    """Token ids of one receiver input.
+
+    Attributes:
+        ids: the token ids, without any placeholder.
+        latent_at: the latent prefix stands before `ids[latent_at]`; None for a text prompt.
+        is_target: per id, whether it is an answer token or its EOS (what cross-entropy is taken over).
+        content: how many ids stand for user text (context, question); the rest is template and anchor.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    latent_at: int | None = None
+    is_target: list[bool] = field(default_factory=list)
+    content: int = 0
+
+    def add(self, ids: Sequence[int], *, target: bool = False, content: bool = False) -> None:
+        """Append ids."""
+        self.ids.extend(ids)
+        self.is_target.extend([target] * len(ids))
+        self.content += len(ids) if content else 0
+
+
+def context_text(context: str) -> str:
+    """The context as a reader sees it and as a context-only encoder reads it."""
+    return f"Context: {context}"
+
+
+def question_text(question: str) -> str:
+    """The question as a reader sees it after the context or after a latent."""
+    return f"\nQuestion: {question}"
+
+
+def full_text(context: str, question: str) -> str:
+    """What a latent of pure mode stands for, and what a text prompt's user part is."""
+    return context_text(context) + question_text(question)
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer with an EOS token; its chat template is used if it has one.
+        anchor: literal text that asks for the answer; must not end in white space.
+        bos: put the tokenizer's BOS first when the template does not (`None`: only without a template).
+
+    Raises:
+        ConfigError: the anchor ends in white space, or the tokenizer has no EOS.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        anchor: str = ANCHOR,
+        bos: bool | None = None,
+    ) -> None:
+        if anchor != anchor.rstrip():
+            raise ConfigError(
+                f"anchor {anchor!r} ends in white space, which would change the first answer token; "
+                "end it at its last visible character"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token; set one")
+        self.tokenizer = tokenizer
+        self.anchor = anchor
+        self.eos_id = int(tokenizer.eos_token_id)
+        opening, to_assistant, to_user = self._template_pieces()
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._opening = self._control_ids(opening)
+        wants_bos = (not has_template) if bos is None else bos
+        bos_id = tokenizer.bos_token_id
+        if bos is False and bos_id is not None and self._opening[:1] == [bos_id]:
+            self._opening = self._opening[1:]
+        elif wants_bos and bos_id is not None and self._opening[:1] != [bos_id]:
+            self._opening = [bos_id, *self._opening]
+        self._to_assistant = self._control_ids(to_assistant)
+        eos = tokenizer.eos_token
+        self._to_user = self._control_ids(to_user.removeprefix(eos) if eos else to_user)
+        self._anchor = self.text_ids(anchor)
+
+    def _template_pieces(self) -> tuple[str, str, str]:
+        """The template's text before the user, between user and assistant, and before the next user."""
+        tokenizer = self.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            return "", "\n", ""
+        messages = [
+            {"role": "user", "content": _USER},
+            {"role": "assistant", "content": _ASSISTANT},
+            {"role": "user", "content": _NEXT_USER},
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        first = tokenizer.apply_chat_template(
+            messages[:1], tokenize=False, add_generation_prompt=True
+        )
+        try:
+            opening, to_assistant = first.split(_USER)
+            to_user = text.split(_ASSISTANT)[1].split(_NEXT_USER)[0]
+        except (ValueError, IndexError):
+            raise ConfigError(
+                f"the chat template of {tokenizer.name_or_path!r} rewrites its messages, so the places of "
+                "user and assistant text cannot be found"
+            ) from None
+        return opening, to_assistant, to_user
+
+    def _control_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of user text; control tokens spelled in it stay plain text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Token ids of an answer after the anchor (its leading space included), without EOS."""
+        return self.text_ids(" " + answer)
+
+    def build(
+        self,
+        turns: Sequence[Turn],
+        *,
+        context: str | None,
+        latent: Mode | None = None,
+        user_ids: Sequence[int] | None = None,
+    ) -> Prompt:
+        """Build the receiver's input.
+
+        Args:
+            turns: at least one; every turn but the last needs an answer. An answer becomes targets.
+            context: the passage; None for closed book.
+            latent: None for a text prompt; `context` puts the latent in the context's place and keeps
+                the question as text; `pure` puts it in the place of the whole user text.
+            user_ids: replaces the first turn's user text by these ids (truncated baselines).
+        """
+        prompt = Prompt()
+        prompt.add(self._opening)
+        for i, turn in enumerate(turns):
+            if i:
+                prompt.add(self._to_user)
+            self._add_user(prompt, turn, context if i == 0 else None, i, latent, user_ids)
+            prompt.add(self._to_assistant)
+            prompt.add(self._anchor)
+            if turn.answer is not None:
+                prompt.add([*self.answer_ids(turn.answer), self.eos_id], target=True)
+        return prompt
+
+    def _add_user(
+        self,
+        prompt: Prompt,
+        turn: Turn,
+        context: str | None,
+        index: int,
+        latent: Mode | None,
+        user_ids: Sequence[int] | None,
+    ) -> None:
+        if index == 0 and user_ids is not None:
+            prompt.add(user_ids, content=True)
+        elif index == 0 and latent == "pure":
+            prompt.latent_at = len(prompt.ids)
+        elif index == 0 and latent == "context":
+            prompt.add(self.text_ids(context_text("").rstrip()))
+            prompt.latent_at = len(prompt.ids)
+            prompt.add(self.text_ids(question_text(turn.question)), content=True)
+        else:
+            text = question_text(turn.question)
+            prompt.add(
+                self.text_ids(text if context is None else context_text(context) + text),
+                content=True,
+            )
+
+    def check_alignment(self, answers: Sequence[str]) -> list[str]:
+        """The answers whose first token would change when tokenised together with the anchor.
+
+        An empty list means that prompt ids + answer ids are what the joined text tokenises to.
+        """
+        joined = self.tokenizer([f"{self.anchor} {a}" for a in answers], add_special_tokens=False)
+        return [
+            answer
+            for answer, ids in zip(answers, joined["input_ids"], strict=True)
+            if ids != [*self._anchor, *self.answer_ids(answer)]
+        ]

@@ -1,0 +1,1 @@
+"""The built-in task and its two small frozen readers: a positive control that runs anywhere."""
