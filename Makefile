@@ -1,0 +1,75 @@
+# Two commands do everything on a fresh Debian or Ubuntu with Python 3.11+ and a C++ compiler:
+#   make demo    set up, train on the built-in testbed, evaluate, write runs/demo/report.html
+#   make test    set up, run every test
+# Settings, given as `make NAME=VALUE`:
+#   PYTHON       the interpreter that the environment is made from (python3)
+#   TORCH        the torch to install (torch==2.13.0); `make distclean` first to change it later
+#   TORCH_INDEX  where pip looks for torch. PyPI's Linux build brings several GB of CUDA libraries; without a
+#                GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu is the small one
+#   EXTRAS       dev, or dev,gpu for triton, flash-attn and bitsandbytes as well
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+EXTRAS ?= dev
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench fuzz gpu clean distclean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1~\2/p' $(MAKEFILE_LIST) | column -t -s '~'
+
+setup: $(VENV)/.installed  ## create .venv with everything in it (the other targets do it on demand)
+
+demo: $(VENV)/.installed  ## train and evaluate on the built-in testbed into runs/demo
+	$(BIN)/python -m latentwire_fast.train testbed --run runs/demo
+
+test: $(VENV)/.installed  ## run every test (those marked gpu are skipped without one)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed  ## lint, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed  ## the benchmarks that run without a GPU
+	$(BIN)/python bench/placement.py
+
+fuzz: $(VENV)/.installed  ## the property and mutation tests with fresh random examples
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz --hypothesis-seed=$$RANDOM tests/test_wire.py
+
+gpu: $(VENV)/.installed  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+clean:  ## remove build products and caches (keeps .venv and runs)
+	rm -rf build dist *.egg-info latentwire_fast/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find latentwire_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f $(VENV)/.installed
+
+distclean: clean  ## clean, and remove .venv
+	rm -rf $(VENV)
+
+# torch comes first and alone: the extension is compiled against it, and a resolver that is free to choose
+# would take a newer one.
+$(VENV)/.torch:
+	@.ci/venv $(PYTHON) $(VENV)
+	@echo "[2/4] $(TORCH) (the longest download)"
+	@$(PIP) install --upgrade pip
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	@echo "[3/4] build tools"
+	@$(PIP) install -c constraints.txt $(BUILD_TOOLS)
+	@echo "[4/4] dependencies, and the C++ extension"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	@$(BIN)/python -c "from latentwire_fast import placement"
+	@touch $@

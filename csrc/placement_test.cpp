@@ -1,0 +1,2 @@
+#include "placement.h"
+int main() {}

@@ -1,0 +1,88 @@
+"""The package works uninstalled, editable and as a wheel, with the folder `kernels/` inside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PROBE = (
+    "import importlib, sys, latentwire_fast\n"
+    "from latentwire_fast import errors\n"
+    "kernels = importlib.import_module('latentwire_fast.kernels')\n"
+    "assert 'kernels' not in sys.modules\n"
+    "print(latentwire_fast.__file__, next(iter(kernels.__path__)))\n"
+)
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_uninstalled_from_the_root(repository: Path) -> None:
+    """`-S` leaves site-packages out, so that the checkout alone answers."""
+    package, kernels = run(sys.executable, "-S", "-c", PROBE, cwd=repository).split()
+    assert Path(package) == repository / "latentwire_fast" / "__init__.py"
+    assert Path(kernels) == repository / "kernels"
+
+
+def test_installed_from_elsewhere(repository: Path, tmp_path: Path) -> None:
+    """The installation that runs these tests, editable or not, works outside the checkout."""
+    if "latentwire-fast" not in run(sys.executable, "-m", "pip", "list", cwd=tmp_path):
+        pytest.skip("latentwire-fast is not installed in this environment")
+    package, kernels = run(sys.executable, "-c", PROBE, cwd=tmp_path).split()
+    assert Path(package).parent.name == "latentwire_fast"
+    assert Path(kernels) in (repository / "kernels", Path(package).parent / "kernels")
+
+
+@pytest.mark.slow
+def test_wheel(repository: Path, tmp_path: Path) -> None:
+    """A wheel built from the sources holds kernels, weights, templates and the type marker."""
+    source, wheels, site = tmp_path / "source", tmp_path / "wheels", tmp_path / "site"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for folder in ("latentwire_fast", "kernels", "csrc"):
+        shutil.copytree(repository / folder, source / folder, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(repository / name, source / name)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), ".", cwd=source)
+    (wheel,) = wheels.glob("*.whl")
+    run(*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
+
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    data = {".py", ".typed", ".safetensors", ".json", ".j2", ".md"}
+    wanted = {
+        str(path.relative_to(repository))
+        for path in (repository / "latentwire_fast").rglob("*")
+        if path.suffix in data and path.is_file()
+    }
+    wanted |= {
+        f"latentwire_fast/{p.relative_to(repository)}" for p in (repository / "kernels").glob("*.*")
+    }
+    extension = {name for name in packed if name.startswith("latentwire_fast/_C.")}
+    assert packed - extension == wanted
+    assert len(extension) == 1
+
+    package, kernels = run(sys.executable, "-c", PROBE, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert Path(package) == site / "latentwire_fast" / "__init__.py"
+    assert Path(kernels) == site / "latentwire_fast" / "kernels"
+    run(
+        *(
+            sys.executable,
+            "-c",
+            "from latentwire_fast import placement as p; assert p.has_extension()",
+        ),
+        cwd=tmp_path,
+        PYTHONPATH=str(site),
+    )
