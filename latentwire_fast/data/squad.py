@@ -1,0 +1,108 @@
+"""SQuAD v1.1 and v2.0 JSON files (Rajpurkar et al. 2016, 2018) as examples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latentwire_fast.data.examples import Example
+from latentwire_fast.errors import DataError
+
+# What a generating reader is taught to say where v2.0 has no answer; scoring files use "" instead.
+NO_ANSWER = "unanswerable"
+_EXPECTED = '{"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}'
+
+
+def read_json(path: Path) -> Any:
+    """The value of a UTF-8 JSON file.
+
+    Raises:
+        DataError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the path of a JSON file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder; give the path of a JSON file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
+            "is the download complete?"
+        ) from None
+
+
+def load_squad(path: Path, *, no_answer: str = NO_ANSWER) -> list[Example]:
+    """All questions of a SQuAD file in file order.
+
+    Args:
+        path: a v1.1 or v2.0 file.
+        no_answer: the answer of questions marked `is_impossible`.
+
+    Raises:
+        DataError: a missing or malformed file (with article, paragraph and question, counted from
+            0), an id that occurs twice, or a question without answers that is not `is_impossible`.
+    """
+    examples: list[Example] = []
+    seen: dict[str, str] = {}
+    for where, context, question in _questions(read_json(path), str(path)):
+        example = _example(question, context, where, no_answer)
+        if example.id in seen:
+            raise DataError(
+                f"{where}: id {example.id!r} occurs before, at {seen[example.id]}; "
+                "ids name predictions, so each may occur once: remove one of the two"
+            )
+        seen[example.id] = where
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{path}: holds no questions; expected {_EXPECTED}")
+    return examples
+
+
+def _questions(data: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    """(place in the file, context, question record) in file order."""
+    for a, article in enumerate(_field(data, "data", list, path)):
+        where_a = f"{path}: article {a}"
+        for p, paragraph in enumerate(_field(article, "paragraphs", list, where_a)):
+            where_p = f"{where_a}, paragraph {p}"
+            context = _field(paragraph, "context", str, where_p)
+            for q, question in enumerate(_field(paragraph, "qas", list, where_p)):
+                yield f"{where_p}, question {q}", context, question
+
+
+def _example(record: Any, context: str, where: str, no_answer: str) -> Example:
+    answers = _field(record, "answers", list, where)
+    texts = [
+        _field(answer, "text", str, f"{where}, answer {i}") for i, answer in enumerate(answers)
+    ]
+    if not texts and record.get("is_impossible") is True:
+        texts = [no_answer]
+    if not texts:
+        raise DataError(
+            f'{where}: no answers; a v2.0 file marks such questions with "is_impossible": true, '
+            "a test set without answers cannot be used"
+        )
+    return Example(
+        id=_field(record, "id", str, where),
+        context=context,
+        question=_field(record, "question", str, where).strip(),
+        answers=tuple(dict.fromkeys(texts)),
+    )
+
+
+def _field(record: Any, key: str, kind: type, where: str) -> Any:
+    """`record[key]`, which must be a `kind`."""
+    if not isinstance(record, dict) or key not in record:
+        found = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{where}: no {key!r} (found {found}); a SQuAD file is {_EXPECTED}")
+    value = record[key]
+    if not isinstance(value, kind):
+        raise DataError(
+            f"{where}: {key!r} is {type(value).__name__}, expected {kind.__name__}; "
+            f"a SQuAD file is {_EXPECTED}"
+        )
+    return value
