@@ -3,8 +3,8 @@
 A checkpoint is a folder `step-00001234/` of `NAME.safetensors` files, `state.json` and
 `manifest.json` (length and sha256 of every other file, and of itself). A save writes a temporary
 sibling folder, syncs every file, the manifest and the folder, renames it into place, syncs the
-parent, and only then retires older ones. A folder is trusted only after its manifest verified. Bytes
-from disk reach safetensors and JSON, never pickle.
+parent, and only then retires older ones. A folder is trusted only after its manifest verified.
+Bytes from disk reach safetensors and JSON, never pickle.
 """
 
 from __future__ import annotations
@@ -386,17 +386,17 @@ def load_optimizer_state(
     found = len(state["optimizers"])
     if len(optimizers) != found:
         raise CheckpointError(
-            f"the checkpoint holds {found} optimisers, this run has {len(optimizers)}; resume with the "
-            "configuration of the run folder"
+            f"the checkpoint holds {found} optimisers, this run has {len(optimizers)}; resume with "
+            "the configuration of the run folder"
         )
     for index, (optimizer, saved) in enumerate(zip(optimizers, state["optimizers"], strict=True)):
         now = [sorted(names.get(p, "?") for p in g["params"]) for g in optimizer.param_groups]
         then = [sorted(group["params"]) for group in saved["groups"]]
         if (type(optimizer).__name__, now) != (saved["type"], then):
             raise CheckpointError(
-                f"optimiser {index}: saved {saved['type']} of {sum(map(len, then))} parameters, this "
-                f"run has {type(optimizer).__name__} of {sum(map(len, now))} (or other names or "
-                "groups); resume with the configuration of the run folder"
+                f"optimiser {index}: saved {saved['type']} of {sum(map(len, then))} parameters, "
+                f"this run has {type(optimizer).__name__} of {sum(map(len, now))} (or other names "
+                "or groups); resume with the configuration of the run folder"
             )
         loads.append(_state_dict(optimizer, index, names, tensors, saved))
     for optimizer, state_dict in zip(optimizers, loads, strict=True):
