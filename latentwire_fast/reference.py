@@ -283,18 +283,16 @@ def _expm1_less_x(x: Tensor) -> Tensor:
 def kd_kl(student: Tensor, teacher: Tensor, *, tau: float) -> tuple[Tensor, Tensor]:
     """`tau**2 * KL(softmax(teacher/tau) || softmax(student/tau))` per row of `[N, V]`.
 
-    With `Delta = (student - teacher) / tau`, `p = softmax(teacher/tau)` and `x = Delta -
-    E_p[Delta]`: `KL = log E_p[e^x] = log1p(E_p[e^x - 1 - x])`, whose terms are all positive, so
-    nothing cancels. Once that sum passes 1 the textbook `logsumexp(s) - logsumexp(t) - E_p[Delta]`
-    is the accurate one.
+    With `Delta = (student - teacher) / tau`, `p = softmax(teacher/tau)`, `x = Delta - E_p[Delta]`:
+    `KL = log E_p[e^x] = log1p(E_p[e^x - 1 - x])`, whose terms are all positive, so nothing cancels.
+    Once that sum passes 1, `logsumexp(s) - logsumexp(t) - E_p[Delta]` is the accurate form.
 
     Teacher logits of -inf have probability 0. Student logits of -inf are tokens that the student
-    does not
-    have: both distributions are taken over the others.
+    does not have: both distributions are taken over the others.
 
     Returns:
-        The losses `[N]`, and statistics `[3, N]`: logsumexp(teacher/tau), E_p[Delta], KL without
-        tau**2.
+        The losses `[N]`, and statistics `[3, N]`: logsumexp(teacher/tau), E_p[Delta], and the KL
+        without tau**2.
     """
     c = compute_dtype(student)
     losses = student.new_empty(student.shape[0], dtype=c)
@@ -310,14 +308,15 @@ def kd_kl(student: Tensor, teacher: Tensor, *, tau: float) -> tuple[Tensor, Tens
 def kd_kl_backward(
     student: Tensor, teacher: Tensor, stats: Tensor, row_grads: Tensor, *, tau: float
 ) -> Tensor:
-    """`row_grads * d loss / d student`: `tau * (q - p)`, by `_kl_gradient`, in student's dtype."""
+    """`row_grads * d loss / d student` in student's dtype; 0 in rows whose `row_grads` is 0."""
     c = stats.dtype
     grad = torch.empty_like(student, memory_format=torch.contiguous_format)
     for rows in _row_blocks(student):
         s, t = student[rows].to(c), teacher[rows].to(c)
         t = t.masked_fill(s == -torch.inf, -torch.inf)
-        rowed = _kl_gradient(t, s - t, s, stats[:, rows], tau)
-        grad[rows] = rowed.mul_(row_grads[rows, None].to(c)).to(grad.dtype)
+        factor = row_grads[rows, None].to(c)
+        block = _kl_gradient(t, s - t, s, stats[:, rows], tau).mul_(factor)
+        grad[rows] = block.masked_fill_(factor == 0, 0.0).to(grad.dtype)
     return grad
 
 
@@ -335,7 +334,10 @@ def _kl_statistics(t: Tensor, delta: Tensor, s: Tensor, tau: float) -> Tensor:
     delta = torch.where(live, delta / tau, 0.0)
     centre = (p * delta).sum(-1)
     x = torch.where(live, delta - centre[:, None], 0.0)
-    excess = (p * _expm1_less_x(x)).sum(-1)
+    near = live & (x <= 1)
+    q_z = torch.exp(s / tau - (log_z + centre)[:, None])  # p * e^x, also where p is 0
+    far = q_z - p * (1 + x)
+    excess = torch.where(near, p * _expm1_less_x(x.clamp(max=1)), far).sum(-1)
     textbook = torch.logsumexp(s / tau, -1) - log_z - centre
     kl = torch.where(excess <= LARGE_KL_SUM, torch.log1p(excess), textbook)
     return torch.stack((log_z, centre, kl))
