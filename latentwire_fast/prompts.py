@@ -177,6 +177,26 @@ class PromptBuilder:
                 prompt.add([*self.answer_ids(turn.answer), self.eos_id], target=True)
         return prompt
 
+    def build_context(self, context: str, *, max_tokens: int | None = None) -> Prompt:
+        """The opening and the context alone: what an LM encoder reads in context mode."""
+        prompt = Prompt()
+        prompt.add(self._opening)
+        prompt.add(self.text_ids(context_text(context))[:max_tokens], content=True)
+        return prompt
+
+    def build_rebuild(self, target: str) -> Prompt:
+        """The context's place taken by a latent, then `target` itself as what is to be written.
+
+        The pretraining tasks: `target` is the encoded text (autoencoding) or what follows it
+        (continuation); which of them is meant, the task token at the prefix's end says.
+        """
+        prompt = Prompt()
+        prompt.add(self._opening)
+        prompt.add(self.text_ids(context_text("").rstrip()))
+        prompt.latent_at = len(prompt.ids)
+        prompt.add([*self.text_ids(" " + target), self.eos_id], target=True)
+        return prompt
+
     def _add_user(
         self,
         prompt: Prompt,

@@ -1,0 +1,270 @@
+"""The whole configuration of a run as frozen dataclasses. Presets are functions in `presets.py`.
+
+Every stored run folder holds its configuration as `config.json`; `config_hash` names it in reports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from latentwire_fast.errors import ConfigError
+
+Mode = Literal["context", "pure"]
+Calibration = Literal["none", "token", "example", "batch"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """One frozen LLM. `source` is `testbed:NAME`, a local folder or a hub id."""
+
+    source: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str = "sdpa"
+    device_map: str | None = None
+    load_in_4bit: bool = False
+    bos: bool | None = None
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Text to latent.
+
+    Attributes:
+        kind: `lm` starts from a pretrained causal LM; `byte` from nothing, on UTF-8 bytes.
+        source: the LM: a reader's source (its own weights are copied), a folder or a hub id.
+        latents, d_z: the latent is `[latents, d_z]`.
+        pooling: `queries` are learned tokens after the text; `spans` averages contiguous spans.
+        frozen: keep the LM's weights and train only what was added.
+        byte_*: the byte encoder's width, layers, heads and longest input.
+    """
+
+    kind: Literal["lm", "byte"] = "lm"
+    source: str = "testbed:llama"
+    latents: int = 12
+    d_z: int = 16
+    pooling: Literal["queries", "spans"] = "queries"
+    frozen: bool = False
+    max_tokens: int = 1024
+    gradient_checkpointing: bool = False
+    byte_width: int = 128
+    byte_layers: int = 2
+    byte_heads: int = 4
+    byte_max: int = 2048
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.latents <= 65535, f"latents={self.latents}, expected 1 to 65535")
+        _require(1 <= self.d_z <= 65535, f"d_z={self.d_z}, expected 1 to 65535")
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """The wire's precision: 16 sends fp16 values, 8/6/4 codes with fp16 group scales."""
+
+    bits: int = 6
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.bits in (16, 8, 6, 4), f"bits={self.bits}, expected 16, 8, 6 or 4")
+        _require(self.group_size in (16, 32, 64), f"group_size={self.group_size}: 16, 32 or 64")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Latent to one reader's input embeddings.
+
+    Attributes:
+        kind: `linear` is LayerNorm + Linear; `mlp` a residual 2-layer MLP at the reader's width first.
+        calibration: rescale to the reader's embedding RMS per token, per example or batch, or not.
+        gain: factor on that RMS. tanh: squash the projection (the seeds' adapter).
+    """
+
+    kind: Literal["linear", "mlp"] = "mlp"
+    calibration: Calibration = "token"
+    gain: float = 1.0
+    tanh: bool = False
+    expansion: int = 4
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.gain > 0, f"gain={self.gain}, expected above 0")
+        _require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from.
+
+    Attributes:
+        source: `testbed`, a SQuAD-format file, a saved `datasets` folder, or `hub:NAME`.
+        facts: testbed: facts per passage at the end of the curriculum.
+        questions_per_context: context mode asks several questions of one latent per step.
+        eval_examples, eval_seed: size and seed of the held-out set.
+    """
+
+    source: str = "testbed"
+    facts: int = 4
+    questions_per_context: int = 4
+    eval_examples: int = 500
+    eval_seed: int = 99
+    max_context_chars: int | None = None
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage. Objective weights of 0 switch an objective off.
+
+    Attributes:
+        steps: optimiser steps.
+        answer: weight of the answer cross-entropy, over `answer_tokens` tokens (None: all and EOS).
+        autoencode, continuation: weights of rebuilding the context, and of going on from its half.
+        kd, kd_tau: weight and temperature of distillation from the text-prompted teacher.
+        facts: testbed curriculum, `((until_share, facts), ...)`.
+        quantize: straight-through codes at these bits; None trains on the unquantised latent.
+        lr: factor on the run's learning rates.
+    """
+
+    name: str
+    steps: int
+    answer: float = 1.0
+    answer_tokens: int | None = None
+    autoencode: float = 0.0
+    continuation: float = 0.0
+    kd: float = 0.0
+    kd_tau: float = 1.0
+    facts: tuple[tuple[float, int], ...] = ()
+    quantize: int | None = None
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"stage {self.name!r}: steps={self.steps}, expected at least 1")
+        weights = (self.answer, self.autoencode, self.continuation, self.kd)
+        _require(
+            min(weights) >= 0 and max(weights) > 0,
+            f"stage {self.name!r}: objective weights {weights}, expected >= 0 and one above 0",
+        )
+        _require(self.kd_tau > 0, f"stage {self.name!r}: kd_tau={self.kd_tau}, expected above 0")
+        _require(
+            self.answer_tokens is None or self.answer_tokens >= 1,
+            f"stage {self.name!r}: answer_tokens={self.answer_tokens}, expected at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule: linear warm-up, flat, then cosine to zero from `decay_from` on."""
+
+    muon_lr: float | None = 0.01
+    adamw_lr: float = 2e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    decay_from: float = 0.3
+    clip: float = 1.0
+    batch_size: int = 24
+    micro_batch: int | None = None
+    readers: Literal["sum", "alternate"] = "sum"
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation after training."""
+
+    batch_size: int = 50
+    max_new_tokens: int = 12
+    bits: tuple[int, ...] = (16, 8, 6, 4)
+    timing_examples: int = 16
+    resamples: int = 2000
+    first_token_temperature: float = 0.0
+    first_token_top_p: float = 1.0
+    eos_ban_steps: int = 0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes a run what it is."""
+
+    preset: str = "custom"
+    mode: Mode = "context"
+    seed: int = 0
+    threads: int | None = None
+    readers: dict[str, ReaderConfig] = field(default_factory=dict)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: tuple[StageConfig, ...] = ()
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    log_every: int = 10
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        _require(bool(self.readers), "readers: at least one reader is needed (NAME=PATH)")
+        _require(bool(self.stages), "stages: at least one training stage is needed")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[StageConfig, float]:
+        """The stage of a 0-based step, and the share of that stage already done."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step / stage.steps
+            step -= stage.steps
+        return self.stages[-1], 1.0
+
+
+def to_json(config: Any) -> Any:
+    """A configuration as JSON-ready values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_hash(config: Any) -> str:
+    """sha256 of the canonical JSON of a configuration."""
+    return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()
+
+
+def run_config_from_json(data: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_json` for a RunConfig.
+
+    Raises:
+        ConfigError: an unknown or missing key.
+    """
+    parts = {
+        "encoder": EncoderConfig,
+        "quantizer": QuantizerConfig,
+        "adapter": AdapterConfig,
+        "data": DataConfig,
+        "optim": OptimConfig,
+        "evaluation": EvalConfig,
+    }
+    try:
+        values = dict(data)
+        for key, kind in parts.items():
+            if key in values:
+                values[key] = kind(**values[key])
+        if isinstance(values.get("evaluation"), EvalConfig):
+            values["evaluation"] = dataclasses.replace(
+                values["evaluation"], bits=tuple(values["evaluation"].bits)
+            )
+        values["readers"] = {k: ReaderConfig(**v) for k, v in values.get("readers", {}).items()}
+        stages = []
+        for stage in values.get("stages", ()):
+            facts = tuple((float(share), int(n)) for share, n in stage.get("facts", ()))
+            stages.append(StageConfig(**{**stage, "facts": facts}))
+        values["stages"] = tuple(stages)
+        return RunConfig(**values)
+    except TypeError as error:
+        raise ConfigError(f"configuration does not fit this version: {error}") from None

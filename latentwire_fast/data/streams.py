@@ -1,0 +1,108 @@
+"""Training batches as a pure function of (seed, step): resuming needs no state, and nothing repeats by accident."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from latentwire_fast.config import DataConfig, Mode
+from latentwire_fast.data.examples import Example
+from latentwire_fast.errors import DataError
+from latentwire_fast.prompts import Turn
+from latentwire_fast.testbed.task import make_passage
+
+
+@dataclass(frozen=True)
+class TrainItem:
+    """One latent's worth of training data: a context and the questions asked of it."""
+
+    id: str
+    context: str
+    turns: tuple[Turn, ...]
+
+
+class Stream(Protocol):
+    """Where training batches come from."""
+
+    def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
+        """The batch of one step; `facts` is the curriculum's level where the source has one."""
+        ...
+
+
+def facts_at(schedule: Sequence[tuple[float, int]], share: float, default: int) -> int:
+    """The curriculum's level after `share` of a stage."""
+    for until, facts in schedule:
+        if share < until:
+            return facts
+    return schedule[-1][1] if schedule else default
+
+
+class TestbedStream:
+    """Endless passages of training names. A fifth of a batch keeps easier passages in the mix."""
+
+    __test__ = False
+
+    def __init__(self, config: DataConfig, *, mode: Mode, seed: int) -> None:
+        self.config = config
+        self.mode = mode
+        self.seed = seed
+
+    def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
+        """`size` items; in pure mode each holds one question."""
+        rng = random.Random(f"{self.seed}:{step}")
+        easier = [n for n in (1, 2, 4, 6) if n <= facts]
+        items: list[TrainItem] = []
+        while len(items) < size:
+            level = facts if rng.random() < 0.8 else rng.choice(easier)
+            passage = make_passage(rng, facts=level, split="train")
+            turns = [Turn(question, answer) for question, answer in passage.questions]
+            name = f"testbed-{self.seed}-{step}-{len(items)}"
+            if self.mode == "context":
+                turns = turns[: self.config.questions_per_context]
+                items.append(TrainItem(name, passage.context, tuple(turns)))
+            else:
+                items.append(TrainItem(name, passage.context, (turns[0],)))
+        return items
+
+
+class ExampleStream:
+    """A finite data set in epochs; each epoch is a permutation drawn from (seed, epoch)."""
+
+    def __init__(
+        self, examples: Sequence[Example], config: DataConfig, *, mode: Mode, seed: int
+    ) -> None:
+        if not examples:
+            raise DataError("no training examples; check the data source and its filters")
+        self.seed = seed
+        per_item = config.questions_per_context if mode == "context" else 1
+        self.items = _group(examples, per_item)
+
+    def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
+        """Items `step * size` on, epoch after epoch."""
+        items = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, index = divmod(position, len(self.items))
+            items.append(self.items[self._order(epoch)[index]])
+        return items
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.items)))
+        random.Random(f"{self.seed}:{epoch}").shuffle(order)
+        return order
+
+
+def _group(examples: Sequence[Example], per_item: int) -> list[TrainItem]:
+    """Examples that share a context, up to `per_item` questions each."""
+    by_context: dict[str, list[Example]] = {}
+    for example in examples:
+        by_context.setdefault(example.context, []).append(example)
+    items = []
+    for context, group in by_context.items():
+        for start in range(0, len(group), per_item):
+            part = group[start : start + per_item]
+            turns = tuple(Turn(e.question, e.answers[0]) for e in part if e.answers)
+            if turns:
+                items.append(TrainItem(part[0].id, context, turns))
+    return items

@@ -1,0 +1,155 @@
+"""Text to latent `[B, M, d_z]`: an encoder that starts from a pretrained LM, and one on raw bytes.
+
+Both end in an RMS-normalised latent: the quantiser's groups then share one scale of values.
+Shapes: B texts, T positions, M latents, D the encoder's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from latentwire_fast.batching import collate
+from latentwire_fast.config import EncoderConfig
+from latentwire_fast.prompts import PromptBuilder, Turn, context_text, full_text
+
+Texts = Sequence[str]
+
+
+def rms_normalize(latent: Tensor) -> Tensor:
+    """Each latent vector scaled to a root mean square of 1 (zero stays zero)."""
+    return latent * torch.rsqrt(latent.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class LMEncoder(nn.Module):
+    """A causal LM that reads the text, followed by learned queries or span pooling.
+
+    `queries`: M learned tokens follow the text; their last hidden states become the latents (the
+    in-context autoencoder of ICAE, arXiv:2307.06945). `spans`: the text's hidden states are averaged
+    over M contiguous spans of near equal length (as ARC-Encoder pools, arXiv:2510.20535).
+
+    Args:
+        core: the LM without its head; trained unless `config.frozen`.
+        tokenizer: its tokenizer. The text is laid out as a prompt of that LM, which is what it knows.
+    """
+
+    def __init__(
+        self, core: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EncoderConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.core = core.requires_grad_(not config.frozen)
+        self.prompts = PromptBuilder(tokenizer)
+        self.tokenizer = tokenizer
+        width = core.config.hidden_size
+        scale = core.get_input_embeddings().weight.detach().float().std().item()
+        if config.pooling == "queries":
+            self.memory = nn.Parameter(torch.randn(config.latents, width) * scale)
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, config.d_z)
+        if config.gradient_checkpointing:
+            core.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
+        """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
+        prompts = []
+        for i, context in enumerate(contexts):
+            if questions is None:
+                prompt = self.prompts.build_context(context, max_tokens=self.config.max_tokens)
+            else:
+                prompt = self.prompts.build([Turn(questions[i])], context=context)
+            prompt.latent_at = len(prompt.ids)
+            prompts.append(prompt)
+        if self.config.pooling == "queries":
+            tails = self.memory.expand(len(prompts), -1, -1)
+        else:
+            tails = self.project.weight.new_zeros(len(prompts), 0, self.norm.normalized_shape[0])
+        batch = collate(
+            prompts,
+            embedding=self.core.get_input_embeddings(),
+            pad_id=self.prompts.eos_id,
+            prefixes=tails,
+        )
+        hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
+        if self.config.pooling == "queries":
+            rows, columns = batch.places_P2.unbind(1)
+            pooled = hidden_BTD[rows, columns].view(len(prompts), self.config.latents, -1)
+        else:
+            pooled = pool_spans(hidden_BTD, batch.lengths_B, self.config.latents)
+        return rms_normalize(self.project(self.norm(pooled.float())))
+
+
+def pool_spans(hidden_BTD: Tensor, lengths_B: Tensor, spans: int) -> Tensor:
+    """Means `[B, spans, D]` over contiguous spans of near equal length of each row's first positions.
+
+    A row shorter than `spans` repeats positions rather than averaging nothing.
+    """
+    edges = torch.arange(spans + 1, device=hidden_BTD.device) * lengths_B[:, None]
+    start = edges[:, :-1] // spans
+    stop = torch.maximum(edges[:, 1:] // spans, start + 1)
+    position = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+    inside = (position >= start[..., None]) & (position < stop[..., None])
+    weights = inside.to(hidden_BTD) / inside.sum(-1, keepdim=True).clamp(min=1)
+    return weights @ hidden_BTD
+
+
+class ByteEncoder(nn.Module):
+    """UTF-8 bytes, two strided convolutions, a transformer, and a cross-attention latent pooler.
+
+    The pooler's queries read the byte states; a gated residual adds their mean, so that a fresh pooler
+    starts from a summary of the text.
+    """
+
+    PAD = 256
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.byte_width, config.byte_heads
+        self.embed = nn.Embedding(257, width, padding_idx=self.PAD)
+        self.position = nn.Parameter(torch.randn((config.byte_max + 3) // 4, width) * 0.02)
+        self.convolve = nn.Sequential(
+            nn.Conv1d(width, width, 5, padding=2),
+            nn.GELU(),
+            nn.Conv1d(width, width, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv1d(width, width, 4, stride=2, padding=1),
+        )
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.body = nn.TransformerEncoder(layer, config.byte_layers, enable_nested_tensor=False)
+        self.queries = nn.Parameter(torch.randn(config.latents, width) * 0.5)
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.refine = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, config.d_z)
+
+    def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
+        """Latents `[B, M, d_z]` fp32. Texts beyond `byte_max` bytes are cut."""
+        if questions is None:
+            texts = [context_text(c) for c in contexts]
+        else:
+            texts = [full_text(c, q) for c, q in zip(contexts, questions, strict=True)]
+        device = self.gate.device
+        rows = [torch.tensor(list(t.encode()[: self.config.byte_max])) for t in texts]
+        width = -(-max(len(r) for r in rows) // 4) * 4
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.PAD)
+        ids = nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.PAD).to(device)
+        states = self.convolve(self.embed(ids).transpose(1, 2)).transpose(1, 2)
+        padding = (ids == self.PAD).view(len(texts), -1, 4).all(-1)
+        states = self.body(states + self.position[: states.shape[1]], src_key_padding_mask=padding)
+        queries = self.queries.expand(len(texts), -1, -1)
+        read, _ = self.attend(queries, states, states, key_padding_mask=padding, need_weights=False)
+        real = (~padding).unsqueeze(-1).to(states)
+        mean = (states * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        pooled = self.refine(queries + read + torch.sigmoid(self.gate) * mean)
+        return rms_normalize(self.project(self.norm(pooled)))
+
+
+Encoder = LMEncoder | ByteEncoder

@@ -1,0 +1,215 @@
+"""What is learned: answer cross-entropy, autoencoding, continuation, and distillation from the text.
+
+A batch is prepared first (prompts, token counts), then its losses are computed part by part, each a
+*sum* over tokens divided by the whole batch's count. So a batch may be cut into micro-batches or spread
+over processes without changing its gradient. Shapes: N scored tokens, D `d_model`, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentwire_fast import ops
+from latentwire_fast.batching import PromptBatch
+from latentwire_fast.config import StageConfig
+from latentwire_fast.data.streams import TrainItem
+from latentwire_fast.interlingua import Interlingua
+from latentwire_fast.prompts import Prompt, full_text
+from latentwire_fast.reader import Reader
+from latentwire_fast.teacher import TeacherCache
+
+Objective = Literal["answer", "autoencode", "continue", "kd"]
+Key = tuple[Objective, str]  # (objective, reader name)
+
+
+@dataclass
+class Work:
+    """One training item with every prompt its stage needs, and how many tokens each is scored on."""
+
+    item: TrainItem
+    prompts: dict[Key, Prompt] = field(default_factory=dict)
+    counts: Counter[Key] = field(default_factory=Counter)
+    half: str | None = None  # first half of the context, what the continuation latent encodes
+
+
+@dataclass
+class Losses:
+    """Results of one micro-batch.
+
+    Attributes:
+        total: the scalar to differentiate; already divided by the batch's counts.
+        sums: per key, the plain sum over tokens.
+        right: per reader, answer tokens predicted right (arg max, teacher forced).
+        latent_BMd: the unquantised latents of the items (detached).
+    """
+
+    total: Tensor
+    sums: dict[Key, Tensor]
+    right: dict[str, Tensor]
+    latent_BMd: Tensor | None = None
+
+
+def halves(text: str) -> tuple[str, str]:
+    """A text cut at the word nearest to its middle."""
+    words = text.split()
+    middle = max(1, len(words) // 2)
+    return " ".join(words[:middle]), " ".join(words[middle:])
+
+
+def _scored(prompt: Prompt, limit: int | None) -> int:
+    """Target tokens of a prompt that count when only the first `limit` of each answer do."""
+    total = step = 0
+    for is_target in prompt.is_target:
+        step = step + 1 if is_target else 0
+        total += is_target and (limit is None or step <= limit)
+    return total
+
+
+class Objectives:
+    """Prepares and computes the losses of one stage.
+
+    Args:
+        readers: frozen readers by name.
+        teacher: cache of the text-prompted teacher's hidden states; None computes them each time.
+    """
+
+    def __init__(
+        self,
+        model: Interlingua,
+        readers: Mapping[str, Reader],
+        *,
+        teacher: TeacherCache | None = None,
+    ) -> None:
+        self.model = model
+        self.readers = readers
+        self.teacher = teacher
+
+    def prepare(
+        self, items: Sequence[TrainItem], stage: StageConfig, active: Iterable[str]
+    ) -> list[Work]:
+        """Prompts and token counts for the active readers."""
+        active = list(active)
+        works = []
+        for item in items:
+            work = Work(item)
+            pure = self.model.mode == "pure"
+            if stage.continuation:
+                work.half, rest = halves(item.context)
+            for name in active:
+                builder = self.readers[name].prompts
+                if stage.answer or stage.kd:
+                    prompt = builder.build(item.turns, context=item.context, latent=self.model.mode)
+                    self._add(work, ("answer", name), prompt, stage.answer_tokens)
+                    if stage.kd:
+                        text = builder.build(item.turns, context=item.context)
+                        self._add(work, ("kd", name), text, stage.answer_tokens)
+                if stage.autoencode:
+                    text = full_text(item.context, item.turns[0].question) if pure else item.context
+                    self._add(work, ("autoencode", name), builder.build_rebuild(text), None)
+                if stage.continuation:
+                    self._add(work, ("continue", name), builder.build_rebuild(rest), None)
+            works.append(work)
+        return works
+
+    @staticmethod
+    def _add(work: Work, key: Key, prompt: Prompt, limit: int | None) -> None:
+        work.prompts[key] = prompt
+        work.counts[key] = _scored(prompt, limit)
+
+    @staticmethod
+    def counts(works: Iterable[Work]) -> Counter[Key]:
+        """Scored tokens of a whole batch per key."""
+        return sum((w.counts for w in works), Counter())
+
+    def compute(
+        self, works: Sequence[Work], stage: StageConfig, counts: Mapping[Key, int]
+    ) -> Losses:
+        """Losses of some of a batch's items, normalised by the whole batch's `counts`."""
+        contexts = [w.item.context for w in works]
+        questions = None
+        if self.model.mode == "pure":
+            questions = [w.item.turns[0].question for w in works]
+        latent = self.model.encode(contexts, questions)
+        sent = latent if stage.quantize is None else self.model.quantize(latent, stage.quantize)
+        half = None
+        if stage.continuation:
+            blank = None if questions is None else [""] * len(works)
+            half = self.model.encode([w.half or "" for w in works], blank)
+            half = half if stage.quantize is None else self.model.quantize(half, stage.quantize)
+        weights = {
+            "answer": stage.answer,
+            "autoencode": stage.autoencode,
+            "continue": stage.continuation,
+            "kd": stage.kd,
+        }
+        losses = Losses(latent.new_zeros(()), {}, {}, latent.detach())
+        for name in sorted({name for w in works for _, name in w.prompts}):
+            if ("answer", name) in works[0].prompts:
+                self._answer(works, name, sent, stage, losses)
+            if stage.autoencode:
+                prefix = self.model.task_prefix(name, sent, "autoencode")
+                self._rebuild(works, ("autoencode", name), prefix, losses)
+            if half is not None:
+                prefix = self.model.task_prefix(name, half, "continue")
+                self._rebuild(works, ("continue", name), prefix, losses)
+        for key, value in losses.sums.items():
+            if weights[key[0]]:
+                losses.total = losses.total + weights[key[0]] * value / max(1, counts[key])
+        return losses
+
+    def _answer(
+        self,
+        works: Sequence[Work],
+        name: str,
+        latent: Tensor,
+        stage: StageConfig,
+        losses: Losses,
+    ) -> None:
+        """Cross-entropy over the answers and, if asked, distillation at the same positions."""
+        reader = self.readers[name]
+        prompts = [w.prompts["answer", name] for w in works]
+        batch = reader.collate(prompts, prefixes=self.model.prefix(name, latent))
+        hidden_ND = reader.target_hidden(batch)
+        keep_N = _keep(batch, stage.answer_tokens)
+        logits_NV = reader.head(hidden_ND[keep_N]).float()
+        labels_N = batch.labels_N[keep_N]
+        losses.sums["answer", name] = F.cross_entropy(logits_NV, labels_N, reduction="sum")
+        losses.right[name] = (logits_NV.detach().argmax(-1) == labels_N).sum()
+        if stage.kd:
+            texts = [w.prompts["kd", name] for w in works]
+            teacher_ND = self._teacher_hidden(reader, texts)
+            losses.sums["kd", name] = ops.linear_kd_kl(
+                hidden_ND[keep_N],
+                teacher_ND[keep_N].to(hidden_ND),
+                reader.head.weight,
+                tau=stage.kd_tau,
+                reduction="sum",
+            )
+
+    def _rebuild(
+        self, works: Sequence[Work], key: Key, prefix: Tensor, losses: Losses
+    ) -> None:
+        reader = self.readers[key[1]]
+        batch = reader.collate([w.prompts[key] for w in works], prefixes=prefix)
+        logits_NV = reader.head(reader.target_hidden(batch)).float()
+        losses.sums[key] = F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")
+
+    def _teacher_hidden(self, reader: Reader, prompts: Sequence[Prompt]) -> Tensor:
+        if self.teacher is not None:
+            return self.teacher.hidden(reader, prompts)
+        with torch.no_grad():
+            return reader.target_hidden(reader.collate(prompts))
+
+
+def _keep(batch: PromptBatch, limit: int | None) -> Tensor:
+    """Mask `[N]` of the scored tokens within the first `limit` of their answer."""
+    if limit is None:
+        return torch.ones_like(batch.step_N, dtype=torch.bool)
+    return batch.step_N < limit

@@ -1,0 +1,274 @@
+"""One frozen LLM that answers from text or from a latent prefix.
+
+Shapes: B rows, T positions, D `d_model`, V vocabulary, N scored answer tokens, M prefix positions.
+
+    reader = Reader.load("path/or/hub-id", name="llama")
+    prompt = reader.prompts.build([Turn("Who?")], context="...", latent="context")
+    reader.generate([prompt], prefixes=[prefix_MD])
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from latentwire_fast.batching import PaddingSide, PromptBatch, collate
+from latentwire_fast.checkpoint import parameter_digest
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.prompts import Prompt, PromptBuilder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Greedy decoding and its few exceptions.
+
+    Attributes:
+        max_new_tokens: stop after so many tokens.
+        first_token_temperature: above 0, the first token is sampled (seeded by `seed`).
+        first_token_top_p: nucleus for that sample.
+        eos_ban_steps: forbid EOS for the first steps. Forces babbling on short answers: default 0.
+        seed: seed of the first-token sample.
+    """
+
+    max_new_tokens: int = 12
+    first_token_temperature: float = 0.0
+    first_token_top_p: float = 1.0
+    eos_ban_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}, expected at least 1")
+        if not 0 < self.first_token_top_p <= 1:
+            raise ConfigError(f"first_token_top_p={self.first_token_top_p}, expected in (0, 1]")
+
+
+class Reader:
+    """A frozen causal LM, its tokenizer and its prompt builder.
+
+    Args:
+        model: any Hugging Face causal LM whose logits are its output embedding applied to the last
+            hidden state (checked). It is put into eval mode and frozen.
+        tokenizer: its tokenizer.
+        name: the key of this reader in adapters, metrics and reports.
+        anchor, bos: passed to `PromptBuilder`.
+
+    Raises:
+        ConfigError: the model post-processes its logits, or the tokenizer lacks an EOS.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        source: str = "",
+        anchor: str = "Answer:",
+        bos: bool | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.source = source
+        self.prompts = PromptBuilder(tokenizer, anchor=anchor, bos=bos)
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = self.prompts.eos_id
+        self._check_head()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        attn_implementation: str = "sdpa",
+        load_in_4bit: bool = False,
+        bos: bool | None = None,
+    ) -> Reader:
+        """Load a reader from a local folder, a hub id, or `testbed:llama` / `testbed:qwen`.
+
+        Args:
+            device_map: as in `transformers`; `auto` spreads the model over the GPUs.
+            load_in_4bit: NF4 weights through bitsandbytes (needs a GPU).
+        """
+        path = resolve_source(source)
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+        if device_map is not None:
+            options["device_map"] = device_map
+        if load_in_4bit:
+            options["quantization_config"] = _nf4_config(dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        if device is not None and device_map is None and not load_in_4bit:
+            model = model.to(device)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return cls(model, tokenizer, name=name, source=str(source), bos=bos)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        ours = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(logits.float(), ours.float(), rtol=1e-2, atol=1e-2):
+            raise ConfigError(
+                f"reader {self.name!r} ({self.model.config.model_type}) transforms its logits after the "
+                "output embedding (soft-capping or scaling); such models are not supported as readers"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input embeddings."""
+        return self.embedding.weight.device
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its output embedding."""
+        return self.model.base_model
+
+    @property
+    def head(self) -> nn.Module:
+        """The output embedding, `[V, D]`."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input embedding, `[V, D]`."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the input embeddings."""
+        return self.embedding.weight.shape[1]
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square of the input embeddings: what adapters calibrate to."""
+        return self.embedding.weight.detach().float().pow(2).mean().sqrt().item()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the weights: an adapter works with these and no others."""
+        return self.weights_digest()
+
+    def weights_digest(self) -> str:
+        """sha256 over the current weights (not cached: shows that they did not change)."""
+        return parameter_digest(self.model.named_parameters())
+
+    def collate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        prefixes: Sequence[Tensor] | Tensor | None = None,
+        side: PaddingSide = "right",
+    ) -> PromptBatch:
+        """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at`."""
+        return collate(
+            prompts, embedding=self.embedding, pad_id=self.pad_id, prefixes=prefixes, side=side
+        )
+
+    def target_hidden(self, batch: PromptBatch) -> Tensor:
+        """Last hidden states `[N, D]` at the scored positions (gradients flow to the prefixes)."""
+        hidden_BTD = self.backbone(**batch.model_inputs(), use_cache=False).last_hidden_state
+        rows = batch.rows_N.to(hidden_BTD.device)
+        return hidden_BTD[rows, batch.cols_N.to(hidden_BTD.device)]
+
+    def target_logprobs(self, batch: PromptBatch) -> Tensor:
+        """Log-probabilities `[N, V]` at the scored positions, fp32."""
+        return self.head(self.target_hidden(batch)).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        prefixes: Sequence[Tensor] | Tensor | None = None,
+        options: DecodeOptions | None = None,
+        side: PaddingSide = "left",
+    ) -> list[list[int]]:
+        """Decode with a KV cache; returns the new token ids of each row, without EOS."""
+        options = options or DecodeOptions()
+        batch = self.collate(prompts, prefixes=prefixes, side=side)
+        mask = batch.mask_BT.long()
+        position = batch.lengths_B
+        inputs = {**batch.model_inputs(), "attention_mask": mask}
+        output = self.backbone(**inputs, use_cache=True)
+        rows = torch.arange(len(prompts), device=self.device)
+        last = position - 1 if side == "right" else torch.full_like(position, mask.shape[1] - 1)
+        logits_BV = self.head(output.last_hidden_state[rows, last]).float()
+        new_ids: list[Tensor] = []
+        done = torch.zeros_like(rows, dtype=torch.bool)
+        for step in range(options.max_new_tokens):
+            token_B = self._pick(logits_BV, step, options)
+            done |= token_B == self.prompts.eos_id
+            new_ids.append(torch.where(done, self.prompts.eos_id, token_B))
+            if step + 1 == options.max_new_tokens or bool(done.all()):
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            output = self.backbone(
+                input_ids=token_B[:, None],
+                attention_mask=mask,
+                position_ids=(position + step)[:, None],
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+            logits_BV = self.head(output.last_hidden_state[:, -1]).float()
+        ids = torch.stack(new_ids, 1).tolist()
+        eos = self.prompts.eos_id
+        return [row[: row.index(eos)] if eos in row else row for row in ids]
+
+    def _pick(self, logits_BV: Tensor, step: int, options: DecodeOptions) -> Tensor:
+        if step < options.eos_ban_steps:
+            logits_BV = logits_BV.clone()
+            logits_BV[:, self.prompts.eos_id] = -torch.inf
+        if step > 0 or options.first_token_temperature <= 0:
+            return logits_BV.argmax(-1)
+        probs = (logits_BV / options.first_token_temperature).softmax(-1)
+        sorted_probs, order = probs.sort(-1, descending=True)
+        outside = sorted_probs.cumsum(-1) - sorted_probs >= options.first_token_top_p
+        sorted_probs = sorted_probs.masked_fill(outside, 0.0)
+        generator = torch.Generator(device=probs.device).manual_seed(options.seed)
+        return order.gather(1, sorted_probs.multinomial(1, generator=generator))[:, 0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Answer text of generated ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def resolve_source(source: str | Path) -> str:
+    """`testbed:NAME` to the shipped folder; anything else as it is."""
+    text = str(source)
+    if not text.startswith("testbed:"):
+        return text
+    folder = Path(__file__).parent / "testbed" / "readers" / text.removeprefix("testbed:")
+    if not (folder / "config.json").exists():
+        known = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+        raise ConfigError(f"no shipped reader {text!r}; there are {[f'testbed:{k}' for k in known]}")
+    return str(folder)
+
+
+def _nf4_config(dtype: torch.dtype) -> Any:
+    """bitsandbytes NF4 settings; a clear error where it is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ConfigError("load_in_4bit needs `pip install latentwire-fast[gpu]`") from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )

@@ -1,0 +1,451 @@
+"""The training loop: stages, accumulation, guards, checkpoints, logs. Resuming is bit-exact.
+
+The batch of a step is a pure function of (seed, step), so a checkpoint holds weights, optimisers, random
+state and little else. Several processes each take a slice of the global batch; gradients are summed in
+one all-reduce of the (small) trained part, which leaves memory retries to each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from latentwire_fast.checkpoint import (
+    RunLock,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_digest,
+    restore_rng_state,
+    rng_state,
+    save_checkpoint,
+    write_atomically,
+)
+from latentwire_fast.config import RunConfig, StageConfig, run_config_from_json, to_json
+from latentwire_fast.data.sources import load_examples
+from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream, facts_at
+from latentwire_fast.errors import CheckpointError, ConfigError, TrainingError
+from latentwire_fast.guards import FrozenGuard, MicroLoss, NonFiniteGuard, SpikeGuard, run_accumulated
+from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
+from latentwire_fast.objectives import Key, Objectives, Work
+from latentwire_fast.optim import build_optimizers, scale_learning_rates
+from latentwire_fast.reader import Reader
+from latentwire_fast.teacher import TeacherCache
+from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_readers(config: RunConfig, device: torch.device | str | None = None) -> dict[str, Reader]:
+    """The frozen readers of a run by name."""
+    return {
+        name: Reader.load(
+            reader.source,
+            name=name,
+            dtype=DTYPES[reader.dtype],
+            device=device,
+            device_map=reader.device_map,
+            attn_implementation=reader.attn_implementation,
+            load_in_4bit=reader.load_in_4bit,
+            bos=reader.bos,
+        )
+        for name, reader in config.readers.items()
+    }
+
+
+def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
+    """A fresh model for these readers."""
+    return Interlingua(
+        build_encoder(config.encoder, readers),
+        {name: ReaderCard.of(reader) for name, reader in readers.items()},
+        encoder_config=config.encoder,
+        quantizer=config.quantizer,
+        adapter=config.adapter,
+        mode=config.mode,
+    )
+
+
+def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
+    """Training data; a finite set is checked for answers that tokenise differently after the anchor.
+
+    Raises:
+        ConfigError: prompt + answer would not tokenise to prompt ids + answer ids.
+    """
+    if config.data.source == "testbed":
+        return TestbedStream(config.data, mode=config.mode, seed=config.seed)
+    examples = load_examples(config.data, split="train", seed=config.seed)
+    answers = sorted({e.answers[0] for e in examples if e.answers})
+    for reader in readers.values():
+        wrong = reader.prompts.check_alignment(answers)
+        if wrong:
+            raise ConfigError(
+                f"{len(wrong)} of {len(answers)} answers of {config.data.source} tokenise differently "
+                f"after the anchor {reader.prompts.anchor!r} for reader {reader.name!r}, for example "
+                f"{wrong[0]!r}; choose an anchor that ends where a token ends"
+            )
+    return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+
+
+class Trainer:
+    """One run in one folder.
+
+    Args:
+        config: the run; must equal the folder's own `config.json` when that exists.
+        run_dir: made if missing. An unfinished run there is resumed, a finished one is left alone.
+        progress: show a progress bar.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, *, progress: bool = True) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        precision = config.optim.mixed_precision
+        self.accelerator = Accelerator(mixed_precision=precision)
+        self.progress = progress and self.accelerator.is_main_process
+        self._stop_signal: int | None = None
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the trained model is saved; its presence marks the run as finished."""
+        return self.run_dir / "model"
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is complete and saved."""
+        return (self.model_dir / "config.json").exists()
+
+    def run(self) -> None:
+        """Train to the end, or until asked to stop (SIGINT, SIGTERM): then save and raise.
+
+        Raises:
+            ConfigError: the folder holds a run with another configuration.
+            TrainingError: stopped, non-finite values, a second writer, or readers that changed.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(self.run_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
+        with lock:
+            self._store_config()
+            if self.finished:
+                logger.info("%s is trained already", self.run_dir)
+                return
+            self._setup()
+            with self._signals(), self._tracker() as tracker:
+                self._loop(tracker)
+            self._finish()
+
+    def _store_config(self) -> None:
+        path = self.run_dir / "config.json"
+        wanted = to_json(self.config)
+        if path.exists():
+            stored = json.loads(path.read_text())
+            if stored != to_json(run_config_from_json(wanted)):
+                differ = sorted(k for k in wanted if stored.get(k) != wanted[k])
+                raise ConfigError(
+                    f"{self.run_dir} holds a run with another configuration (differs in "
+                    f"{', '.join(differ)}); choose another --run folder, or remove this one"
+                )
+        elif self.accelerator.is_main_process:
+            write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+
+    def _setup(self) -> None:
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        device = self.accelerator.device
+        self.readers = load_readers(config, device)
+        self.frozen = FrozenGuard({name: r.model for name, r in self.readers.items()})
+        self.model = build_model(config, self.readers).to(device).train()
+        if config.optim.gradient_checkpointing:
+            for reader in self.readers.values():
+                reader.enable_gradient_checkpointing()
+        self.named = self.model.trained_parameters()
+        self.parameters = [p for _, p in self.named]
+        self.optimizers = build_optimizers(
+            self.named,
+            muon_lr=config.optim.muon_lr,
+            adamw_lr=config.optim.adamw_lr,
+            weight_decay=config.optim.weight_decay,
+        )
+        teacher = None
+        if any(stage.kd for stage in config.stages) and config.data.source != "testbed":
+            rank = self.accelerator.process_index
+            teacher = TeacherCache(self.run_dir / "teacher", rank=rank)
+        self.objectives = Objectives(self.model, self.readers, teacher=teacher)
+        self.stream = build_stream(config, self.readers)
+        self.nonfinite = NonFiniteGuard(self.run_dir)
+        self.spikes = SpikeGuard()
+        self.step = 0
+        self.seconds = 0.0
+        self.micro_batch = config.optim.micro_batch or config.optim.batch_size
+        self._restore()
+
+    def _restore(self) -> None:
+        path = latest_checkpoint(self.run_dir / "checkpoints")
+        if path is None:
+            return
+        checkpoint = load_checkpoint(path)
+        digest = parameter_digest(checkpoint.tensors["model"].items())
+        if digest != checkpoint.state["model_digest"]:
+            raise CheckpointError(f"{path}: the model's weights do not match their digest")
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        load_optimizer_state(
+            self.optimizers,
+            self.named,
+            tensors=checkpoint.tensors["optimizer"],
+            state=checkpoint.state["optimizer"],
+        )
+        restore_rng_state({}, tensors=checkpoint.tensors["rng"], state=checkpoint.state["rng"])
+        self.spikes.state = checkpoint.state["spikes"]
+        self.seconds = checkpoint.state["seconds"]
+        self.micro_batch = checkpoint.state["micro_batch"]
+        self.step = checkpoint.step
+        logger.info("resumed %s at step %d", self.run_dir, self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step."""
+        if not self.accelerator.is_main_process:
+            return
+        model = self.model.trained_state()
+        optimizer_tensors, optimizer_json = optimizer_state(self.optimizers, self.named)
+        rng_tensors, rng_json = rng_state({})
+        save_checkpoint(
+            self.run_dir / "checkpoints",
+            step=self.step,
+            tensors={"model": model, "optimizer": optimizer_tensors, "rng": rng_tensors},
+            state={
+                "optimizer": optimizer_json,
+                "rng": rng_json,
+                "spikes": self.spikes.state,
+                "seconds": self.seconds,
+                "micro_batch": self.micro_batch,
+                "model_digest": parameter_digest(model.items()),
+                "trained_parameters": sum(p.numel() for p in self.parameters),
+                "readers": {name: r.fingerprint for name, r in self.readers.items()},
+            },
+        )
+
+    def _tracker(self) -> contextlib.AbstractContextManager[Tracker | None]:
+        if not self.accelerator.is_main_process:
+            return contextlib.nullcontext()
+        return Tracker(self.run_dir, resume_step=self.step - 1 if self.step else None)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM lets the step end and saves; a second SIGINT interrupts at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        try:
+            old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: the host program handles its own signals
+            old = {}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _loop(self, tracker: Tracker | None) -> None:
+        config = self.config
+        bar = tqdm(
+            total=config.total_steps,
+            initial=self.step,
+            disable=not self.progress,
+            desc=f"train {config.preset}",
+            unit="step",
+            dynamic_ncols=True,
+        )
+        with bar:
+            while self.step < config.total_steps:
+                record = self._train_step()
+                self.step += 1
+                bar.update()
+                if record is not None:
+                    if tracker is not None:
+                        tracker.log(record)
+                    bar.set_postfix_str(_postfix(record))
+                if self._stop_signal is not None:
+                    self._save_and_stop()
+                if self.step % config.save_every == 0 or self.step == config.total_steps:
+                    self.save()
+
+    def _save_and_stop(self) -> None:
+        self.save()
+        raise TrainingError(
+            f"stopped by signal {self._stop_signal} after step {self.step} of "
+            f"{self.config.total_steps}; everything is saved. Run the same command to go on"
+        )
+
+    def _active(self) -> list[str]:
+        names = sorted(self.readers)
+        if self.config.optim.readers == "alternate":
+            return [names[self.step % len(names)]]
+        return names
+
+    def _train_step(self) -> dict[str, Any] | None:
+        """One optimiser step; returns a diagnostics record on logged steps."""
+        config, start = self.config, time.perf_counter()
+        stage, share = config.stage_at(self.step)
+        facts = facts_at(stage.facts, share, config.data.facts)
+        items = self.stream.batch(self.step, config.optim.batch_size, facts=facts)
+        world = self.accelerator.num_processes
+        works = self.objectives.prepare(
+            items[self.accelerator.process_index :: world], stage, self._active()
+        )
+        counts = self._global_counts(Objectives.counts(works))
+        latents: list[Tensor] = []
+
+        def loss_fn(micro: Sequence[Work]) -> MicroLoss:
+            with self.accelerator.autocast():
+                losses = self.objectives.compute(micro, stage, counts)
+            latents.append(losses.latent_BMd)
+            parts = {f"{k[0]}/{k[1]}": v.detach() / max(1, counts[k]) for k, v in losses.sums.items()}
+            parts |= {
+                f"accuracy/{name}": right / max(1, counts["answer", name])
+                for name, right in losses.right.items()
+            }
+            # `compute` has divided by the global counts: micro-batches simply add up.
+            return MicroLoss(losses.total, len(micro) / len(works), parts)
+
+        result = run_accumulated(
+            works,
+            loss_fn=loss_fn,
+            parameters=self.parameters,
+            micro_batch=self.micro_batch,
+            backward=self.accelerator.backward,
+            divisor=lambda weight: 1.0,
+        )
+        self.micro_batch = result.micro_batch
+        self._reduce_gradients()
+        loss, parts = self._reduce_values(result.loss, result.parts)
+        logged = self.step % config.log_every == 0 or self.step + 1 == config.total_steps
+        norms = {}
+        if logged:
+            modules = {"encoder": self.model.encoder, **dict(self.model.adapters.items())}
+            norms = module_gradient_norms(modules)
+        self.nonfinite.check(
+            loss,
+            step=self.step,
+            named_parameters=self.named,
+            example_ids=[item.id for item in items],
+            losses=parts,
+        )
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.clip)
+        factor = lr_factor(config, self.step, stage)
+        scale_learning_rates(self.optimizers, factor)
+        if not self.spikes.should_skip(loss.item(), step=self.step):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        if not logged:
+            return None
+        return self._record(
+            stage, facts, loss, parts, norm, norms, factor, sum(counts.values()) / elapsed, latents
+        )
+
+    def _record(
+        self,
+        stage: StageConfig,
+        facts: int,
+        loss: Tensor,
+        parts: dict[str, Tensor],
+        norm: Tensor,
+        norms: dict[str, float],
+        factor: float,
+        tokens_per_second: float,
+        latents: list[Tensor],
+    ) -> dict[str, Any]:
+        latent = torch.cat(latents)
+        accuracy = {k.split("/")[1]: v.item() for k, v in parts.items() if k.startswith("accuracy/")}
+        return {
+            "step": self.step,
+            "stage": stage.name,
+            "facts": facts,
+            "loss": loss.item(),
+            "losses": {k: v.item() for k, v in parts.items() if not k.startswith("accuracy/")},
+            "accuracy": accuracy,
+            "lr": factor,
+            "grad_norm": norm.item(),
+            "grad_norms": norms,
+            "latent": latent_statistics(latent),
+            "rms": {name: self.model.adapters[name].rms(latent) for name in self.readers},
+            "tokens_per_second": tokens_per_second,
+            "seconds": self.seconds,
+        }
+
+    def _global_counts(self, counts: Counter[Key]) -> Counter[Key]:
+        """Counts of the global batch; every process has the same keys, as they depend on the stage."""
+        if self.accelerator.num_processes == 1:
+            return counts
+        keys = sorted(counts)
+        values = torch.tensor([counts[k] for k in keys], device=self.accelerator.device)
+        total = self.accelerator.reduce(values, reduction="sum")
+        return Counter(dict(zip(keys, total.tolist(), strict=True)))
+
+    def _reduce_gradients(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="sum")
+        sizes = [g.numel() for g in grads]
+        for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _reduce_values(
+        self, loss: Tensor, parts: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.accelerator.num_processes == 1:
+            return loss, parts
+        keys = sorted(parts)
+        flat = torch.stack([loss, *(parts[k].float() for k in keys)])
+        flat = self.accelerator.reduce(flat, reduction="sum")
+        return flat[0], dict(zip(keys, flat[1:], strict=True))
+
+    def _finish(self) -> None:
+        self.frozen.verify()
+        if not self.accelerator.is_main_process:
+            return
+        temporary = self.run_dir / "model.tmp"
+        self.model.eval().save_pretrained(temporary)
+        temporary.rename(self.model_dir)
+
+
+def lr_factor(config: RunConfig, step: int, stage: StageConfig) -> float:
+    """Linear warm-up, flat, then half a cosine to zero from `decay_from` of all steps on."""
+    optim = config.optim
+    share = step / config.total_steps
+    warm = min(1.0, (step + 1) / max(1, optim.warmup_steps))
+    if share <= optim.decay_from:
+        return stage.lr * warm
+    progress = (share - optim.decay_from) / (1 - optim.decay_from)
+    return stage.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _postfix(record: dict[str, Any]) -> str:
+    accuracy = " ".join(f"{name} {value:.2f}" for name, value in sorted(record["accuracy"].items()))
+    return (
+        f"{record['stage']} loss {record['loss']:.3f} acc {accuracy} "
+        f"{record['tokens_per_second']:.0f} tok/s"
+    )
