@@ -80,7 +80,9 @@ class Header:
             ("fingerprint", self.fingerprint, range(_U16_MAX + 1)),
         ):
             if not isinstance(value, int) or value not in allowed:
-                wanted = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 4 else f"of {allowed}"
+                wanted = (
+                    f"from {allowed[0]} to {allowed[-1]}" if len(allowed) > 4 else f"of {allowed}"
+                )
                 raise PayloadError(f"{name} is {value!r}; expected an integer {wanted}")
 
     @property
@@ -330,14 +332,14 @@ def _decode(payloads: Sequence[bytes], header: Header) -> Tensor:
     bodies = bytearray().join(memoryview(payload)[HEADER_BYTES:] for payload in payloads)
     body_Bc = np.frombuffer(bodies, np.uint8).reshape(len(payloads), header.body_bytes)
     first = header.code_bytes if header.groups else 0
-    words = np.ascontiguousarray(body_Bc[:, first:]).view("<u2")
+    words = body_Bc[:, first:].copy().view("<u2")  # copied, because it may start at an odd address
     fp16 = torch.from_numpy(words.view("<f2").astype(np.float16, copy=False))
     if header.bits == 16:
         unwritten = ((words & 0x7FFF) >= _FP16_INFINITY) | (words == _FP16_MINUS_ZERO)
         _refuse(unwritten, "value {} is NaN, infinite or -0.0")
         return fp16.view(-1, header.latents, header.d_z).float()
     _refuse(words >= _FP16_INFINITY, "the scale of group {} is NaN, infinite or has its sign set")
-    codes_Bc = torch.from_numpy(np.ascontiguousarray(body_Bc[:, :first]))
+    codes_Bc = torch.from_numpy(body_Bc[:, :first])
     latent_BMD = _dequantize(codes_Bc, fp16, header)
     again_Bc, again_BG = _quantize(latent_BMD, header)
     _refuse((again_BG != fp16).numpy(), "the scale of group {} is not the one its codes ask for")
