@@ -1,0 +1,37 @@
+"""The public ops: quantisation, calibrated projection and distillation KL, with their gradients.
+
+Each is a `torch.library` op whose CPU implementation is `latentwire_fast.reference` and whose CUDA
+implementation is a Triton launcher (imported on first use), wrapped in an `autograd.Function`.
+`torch.compile(fullgraph=True)` traces through all of them.
+
+    codes, scales = ops.quantize_pack(latent, bits=4, group_size=32)
+    with ops.backend("reference"):  # plain torch also on CUDA
+        loss = ops.linear_kd_kl(student_hidden, teacher_hidden, lm_head.weight, tau=2.0, mask=mask)
+"""
+
+from __future__ import annotations
+
+from latentwire_fast.ops.adapter import CALIBRATIONS, project_calibrate
+from latentwire_fast.ops.dispatch import backend
+from latentwire_fast.ops.distill import REDUCTIONS, kd_kl, linear_kd_kl
+from latentwire_fast.ops.quantize import (
+    BITS,
+    GROUP_SIZES,
+    fake_quantize,
+    quantize_pack,
+    unpack_dequantize,
+)
+
+__all__ = [
+    "BITS",
+    "CALIBRATIONS",
+    "GROUP_SIZES",
+    "REDUCTIONS",
+    "backend",
+    "fake_quantize",
+    "kd_kl",
+    "linear_kd_kl",
+    "project_calibrate",
+    "quantize_pack",
+    "unpack_dequantize",
+]

@@ -1,0 +1,206 @@
+"""Projection and RMS calibration (K2): the last stage of every adapter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from latentwire_fast import reference
+from latentwire_fast.errors import ConfigError, KernelError
+from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register
+
+CALIBRATIONS = ("none", "token", "example", "batch")
+
+_AFFINE = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gamma, "
+)
+
+
+def _project_calibrate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return reference.project_calibrate(x, *arguments)
+
+
+def _project_calibrate_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    calibration = arguments[-2]
+    shared = {"none": (0,), "token": (*x.shape[:-1], 1), "batch": (1,) * x.dim()}
+    shape = shared.get(calibration) or (*x.shape[:-2], 1, 1)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return out, x.new_empty(shape, dtype=reference.compute_dtype(x))
+
+
+def _project_calibrate_backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    needs = arguments[-1]
+    grads = reference.project_calibrate_backward(grad, x, *arguments)
+    return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
+
+
+def _project_calibrate_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    gamma: Tensor | None,
+    gain: Tensor | None,
+    *arguments: Any,
+) -> list[Tensor]:
+    width, c = weight.shape[0], reference.compute_dtype(x)
+    shapes = (
+        x.shape,
+        weight.shape,
+        (width,),
+        (x.shape[-1],),
+        (x.shape[-1],),
+        (width,),
+        (width,),
+        (),
+    )
+    needs = arguments[-1]
+    return [x.new_empty(s, dtype=c) for s, needed in zip(shapes, needs, strict=True) if needed]
+
+
+register(
+    f"project_calibrate({_AFFINE}Tensor? beta, Tensor? gain, float target_rms, str calibration, "
+    "bool tanh) -> (Tensor, Tensor)",
+    _project_calibrate,
+    _project_calibrate_fake,
+)
+register(
+    f"project_calibrate_backward(Tensor grad, {_AFFINE}Tensor? gain, Tensor mean_square, "
+    "float target_rms, str calibration, bool tanh, bool[8] needs) -> Tensor[]",
+    _project_calibrate_backward,
+    _project_calibrate_backward_fake,
+)
+
+
+class _ProjectCalibrate(torch.autograd.Function):
+    """Saves x, the mean squares and the parameters; y is made again, or not needed, in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        gain: Tensor | None,
+        target_rms: float,
+        calibration: str,
+        tanh: bool,
+    ) -> Tensor:
+        parameters = (weight, bias, norm_weight, norm_bias, gamma)
+        out, mean_square = torch.ops.latentwire_fast.project_calibrate(
+            x, *parameters, beta, gain, target_rms, calibration, tanh
+        )
+        ctx.save_for_backward(x, *parameters, gain, mean_square)
+        ctx.settings = (target_rms, calibration, tanh)
+        ctx.beta_dtype = None if beta is None else beta.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, norm_weight, norm_bias, gamma, gain, _ = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:8])
+        found = iter(
+            torch.ops.latentwire_fast.project_calibrate_backward(
+                grad.contiguous(), *ctx.saved_tensors, *ctx.settings, needs
+            )
+        )
+        inputs = (x, weight, bias, norm_weight, norm_bias, gamma)
+        dtypes = (*(None if t is None else t.dtype for t in inputs), ctx.beta_dtype)
+        dtypes = (*dtypes, None if gain is None else gain.dtype)
+        grads = [
+            next(found).to(dtype) if needed else None
+            for needed, dtype in zip(needs, dtypes, strict=True)
+        ]
+        return (*grads, None, None, None)
+
+
+def project_calibrate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    target_rms: float | None = None,
+    gain: float | Tensor = 1.0,
+    calibration: str = "token",
+    tanh: bool = False,
+) -> Tensor:
+    """`gamma * s * y + beta` with `y = W norm(x) + b`, and s such that `s * y` has a given RMS.
+
+    The adapter's last stage: a projection into a reader's input space, brought to the root mean
+    square of its own embeddings. Differentiable (once) in every tensor argument.
+
+    Args:
+        x: `[..., d]`, or `[..., M, d]` for calibration per example.
+        weight: `[D, d]`; bias: `[D]`.
+        norm_weight: `[d]`: LayerNorm of x first, with `norm_bias` `[d]` if given.
+        gamma: `[D]`, per-channel factor after the calibration; beta: `[D]`, offset.
+        target_rms: the RMS to reach; needed unless `calibration` is `none`, which ignores it.
+        gain: multiplies s (with calibration `none`, it is s); a number, or a tensor of one element.
+        calibration: which values share one RMS: a `token`'s D, an `example`'s M*D, the whole
+            `batch`'s; `none` leaves y as it is.
+        tanh: y is the tanh of the projection.
+
+    Returns:
+        `[..., D]` in x's dtype.
+
+    Raises:
+        ConfigError: an unknown calibration, or no positive target_rms for it.
+        KernelError: shapes, dtypes or devices that do not fit.
+    """
+    op = "project_calibrate"
+    one_of(op, "calibration", calibration, CALIBRATIONS)
+    if calibration != "none" and not (target_rms is not None and 0 < target_rms < math.inf):
+        raise ConfigError(
+            f"{op}: target_rms is {target_rms}; calibration {calibration!r} needs a positive number"
+        )
+    check_float(op, "x", x, dims=2 if calibration == "example" else 1)
+    check_float(op, "weight", weight, dims=2)
+    width, inner = weight.shape[0], x.shape[-1]
+    if norm_bias is not None and norm_weight is None:
+        raise KernelError(f"{op}: norm_bias without norm_weight; give both, or norm_weight alone")
+    shapes = {
+        "weight": (weight, (width, inner)),
+        "bias": (bias, (width,)),
+        "norm_weight": (norm_weight, (inner,)),
+        "norm_bias": (norm_bias, (inner,)),
+        "gamma": (gamma, (width,)),
+        "beta": (beta, (width,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        check_shape(op, name, tensor, shape, x)
+    scale = 1.0 if calibration == "none" or target_rms is None else float(target_rms)
+    gain_tensor: Tensor | None = None
+    if isinstance(gain, Tensor):
+        if gain.numel() != 1:
+            raise KernelError(f"{op}: gain has shape {tuple(gain.shape)}; expected one element")
+        gain_tensor = gain.reshape(())
+    else:
+        scale *= float(gain)
+    return _ProjectCalibrate.apply(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        gamma,
+        beta,
+        gain_tensor,
+        scale,
+        calibration,
+        tanh,
+    )

@@ -1,0 +1,92 @@
+"""Which implementation an op runs, how ops are registered, and the checks that they share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from latentwire_fast.errors import ConfigError, KernelError
+
+Backend = Literal["auto", "reference", "triton"]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_backend: Backend = "auto"
+_library = torch.library.Library("latentwire_fast", "DEF")
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Choose the implementation of every op inside the block, for the whole process.
+
+    `auto` is Triton on CUDA tensors and the reference on CPU; `reference` and `triton` force one.
+    With `TRITON_INTERPRET=1` in the environment, `triton` runs the kernels interpreted on CPU
+    tensors.
+
+    Raises:
+        ConfigError: an unknown name.
+        KernelError: `triton` without a GPU; inside the block, `triton` on a CPU tensor.
+    """
+    global _backend
+    one_of("backend", "name", name, ("auto", "reference", "triton"))
+    if name == "triton" and not (torch.cuda.is_available() or interpreted()):
+        raise KernelError(
+            "backend('triton') needs a CUDA device and torch sees none; use 'auto' or 'reference', "
+            "or set TRITON_INTERPRET=1 before starting Python to run the kernels interpreted (slow)"
+        )
+    previous, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def uses_triton(op: str, x: Tensor) -> bool:
+    """Whether this call goes to the Triton kernel; the reference otherwise."""
+    if _backend == "triton" and not x.is_cuda and not interpreted():
+        raise KernelError(
+            f"{op}: backend 'triton' on a tensor on {x.device}; move it to a CUDA device"
+        )
+    return _backend == "triton" or (_backend == "auto" and x.is_cuda)
+
+
+def register(schema: str, implementation: Any, fake: Any) -> None:
+    """Define an op with one Python implementation for CPU and CUDA, and its shape function."""
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"latentwire_fast::{name}", fake, lib=_library)
+
+
+def one_of(op: str, argument: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{op}: {argument} is {value!r}; expected one of {allowed}")
+
+
+def check_float(op: str, argument: str, x: Tensor, *, dims: int) -> None:
+    if x.dtype not in FLOATS:
+        raise KernelError(f"{op}: {argument} is {x.dtype}; expected a floating-point tensor")
+    if x.dim() < dims:
+        raise KernelError(
+            f"{op}: {argument} has shape {tuple(x.shape)}; expected at least {dims} dimensions"
+        )
+
+
+def check_shape(
+    op: str, argument: str, x: Tensor | None, shape: tuple[int, ...], on: Tensor
+) -> None:
+    if x is not None and tuple(x.shape) != shape:
+        raise KernelError(f"{op}: {argument} has shape {tuple(x.shape)}; expected {shape}")
+    if x is not None and x.device != on.device:
+        raise KernelError(
+            f"{op}: {argument} is on {x.device}; expected {on.device}, like the input"
+        )
