@@ -1,0 +1,787 @@
+"""Checkpoints survive crashes, damage and full disks, and restore every bit.
+
+The ids in test names are those of the reliability requirements.
+
+Tests that end processes run this file as a script: a small process without threads, so that it can
+fork one child per case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from latentwire_fast import checkpoint
+from latentwire_fast.checkpoint import (
+    RunLock,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_digest,
+    read_tensors,
+    restore_rng_state,
+    rng_state,
+    save_checkpoint,
+    verify_checkpoint,
+    write_atomically,
+)
+from latentwire_fast.errors import CheckpointError, TrainingError
+
+STEPS = ("create", "write_tensors", "write_text", "sync", "rename", "remove")
+
+
+def save(folder: Path, step: int, *, keep: int = 2, mark: int | None = None) -> Path:
+    """A small checkpoint whose every value says which save wrote it."""
+    mark = step if mark is None else mark
+    tensors = {
+        "model": {"weight": torch.full((3, 4), float(mark)), "bias": torch.full((4,), mark)},
+        "optimizer": {"0/weight/exp_avg": torch.full((3, 4), float(mark), dtype=torch.bfloat16)},
+    }
+    return save_checkpoint(folder, step=step, tensors=tensors, state={"mark": mark}, keep=keep)
+
+
+def load_mark(path: Path) -> tuple[int, int]:
+    """(step, mark) of what loads, after checking that all of it comes from one save."""
+    loaded = load_checkpoint(path)
+    mark = loaded.state["mark"]
+    values = [tensor for part in loaded.tensors.values() for tensor in part.values()]
+    assert len(values) == 3
+    assert all(bool((tensor == mark).all()) for tensor in values)
+    return loaded.step, mark
+
+
+class Disk(checkpoint._Disk):
+    """The disk of a save with something done round each step: `around(name, path, do)`."""
+
+    def __init__(self, around: Callable[[str, Path, Callable[[], None]], None]) -> None:
+        for name in STEPS:
+            real = getattr(checkpoint._Disk, name).__get__(self)
+            setattr(self, name, self._wrapped(name, real, around))
+
+    @staticmethod
+    def _wrapped(name: str, real: Callable, around: Callable) -> Callable:
+        return lambda path, *rest: around(name, path, lambda: real(path, *rest))
+
+
+def test_disk_steps_are_all_known() -> None:
+    assert {name for name in vars(checkpoint._Disk) if name[0] != "_"} == set(STEPS)
+
+
+# --- saving and loading -------------------------------------------------------------------------
+
+
+def test_saved_is_loaded(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    tensors = {
+        "a": {
+            "scalar": torch.tensor(3),
+            "empty": torch.empty(0, 4),
+            "strided": shared.view(2, 3).T,
+        },
+        "tied.0": {"one": shared, "two": shared, "half": torch.tensor([1.5], dtype=torch.float16)},
+        "none": {},
+    }
+    state = {"step": 7, "rate": 0.1 + 0.2, "list": [1, None, True], "text": "é"}
+    path = save_checkpoint(tmp_path / "new" / "checkpoints", step=7, tensors=tensors, state=state)
+    loaded = load_checkpoint(path)
+    assert path.name == "step-00000007"
+    assert (loaded.step, loaded.path, loaded.state) == (7, path, state)
+    assert {name: set(part) for name, part in loaded.tensors.items()} == {
+        name: set(part) for name, part in tensors.items()
+    }
+    for name, part in tensors.items():
+        for key, tensor in part.items():
+            torch.testing.assert_close(loaded.tensors[name][key], tensor, rtol=0, atol=0)
+    assert load_checkpoint(path.parent).step == 7
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    save(tmp_path, 5, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_an_existing_step_is_replaced(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 1, mark=10)
+    assert load_mark(path) == (1, 10)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_at_an_earlier_step_leaves_the_abandoned_course(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    save(tmp_path, 15)
+    assert load_mark(tmp_path) == (15, 15)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "missing") is None
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        load_checkpoint(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="step-00000003 is not a complete checkpoint"):
+        load_checkpoint(tmp_path / "step-00000003")
+    with pytest.raises(CheckpointError, match="is not named like a checkpoint"):
+        verify_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": -1}, "step=-1"),
+        ({"keep": 0}, "keep=0"),
+        ({"tensors": {"../a": {}}}, "cannot name a tensor file"),
+        ({"tensors": {".a": {}}}, "cannot name a tensor file"),
+        ({"state": {"x": torch.zeros(1)}}, "is not JSON"),
+    ],
+)
+def test_bad_arguments_write_nothing(tmp_path: Path, change: dict, message: str) -> None:
+    arguments = {"step": 1, "tensors": {"a": {}}, "state": {}, **change}
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(tmp_path, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(checkpoint, "_disk", Disk(failing("rename", errno.EIO)))
+    with pytest.raises(OSError, match="simulated"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+# --- C1, C2: ends of the process ----------------------------------------------------------------
+
+
+def in_script(case: str, folder: Path) -> dict:
+    """Run `case_NAME(folder)` of this file in a process of its own; what it returned."""
+    process = subprocess.run(
+        [sys.executable, __file__, case, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def in_child(act: Callable[[], object]) -> int:
+    """Fork, run `act` in the child, return its exit status (0 when `act` came to its end)."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            act()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+CRASHED = 77
+
+
+def crashing(at: int, when: str, log: Path) -> Callable[[str, Path, Callable[[], None]], None]:
+    """Ends the process before, in the middle of, or after disk step number `at`."""
+    count = 0
+
+    def around(name: str, path: Path, do: Callable[[], None]) -> None:
+        nonlocal count
+        count += 1
+        if count != at:
+            do()
+            return
+        log.write_text(f"{name} {when}")
+        if when == "torn" and name.startswith("write"):
+            do()
+            os.truncate(path, path.stat().st_size // 2)
+        elif when == "torn" and name == "remove":
+            sorted(path.iterdir())[0].unlink()
+        elif when == "after":
+            do()
+        os._exit(CRASHED)
+
+    return around
+
+
+def case_crash(root: Path) -> dict:
+    """C1: for every disk step, crash there, then load, save again and load that."""
+    scenarios = {  # what exists, what is being saved, what may load afterwards
+        "first": ([], (1, 1, 2), [None, (1, 1)]),
+        "next": ([(1, 1)], (2, 2, 1), [(1, 1), (2, 2)]),
+        "replace": ([(1, 1)], (1, 10, 2), [(1, 1), (1, 10)]),
+        "retire two": ([(1, 1), (2, 2)], (3, 3, 1), [(2, 2), (3, 3)]),
+    }
+    os.fsync = lambda _: None  # the end of a process loses nothing that the kernel already has
+    cases, seen, log = 0, set(), root.with_name("log")
+    for existing, (step, mark, keep), allowed in scenarios.values():
+        for when in ("before", "torn", "after"):
+            for at in range(1, 1000):
+                shutil.rmtree(root)
+                folder = root / "checkpoints"
+                for old_step, old_mark in existing:
+                    save(folder, old_step, mark=old_mark)
+
+                def act(folder=folder, at=at, when=when, step=step, mark=mark, keep=keep) -> None:
+                    checkpoint._disk = Disk(crashing(at, when, log))
+                    save(folder, step, mark=mark, keep=keep)
+
+                status = in_child(act)
+                if status == 0:  # the save has fewer steps than `at`
+                    break
+                assert status == CRASHED
+                cases += 1
+                seen.add(log.read_text())
+                found = load_mark(folder) if latest_checkpoint(folder) else None
+                assert found in allowed, (when, at, found)
+                save(folder, step, mark=mark + 1, keep=keep)
+                assert load_mark(folder) == (step, mark + 1)
+                assert not list(folder.glob(".*")), "leftovers of the crash"
+    return {"cases": cases, "seen": sorted(seen)}
+
+
+def test_c1_crash_at_every_disk_step(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    result = in_script("crash", tmp_path / "root")
+    assert set(result["seen"]) == {
+        f"{s} {when}" for s in STEPS for when in ("before", "torn", "after")
+    }
+    assert result["cases"] > 150
+
+
+def case_kill(root: Path) -> dict:
+    """C2: SIGKILL a process that saves without pause; whatever it had reported saved must load."""
+    rng = random.Random(0)
+    rounds, step, in_save = 20, 0, 0
+    for _ in range(rounds):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            for now in range(step + 1, 10**6):
+                os.write(writing, f"begin {now}\n".encode())
+                save(root, now)
+                os.write(writing, f"saved {now}\n".encode())
+        os.close(writing)
+        time.sleep(rng.uniform(0.005, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with os.fdopen(reading) as reports:
+            lines = reports.read().splitlines()
+        in_save += bool(lines) and lines[-1].startswith("begin")
+        saved = [int(line.split()[1]) for line in lines if line.startswith("saved")]
+        found = load_mark(root) if latest_checkpoint(root) else (0, 0)
+        assert found[0] in (max([step, *saved]), max([step, *saved]) + 1), (found, saved)
+        assert found[0] == found[1]
+        step = found[0]
+    return {"rounds": rounds, "in_save": in_save, "last": step}
+
+
+def test_c2_sigkill_at_random_instants(tmp_path: Path) -> None:
+    result = in_script("kill", tmp_path)
+    assert result["rounds"] == 20
+    assert result["in_save"] > 10, "too few kills fell into a save"
+    assert result["last"] > 20
+
+
+# --- C4: damage ---------------------------------------------------------------------------------
+
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_c4_every_truncation_and_flipped_byte_is_detected(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 1)
+    rng = random.Random(0)
+    intact = (path / name).read_bytes()
+    damaged = [intact[:length] for length in range(len(intact))]
+    damaged += [intact + b"\0", intact + b"\n"]
+    for position in range(len(intact)):
+        changed = bytearray(intact)
+        changed[position] ^= rng.randrange(1, 256)
+        damaged.append(bytes(changed))
+    for content in damaged:
+        (path / name).write_bytes(content)
+        with pytest.raises(CheckpointError):
+            verify_checkpoint(path)
+    (path / name).write_bytes(intact)
+    verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_c4_latest_falls_back_with_a_warning(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content)
+    assert load_mark(tmp_path) == (1, 1)
+    assert "passing over a damaged checkpoint" in caplog.text
+    assert "step-00000002" in caplog.text
+    with pytest.raises(CheckpointError, match="step-00000002"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "superfluous", "renamed"])
+def test_c4_the_set_of_files_is_checked(tmp_path: Path, change: str) -> None:
+    path = save(tmp_path, 1)
+    if change == "missing":
+        (path / "model.safetensors").unlink()
+    elif change == "superfluous":
+        (path / "extra.safetensors").write_bytes(b"")
+    else:
+        path = path.rename(tmp_path / "step-00000009")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+
+
+def test_c4_all_damaged_is_an_error(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (save(tmp_path, step) / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        '{"format": 1, "files": []}',
+        '{"format": 2, "files": {}}',
+        "[" * 10**5,
+    ],
+)
+def test_c4_strange_manifests(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path, 1)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+
+
+def test_c4_an_overlong_manifest_is_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    with (path / "manifest.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="too long"):
+        load_checkpoint(path)
+
+
+# --- C5: a disk that refuses --------------------------------------------------------------------
+
+
+def failing(
+    step: str, code: int, *, nth: int = 1
+) -> Callable[[str, Path, Callable[[], None]], None]:
+    """The `nth` disk step of a kind raises; a failing write leaves a torn file."""
+    count = 0
+
+    def around(name: str, path: Path, do: Callable[[], None]) -> None:
+        nonlocal count
+        count += name == step
+        if name != step or count != nth:
+            do()
+            return
+        if name.startswith("write"):
+            path.write_bytes(b"torn")
+        message = f"simulated: {os.strerror(code)}"
+        # safetensors reports its own I/O errors
+        raise SafetensorError(message) if step == "write_tensors" else OSError(code, message)
+
+    return around
+
+
+@pytest.mark.parametrize("existing", [1, 2], ids=["next", "replace"])
+@pytest.mark.parametrize(
+    ("step", "code", "nth"),
+    [
+        ("create", errno.EROFS, 1),
+        ("create", errno.EACCES, 1),
+        ("write_tensors", errno.ENOSPC, 1),
+        ("write_tensors", errno.ENOSPC, 2),
+        ("write_text", errno.ENOSPC, 1),
+        ("write_text", errno.ENOSPC, 2),
+        ("sync", errno.EIO, 1),
+        ("sync", errno.ENOSPC, 5),
+        ("rename", errno.EACCES, 1),
+    ],
+)
+def test_c5_a_refusing_disk_raises_and_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, nth: int, existing: int
+) -> None:
+    old = save(tmp_path, existing)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_disk", Disk(failing(step, code, nth=nth)))
+        with pytest.raises(CheckpointError, match=r"could not save step 2 .*simulated"):
+            save(tmp_path, 2, mark=20)
+    assert list(tmp_path.iterdir()) == [old]
+    assert load_mark(old) == (existing, existing)
+    assert load_mark(save(tmp_path, 2, mark=20)) == (2, 20)
+
+
+def test_c5_failing_second_rename_of_a_replacement_puts_the_old_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_disk", Disk(failing("rename", errno.EIO, nth=2)))
+    with pytest.raises(CheckpointError, match="simulated"):
+        save(tmp_path, 1, mark=10)
+    assert list(tmp_path.iterdir()) == [path]
+    assert load_mark(path) == (1, 1)
+
+
+def test_c5_an_undeletable_old_checkpoint_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_disk", Disk(failing("remove", errno.EACCES)))
+        save(tmp_path, 2, keep=1)
+    assert "could not delete the retired checkpoint" in caplog.text
+    assert load_mark(tmp_path) == (2, 2)
+    save(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def case_limit(root: Path) -> dict:
+    """C5 without simulation: the kernel refuses to let a file grow."""
+    save(root, 1)
+
+    def act() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            save_checkpoint(root, step=2, tensors={"a": {"b": torch.zeros(10_000)}}, state={})
+        except CheckpointError as error:
+            os._exit(CRASHED if "File too large" in str(error) else 1)
+
+    status = in_child(act)
+    return {"status": status, "loads": load_mark(root), "files": [p.name for p in root.iterdir()]}
+
+
+def test_c5_a_real_limit_of_the_kernel(tmp_path: Path) -> None:
+    result = in_script("limit", tmp_path)
+    assert result == {"status": CRASHED, "loads": [1, 1], "files": ["step-00000001"]}
+
+
+def case_read_only(root: Path) -> dict:
+    """C5 without simulation: an unprivileged process saves into a folder that it may only read."""
+    save(root, 1)
+    root.chmod(0o555)
+    os.chdir(root)  # the folders above may be closed to other users
+
+    def act() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        refusals = 0
+        try:
+            save(Path(), 2)
+        except CheckpointError as error:
+            refusals += "Permission denied" in str(error)
+        try:
+            RunLock(Path()).__enter__()
+        except TrainingError as error:
+            refusals += "Permission denied" in str(error)
+        os._exit(CRASHED if refusals == 2 else 1)
+
+    status = in_child(act)
+    return {"status": status, "loads": load_mark(root), "files": [p.name for p in root.iterdir()]}
+
+
+def test_c5_a_real_read_only_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    result = in_script("read_only", folder)
+    folder.chmod(0o755)
+    assert result == {"status": CRASHED, "loads": [1, 1], "files": ["step-00000001"]}
+
+
+# --- C6: two writers ----------------------------------------------------------------------------
+
+
+def test_c6_the_second_writer_refuses(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run"):
+        with (
+            pytest.raises(TrainingError, match=f"in use by process {os.getpid()}"),
+            RunLock(tmp_path / "run"),
+        ):
+            pytest.fail("two writers")
+        with RunLock(tmp_path / "other"):
+            pass
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+def case_lock(root: Path) -> dict:
+    """C6 across processes: refused while another process lives, free once it was killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with RunLock(root):
+            os.write(writing, b"held")
+            time.sleep(300)
+    os.read(reading, 4)
+    try:
+        with RunLock(root):
+            refusal = ""
+    except TrainingError as error:
+        refusal = str(error)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with RunLock(root):
+        return {"child": child, "refusal": refusal}
+
+
+def test_c6_across_processes(tmp_path: Path) -> None:
+    result = in_script("lock", tmp_path)
+    assert f"in use by process {result['child']}" in result["refusal"]
+
+
+def test_c6_a_run_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(TrainingError, match="cannot write to run folder"),
+        RunLock(tmp_path / "file"),
+    ):
+        pass
+
+
+# --- S2: hostile files --------------------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickling creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_s2_a_disguised_pickle_is_rejected_and_not_run(tmp_path: Path, how: str) -> None:
+    effect = tmp_path / "effect"
+    path = save(tmp_path, 1)
+    model = path / "model.safetensors"
+    if how == "pickle":
+        model.write_bytes(pickle.dumps(Bomb(effect)))
+    else:
+        torch.save({"weight": Bomb(effect)}, model)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        read_tensors(model)
+    files = {name: checkpoint._file_entry(path / name) for name in FILES[:3]}
+    (path / "manifest.json").write_text(checkpoint._manifest_text(1, files))
+    verify_checkpoint(path)  # an attacker writes a manifest that fits
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_checkpoint(path)
+    assert not effect.exists()
+    pickle.loads(pickle.dumps(Bomb(effect)))
+    assert effect.exists(), "the bomb does not work, so the test shows nothing"
+
+
+# --- digests ------------------------------------------------------------------------------------
+
+
+def test_digest_depends_on_names_dtypes_shapes_and_bytes() -> None:
+    base = {"a": torch.arange(6.0), "b": torch.tensor(1.0)}
+    variants: list[dict[str, Tensor]] = [
+        base,
+        {"c": base["a"], "b": base["b"]},
+        {"a": base["b"], "b": base["a"]},
+        {"a": base["a"].view(2, 3), "b": base["b"]},
+        {"a": base["a"].view(torch.int32), "b": base["b"]},
+        {"a": base["a"].nextafter(torch.tensor(9.0)), "b": base["b"]},
+        {"a": base["a"]},
+        {},
+    ]
+    digests = [parameter_digest(variant.items()) for variant in variants]
+    assert len(set(digests)) == len(variants)
+    assert parameter_digest(reversed(base.items())) == digests[0]
+    strided = torch.arange(6.0).view(2, 3).T.contiguous().T.flatten()
+    assert parameter_digest({"b": base["b"], "a": strided}.items()) == digests[0]
+
+
+def test_digest_takes_every_dtype() -> None:
+    for dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64):
+        assert len(parameter_digest([("x", torch.ones(3).to(dtype)), ("e", torch.empty(0))])) == 64
+
+
+# --- optimisers and random generators -----------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self, *, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3), nn.Linear(16, 16))
+        self.norm = nn.LayerNorm(16)
+        self.register_parameter("unused", nn.Parameter(torch.zeros(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.body(x))
+
+
+def optimizers_of(net: Net, *, backwards: bool = False) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in net.parameters() if p.dim() == 2]
+    others = [p for p in net.parameters() if p.dim() != 2]
+    if backwards:
+        matrices, others = matrices[::-1], others[::-1]
+    result: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95),
+        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), amsgrad=True),
+        torch.optim.NAdam([nn.Parameter(torch.zeros(1))], lr=1e-3),
+    ]
+    net.register_parameter("extra", result[2].param_groups[0]["params"][0])
+    for optimizer in result:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return result
+
+
+def train(net: Net, optimizers: list[torch.optim.Optimizer], rng: random.Random) -> list[float]:
+    losses = []
+    for step in range(5):
+        rows = torch.randn(8, 16) * rng.uniform(0.5, 1.5) + float(np.random.rand())  # noqa: NPY002
+        loss = net(rows).square().mean() + net.get_parameter("extra").cos().sum()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["base_lr"] / (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def save_all(
+    folder: Path, net: Net, optimizers: list[torch.optim.Optimizer], rng: random.Random
+) -> None:
+    optimizer_tensors, optimizer_json = optimizer_state(optimizers, net.named_parameters())
+    rng_tensors, rng_json = rng_state({"data": rng})
+    tensors = {"model": net.state_dict(), "optimizer": optimizer_tensors, "rng": rng_tensors}
+    save_checkpoint(
+        folder, step=5, tensors=tensors, state={"optimizer": optimizer_json, "rng": rng_json}
+    )
+
+
+def test_training_goes_on_bit_exactly_from_a_checkpoint(tmp_path: Path) -> None:
+    net, rng = Net(seed=1), random.Random(5)
+    optimizers = optimizers_of(net)
+    train(net, optimizers, rng)
+    rng.gauss(0, 1)  # leaves a second value in the generator's state
+    save_all(tmp_path, net, optimizers, rng)
+    losses = train(net, optimizers, rng)
+    numbers = (rng.gauss(0, 1), random.random(), float(np.random.rand()))  # noqa: NPY002
+
+    loaded = load_checkpoint(tmp_path)
+    again, rng_again = Net(seed=2), random.Random(6)
+    optimizers_again = optimizers_of(again, backwards=True)
+    again.load_state_dict(loaded.tensors["model"])
+    load_optimizer_state(
+        optimizers_again,
+        again.named_parameters(),
+        tensors=loaded.tensors["optimizer"],
+        state=loaded.state["optimizer"],
+    )
+    digest = parameter_digest(loaded.tensors["optimizer"].items())
+    restore_rng_state({"data": rng_again}, tensors=loaded.tensors["rng"], state=loaded.state["rng"])
+    assert train(again, optimizers_again, rng_again) == losses
+    assert parameter_digest(again.named_parameters()) == parameter_digest(net.named_parameters())
+    assert optimizer_state(optimizers, net.named_parameters())[1]["optimizers"][0]["groups"][0][
+        "ns_coefficients"
+    ] == (3.4445, -4.775, 2.0315)
+    ended, _ = optimizer_state(optimizers, net.named_parameters())
+    ended_again, _ = optimizer_state(optimizers_again, again.named_parameters())
+    assert parameter_digest(ended.items()) == parameter_digest(ended_again.items())
+    assert parameter_digest(loaded.tensors["optimizer"].items()) == digest, "updated in place"
+    assert numbers == (rng_again.gauss(0, 1), random.random(), float(np.random.rand()))  # noqa: NPY002
+
+
+@pytest.mark.parametrize("change", ["kind", "number", "parameters", "groups", "unnamed"])
+def test_optimisers_of_another_run_are_refused_unchanged(change: str) -> None:
+    net = Net(seed=1)
+    optimizers = optimizers_of(net)
+    train(net, optimizers, random.Random(0))
+    tensors, state = optimizer_state(optimizers, net.named_parameters())
+    other = Net(seed=2)
+    fresh = optimizers_of(other)
+    named = list(other.named_parameters())
+    if change == "kind":
+        fresh[1] = torch.optim.Adam(fresh[1].param_groups[0]["params"])
+    elif change == "number":
+        fresh.pop()
+    elif change == "parameters":
+        fresh[1] = torch.optim.AdamW(fresh[1].param_groups[0]["params"][:-1])
+    elif change == "groups":
+        parameters = fresh[1].param_groups[0]["params"]
+        fresh[1] = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    else:
+        named = named[1:]
+    with pytest.raises(CheckpointError, match="optimiser"):
+        load_optimizer_state(fresh, named, tensors=tensors, state=state)
+    assert all(not optimizer.state for optimizer in fresh)
+    if change == "unnamed":
+        with pytest.raises(CheckpointError, match="not among the named parameters"):
+            optimizer_state(fresh, named)
+
+
+def test_random_generators_of_another_run_are_refused() -> None:
+    tensors, state = rng_state({"data": random.Random(1)})
+    with pytest.raises(CheckpointError, match=r"\['data'\].*\['order'\]"):
+        restore_rng_state({"order": random.Random(1)}, tensors=tensors, state=state)
+
+
+def test_other_number_of_devices_warns(caplog: pytest.LogCaptureFixture) -> None:
+    tensors, state = rng_state({})
+    extra = {f"cuda.{torch.cuda.device_count()}": tensors["cpu"]}
+    restore_rng_state({}, tensors={**tensors, **extra}, state=state)
+    assert "random numbers on them will differ" in caplog.text
+
+
+@pytest.mark.gpu
+def test_cuda_generators_round_trip(tmp_path: Path) -> None:
+    tensors, state = rng_state({})
+    save_checkpoint(tmp_path, step=1, tensors={"rng": tensors}, state=state)
+    drawn = torch.rand(8, device="cuda")
+    loaded = load_checkpoint(tmp_path)
+    restore_rng_state({}, tensors=loaded.tensors["rng"], state=loaded.state)
+    assert torch.equal(torch.rand(8, device="cuda"), drawn)
+
+
+@pytest.fixture(autouse=True)
+def _global_generators_as_before() -> Iterator[None]:
+    tensors, state = rng_state({})
+    yield
+    restore_rng_state({}, tensors=tensors, state=state)
+
+
+if __name__ == "__main__":
+    result = globals()[f"case_{sys.argv[1]}"](Path(sys.argv[2]))
+    sys.stdout.write(json.dumps(result))
