@@ -77,7 +77,10 @@ class NonFiniteGuard:
             "parameters_with_nonfinite_gradients": bad,
             "example_ids": list(example_ids),
         }
-        write_atomically(self.report, json.dumps(report, indent=2) + "\n")
+        try:
+            write_atomically(self.report, json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            logger.error("could not write %s (%s): %s", self.report, error, report)
         raise TrainingError(
             f"step {step}: loss {loss.item()}, {len(bad)} parameters with non-finite gradients; "
             f"the optimiser was not stepped. {self.report} lists the examples: look at them, or "
@@ -186,8 +189,8 @@ def run_accumulated(
     how the batch is cut. When memory runs out, the step starts again from zero gradients with half
     the micro-batch and twice the accumulation: the effective batch stays.
 
-    With several processes neither `loss_fn` nor `backward` may communicate (one process may retry
-    while the others do not): reduce the gradients afterwards, and let `divisor` agree on the weight.
+    With several processes neither `loss_fn` nor `backward` may communicate (one may retry while the
+    others do not): reduce the gradients afterwards, and let `divisor` agree on the weight.
 
     Args:
         loss_fn: must give the same sums however the examples are grouped.

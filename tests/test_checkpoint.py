@@ -227,6 +227,37 @@ def crashing(at: int, when: str, log: Path) -> Callable[[str, Path, Callable[[],
     return around
 
 
+def test_c1_what_is_renamed_is_on_disk_and_nothing_is_deleted_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test can cut the power; the order of the steps is what holds then."""
+    save(tmp_path, 1)
+    steps: list[tuple[str, str]] = []
+
+    def around(name: str, path: Path, do: Callable[[], None]) -> None:
+        steps.append((name, path.name))
+        do()
+
+    monkeypatch.setattr(checkpoint, "_disk", Disk(around))
+    save(tmp_path, 2, keep=1)
+    assert steps == [
+        ("create", ".step-00000002.tmp"),
+        ("write_tensors", "model.safetensors"),
+        ("sync", "model.safetensors"),
+        ("write_tensors", "optimizer.safetensors"),
+        ("sync", "optimizer.safetensors"),
+        ("write_text", "state.json"),
+        ("sync", "state.json"),
+        ("write_text", "manifest.json"),
+        ("sync", "manifest.json"),
+        ("sync", ".step-00000002.tmp"),
+        ("rename", ".step-00000002.tmp"),
+        ("sync", tmp_path.name),
+        ("rename", "step-00000001"),
+        ("remove", ".step-00000001.old"),
+    ]
+
+
 def case_crash(root: Path) -> dict:
     """C1: for every disk step, crash there, then load, save again and load that."""
     scenarios = {  # what exists, what is being saved, what may load afterwards
@@ -237,13 +268,15 @@ def case_crash(root: Path) -> dict:
     }
     os.fsync = lambda _: None  # the end of a process loses nothing that the kernel already has
     cases, seen, log = 0, set(), root.with_name("log")
-    for existing, (step, mark, keep), allowed in scenarios.values():
+    for number, (existing, (step, mark, keep), allowed) in enumerate(scenarios.values()):
+        folder, before = root / "checkpoints", root.with_name(f"before-{number}")
+        for old_step, old_mark in existing:
+            save(before, old_step, mark=old_mark)
         for when in ("before", "torn", "after"):
             for at in range(1, 1000):
                 shutil.rmtree(root)
-                folder = root / "checkpoints"
-                for old_step, old_mark in existing:
-                    save(folder, old_step, mark=old_mark)
+                if existing:
+                    shutil.copytree(before, folder)
 
                 def act(folder=folder, at=at, when=when, step=step, mark=mark, keep=keep) -> None:
                     checkpoint._disk = Disk(crashing(at, when, log))
