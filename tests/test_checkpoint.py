@@ -308,7 +308,10 @@ def test_c1_crash_at_every_disk_step(tmp_path: Path) -> None:
 def case_kill(root: Path) -> dict:
     """C2: SIGKILL a process that saves without pause; whatever it had reported saved must load."""
     rng = random.Random(0)
-    rounds, step, in_save = 20, 0, 0
+    begun = time.monotonic()
+    save(root, 1)
+    duration = time.monotonic() - begun
+    rounds, step, in_save = 20, 1, 0
     for _ in range(rounds):
         reading, writing = os.pipe()
         child = os.fork()
@@ -319,16 +322,16 @@ def case_kill(root: Path) -> dict:
                 save(root, now)
                 os.write(writing, f"saved {now}\n".encode())
         os.close(writing)
-        time.sleep(rng.uniform(0.005, 0.12))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         with os.fdopen(reading) as reports:
-            lines = reports.read().splitlines()
-        in_save += bool(lines) and lines[-1].startswith("begin")
-        saved = [int(line.split()[1]) for line in lines if line.startswith("saved")]
-        found = load_mark(root) if latest_checkpoint(root) else (0, 0)
-        assert found[0] in (max([step, *saved]), max([step, *saved]) + 1), (found, saved)
-        assert found[0] == found[1]
+            lines = [reports.readline() for _ in range(rng.randrange(1, 6))]
+            time.sleep(rng.uniform(0, duration))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            lines += reports.readlines()
+        in_save += lines[-1].startswith("begin")
+        reported = max([step, *(int(line[6:]) for line in lines if line.startswith("saved"))])
+        found = load_mark(root)
+        assert found in ((reported, reported), (reported + 1, reported + 1)), (found, lines)
         step = found[0]
     return {"rounds": rounds, "in_save": in_save, "last": step}
 
@@ -336,8 +339,8 @@ def case_kill(root: Path) -> dict:
 def test_c2_sigkill_at_random_instants(tmp_path: Path) -> None:
     result = in_script("kill", tmp_path)
     assert result["rounds"] == 20
-    assert result["in_save"] > 10, "too few kills fell into a save"
-    assert result["last"] > 20
+    assert result["in_save"] >= 5, "too few kills fell into a save"
+    assert result["last"] > 20, "too few saves to speak of"
 
 
 # --- C4: damage ---------------------------------------------------------------------------------
