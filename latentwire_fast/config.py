@@ -9,9 +9,10 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.errors import CheckpointError, ConfigError
 
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
@@ -268,3 +269,18 @@ def run_config_from_json(data: dict[str, Any]) -> RunConfig:
         return RunConfig(**values)
     except TypeError as error:
         raise ConfigError(f"configuration does not fit this version: {error}") from None
+
+
+def read_run_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run folder.
+
+    Raises:
+        CheckpointError: there is none, or it is not JSON.
+    """
+    path = run_dir / "config.json"
+    try:
+        return run_config_from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is {run_dir} a run folder?") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None

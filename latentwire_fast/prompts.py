@@ -111,6 +111,11 @@ class PromptBuilder:
         self._to_user = self._control_ids(to_user.removeprefix(eos) if eos else to_user)
         self._anchor = self.text_ids(anchor)
 
+    @property
+    def content_start(self) -> int:
+        """Index of the first content id in a text prompt."""
+        return len(self._opening)
+
     def _template_pieces(self) -> tuple[str, str, str]:
         """The template's text before the user, between user and assistant, and before the next user."""
         tokenizer = self.tokenizer

@@ -10,7 +10,7 @@ Shapes: B rows, T positions, D `d_model`, V vocabulary, N scored answer tokens, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from latentwire_fast.batching import PaddingSide, PromptBatch, collate
 from latentwire_fast.checkpoint import parameter_digest
+from latentwire_fast.config import ReaderConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts import Prompt, PromptBuilder
 
@@ -119,6 +120,22 @@ class Reader:
         tokenizer = AutoTokenizer.from_pretrained(path)
         return cls(model, tokenizer, name=name, source=str(source), bos=bos)
 
+    @classmethod
+    def from_config(
+        cls, name: str, config: ReaderConfig, device: torch.device | str | None = None
+    ) -> Reader:
+        """Load a reader as a run's configuration says."""
+        return cls.load(
+            config.source,
+            name=name,
+            dtype=getattr(torch, config.dtype),
+            device=device,
+            device_map=config.device_map,
+            attn_implementation=config.attn_implementation,
+            load_in_4bit=config.load_in_4bit,
+            bos=config.bos,
+        )
+
     @torch.no_grad()
     def _check_head(self) -> None:
         ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
@@ -164,6 +181,18 @@ class Reader:
     def fingerprint(self) -> str:
         """sha256 over the weights: an adapter works with these and no others."""
         return self.weights_digest()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in backward. transformers does so in train mode only, so the frozen
+        model is put there, which changes nothing unless it has dropout.
+
+        Raises:
+            ConfigError: the model has dropout.
+        """
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()):
+            raise ConfigError(f"reader {self.name!r} has dropout; it cannot be checkpointed frozen")
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
 
     def weights_digest(self) -> str:
         """sha256 over the current weights (not cached: shows that they did not change)."""
@@ -231,6 +260,18 @@ class Reader:
         eos = self.prompts.eos_id
         return [row[: row.index(eos)] if eos in row else row for row in ids]
 
+    @torch.no_grad()
+    def first_logits(
+        self, prompts: Sequence[Prompt], *, prefixes: Sequence[Tensor] | Tensor | None = None
+    ) -> Tensor:
+        """Logits `[B, V]` of the first new token: a prefill, with its KV cache made and dropped."""
+        batch = self.collate(prompts, prefixes=prefixes, side="left")
+        inputs = batch.model_inputs()
+        if len(prompts) == 1:
+            inputs["attention_mask"] = None  # nothing is padded
+        hidden_BTD = self.backbone(**inputs, use_cache=True).last_hidden_state
+        return self.head(hidden_BTD[:, -1])
+
     def _pick(self, logits_BV: Tensor, step: int, options: DecodeOptions) -> Tensor:
         if step < options.eos_ban_steps:
             logits_BV = logits_BV.clone()
@@ -247,6 +288,13 @@ class Reader:
     def decode(self, ids: Sequence[int]) -> str:
         """Answer text of generated ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def load_readers(
+    configs: Mapping[str, ReaderConfig], device: torch.device | str | None = None
+) -> dict[str, Reader]:
+    """The frozen readers of a run by name."""
+    return {name: Reader.from_config(name, config, device) for name, config in configs.items()}
 
 
 def resolve_source(source: str | Path) -> str:

@@ -36,7 +36,7 @@ from latentwire_fast.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from latentwire_fast.config import RunConfig, StageConfig, run_config_from_json, to_json
+from latentwire_fast.config import RunConfig, StageConfig, to_json
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream, facts_at
 from latentwire_fast.errors import CheckpointError, ConfigError, TrainingError
@@ -44,31 +44,11 @@ from latentwire_fast.guards import FrozenGuard, MicroLoss, NonFiniteGuard, Spike
 from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
 from latentwire_fast.objectives import Key, Objectives, Work
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
-from latentwire_fast.reader import Reader
+from latentwire_fast.reader import Reader, load_readers
 from latentwire_fast.teacher import TeacherCache
 from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def load_readers(config: RunConfig, device: torch.device | str | None = None) -> dict[str, Reader]:
-    """The frozen readers of a run by name."""
-    return {
-        name: Reader.load(
-            reader.source,
-            name=name,
-            dtype=DTYPES[reader.dtype],
-            device=device,
-            device_map=reader.device_map,
-            attn_implementation=reader.attn_implementation,
-            load_in_4bit=reader.load_in_4bit,
-            bos=reader.bos,
-        )
-        for name, reader in config.readers.items()
-    }
-
 
 def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
     """A fresh model for these readers."""
@@ -90,7 +70,7 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
     """
     if config.data.source == "testbed":
         return TestbedStream(config.data, mode=config.mode, seed=config.seed)
-    examples = load_examples(config.data, split="train", seed=config.seed)
+    examples = load_examples(config.data.source, split="train", count=None, seed=config.seed)
     answers = sorted({e.answers[0] for e in examples if e.answers})
     for reader in readers.values():
         wrong = reader.prompts.check_alignment(answers)
@@ -154,7 +134,7 @@ class Trainer:
         wanted = to_json(self.config)
         if path.exists():
             stored = json.loads(path.read_text())
-            if stored != to_json(run_config_from_json(wanted)):
+            if stored != wanted:
                 differ = sorted(k for k in wanted if stored.get(k) != wanted[k])
                 raise ConfigError(
                     f"{self.run_dir} holds a run with another configuration (differs in "
@@ -170,7 +150,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         device = self.accelerator.device
-        self.readers = load_readers(config, device)
+        self.readers = load_readers(config.readers, device)
         self.frozen = FrozenGuard({name: r.model for name, r in self.readers.items()})
         self.model = build_model(config, self.readers).to(device).train()
         if config.optim.gradient_checkpointing:

@@ -34,6 +34,7 @@ from transformers import (
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
 from latentwire_fast.prompts import PromptBuilder, Turn, context_text
 from latentwire_fast.testbed import task
+from latentwire_fast.testbed.induction import add_induction_circuit
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,14 @@ class Recipe:
     hidden_size: int
     layers: int
     heads: int
-    steps: int = 4500
-    warmup_share: float = 0.10
-    one_fact_until: float = 0.17
-    two_facts_until: float = 0.25
-    decay_from: float = 0.40
+    steps: int = 4000
+    warmup_share: float = 0.05
+    one_fact_until: float = 0.12
+    two_facts_until: float = 0.22
+    decay_from: float = 0.30
     batch_size: int = 32
-    muon_lr: float = 0.015
-    adamw_lr: float = 2e-3
+    muon_lr: float = 0.01
+    adamw_lr: float = 1e-3
     seed: int = 0
 
     def facts_at(self, share: float) -> int:
@@ -103,8 +104,11 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
     }
     torch.manual_seed(recipe.seed)
     if recipe.architecture == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape))
-    return Qwen2ForCausalLM(Qwen2Config(**shape))
+        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**shape))
+    add_induction_circuit(model)
+    return model
 
 
 class RowMaker:

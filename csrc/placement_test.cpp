@@ -1,2 +1,0 @@
-#include "placement.h"
-int main() {}

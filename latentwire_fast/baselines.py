@@ -1,0 +1,172 @@
+"""What a latent is compared with: for every method, the prompts and prefixes that a reader is given.
+
+Every method goes through the same prompt builder, the same decoding and the same scorer. A method is a
+list of prompts (one per example) and, where something other than token ids is read, of prefixes
+`[M_i, D]`. Budgets count *content* positions: template and anchor are the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentwire_fast.data.examples import Example
+from latentwire_fast.interlingua import Interlingua
+from latentwire_fast.prompts import Prompt, Turn, context_text, full_text, question_text
+from latentwire_fast.reader import Reader
+
+FIRST_WORDS = 5
+
+
+@dataclass
+class MethodInput:
+    """A method's input for some examples.
+
+    Attributes:
+        prompts: with the gold answer as targets.
+        prefixes: None for text.
+        positions: per example, how many positions the prefix (or the text in its place) takes.
+    """
+
+    prompts: list[Prompt]
+    prefixes: list[Tensor] | None
+    positions: list[int]
+
+
+def cut_utf8(text: str, size: int) -> str:
+    """The longest prefix of a text whose UTF-8 form has at most `size` bytes."""
+    return text.encode()[: max(0, size)].decode(errors="ignore")
+
+
+class Methods:
+    """Builds every method's input for one reader.
+
+    Args:
+        model: the trained interlingua; its mode says what the latent stands for.
+        latents: `[n, M, d_z]` as decoded from the payloads.
+        payload_bytes: per example, at the run's bit width.
+    """
+
+    def __init__(
+        self,
+        model: Interlingua,
+        reader: Reader,
+        examples: Sequence[Example],
+        *,
+        latents: Tensor,
+        payload_bytes: Sequence[int],
+    ) -> None:
+        self.model = model
+        self.reader = reader
+        self.examples = list(examples)
+        self.latents = latents
+        self.payload_bytes = list(payload_bytes)
+        self.budget = model.encoder_config.latents
+        self.table: dict[str, Callable[[], MethodInput]] = {
+            "text": self.text,
+            "latent": lambda: self.latent(self.latents),
+            "token_budget": self.token_budget,
+            "token_budget_question": self.token_budget_question,
+            "byte_budget": self.byte_budget,
+            "closed_book": self.closed_book,
+            "shuffled_latent": lambda: self.latent(self.latents.roll(1, 0)),
+            "zero_latent": lambda: self.latent(torch.zeros_like(self.latents)),
+            "embedding_replay": self.embedding_replay,
+        }
+
+    def _turn(self, example: Example) -> list[Turn]:
+        return [Turn(example.question, example.answers[0])]
+
+    def _text_like(self, user_ids: Sequence[list[int] | None]) -> MethodInput:
+        """Text prompts whose user part is the given ids (None: the whole text)."""
+        prompts = [
+            self.reader.prompts.build(self._turn(e), context=e.context, user_ids=ids)
+            for e, ids in zip(self.examples, user_ids, strict=True)
+        ]
+        return MethodInput(prompts, None, [self._positions(p, e) for p, e in self._zip(prompts)])
+
+    def _zip(self, prompts: list[Prompt]) -> list[tuple[Prompt, Example]]:
+        return list(zip(prompts, self.examples, strict=True))
+
+    def _positions(self, prompt: Prompt, example: Example) -> int:
+        """Content positions in the latent's place: in context mode the question is not among them."""
+        if self.model.mode == "pure":
+            return prompt.content
+        question = self.reader.prompts.text_ids(question_text(example.question))
+        return max(0, prompt.content - len(question))
+
+    def text(self) -> MethodInput:
+        """The whole prompt."""
+        return self._text_like([None] * len(self.examples))
+
+    def latent(self, latents: Tensor) -> MethodInput:
+        """The latent in its place."""
+        prompts = [
+            self.reader.prompts.build(self._turn(e), context=e.context, latent=self.model.mode)
+            for e in self.examples
+        ]
+        prefixes = list(self.model.prefix(self.reader.name, latents))
+        return MethodInput(prompts, prefixes, [self.budget] * len(prompts))
+
+    def token_budget(self) -> MethodInput:
+        """The prompt cut to M tokens from its start, as the seeds do: the question is usually lost."""
+        ids = self.reader.prompts.text_ids
+        return self._text_like(
+            [ids(full_text(e.context, e.question))[: self.budget] for e in self.examples]
+        )
+
+    def token_budget_question(self) -> MethodInput:
+        """The question kept and the context cut: to M less the question (pure), or to M (context)."""
+        cut = []
+        for e in self.examples:
+            question = self.reader.prompts.text_ids(question_text(e.question))
+            left = self.budget - (len(question) if self.model.mode == "pure" else 0)
+            context = self.reader.prompts.text_ids(context_text(e.context))[: max(0, left)]
+            cut.append([*context, *question])
+        return self._text_like(cut)
+
+    def byte_budget(self) -> MethodInput:
+        """The text cut to the payload's bytes: the whole prompt (pure), or the context (context)."""
+        cut = []
+        for e, size in zip(self.examples, self.payload_bytes, strict=True):
+            if self.model.mode == "pure":
+                text = cut_utf8(full_text(e.context, e.question), size)
+            else:
+                text = cut_utf8(context_text(e.context), size) + question_text(e.question)
+            cut.append(self.reader.prompts.text_ids(text))
+        return self._text_like(cut)
+
+    def closed_book(self) -> MethodInput:
+        """The question alone."""
+        prompts = [self.reader.prompts.build(self._turn(e), context=None) for e in self.examples]
+        return MethodInput(prompts, None, [self._positions(p, e) for p, e in self._zip(prompts)])
+
+    def embedding_replay(self) -> MethodInput:
+        """The text's own input embeddings as the prefix: must equal text."""
+        text = self.text()
+        prompts, prefixes = [], []
+        for prompt in text.prompts:
+            start = self.reader.prompts.content_start
+            stop = start + prompt.content
+            replay = Prompt(
+                ids=prompt.ids[:start] + prompt.ids[stop:],
+                latent_at=start,
+                is_target=prompt.is_target[:start] + prompt.is_target[stop:],
+            )
+            ids = torch.tensor(prompt.ids[start:stop], device=self.reader.device)
+            prompts.append(replay)
+            prefixes.append(self.reader.embedding(ids))
+        return MethodInput(prompts, prefixes, text.positions)
+
+    def first_words(self) -> list[str]:
+        """A floor without a model: the first words of the context as the answer."""
+        return [" ".join(e.context.split()[:FIRST_WORDS]) for e in self.examples]
+
+
+def unanswered(prompt: Prompt) -> Prompt:
+    """A one-turn prompt without its answer: what decoding starts from."""
+    end = prompt.is_target.index(True) if any(prompt.is_target) else len(prompt.ids)
+    return Prompt(prompt.ids[:end], prompt.latent_at, prompt.is_target[:end], prompt.content)

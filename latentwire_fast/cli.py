@@ -1,0 +1,45 @@
+"""What the entry points share: one way to report errors, to log, and to read NAME=SOURCE."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from latentwire_fast.errors import ConfigError, LatentWireError
+
+
+def run_entry_point(main: Callable[[], None]) -> None:
+    """Run `main`; an error made for users becomes one line on stderr and exit status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "accelerate", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        main()
+    except LatentWireError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse_pairs(pairs: Sequence[str], *, option: str) -> dict[str, str]:
+    """`NAME=SOURCE` options to a dict in their order.
+
+    Raises:
+        ConfigError: not of that form, or a name given twice.
+    """
+    parsed: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, source = pair.partition("=")
+        if not (name and separator and source):
+            raise ConfigError(f"{option} {pair!r}: expected NAME=SOURCE, such as llama=path/to/model")
+        if not name.isidentifier():
+            raise ConfigError(f"{option} {pair!r}: {name!r} must be letters, digits and _")
+        if name in parsed:
+            raise ConfigError(f"{option}: {name!r} is given twice")
+        parsed[name] = source
+    return parsed

@@ -1,0 +1,84 @@
+"""Evaluate a trained run, or score a file of predictions.
+
+    python -m latentwire_fast.evaluate --run runs/demo
+    python -m latentwire_fast.evaluate --run runs/demo --fresh-seed 7 --examples 200 --out fresh.json
+    python -m latentwire_fast.evaluate score --data squad.json --predictions predictions.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from latentwire_fast.cli import run_entry_point
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """Score a trained run on held-out examples and write its report.
+
+    Args:
+        run: the run folder.
+        fresh_seed: score newly generated held-out examples of this seed.
+        examples: how many examples (the run's own number if not given).
+        out: write metrics.json to this file only; required with --fresh-seed.
+    """
+
+    run: Path
+    fresh_seed: int | None = None
+    examples: int | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """Official SQuAD EM and F1 of a predictions file.
+
+    Args:
+        data: a SQuAD-format file.
+        predictions: a JSON object of question id to answer text.
+    """
+
+    data: Path
+    predictions: Path
+
+
+def score(arguments: list[str]) -> None:
+    """Print official scores as JSON."""
+    args = tyro.cli(ScoreArguments, args=arguments, prog="latentwire_fast.evaluate score")
+    from latentwire_fast.score import score_file
+
+    print(json.dumps(score_file(args.data, args.predictions)))
+
+
+def evaluate() -> None:
+    """Evaluate a run and say where the report is."""
+    args = tyro.cli(RunArguments, prog="latentwire_fast.evaluate")
+    from latentwire_fast.errors import ConfigError
+    from latentwire_fast.evaluator import evaluate_run
+
+    if args.fresh_seed is not None and args.out is None:
+        raise ConfigError("--fresh-seed needs --out FILE: the run's own report stays as it is")
+    metrics = evaluate_run(
+        args.run, fresh_seed=args.fresh_seed, count=args.examples, out=args.out
+    )
+    from latentwire_fast.summary import summary_lines
+
+    print("\n".join(summary_lines(metrics)))
+    print(f"metrics: {args.out}" if args.out else f"report: {args.run / 'eval' / 'report.html'}")
+
+
+def main() -> None:
+    """`score ...` scores a file, anything else evaluates a run."""
+    if sys.argv[1:2] == ["score"]:
+        score(sys.argv[2:])
+    else:
+        evaluate()
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

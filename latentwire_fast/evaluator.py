@@ -1,0 +1,422 @@
+"""Score a trained run: every method, every bit width, joint rescoring, timings, verdicts, report.
+
+Latents are judged as the receiver sees them: packed to bytes and decoded again. All methods share one
+prompt builder, one decoder and one scorer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentwire_fast import metrics as scores
+from latentwire_fast import wire
+from latentwire_fast.baselines import MethodInput, Methods, unanswered
+from latentwire_fast.checkpoint import write_atomically
+from latentwire_fast.config import RunConfig, read_run_config, to_json
+from latentwire_fast.data.examples import Example
+from latentwire_fast.data.sources import load_examples
+from latentwire_fast.errors import CheckpointError
+from latentwire_fast.hypotheses import judge
+from latentwire_fast.interlingua import Interlingua
+from latentwire_fast.prompts import Prompt, Turn, context_text, full_text
+from latentwire_fast.provenance import run_record
+from latentwire_fast.reader import DecodeOptions, Reader, load_readers
+from latentwire_fast.report import write_report
+from latentwire_fast.results import MethodResult, mean
+
+logger = logging.getLogger(__name__)
+
+TOP_K = 5
+LOGPROB_STEPS = 4
+
+
+class Evaluator:
+    """Scores one model with its readers on a list of examples.
+
+    Args:
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Interlingua,
+        readers: dict[str, Reader],
+        examples: Sequence[Example],
+        *,
+        progress: bool = True,
+    ) -> None:
+        for reader in readers.values():
+            model.check_reader(reader)
+        self.config = config
+        self.model = model
+        self.readers = readers
+        self.examples = [e for e in examples if e.answers]
+        self.options = DecodeOptions(
+            max_new_tokens=config.evaluation.max_new_tokens,
+            first_token_temperature=config.evaluation.first_token_temperature,
+            first_token_top_p=config.evaluation.first_token_top_p,
+            eos_ban_steps=config.evaluation.eos_ban_steps,
+            seed=config.seed,
+        )
+        self.bar = tqdm(disable=not progress, desc="evaluate", unit="batch", dynamic_ncols=True)
+
+    @torch.no_grad()
+    def encode(self) -> dict[int, list[bytes]]:
+        """Payloads of every example at every bit width."""
+        payloads: dict[int, list[bytes]] = {bits: [] for bits in self._widths()}
+        for batch in self._batches(self.examples):
+            questions = [e.question for e in batch] if self.model.mode == "pure" else None
+            latent = self.model.encode([e.context for e in batch], questions)
+            for bits in payloads:
+                payloads[bits] += self.model.payloads(latent, bits=bits)
+        return payloads
+
+    def _widths(self) -> list[int]:
+        return sorted({*self.config.evaluation.bits, self.model.quantizer.bits}, reverse=True)
+
+    def _batches(self, items: Sequence[Any]) -> list[Any]:
+        size = self.config.evaluation.batch_size
+        return [items[i : i + size] for i in range(0, len(items), size)]
+
+    @torch.no_grad()
+    def run(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Everything: (the scored parts of metrics.json, the records of predictions.jsonl)."""
+        payloads = self.encode()
+        bits = self.model.quantizer.bits
+        latents = {b: self.model.decode_payloads(p) for b, p in payloads.items()}
+        sizes = [len(p) for p in payloads[bits]]
+        results: dict[str, dict[str, MethodResult]] = {}
+        by_bits: dict[str, dict[int, MethodResult]] = {}
+        per_reader = 9 + len(self._widths())
+        batches = len(self._batches(self.examples))
+        self.bar.reset(total=len(self.readers) * per_reader * batches)
+        for name, reader in self.readers.items():
+            methods = Methods(
+                self.model, reader, self.examples, latents=latents[bits], payload_bytes=sizes
+            )
+            results[name] = {}
+            for method, build in methods.table.items():
+                self.bar.set_postfix_str(f"{name}: {method}")
+                results[name][method] = self._score(reader, build())
+            results[name]["first_words"] = self._judge(methods.first_words())
+            by_bits[name] = {}
+            for width, latent in latents.items():
+                self.bar.set_postfix_str(f"{name}: {width} bits")
+                known = results[name]["latent"] if width == bits else None
+                by_bits[name][width] = known or self._generate(reader, methods.latent(latent))
+            self._time(reader, methods, payloads[bits], results[name])
+        joint, joint_records = self._joint(results, latents[bits])
+        self.bar.close()
+        measured = self._metrics(payloads, results, by_bits, joint)
+        return measured, self._records(payloads, results, by_bits, joint_records)
+
+    def _judge(self, predictions: list[str]) -> MethodResult:
+        answers = [e.answers for e in self.examples]
+        return MethodResult(
+            predictions,
+            [scores.exact_match(p, a) for p, a in zip(predictions, answers, strict=True)],
+            [scores.f1(p, a) for p, a in zip(predictions, answers, strict=True)],
+        )
+
+    def _generate(self, reader: Reader, given: MethodInput) -> MethodResult:
+        predictions: list[str] = []
+        for rows in self._batches(range(len(given.prompts))):
+            ids = reader.generate(
+                [unanswered(given.prompts[i]) for i in rows],
+                prefixes=None if given.prefixes is None else [given.prefixes[i] for i in rows],
+                options=self.options,
+            )
+            predictions += [reader.decode(row) for row in ids]
+            self.bar.update()
+        result = self._judge(predictions)
+        result.positions = given.positions
+        return result
+
+    def _score(self, reader: Reader, given: MethodInput) -> MethodResult:
+        """Decode, and score the gold answer in one teacher-forced pass."""
+        result = self._generate(reader, given)
+        for rows in self._batches(range(len(given.prompts))):
+            prefixes = None if given.prefixes is None else [given.prefixes[i] for i in rows]
+            batch = reader.collate([given.prompts[i] for i in rows], prefixes=prefixes)
+            logprobs_NV = reader.target_logprobs(batch)
+            gold_N = logprobs_NV.gather(1, batch.labels_N[:, None])[:, 0].tolist()
+            ranked_NK = logprobs_NV.topk(TOP_K, -1).indices.tolist()
+            labels = batch.labels_N.tolist()
+            first = (batch.step_N == 0).nonzero()[:, 0].tolist()
+            for start, stop in zip(first, [*first[1:], len(labels)], strict=True):
+                gold = gold_N[start:stop]
+                result.nll.append(-sum(gold))
+                result.tokens.append(len(gold))
+                result.gold_logprobs.append(gold[:LOGPROB_STEPS])
+                result.first_token_ids.append(ranked_NK[start][0])
+                ranked = ranked_NK[start]
+                result.top1.append(scores.first_token_hit(ranked, labels[start], k=1))
+                result.top5.append(scores.first_token_hit(ranked, labels[start], k=TOP_K))
+        return result
+
+    def _time(
+        self,
+        reader: Reader,
+        methods: Methods,
+        payloads: list[bytes],
+        results: dict[str, MethodResult],
+    ) -> None:
+        """Median batch-1 time to the first token's logits: text from ids, latent from payload bytes."""
+        count = min(self.config.evaluation.timing_examples, len(self.examples))
+        text = methods.text().prompts
+        latent = methods.latent(methods.latents).prompts
+
+        def from_text(i: int) -> None:
+            reader.first_logits([unanswered(text[i])])
+
+        def from_payload(i: int) -> None:
+            prefix = self.model.prefix(reader.name, self.model.decode_payloads([payloads[i]]))
+            reader.first_logits([unanswered(latent[i])], prefixes=prefix)
+
+        times: dict[str, list[float]] = {"text": [], "latent": []}
+        for i in range(-2, count):  # two warm-ups, then interleaved
+            for method, call in (("text", from_text), ("latent", from_payload)):
+                start = time.perf_counter()
+                call(max(i, 0))
+                if reader.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if i >= 0:
+                    times[method].append((time.perf_counter() - start) * 1e3)
+        for method, values in times.items():
+            results[method].prefill_ms = median(values)
+
+    def _answer_scores(self, reader: Reader, latents: Tensor, answers: Sequence[str]) -> list[float]:
+        """Mean log-probability per token of one candidate per example, given the latents."""
+        values: list[float] = []
+        for rows in self._batches(range(len(answers))):
+            prompts: list[Prompt] = []
+            for i in rows:
+                example = self.examples[i]
+                turn = [Turn(example.question, answers[i])]
+                prompts.append(
+                    reader.prompts.build(turn, context=example.context, latent=self.model.mode)
+                )
+            prefixes = self.model.prefix(reader.name, latents[rows.start : rows.stop])
+            batch = reader.collate(prompts, prefixes=prefixes)
+            gold_N = reader.target_logprobs(batch).gather(1, batch.labels_N[:, None])[:, 0]
+            sums = gold_N.new_zeros(len(prompts)).index_add_(0, batch.rows_N, gold_N)
+            values += (sums / torch.bincount(batch.rows_N, minlength=len(prompts))).tolist()
+        return values
+
+    def _joint(
+        self, results: dict[str, dict[str, MethodResult]], latents: Tensor
+    ) -> tuple[MethodResult | None, list[dict[str, Any]]]:
+        """Both readers score each other's latent answers; the best total wins."""
+        names = list(self.readers)
+        if len(names) < 2:
+            return None, []
+        candidates = [results[name]["latent"].predictions for name in names]
+        totals = []
+        for answers in candidates:
+            parts = [self._answer_scores(self.readers[n], latents, answers) for n in names]
+            totals.append([sum(values) for values in zip(*parts, strict=True)])
+        chosen, records = [], []
+        for i in range(len(self.examples)):
+            best = max(range(len(names)), key=lambda c: totals[c][i])
+            chosen.append(candidates[best][i])
+            records.append({"scores": {n: totals[c][i] for c, n in enumerate(names)}})
+        joint = self._judge(chosen)
+        for i, record in enumerate(records):
+            record |= {"prediction": chosen[i], "em": joint.em[i], "f1": joint.f1[i]}
+        return joint, records
+
+    def _metrics(
+        self,
+        payloads: dict[int, list[bytes]],
+        results: dict[str, dict[str, MethodResult]],
+        by_bits: dict[str, dict[int, MethodResult]],
+        joint: MethodResult | None,
+    ) -> dict[str, Any]:
+        seed, resamples = self.config.seed, self.config.evaluation.resamples
+        readers: dict[str, Any] = {}
+        for name, methods in results.items():
+            readers[name] = {
+                method: result.intervals(seed=seed, resamples=resamples)
+                for method, result in methods.items()
+            }
+            readers[name]["latent_bits"] = {
+                str(bits): {"f1": mean(result.f1), "em": mean(result.em)}
+                for bits, result in by_bits[name].items()
+            }
+        encoder = self.model.encoder_config
+        texts = [self._replaced(e) for e in self.examples]
+        joint_entry = None
+        if joint is not None:
+            latent = [results[n]["latent"] for n in results]
+            agree = [
+                len({scores.normalize_answer(r.predictions[i]) for r in latent}) == 1
+                for i in range(len(self.examples))
+            ]
+            joint_entry = {
+                "f1": mean(joint.f1),
+                "best_single_f1": max(mean(r.f1) for r in latent),
+                "agreement": mean(agree),
+                "oracle_f1": mean([max(v) for v in zip(*(r.f1 for r in latent), strict=True)]),
+            }
+        measured: dict[str, Any] = {
+            "examples": len(self.examples),
+            "latent": {
+                "M": encoder.latents,
+                "d_z": encoder.d_z,
+                "bits": self.model.quantizer.bits,
+                "group_size": self.model.quantizer.group_size,
+            },
+            "bytes": {
+                "text_utf8_mean": mean([wire.utf8_bytes(t) for t in texts]),
+                "text_brotli_mean": mean([wire.brotli_bytes(t) for t in texts]),
+                "payload_mean": {str(b): mean([len(p) for p in v]) for b, v in payloads.items()},
+            },
+            "readers": readers,
+            "joint": joint_entry,
+        }
+        measured["hypotheses"] = judge(
+            measured,
+            results,
+            by_bits,
+            joint,
+            payload_sizes={b: [len(p) for p in v] for b, v in payloads.items()},
+            brotli_sizes=[wire.brotli_bytes(t) for t in texts],
+            seed=seed,
+            resamples=resamples,
+        )
+        return measured
+
+    def _replaced(self, example: Example) -> str:
+        """The text that the payload stands for."""
+        if self.model.mode == "pure":
+            return full_text(example.context, example.question)
+        return context_text(example.context)
+
+    def _records(
+        self,
+        payloads: dict[int, list[bytes]],
+        results: dict[str, dict[str, MethodResult]],
+        by_bits: dict[str, dict[int, MethodResult]],
+        joint_records: list[dict[str, Any]],
+    ) -> list[dict[str, Any]]:
+        records = []
+        for i, example in enumerate(self.examples):
+            text = self._replaced(example)
+            readers: dict[str, Any] = {}
+            for name, methods in results.items():
+                readers[name] = {m: _example_entry(r, i) for m, r in methods.items()}
+                readers[name]["latent_bits"] = {
+                    str(b): {"prediction": r.predictions[i], "em": r.em[i], "f1": r.f1[i]}
+                    for b, r in by_bits[name].items()
+                }
+            records.append(
+                {
+                    "id": example.id,
+                    "context": example.context,
+                    "question": example.question,
+                    "answers": list(example.answers),
+                    "text_utf8_bytes": wire.utf8_bytes(text),
+                    "text_brotli_bytes": wire.brotli_bytes(text),
+                    "payload_bytes": {str(b): len(p[i]) for b, p in payloads.items()},
+                    "readers": readers,
+                    "joint": joint_records[i] if joint_records else None,
+                }
+            )
+        return records
+
+
+def _example_entry(result: MethodResult, i: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "prediction": result.predictions[i],
+        "em": result.em[i],
+        "f1": result.f1[i],
+    }
+    if result.positions:
+        entry["positions"] = result.positions[i]
+    if result.nll:
+        entry["first_token_id"] = result.first_token_ids[i]
+        entry["gold_logprobs"] = result.gold_logprobs[i]
+    return entry
+
+
+def evaluate_run(
+    run_dir: Path,
+    *,
+    fresh_seed: int | None = None,
+    count: int | None = None,
+    out: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a trained run and write its report.
+
+    Args:
+        fresh_seed: score newly generated held-out examples of this seed instead of the run's own.
+        count: how many examples.
+        out: write metrics.json to this file only, without a report.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        CheckpointError: the run is not trained, or its readers have other weights than it was trained for.
+    """
+    if not (run_dir / "model" / "config.json").exists():
+        raise CheckpointError(
+            f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
+            "or resume it with the same command if it was stopped"
+        )
+    config = read_run_config(run_dir)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    start = time.perf_counter()
+    model = Interlingua.from_pretrained(run_dir / "model")
+    readers = load_readers(config.readers)
+    examples = load_examples(
+        config.data.source,
+        split="heldout",
+        count=count or config.data.eval_examples,
+        seed=config.data.eval_seed if fresh_seed is None else fresh_seed,
+        facts=config.data.facts,
+    )
+    evaluator = Evaluator(config, model, readers, examples, progress=progress)
+    measured, records = evaluator.run()
+    diagnostics = _read_lines(run_dir / "diagnostics.jsonl")
+    seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
+    run = run_record(config, name=run_dir.name, device=next(model.parameters()).device)
+    run["wall_seconds"] = seconds + time.perf_counter() - start
+    run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
+    result = {"schema_version": 1, "run": run, **measured}
+    text = json.dumps(result, indent=2) + "\n"
+    if out is not None:
+        write_atomically(out, text)
+        return result
+    eval_dir = run_dir / "eval"
+    eval_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(eval_dir / "predictions.jsonl", lines)
+    write_report(
+        eval_dir,
+        metrics=result,
+        predictions=records,
+        diagnostics=diagnostics,
+        config=to_json(config),
+    )
+    write_atomically(eval_dir / "metrics.json", text)
+    return result
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]

@@ -1,0 +1,157 @@
+"""Named configurations: functions that return a `RunConfig`. `configs/*.json` hold larger ones.
+
+    python -m latentwire_fast.train testbed             # pure mode, minutes on two CPU cores
+    python -m latentwire_fast.train testbed_context     # the compression claim
+    python -m latentwire_fast.train path/to/config.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from latentwire_fast.config import (
+    AdapterConfig,
+    DataConfig,
+    EncoderConfig,
+    Mode,
+    OptimConfig,
+    ReaderConfig,
+    RunConfig,
+    StageConfig,
+    run_config_from_json,
+)
+from latentwire_fast.errors import ConfigError
+
+TESTBED_READERS = {
+    "llama": ReaderConfig("testbed:llama"),
+    "qwen": ReaderConfig("testbed:qwen"),
+}
+
+
+def testbed() -> RunConfig:
+    """Pure mode on the testbed: the latent stands for the whole prompt, question included."""
+    return RunConfig(
+        preset="testbed",
+        mode="pure",
+        readers=TESTBED_READERS,
+        stages=(
+            StageConfig("answer", steps=300, facts=((0.2, 1), (0.5, 2), (1.0, 4))),
+            StageConfig("quantized", steps=600, quantize=6),
+        ),
+        optim=OptimConfig(batch_size=64),
+    )
+
+
+def testbed_context() -> RunConfig:
+    """Context-only mode on the testbed: the latent holds every fact, the question comes as text."""
+    return RunConfig(
+        preset="testbed_context",
+        mode="context",
+        readers=TESTBED_READERS,
+        stages=(
+            StageConfig(
+                "pretrain",
+                steps=400,
+                answer=1.0,
+                autoencode=0.2,
+                continuation=0.1,
+                facts=((0.3, 1), (1.0, 2)),
+            ),
+            StageConfig("answer", steps=1200, facts=((1.0, 4),)),
+            StageConfig("quantized", steps=1200, quantize=6),
+        ),
+        optim=OptimConfig(batch_size=24),
+    )
+
+
+def testbed_byte() -> RunConfig:
+    """The pure-mode run with the byte encoder in the place of the LM: the same budget, for comparison."""
+    base = testbed()
+    return replace(base, preset="testbed_byte", encoder=replace(base.encoder, kind="byte"))
+
+
+def testbed_smoke() -> RunConfig:
+    """A few steps of everything (both pretraining tasks, KD, quantisation): does it run at all?"""
+    return RunConfig(
+        preset="testbed_smoke",
+        readers=TESTBED_READERS,
+        encoder=EncoderConfig(latents=4, d_z=8, pooling="spans"),
+        adapter=AdapterConfig(kind="linear"),
+        data=DataConfig(facts=2, eval_examples=8),
+        stages=(
+            StageConfig("pretrain", steps=2, answer=0.0, autoencode=0.2, continuation=0.8),
+            StageConfig("answer", steps=2, kd=0.5),
+            StageConfig("quantized", steps=2, quantize=6, answer_tokens=2),
+        ),
+        optim=OptimConfig(batch_size=4, micro_batch=2, warmup_steps=2),
+        log_every=1,
+        save_every=2,
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function
+    for function in (testbed, testbed_context, testbed_byte, testbed_smoke)
+}
+
+
+def load_preset(name: str) -> RunConfig:
+    """A preset by name, or a configuration from a JSON file.
+
+    Raises:
+        ConfigError: neither a preset nor a readable configuration file.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ConfigError(f"no preset {name!r}; presets are {', '.join(PRESETS)}, or give a .json")
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"configuration {path}: {error}") from None
+    return run_config_from_json(data)
+
+
+def with_overrides(
+    config: RunConfig,
+    *,
+    readers: dict[str, str] | None = None,
+    encoder: str | None = None,
+    data: str | None = None,
+    mode: Mode | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    eval_examples: int | None = None,
+) -> RunConfig:
+    """A configuration with some of its parts replaced; None (or no reader) keeps a part.
+
+    Args:
+        readers: sources by name, instead of the configuration's; an LM encoder then starts from the
+            first of them unless `encoder` says otherwise.
+        steps: total over all stages, which shrink or grow in proportion.
+    """
+    if readers:
+        config = replace(config, readers={n: ReaderConfig(s) for n, s in readers.items()})
+        encoder = encoder or next(iter(readers.values()))
+    if encoder is not None:
+        config = replace(config, encoder=replace(config.encoder, source=encoder))
+    if data is not None or eval_examples is not None:
+        kept = config.data
+        count = eval_examples or kept.eval_examples
+        config = replace(
+            config, data=replace(kept, source=data or kept.source, eval_examples=count)
+        )
+    if steps is not None:
+        share = steps / config.total_steps
+        stages = tuple(replace(s, steps=max(1, round(s.steps * share))) for s in config.stages)
+        config = replace(config, stages=stages)
+    if batch_size is not None:
+        config = replace(config, optim=replace(config.optim, batch_size=batch_size))
+    if mode is not None:
+        config = replace(config, mode=mode)
+    return config if seed is None else replace(config, seed=seed)

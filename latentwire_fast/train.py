@@ -1,0 +1,81 @@
+"""Train an interlingua for a set of frozen readers, then evaluate it.
+
+    python -m latentwire_fast.train testbed                                  # minutes, two CPU cores
+    python -m latentwire_fast.train testbed_context --run runs/context
+    python -m latentwire_fast.train testbed --data squad.json --reader llama=PATH --reader qwen=PATH
+    accelerate launch --num_processes 2 -m latentwire_fast.train testbed     # several processes
+
+Run the same command again to resume what was stopped; a finished run is only evaluated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from latentwire_fast.cli import parse_pairs, run_entry_point
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train an interlingua for a set of frozen readers, then evaluate it.
+
+    Args:
+        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke) or a .json file.
+        run: run folder; runs/PRESET if not given. An unfinished run in it is resumed.
+        reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a hub
+            id or testbed:llama / testbed:qwen.
+        encoder: source of the encoder's LM; with --reader the first reader's unless given.
+        data: testbed, a SQuAD-format file, a saved data set, or hub:NAME.
+        mode: context (question as text) or pure (question inside the latent).
+        seed: of initialisation and data order.
+        steps: cut every stage in proportion, to this many steps in all.
+        batch_size: examples per step.
+        eval_examples: held-out examples to evaluate on.
+        no_eval: train only.
+    """
+
+    preset: Annotated[str, tyro.conf.Positional]
+    run: Path | None = None
+    reader: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    encoder: str | None = None
+    data: str | None = None
+    mode: Literal["context", "pure"] | None = None
+    seed: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    eval_examples: int | None = None
+    no_eval: bool = False
+
+
+def main() -> None:
+    """Parse, train, evaluate."""
+    args = tyro.cli(TrainArguments, prog="latentwire_fast.train")
+    from latentwire_fast.presets import load_preset, with_overrides
+    from latentwire_fast.trainer import Trainer
+
+    config = with_overrides(
+        load_preset(args.preset),
+        readers=parse_pairs(args.reader, option="--reader"),
+        encoder=args.encoder,
+        data=args.data,
+        mode=args.mode,
+        seed=args.seed,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        eval_examples=args.eval_examples,
+    )
+    run_dir = args.run or Path("runs") / config.preset
+    trainer = Trainer(config, run_dir)
+    trainer.run()
+    if not args.no_eval and trainer.accelerator.is_main_process:
+        from latentwire_fast.evaluator import evaluate_run
+
+        evaluate_run(run_dir)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
