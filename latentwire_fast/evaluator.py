@@ -29,7 +29,7 @@ from latentwire_fast.errors import CheckpointError
 from latentwire_fast.hypotheses import judge
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.prompts import Prompt, Turn, context_text, full_text
-from latentwire_fast.provenance import run_record
+from latentwire_fast.provenance import model_card, run_record
 from latentwire_fast.reader import DecodeOptions, Reader, load_readers
 from latentwire_fast.report import write_report
 from latentwire_fast.results import MethodResult, mean
@@ -412,6 +412,7 @@ def evaluate_run(
         diagnostics=diagnostics,
         config=to_json(config),
     )
+    write_atomically(run_dir / "model" / "README.md", model_card(config, result))
     write_atomically(eval_dir / "metrics.json", text)
     return result
 

@@ -1,7 +1,8 @@
 """The verdicts on H1-H7: each a value, its paired bootstrap interval, a bar, and pass or fail.
 
 With several readers a hypothesis holds only if it holds for each: the value shown is the worst reader's.
-Differences of F1 are shares of 1 (0.02 is 2 points).
+Differences of F1 are shares of 1 (0.02 is 2 points). What compares with text is *not measured* where a
+reader cannot do the task from text either: equal failures would otherwise pass.
 """
 
 from __future__ import annotations
@@ -84,11 +85,19 @@ def judge(
         "H6": _bytes(results, by_bits, payload_sizes, brotli_sizes, options),
         "H7": NOT_MEASURED,
     }
+    if not all(_reads_text(methods) for methods in results.values()):
+        return {**verdicts, **dict.fromkeys(("H1", "H3", "H4", "H6"), NOT_MEASURED)}
     if joint is not None:
         single = max((results[r]["latent"].f1 for r in readers), key=mean)
         h4 = paired_interval(joint.f1, single, **options)
         verdicts["H4"] = _entry(h4, H4_BAR, h4.mean >= H4_BAR)
     return verdicts
+
+
+def _reads_text(methods: Mapping[str, MethodResult]) -> bool:
+    """Whether a reader's text score is above what needs no context or no model."""
+    floor = max(mean(methods["closed_book"].f1), mean(methods["first_words"].f1))
+    return mean(methods["text"].f1) > floor
 
 
 def _prefill(measured: Mapping[str, Any], results: Results) -> dict[str, Any]:

@@ -199,8 +199,8 @@ class Interlingua(nn.Module):
         """Named parameters that receive gradients."""
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
-        """Write config.json, model.safetensors, the encoder's LM config and tokenizer, and the card."""
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json, model.safetensors, and the encoder's LM config and tokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.cpu().contiguous() for k, v in self.trained_state().items()}
@@ -220,8 +220,6 @@ class Interlingua(nn.Module):
             "digest": parameter_digest(state.items()),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if card is not None:
-            (folder / "README.md").write_text(card)
         return folder
 
     @classmethod

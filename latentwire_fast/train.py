@@ -74,7 +74,10 @@ def main() -> None:
     if not args.no_eval and trainer.accelerator.is_main_process:
         from latentwire_fast.evaluator import evaluate_run
 
-        evaluate_run(run_dir)
+        from latentwire_fast.summary import summary_lines
+
+        print("\n".join(summary_lines(evaluate_run(run_dir))))
+        print(f"report: {run_dir / 'eval' / 'report.html'}")
 
 
 if __name__ == "__main__":
