@@ -39,8 +39,8 @@ def code_bytes(values: int, *, bits: int, group_size: int) -> int:
     def group(r: int) -> int:
         return {8: r, 4: -(-r // 2), 6: -(-r // 2) + -(-r // 4)}[bits]
 
-    full, rest = divmod(values, group_size)
-    return full * group(group_size) + group(rest)
+    # No divmod: `values` is symbolic when shapes are traced.
+    return values // group_size * group(group_size) + group(values % group_size)
 
 
 def quantize(z_Bn: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -49,6 +49,10 @@ def quantize(z_Bn: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tenso
     `scale = fp16(min(amax / qmax, 65504))`, `code = clamp(round_half_even(z / scale), -qmax, qmax)`
     with the rounded scale and `qmax = 2**(bits - 1) - 1`; scale 0 gives codes 0. A short last group
     is filled up with zeros. A group that holds NaN or Inf gets the scale NaN.
+
+    Quantising what was dequantised gives the same codes and scales, except where fp16's subnormals
+    round the scale too coarsely for its largest code to be qmax: scales below qmax * 2**-24, that
+    is groups whose largest value is under qmax**2 * 2**-24 (1e-3 at 8 bits, 3e-6 at 4).
     """
     qmax = 2 ** (bits - 1) - 1
     padding = -z_Bn.shape[-1] % group_size
@@ -332,7 +336,7 @@ def _kl_statistics(t: Tensor, delta: Tensor, s: Tensor, tau: float) -> Tensor:
     p = torch.exp(t / tau - log_z[:, None])
     live = p > 0
     delta = torch.where(live, delta / tau, 0.0)
-    centre = (p * delta).sum(-1)
+    centre = (p * delta).sum(-1) / p.sum(-1)  # p sums to 1 but for rounding, which counts here
     x = torch.where(live, delta - centre[:, None], 0.0)
     near = live & (x <= 1)
     q_z = torch.exp(s / tau - (log_z + centre)[:, None])  # p * e^x, also where p is 0
