@@ -14,7 +14,8 @@ from latentwire_fast.config import AdapterConfig, Calibration
 
 
 class Adapter(nn.Module):
-    """LayerNorm and projection (`linear`), or a residual 2-layer MLP at the reader's width first (`mlp`).
+    """LayerNorm and projection (`linear`), or a residual 2-layer MLP at the reader's width first
+    (`mlp`).
 
     Args:
         latents: M, the number of slots (each has a learned bias).

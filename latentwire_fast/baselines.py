@@ -1,8 +1,9 @@
-"""What a latent is compared with: for every method, the prompts and prefixes that a reader is given.
+"""What a latent is compared with: for every method, the prompts and prefixes that a reader is
+given.
 
-Every method goes through the same prompt builder, the same decoding and the same scorer. A method is a
-list of prompts (one per example) and, where something other than token ids is read, of prefixes
-`[M_i, D]`. Budgets count *content* positions: template and anchor are the same for all.
+Every method goes through the same prompt builder, the same decoding and the same scorer. A method
+is a list of prompts (one per example) and, where something other than token ids is read, of
+prefixes `[M_i, D]`. Budgets count *content* positions: template and anchor are the same for all.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Methods:
         return list(zip(prompts, self.examples, strict=True))
 
     def _positions(self, prompt: Prompt, example: Example) -> int:
-        """Content positions in the latent's place: in context mode the question is not among them."""
+        """Content positions in the latent's place: in context mode the question is not among
+        them."""
         if self.model.mode == "pure":
             return prompt.content
         question = self.reader.prompts.text_ids(question_text(example.question))
@@ -112,14 +114,16 @@ class Methods:
         return MethodInput(prompts, prefixes, [self.budget] * len(prompts))
 
     def token_budget(self) -> MethodInput:
-        """The prompt cut to M tokens from its start, as the seeds do: the question is usually lost."""
+        """The prompt cut to M tokens from its start, as the seeds do: the question is usually
+        lost."""
         ids = self.reader.prompts.text_ids
         return self._text_like(
             [ids(full_text(e.context, e.question))[: self.budget] for e in self.examples]
         )
 
     def token_budget_question(self) -> MethodInput:
-        """The question kept and the context cut: to M less the question (pure), or to M (context)."""
+        """The question kept and the context cut: to M less the question (pure), or to M
+        (context)."""
         cut = []
         for e in self.examples:
             question = self.reader.prompts.text_ids(question_text(e.question))
@@ -129,7 +133,8 @@ class Methods:
         return self._text_like(cut)
 
     def byte_budget(self) -> MethodInput:
-        """The text cut to the payload's bytes: the whole prompt (pure), or the context (context)."""
+        """The text cut to the payload's bytes: the whole prompt (pure), or the context
+        (context)."""
         cut = []
         for e, size in zip(self.examples, self.payload_bytes, strict=True):
             if self.model.mode == "pure":

@@ -36,7 +36,9 @@ def parse_pairs(pairs: Sequence[str], *, option: str) -> dict[str, str]:
     for pair in pairs:
         name, separator, source = pair.partition("=")
         if not (name and separator and source):
-            raise ConfigError(f"{option} {pair!r}: expected NAME=SOURCE, such as llama=path/to/model")
+            raise ConfigError(
+                f"{option} {pair!r}: expected NAME=SOURCE, such as llama=path/to/model"
+            )
         if not name.isidentifier():
             raise ConfigError(f"{option} {pair!r}: {name!r} must be letters, digits and _")
         if name in parsed:

@@ -83,7 +83,8 @@ class AdapterConfig:
     """Latent to one reader's input embeddings.
 
     Attributes:
-        kind: `linear` is LayerNorm + Linear; `mlp` a residual 2-layer MLP at the reader's width first.
+        kind: `linear` is LayerNorm + Linear; `mlp` a residual 2-layer MLP at the reader's width
+            first.
         calibration: rescale to the reader's embedding RMS per token, per example or batch, or not.
         gain: factor on that RMS. tanh: squash the projection (the seeds' adapter).
     """

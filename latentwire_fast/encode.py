@@ -1,7 +1,7 @@
 """Write the payload of a context.
 
-    python -m latentwire_fast.encode --run runs/context --context note.txt --out note.lwire
-    python -m latentwire_fast.encode --run runs/demo --context note.txt --question "Who?" --out q.lwire
+python -m latentwire_fast.encode --run runs/context --context note.txt --out note.lwire
+python -m latentwire_fast.encode --run runs/demo --context note.txt --question "Who?" --out q.lwire
 """
 
 from __future__ import annotations

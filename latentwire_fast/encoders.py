@@ -7,6 +7,7 @@ Shapes: B texts, T positions, M latents, D the encoder's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,13 @@ class LMEncoder(nn.Module):
     """A causal LM that reads the text, followed by learned queries or span pooling.
 
     `queries`: M learned tokens follow the text; their last hidden states become the latents (the
-    in-context autoencoder of ICAE, arXiv:2307.06945). `spans`: the text's hidden states are averaged
-    over M contiguous spans of near equal length (as ARC-Encoder pools, arXiv:2510.20535).
+    in-context autoencoder of ICAE, arXiv:2307.06945). `spans`: the text's hidden states are
+    averaged over M contiguous spans of near equal length (as ARC-Encoder pools, arXiv:2510.20535).
 
     Args:
         core: the LM without its head; trained unless `config.frozen`.
-        tokenizer: its tokenizer. The text is laid out as a prompt of that LM, which is what it knows.
+        tokenizer: its tokenizer. The text is laid out as a prompt of that LM, which is what it
+            knows.
     """
 
     def __init__(
@@ -46,7 +48,8 @@ class LMEncoder(nn.Module):
         self.prompts = PromptBuilder(tokenizer)
         self.tokenizer = tokenizer
         width = core.config.hidden_size
-        scale = core.get_input_embeddings().weight.detach().float().std().item()
+        embedding = cast(nn.Embedding, core.get_input_embeddings())
+        scale = embedding.weight.detach().float().std().item()
         if config.pooling == "queries":
             self.memory = nn.Parameter(torch.randn(config.latents, width) * scale)
         self.norm = nn.LayerNorm(width)
@@ -70,7 +73,7 @@ class LMEncoder(nn.Module):
             tails = self.project.weight.new_zeros(len(prompts), 0, self.norm.normalized_shape[0])
         batch = collate(
             prompts,
-            embedding=self.core.get_input_embeddings(),
+            embedding=cast(nn.Embedding, self.core.get_input_embeddings()),
             pad_id=self.prompts.eos_id,
             prefixes=tails,
         )
@@ -84,7 +87,8 @@ class LMEncoder(nn.Module):
 
 
 def pool_spans(hidden_BTD: Tensor, lengths_B: Tensor, spans: int) -> Tensor:
-    """Means `[B, spans, D]` over contiguous spans of near equal length of each row's first positions.
+    """Means `[B, spans, D]` over contiguous spans of near equal length of each row's first
+    positions.
 
     A row shorter than `spans` repeats positions rather than averaging nothing.
     """
@@ -100,8 +104,8 @@ def pool_spans(hidden_BTD: Tensor, lengths_B: Tensor, spans: int) -> Tensor:
 class ByteEncoder(nn.Module):
     """UTF-8 bytes, two strided convolutions, a transformer, and a cross-attention latent pooler.
 
-    The pooler's queries read the byte states; a gated residual adds their mean, so that a fresh pooler
-    starts from a summary of the text.
+    The pooler's queries read the byte states; a gated residual adds their mean, so that a fresh
+    pooler starts from a summary of the text.
     """
 
     PAD = 256
@@ -120,7 +124,13 @@ class ByteEncoder(nn.Module):
             nn.Conv1d(width, width, 4, stride=2, padding=1),
         )
         layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width,
+            heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.body = nn.TransformerEncoder(layer, config.byte_layers, enable_nested_tensor=False)
         self.queries = nn.Parameter(torch.randn(config.latents, width) * 0.5)

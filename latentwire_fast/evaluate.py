@@ -1,8 +1,8 @@
 """Evaluate a trained run, or score a file of predictions.
 
-    python -m latentwire_fast.evaluate --run runs/demo
-    python -m latentwire_fast.evaluate --run runs/demo --fresh-seed 7 --examples 200 --out fresh.json
-    python -m latentwire_fast.evaluate score --data squad.json --predictions predictions.json
+python -m latentwire_fast.evaluate --run runs/demo
+python -m latentwire_fast.evaluate --run runs/demo --fresh-seed 7 --examples 200 --out fresh.json
+python -m latentwire_fast.evaluate score --data squad.json --predictions predictions.json
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def evaluate() -> None:
 
     if args.fresh_seed is not None and args.out is None:
         raise ConfigError("--fresh-seed needs --out FILE: the run's own report stays as it is")
-    metrics = evaluate_run(
-        args.run, fresh_seed=args.fresh_seed, count=args.examples, out=args.out
-    )
+    metrics = evaluate_run(args.run, fresh_seed=args.fresh_seed, count=args.examples, out=args.out)
     from latentwire_fast.summary import summary_lines
 
     print("\n".join(summary_lines(metrics)))

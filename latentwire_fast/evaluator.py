@@ -1,7 +1,7 @@
 """Score a trained run: every method, every bit width, joint rescoring, timings, verdicts, report.
 
-Latents are judged as the receiver sees them: packed to bytes and decoded again. All methods share one
-prompt builder, one decoder and one scorer.
+Latents are judged as the receiver sees them: packed to bytes and decoded again. All methods share
+one prompt builder, one decoder and one scorer.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class Evaluator:
         payloads: list[bytes],
         results: dict[str, MethodResult],
     ) -> None:
-        """Median batch-1 time to the first token's logits: text from ids, latent from payload bytes."""
+        """Median batch-1 time to the first token's logits: text from ids, latent from payload
+        bytes."""
         count = min(self.config.evaluation.timing_examples, len(self.examples))
         text = methods.text().prompts
         latent = methods.latent(methods.latents).prompts
@@ -196,7 +197,9 @@ class Evaluator:
         for method, values in times.items():
             results[method].prefill_ms = median(values)
 
-    def _answer_scores(self, reader: Reader, latents: Tensor, answers: Sequence[str]) -> list[float]:
+    def _answer_scores(
+        self, reader: Reader, latents: Tensor, answers: Sequence[str]
+    ) -> list[float]:
         """Mean log-probability per token of one candidate per example, given the latents."""
         values: list[float] = []
         for rows in self._batches(range(len(answers))):
@@ -226,7 +229,8 @@ class Evaluator:
         for answers in candidates:
             parts = [self._answer_scores(self.readers[n], latents, answers) for n in names]
             totals.append([sum(values) for values in zip(*parts, strict=True)])
-        chosen, records = [], []
+        chosen: list[str] = []
+        records: list[dict[str, Any]] = []
         for i in range(len(self.examples)):
             best = max(range(len(names)), key=lambda c: totals[c][i])
             chosen.append(candidates[best][i])
@@ -369,7 +373,8 @@ def evaluate_run(
         The content of metrics.json.
 
     Raises:
-        CheckpointError: the run is not trained, or its readers have other weights than it was trained for.
+        CheckpointError: the run is not trained, or its readers have other weights than it was
+            trained for.
     """
     if not (run_dir / "model" / "config.json").exists():
         raise CheckpointError(

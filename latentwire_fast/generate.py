@@ -55,12 +55,14 @@ def main() -> None:
     from latentwire_fast.interlingua import Interlingua
     from latentwire_fast.prompts import Turn
     from latentwire_fast.reader import DecodeOptions, Reader
-    
+
     start = time.perf_counter()
     config = read_run_config(args.run)
     model = Interlingua.from_pretrained(args.run / "model")
     if args.reader not in config.readers:
-        raise ConfigError(f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}")
+        raise ConfigError(
+            f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}"
+        )
     if model.mode == "context" and not args.question:
         raise ConfigError("this model's latent holds the context only; give --question")
     reader = Reader.from_config(args.reader, config.readers[args.reader])

@@ -1,8 +1,9 @@
 """The verdicts on H1-H7: each a value, its paired bootstrap interval, a bar, and pass or fail.
 
-With several readers a hypothesis holds only if it holds for each: the value shown is the worst reader's.
-Differences of F1 are shares of 1 (0.02 is 2 points). What compares with text is *not measured* where a
-reader cannot do the task from text either: equal failures would otherwise pass.
+With several readers a hypothesis holds only if it holds for each: the value shown is the worst
+reader's.
+Differences of F1 are shares of 1 (0.02 is 2 points). What compares with text is *not measured*
+where a reader cannot do the task from text either: equal failures would otherwise pass.
 """
 
 from __future__ import annotations
@@ -70,8 +71,7 @@ def judge(
     )
     h2 = min(worst_difference("token_budget"), worst_difference("token_budget_question"))
     h3 = max(
-        ratio_interval(results[r]["latent"].nll, results[r]["text"].nll, **options)
-        for r in readers
+        ratio_interval(results[r]["latent"].nll, results[r]["text"].nll, **options) for r in readers
     )
     verdicts = {
         "H1": {
@@ -122,13 +122,12 @@ def _bytes(
     brotli_sizes: list[int],
     options: dict[str, int],
 ) -> dict[str, Any]:
-    """H6: payload over brotli bytes at the narrowest width that keeps 95% of every reader's text F1."""
+    """H6: payload over brotli bytes at the narrowest width that keeps 95% of every reader's text
+    F1."""
     kept = [
         bits
         for bits in payload_sizes
-        if all(
-            mean(by_bits[r][bits].f1) >= H6_SHARE * mean(results[r]["text"].f1) for r in results
-        )
+        if all(mean(by_bits[r][bits].f1) >= H6_SHARE * mean(results[r]["text"].f1) for r in results)
     ]
     bits = min(kept or payload_sizes)
     ratio = ratio_interval(payload_sizes[bits], brotli_sizes, **options)

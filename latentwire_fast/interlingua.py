@@ -1,8 +1,8 @@
 """Encoder, quantiser and one adapter per reader as one model: what is trained, saved and shared.
 
-    model = Interlingua.from_pretrained("runs/demo/model")
-    payload = model.encode_payloads(["Nulnak is already 94 years old."])[0]     # bytes
-    prefix = model.prefix("llama", model.decode_payloads([payload]))            # [1, M, d_model]
+model = Interlingua.from_pretrained("runs/demo/model")
+payload = model.encode_payloads(["Nulnak is already 94 years old."])[0]     # bytes
+prefix = model.prefix("llama", model.decode_payloads([payload]))            # [1, M, d_model]
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Interlingua(nn.Module):
 
     Args:
         readers: a card per reader name; adapters are built for these.
-        mode: `context`: the latent stands for the context, the question stays text. `pure`: it stands
-            for both, so the encoder may answer and send the answer.
+        mode: `context`: the latent stands for the context, the question stays text. `pure`: it
+            stands for both, so the encoder may answer and send the answer.
         encoder: a ready module (see `build_encoder`).
     """
 
@@ -91,7 +91,8 @@ class Interlingua(nn.Module):
             )
 
     def encode(self, contexts: Sequence[str], questions: Sequence[str] | None = None) -> Tensor:
-        """Latents `[B, M, d_z]` fp32, unquantised. Pure mode needs the questions, context mode refuses.
+        """Latents `[B, M, d_z]` fp32, unquantised. Pure mode needs the questions, context mode
+        refuses.
 
         Raises:
             ConfigError: questions given or missing against the mode.
@@ -99,9 +100,25 @@ class Interlingua(nn.Module):
         if (questions is not None) != (self.mode == "pure"):
             raise ConfigError(
                 f"this model was trained in {self.mode!r} mode: its encoder "
-                + ("needs the question with the context" if questions is None else "reads no question")
+                + (
+                    "needs the question with the context"
+                    if questions is None
+                    else "reads no question"
+                )
             )
         return self.encoder(contexts, questions)
+
+    def adapter(self, reader: str) -> Adapter:
+        """The adapter of one reader.
+
+        Raises:
+            ConfigError: no adapter for that reader.
+        """
+        if reader not in self.adapters:
+            raise ConfigError(
+                f"no adapter for reader {reader!r}; there are {sorted(self.adapters)}"
+            )
+        return cast(Adapter, self.adapters[reader])
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width; gradients pass straight through."""
@@ -111,14 +128,8 @@ class Interlingua(nn.Module):
         return ops.fake_quantize(latent_BMd, bits=bits, group_size=self.quantizer.group_size)
 
     def prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
-        """Prefix embeddings `[B, M, d_model]` of one reader.
-
-        Raises:
-            ConfigError: no adapter for that reader.
-        """
-        if reader not in self.adapters:
-            raise ConfigError(f"no adapter for reader {reader!r}; there are {sorted(self.adapters)}")
-        return self.adapters[reader](latent_BMd, gain=gain)
+        """Prefix embeddings `[B, M, d_model]` of one reader."""
+        return cast(Tensor, self.adapter(reader)(latent_BMd, gain=gain))
 
     def task_prefix(self, reader: str, latent_BMd: Tensor, task: Task) -> Tensor:
         """The prefix with a task token behind it, `[B, M + 1, d_model]`."""
@@ -183,12 +194,14 @@ class Interlingua(nn.Module):
         """Raise unless this is the reader, weight for weight, that the adapter was trained for."""
         card = self.cards.get(reader.name)
         if card is None:
-            raise ConfigError(f"no adapter for reader {reader.name!r}; there are {sorted(self.cards)}")
+            raise ConfigError(
+                f"no adapter for reader {reader.name!r}; there are {sorted(self.cards)}"
+            )
         if card.fingerprint != reader.fingerprint:
             raise CheckpointError(
                 f"reader {reader.name!r} from {reader.source!r} has other weights (digest "
-                f"{reader.fingerprint[:12]}) than the adapter was trained for ({card.fingerprint[:12]}, "
-                f"{card.source!r}); load that reader, or train an adapter for this one"
+                f"{reader.fingerprint[:12]}) than the adapter was trained for "
+                f"({card.fingerprint[:12]}, {card.source!r}); load that reader, or train an adapter for this one"
             )
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -227,7 +240,8 @@ class Interlingua(nn.Module):
         """Load what `save_pretrained` wrote.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the weights are not those of config.json.
+            CheckpointError: a file is missing or damaged, or the weights are not those of
+                config.json.
         """
         folder = Path(folder)
         config = _read_config(folder)
@@ -252,8 +266,8 @@ class Interlingua(nn.Module):
             raise CheckpointError(f"{folder / 'model.safetensors'}: {error}") from None
         if parameter_digest(state.items()) != config["digest"]:
             raise CheckpointError(
-                f"{folder}: model.safetensors does not hold the weights that config.json describes; "
-                "copy the folder again"
+                f"{folder}: model.safetensors does not hold the weights that config.json "
+                "describes; copy the folder again"
             )
         model.load_state_dict(state)
         return model.eval()
@@ -273,7 +287,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encoder:
-    """A fresh encoder. An LM encoder copies the weights of the reader with the same source, if any."""
+    """A fresh encoder. An LM encoder copies the weights of the reader with the same source, if
+    any."""
     if config.kind == "byte":
         return ByteEncoder(config)
     for reader in readers.values():

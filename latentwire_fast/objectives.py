@@ -1,8 +1,10 @@
-"""What is learned: answer cross-entropy, autoencoding, continuation, and distillation from the text.
+"""What is learned: answer cross-entropy, autoencoding, continuation, and distillation from the
+text.
 
 A batch is prepared first (prompts, token counts), then its losses are computed part by part, each a
-*sum* over tokens divided by the whole batch's count. So a batch may be cut into micro-batches or spread
-over processes without changing its gradient. Shapes: N scored tokens, D `d_model`, V vocabulary.
+*sum* over tokens divided by the whole batch's count. So a batch may be cut into micro-batches or
+spread over processes without changing its gradient. Shapes: N scored tokens, D `d_model`, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -31,12 +33,13 @@ Key = tuple[Objective, str]  # (objective, reader name)
 
 @dataclass
 class Work:
-    """One training item with every prompt its stage needs, and how many tokens each is scored on."""
+    """One training item with every prompt its stage needs, and how many tokens each is scored
+    on."""
 
     item: TrainItem
     prompts: dict[Key, Prompt] = field(default_factory=dict)
     counts: Counter[Key] = field(default_factory=Counter)
-    half: str | None = None  # first half of the context, what the continuation latent encodes
+    half: str = ""  # first half of the context, what the continuation latent encodes
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Losses:
     total: Tensor
     sums: dict[Key, Tensor]
     right: dict[str, Tensor]
-    latent_BMd: Tensor | None = None
+    latent_BMd: Tensor
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -100,16 +103,15 @@ class Objectives:
         for item in items:
             work = Work(item)
             pure = self.model.mode == "pure"
-            if stage.continuation:
-                work.half, rest = halves(item.context)
+            work.half, rest = halves(item.context)
             for name in active:
                 builder = self.readers[name].prompts
                 if stage.answer or stage.kd:
                     prompt = builder.build(item.turns, context=item.context, latent=self.model.mode)
                     self._add(work, ("answer", name), prompt, stage.answer_tokens)
                     if stage.kd:
-                        text = builder.build(item.turns, context=item.context)
-                        self._add(work, ("kd", name), text, stage.answer_tokens)
+                        taught = builder.build(item.turns, context=item.context)
+                        self._add(work, ("kd", name), taught, stage.answer_tokens)
                 if stage.autoencode:
                     text = full_text(item.context, item.turns[0].question) if pure else item.context
                     self._add(work, ("autoencode", name), builder.build_rebuild(text), None)
@@ -141,7 +143,7 @@ class Objectives:
         half = None
         if stage.continuation:
             blank = None if questions is None else [""] * len(works)
-            half = self.model.encode([w.half or "" for w in works], blank)
+            half = self.model.encode([w.half for w in works], blank)
             half = half if stage.quantize is None else self.model.quantize(half, stage.quantize)
         weights = {
             "answer": stage.answer,
@@ -188,14 +190,12 @@ class Objectives:
             losses.sums["kd", name] = ops.linear_kd_kl(
                 hidden_ND[keep_N],
                 teacher_ND[keep_N].to(hidden_ND),
-                reader.head.weight,
+                reader.head_weight,
                 tau=stage.kd_tau,
                 reduction="sum",
             )
 
-    def _rebuild(
-        self, works: Sequence[Work], key: Key, prefix: Tensor, losses: Losses
-    ) -> None:
+    def _rebuild(self, works: Sequence[Work], key: Key, prefix: Tensor, losses: Losses) -> None:
         reader = self.readers[key[1]]
         batch = reader.collate([w.prompts[key] for w in works], prefixes=prefix)
         logits_NV = reader.head(reader.target_hidden(batch)).float()

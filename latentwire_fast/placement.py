@@ -2,9 +2,10 @@
 
 A prefix is one tensor `[L, 2, B, H, P, D]`. The usual way to hand one over is a loop over layers
 that moves, casts and concatenates keys and values one by one: six launches for every layer. Here
-the whole prefix is cast once and crosses each link once, on a side stream while the reader computes.
-The C++ extension `latentwire_fast._C` (csrc/placement.h) does it; where that was not built, the
-torch path at the end of this file gives the same tensors and counts, on the current streams.
+the whole prefix is cast once and crosses each link once, on a side stream while the reader
+computes. The C++ extension `latentwire_fast._C` (csrc/placement.h) does it; where that was not
+built, the torch path at the end of this file gives the same tensors and counts, on the current
+streams.
 
 `kv_cache.py` puts what arrives into the caches of transformers.
 

@@ -1,8 +1,8 @@
 """Named configurations: functions that return a `RunConfig`. `configs/*.json` hold larger ones.
 
-    python -m latentwire_fast.train testbed             # pure mode, minutes on two CPU cores
-    python -m latentwire_fast.train testbed_context     # the compression claim
-    python -m latentwire_fast.train path/to/config.json
+python -m latentwire_fast.train testbed             # pure mode, minutes on two CPU cores
+python -m latentwire_fast.train testbed_context     # the compression claim
+python -m latentwire_fast.train path/to/config.json
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def testbed_context() -> RunConfig:
 
 
 def testbed_byte() -> RunConfig:
-    """The pure-mode run with the byte encoder in the place of the LM: the same budget, for comparison."""
+    """The pure-mode run with the byte encoder in the place of the LM: the same budget, for
+    comparison."""
     base = testbed()
     return replace(base, preset="testbed_byte", encoder=replace(base.encoder, kind="byte"))
 

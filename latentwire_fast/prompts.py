@@ -1,10 +1,10 @@
 """What a reader is given, for training, evaluation and generation alike: one builder, nothing else.
 
-A prompt is one or more turns. The user's part holds the context and the question, the assistant's part
-starts with the *anchor* (`Answer:`), and the answer carries its own leading space: an anchor that ends in
-a space breaks the tokenisation of the first answer token. Chat templates come from the tokenizer
-(`apply_chat_template`), rendered once and cut into their fixed pieces; what a user wrote is tokenised
-apart from them, so a text that spells a control token stays text.
+A prompt is one or more turns. The user's part holds the context and the question, the assistant's
+part starts with the *anchor* (`Answer:`), and the answer carries its own leading space: an anchor
+that ends in a space breaks the tokenisation of the first answer token. Chat templates come from the
+tokenizer (`apply_chat_template`), rendered once and cut into their fixed pieces; what a user wrote
+is tokenised apart from them, so a text that spells a control token stays text.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class Prompt:
     Attributes:
         ids: the token ids, without any placeholder.
         latent_at: the latent prefix stands before `ids[latent_at]`; None for a text prompt.
-        is_target: per id, whether it is an answer token or its EOS (what cross-entropy is taken over).
-        content: how many ids stand for user text (context, question); the rest is template and anchor.
+        is_target: per id, whether it is an answer token or its EOS (what cross-entropy is taken
+            over).
+        content: how many ids stand for user text (context, question); the rest is template and
+            anchor.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -72,9 +74,11 @@ class PromptBuilder:
     """Builds prompts for one tokenizer.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer with an EOS token; its chat template is used if it has one.
+        tokenizer: a fast Hugging Face tokenizer with an EOS token; its chat template is used if it
+            has one.
         anchor: literal text that asks for the answer; must not end in white space.
-        bos: put the tokenizer's BOS first when the template does not (`None`: only without a template).
+        bos: put the tokenizer's BOS first when the template does not (`None`: only without a
+            template).
 
     Raises:
         ConfigError: the anchor ends in white space, or the tokenizer has no EOS.
@@ -89,8 +93,8 @@ class PromptBuilder:
     ) -> None:
         if anchor != anchor.rstrip():
             raise ConfigError(
-                f"anchor {anchor!r} ends in white space, which would change the first answer token; "
-                "end it at its last visible character"
+                f"anchor {anchor!r} ends in white space, which would change the first answer "
+                "token; end it at its last visible character"
             )
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token; set one")
@@ -117,7 +121,8 @@ class PromptBuilder:
         return len(self._opening)
 
     def _template_pieces(self) -> tuple[str, str, str]:
-        """The template's text before the user, between user and assistant, and before the next user."""
+        """The template's text before the user, between user and assistant, and before the next
+        user."""
         tokenizer = self.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             return "", "\n", ""
@@ -126,17 +131,17 @@ class PromptBuilder:
             {"role": "assistant", "content": _ASSISTANT},
             {"role": "user", "content": _NEXT_USER},
         ]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        first = tokenizer.apply_chat_template(
-            messages[:1], tokenize=False, add_generation_prompt=True
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        first = str(
+            tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
         )
         try:
             opening, to_assistant = first.split(_USER)
             to_user = text.split(_ASSISTANT)[1].split(_NEXT_USER)[0]
         except (ValueError, IndexError):
             raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path!r} rewrites its messages, so the places of "
-                "user and assistant text cannot be found"
+                f"the chat template of {tokenizer.name_or_path!r} rewrites its messages, so the places "
+                "of user and assistant text cannot be found"
             ) from None
         return opening, to_assistant, to_user
 
@@ -166,8 +171,8 @@ class PromptBuilder:
         Args:
             turns: at least one; every turn but the last needs an answer. An answer becomes targets.
             context: the passage; None for closed book.
-            latent: None for a text prompt; `context` puts the latent in the context's place and keeps
-                the question as text; `pure` puts it in the place of the whole user text.
+            latent: None for a text prompt; `context` puts the latent in the context's place and
+                keeps the question as text; `pure` puts it in the place of the whole user text.
             user_ids: replaces the first turn's user text by these ids (truncated baselines).
         """
         prompt = Prompt()

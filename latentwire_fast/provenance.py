@@ -16,7 +16,8 @@ PACKAGES = ("latentwire-fast", "torch", "transformers", "tokenizers", "safetenso
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with `+changes` if it is not clean; None outside a checkout."""
+    """The commit of the source tree, with `+changes` if it is not clean; None outside a
+    checkout."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -76,9 +77,10 @@ def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
         for name, entry in metrics["readers"].items()
     )
     meaning = {
-        "pure": "The latent stands for the whole prompt, question included: the encoder may answer and "
-        "send the answer, so these scores say nothing about compression.",
-        "context": "The latent stands for the context alone; the question reaches the reader as text.",
+        "pure": "The latent stands for the whole prompt, question included: the encoder may answer "
+        "and send the answer, so these scores say nothing about compression.",
+        "context": "The latent stands for the context alone; the question reaches the reader as "
+        "text.",
     }[config.mode]
     return f"""---
 library_name: latentwire-fast
@@ -87,8 +89,8 @@ tags: [prompt-compression, soft-prompt, latent]
 # Interlingua `{metrics["run"]["name"]}` (preset `{config.preset}`)
 
 {latent["M"]} latents of width {latent["d_z"]}, {width} bits in groups of {latent["group_size"]}:
-{sizes["payload_mean"][width]:.0f} bytes on the wire for texts of {sizes["text_utf8_mean"]:.0f} bytes
-(UTF-8; {sizes["text_brotli_mean"]:.0f} with brotli). {meaning}
+{sizes["payload_mean"][width]:.0f} bytes on the wire for texts of
+{sizes["text_utf8_mean"]:.0f} bytes (UTF-8; {sizes["text_brotli_mean"]:.0f} with brotli). {meaning}
 
 F1 on {metrics["examples"]} held-out examples of `{config.data.source}`:
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class Reader:
             options["quantization_config"] = _nf4_config(dtype)
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         if device is not None and device_map is None and not load_in_4bit:
-            model = model.to(device)
+            model.to(device)  # type: ignore[arg-type]  # the stubs take no plain device
         tokenizer = AutoTokenizer.from_pretrained(path)
         return cls(model, tokenizer, name=name, source=str(source), bos=bos)
 
@@ -143,8 +143,9 @@ class Reader:
         ours = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
         if not torch.allclose(logits.float(), ours.float(), rtol=1e-2, atol=1e-2):
             raise ConfigError(
-                f"reader {self.name!r} ({self.model.config.model_type}) transforms its logits after the "
-                "output embedding (soft-capping or scaling); such models are not supported as readers"
+                f"reader {self.name!r} ({self.model.config.model_type}) transforms its logits "
+                "after the output embedding (soft-capping or scaling); such models are not "
+                "supported as readers"
             )
 
     @property
@@ -163,9 +164,14 @@ class Reader:
         return self.model.get_output_embeddings()
 
     @property
+    def head_weight(self) -> Tensor:
+        """The weight of the output embedding, `[V, D]`."""
+        return cast(Tensor, self.head.weight)
+
+    @property
     def embedding(self) -> nn.Embedding:
         """The input embedding, `[V, D]`."""
-        return self.model.get_input_embeddings()
+        return cast(nn.Embedding, self.model.get_input_embeddings())
 
     @property
     def d_model(self) -> int:
@@ -287,7 +293,7 @@ class Reader:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Answer text of generated ids."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def load_readers(
@@ -305,7 +311,9 @@ def resolve_source(source: str | Path) -> str:
     folder = Path(__file__).parent / "testbed" / "readers" / text.removeprefix("testbed:")
     if not (folder / "config.json").exists():
         known = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
-        raise ConfigError(f"no shipped reader {text!r}; there are {[f'testbed:{k}' for k in known]}")
+        raise ConfigError(
+            f"no shipped reader {text!r}; there are {[f'testbed:{k}' for k in known]}"
+        )
     return str(folder)
 
 

@@ -1,7 +1,9 @@
-"""The text-prompted teacher's hidden states, kept on disk: they never change, so they are computed once.
+"""The text-prompted teacher's hidden states, kept on disk: they never change, so they are computed
+once.
 
 One file per reader, `<fingerprint>.bin`, of fp16 rows, and an index line per prompt in
-`<fingerprint>.jsonl` written after its rows are on disk: a torn tail is found by its length and dropped.
+`<fingerprint>.jsonl` written after its rows are on disk: a torn tail is found by its length and
+dropped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train an interlingua for a set of frozen readers, then evaluate it.
 
-    python -m latentwire_fast.train testbed                                  # minutes, two CPU cores
-    python -m latentwire_fast.train testbed_context --run runs/context
-    python -m latentwire_fast.train testbed --data squad.json --reader llama=PATH --reader qwen=PATH
+    python -m latentwire_fast.train testbed                                  # minutes, two CPU
+    cores python -m latentwire_fast.train testbed_context --run runs/context python -m
+    latentwire_fast.train testbed --data squad.json --reader llama=PATH --reader qwen=PATH
     accelerate launch --num_processes 2 -m latentwire_fast.train testbed     # several processes
 
 Run the same command again to resume what was stopped; a finished run is only evaluated.
@@ -26,8 +26,8 @@ class TrainArguments:
     Args:
         preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke) or a .json file.
         run: run folder; runs/PRESET if not given. An unfinished run in it is resumed.
-        reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a hub
-            id or testbed:llama / testbed:qwen.
+        reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
+            hub id or testbed:llama / testbed:qwen.
         encoder: source of the encoder's LM; with --reader the first reader's unless given.
         data: testbed, a SQuAD-format file, a saved data set, or hub:NAME.
         mode: context (question as text) or pure (question inside the latent).
@@ -73,7 +73,6 @@ def main() -> None:
     trainer.run()
     if not args.no_eval and trainer.accelerator.is_main_process:
         from latentwire_fast.evaluator import evaluate_run
-
         from latentwire_fast.summary import summary_lines
 
         print("\n".join(summary_lines(evaluate_run(run_dir))))

@@ -1,8 +1,8 @@
 """The training loop: stages, accumulation, guards, checkpoints, logs. Resuming is bit-exact.
 
-The batch of a step is a pure function of (seed, step), so a checkpoint holds weights, optimisers, random
-state and little else. Several processes each take a slice of the global batch; gradients are summed in
-one all-reduce of the (small) trained part, which leaves memory retries to each process.
+The batch of a step is a pure function of (seed, step), so a checkpoint holds weights, optimisers,
+random state and little else. Several processes each take a slice of the global batch; gradients are
+summed in one all-reduce of the (small) trained part, which leaves memory retries to each process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ from latentwire_fast.config import RunConfig, StageConfig, to_json
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream, facts_at
 from latentwire_fast.errors import CheckpointError, ConfigError, TrainingError
-from latentwire_fast.guards import FrozenGuard, MicroLoss, NonFiniteGuard, SpikeGuard, run_accumulated
+from latentwire_fast.guards import (
+    FrozenGuard,
+    MicroLoss,
+    NonFiniteGuard,
+    SpikeGuard,
+    run_accumulated,
+)
 from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
 from latentwire_fast.objectives import Key, Objectives, Work
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
@@ -49,6 +55,7 @@ from latentwire_fast.teacher import TeacherCache
 from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
 
 logger = logging.getLogger(__name__)
+
 
 def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
     """A fresh model for these readers."""
@@ -63,7 +70,8 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
 
 
 def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
-    """Training data; a finite set is checked for answers that tokenise differently after the anchor.
+    """Training data; a finite set is checked for answers that tokenise differently after the
+    anchor.
 
     Raises:
         ConfigError: prompt + answer would not tokenise to prompt ids + answer ids.
@@ -76,9 +84,10 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
         wrong = reader.prompts.check_alignment(answers)
         if wrong:
             raise ConfigError(
-                f"{len(wrong)} of {len(answers)} answers of {config.data.source} tokenise differently "
-                f"after the anchor {reader.prompts.anchor!r} for reader {reader.name!r}, for example "
-                f"{wrong[0]!r}; choose an anchor that ends where a token ends"
+                f"{len(wrong)} of {len(answers)} answers of {config.data.source} tokenise "
+                f"differently after the anchor {reader.prompts.anchor!r} for reader "
+                f"{reader.name!r}, for example {wrong[0]!r}; choose an anchor that ends where a "
+                "token ends"
             )
     return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
 
@@ -118,7 +127,9 @@ class Trainer:
             TrainingError: stopped, non-finite values, a second writer, or readers that changed.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(self.run_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
+        lock = (
+            RunLock(self.run_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
+        )
         with lock:
             self._store_config()
             if self.finished:
@@ -229,7 +240,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM lets the step end and saves; a second SIGINT interrupts at once."""
+        """The first SIGINT or SIGTERM lets the step end and saves; a second SIGINT interrupts at
+        once."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self._stop_signal is not None and number == signal.SIGINT:
@@ -237,7 +249,9 @@ class Trainer:
             self._stop_signal = number
 
         try:
-            old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+            old = {
+                number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         except ValueError:  # not the main thread: the host program handles its own signals
             old = {}
         try:
@@ -300,7 +314,9 @@ class Trainer:
             with self.accelerator.autocast():
                 losses = self.objectives.compute(micro, stage, counts)
             latents.append(losses.latent_BMd)
-            parts = {f"{k[0]}/{k[1]}": v.detach() / max(1, counts[k]) for k, v in losses.sums.items()}
+            parts = {
+                f"{k[0]}/{k[1]}": v.detach() / max(1, counts[k]) for k, v in losses.sums.items()
+            }
             parts |= {
                 f"accuracy/{name}": right / max(1, counts["answer", name])
                 for name, right in losses.right.items()
@@ -358,7 +374,9 @@ class Trainer:
         latents: list[Tensor],
     ) -> dict[str, Any]:
         latent = torch.cat(latents)
-        accuracy = {k.split("/")[1]: v.item() for k, v in parts.items() if k.startswith("accuracy/")}
+        accuracy = {
+            k.split("/")[1]: v.item() for k, v in parts.items() if k.startswith("accuracy/")
+        }
         return {
             "step": self.step,
             "stage": stage.name,
@@ -370,13 +388,14 @@ class Trainer:
             "grad_norm": norm.item(),
             "grad_norms": norms,
             "latent": latent_statistics(latent),
-            "rms": {name: self.model.adapters[name].rms(latent) for name in self.readers},
+            "rms": {name: self.model.adapter(name).rms(latent) for name in self.readers},
             "tokens_per_second": tokens_per_second,
             "seconds": self.seconds,
         }
 
     def _global_counts(self, counts: Counter[Key]) -> Counter[Key]:
-        """Counts of the global batch; every process has the same keys, as they depend on the stage."""
+        """Counts of the global batch; every process has the same keys, as they depend on the
+        stage."""
         if self.accelerator.num_processes == 1:
             return counts
         keys = sorted(counts)

@@ -1,4 +1,5 @@
-"""Training batches as a pure function of (seed, step): resuming needs no state, and nothing repeats by accident."""
+"""Training batches as a pure function of (seed, step): resuming needs no state, and nothing repeats
+by accident."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
     if not text:
         raise DataError(f"{path} holds no text")
     return text

@@ -3,9 +3,9 @@
     python -m latentwire_fast.testbed.build --reader llama --out build/readers/llama
     python -m latentwire_fast.testbed.build --reader qwen --steps 30 --out build/short   # a trial
 
-What made small models read at all (measured): Muon for matrices; a warm-up on shuffled random chunks
-until copying works; then one, two and four facts by share of the steps; about an eighth each of
-chunk rows and name-list rows throughout; a learning rate that falls linearly from the middle on.
+What made small models read at all (measured): Muon for matrices; a warm-up on shuffled random
+chunks until copying works; then one, two and four facts by share of the steps; about an eighth each
+of chunk rows and name-list rows throughout; a learning rate that falls linearly from the middle on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,15 @@ logger = logging.getLogger(__name__)
 
 Row = tuple[list[int], list[float]]
 OTHER_TOKEN_WEIGHT = 0.1
-LIST_SUFFIXES = (".", " for many years.", " today.", " now.", " again.", " years old.", " downtown.")
+LIST_SUFFIXES = (
+    ".",
+    " for many years.",
+    " today.",
+    " now.",
+    " again.",
+    " years old.",
+    " downtown.",
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,9 @@ class RowMaker:
         rows += [self._shuffled_chunks(96) for _ in range(eighth)]
         stages = [n for n in (1, 2, 4) if n <= facts]
         for _ in range(size - len(rows)):
-            rows.append(self._passage(facts if self.rng.random() < 0.8 else self.rng.choice(stages)))
+            rows.append(
+                self._passage(facts if self.rng.random() < 0.8 else self.rng.choice(stages))
+            )
         return rows
 
     def _passage(self, facts: int) -> Row:
@@ -141,9 +151,9 @@ class RowMaker:
     def _shuffled_chunks(self, length: int) -> Row:
         """Chunks of random tokens, listed again and again, each time in another order.
 
-        A chunk's first token says how it goes on. The order must change: blocks repeated as they were
-        can be copied by distance alone, and readers that had learned just that reached a copy accuracy
-        of 0.997 on repeats but 0.70 on names.
+        A chunk's first token says how it goes on. The order must change: blocks repeated as they
+        were can be copied by distance alone, and readers that had learned just that reached a copy
+        accuracy of 0.997 on repeats but 0.70 on names.
         """
         size = self.rng.choice((2, 2, 3, 4))
         count = self.rng.randint(3, max(3, length // (3 * size)))
@@ -232,7 +242,11 @@ def train_reader(
                     value = right[part][scored[part]].float().mean().item()
                     accuracy[key] += 0.05 * (value - accuracy[key])
         if step % 10 == 0:
-            bar.set_postfix(facts=facts, loss=f"{loss.item():.3f}", **{k: f"{v:.3f}" for k, v in accuracy.items()})
+            bar.set_postfix(
+                facts=facts,
+                loss=f"{loss.item():.3f}",
+                **{k: f"{v:.3f}" for k, v in accuracy.items()},
+            )
     return model.eval(), accuracy
 
 

@@ -1,7 +1,8 @@
 """A reading task without end: short passages of facts about invented people, and questions on them.
 
-A passage holds four facts over three people, shuffled. Six relations: `place`, `dog` and `boss` have
-invented names as values, `job` is one of 28, `age` a number 10-99, `thing` a colour and an object.
+A passage holds four facts over three people, shuffled. Six relations: `place`, `dog` and `boss`
+have invented names as values, `job` is one of 28, `age` a number 10-99, `thing` a colour and an
+object.
 Names are two consonant-vowel-consonant syllables ("Nulnak"); the first syllables within one passage
 are distinct, so that a copied first token settles the second. Names with `crc32 % 10 == 0` are
 *held out*: training passages never contain them, held-out passages contain no others.
@@ -143,7 +144,8 @@ def make_passage(rng: random.Random, *, facts: int = 4, split: Split = "train") 
 
     Args:
         rng: source of all randomness; the same state gives the same passage.
-        facts: facts in the passage, 1 to 18. People: one per fact up to 3, then 3 (4 above 4 facts).
+        facts: facts in the passage, 1 to 18. People: one per fact up to 3, then 3 (4 above 4
+            facts).
         split: `train` or `heldout` names.
     """
     if not 1 <= facts <= 18:

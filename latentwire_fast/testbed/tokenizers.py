@@ -1,4 +1,5 @@
-"""The two testbed tokenizers: a byte-level BPE for the Llama reader, a Metaspace BPE for the Qwen reader.
+"""The two testbed tokenizers: a byte-level BPE for the Llama reader, a Metaspace BPE for the Qwen
+reader.
 
 Both are trained on training passages and lists of names, at sizes where every name is exactly two
 tokens, every other value word one, and every age two. (A vocabulary that cuts names unevenly held
@@ -17,7 +18,8 @@ from latentwire_fast.prompts import ANCHOR, full_text
 from latentwire_fast.testbed.task import make_passage, random_name
 
 LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "[INST]{{ m['content'] }}[/INST]"
     "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 QWEN_TEMPLATE = (
@@ -28,7 +30,8 @@ QWEN_TEMPLATE = (
 
 
 def _corpus(seed: int, passages: int = 6000) -> Iterator[str]:
-    """Passages with one question each, and lists of names so that syllables merge before word parts."""
+    """Passages with one question each, and lists of names so that syllables merge before word
+    parts."""
     rng = random.Random(seed)
     for _ in range(passages):
         passage = make_passage(rng, split="train")
