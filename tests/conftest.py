@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest_plugins = ["readers"]
+
 REPOSITORY = Path(__file__).parents[1]
 
 # `default` finds the same examples on every run; `make fuzz` looks for new ones.

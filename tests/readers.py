@@ -1,0 +1,116 @@
+"""Two tiny frozen readers with random weights: what tests read with.
+
+A pytest plugin (named in conftest.py). The tokenizers are the testbed's own, trained once per
+session; the models have grouped K/V heads and take milliseconds. Their answers mean nothing, but no
+two prompts get the same logits, so that a wrong mask, position or prefix shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from latentwire_fast.data.examples import Example
+from latentwire_fast.reader import Reader
+from latentwire_fast.testbed.task import make_examples
+from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
+
+
+def tiny_model(
+    architecture: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0
+) -> PreTrainedModel:
+    """A random `llama` (width 32) or `qwen2` (width 48) causal LM of two layers, in eval mode.
+
+    Weights are drawn wide (0.3), so that attention is far from uniform and predictions differ.
+    """
+    shape = {
+        "vocab_size": len(tokenizer),
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if architecture == "llama":
+            config = LlamaConfig(hidden_size=32, num_attention_heads=4, **shape)
+            return LlamaForCausalLM(config).eval()
+        config = Qwen2Config(hidden_size=48, num_attention_heads=6, **shape)
+        return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """The testbed's byte-level BPE."""
+    return build_llama_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """The testbed's Metaspace BPE."""
+    return build_qwen_tokenizer()
+
+
+def _save(
+    architecture: str, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("readers") / architecture
+    tiny_model(architecture, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(
+    llama_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A Hugging Face folder with a tiny Llama. Read only."""
+    return _save("llama", llama_tokenizer, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(
+    qwen_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A Hugging Face folder with a tiny Qwen2. Read only."""
+    return _save("qwen2", qwen_tokenizer, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def readers(llama_folder: Path, qwen_folder: Path) -> dict[str, Reader]:
+    """Both tiny readers by name, shared: nothing may change them."""
+    return {
+        "llama": Reader.load(llama_folder, name="llama"),
+        "qwen": Reader.load(qwen_folder, name="qwen"),
+    }
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen"])
+def reader(request: pytest.FixtureRequest, readers: dict[str, Reader]) -> Reader:
+    """Each of the tiny readers in turn."""
+    return readers[request.param]
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    """Sixteen held-out testbed examples of ragged length."""
+    return [
+        example
+        for facts in (1, 2, 4, 6)
+        for example in make_examples(4, seed=10 + facts, facts=facts)
+    ]
