@@ -117,7 +117,6 @@ class DataConfig:
     questions_per_context: int = 4
     eval_examples: int = 500
     eval_seed: int = 99
-    max_context_chars: int | None = None
 
 
 @dataclass(frozen=True)

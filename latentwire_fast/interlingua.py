@@ -201,7 +201,8 @@ class Interlingua(nn.Module):
             raise CheckpointError(
                 f"reader {reader.name!r} from {reader.source!r} has other weights (digest "
                 f"{reader.fingerprint[:12]}) than the adapter was trained for "
-                f"({card.fingerprint[:12]}, {card.source!r}); load that reader, or train an adapter for this one"
+                f"({card.fingerprint[:12]}, {card.source!r}); load that reader, or train an "
+                "adapter for this one"
             )
 
     def trained_state(self) -> dict[str, Tensor]:

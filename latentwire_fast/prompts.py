@@ -140,8 +140,8 @@ class PromptBuilder:
             to_user = text.split(_ASSISTANT)[1].split(_NEXT_USER)[0]
         except (ValueError, IndexError):
             raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path!r} rewrites its messages, so the places "
-                "of user and assistant text cannot be found"
+                f"the chat template of {tokenizer.name_or_path!r} rewrites its messages, so the "
+                "places of user and assistant text cannot be found"
             ) from None
         return opening, to_assistant, to_user
 
