@@ -26,6 +26,13 @@ def run_entry_point(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def quiet_libraries() -> None:
+    """No progress bars but our own. Call after parsing: it imports transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def parse_pairs(pairs: Sequence[str], *, option: str) -> dict[str, str]:
     """`NAME=SOURCE` options to a dict in their order.
 

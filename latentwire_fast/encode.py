@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from latentwire_fast.cli import run_entry_point
+from latentwire_fast.cli import quiet_libraries, run_entry_point
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class EncodeArguments:
 def main() -> None:
     """Encode one file and print its sizes and times."""
     args = tyro.cli(EncodeArguments, prog="latentwire_fast.encode")
+    quiet_libraries()
     from latentwire_fast import wire
     from latentwire_fast.data.text import read_text
     from latentwire_fast.interlingua import Interlingua

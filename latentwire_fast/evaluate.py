@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from latentwire_fast.cli import run_entry_point
+from latentwire_fast.cli import quiet_libraries, run_entry_point
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def score(arguments: list[str]) -> None:
 def evaluate() -> None:
     """Evaluate a run and say where the report is."""
     args = tyro.cli(RunArguments, prog="latentwire_fast.evaluate")
+    quiet_libraries()
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.evaluator import evaluate_run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from latentwire_fast.cli import run_entry_point
+from latentwire_fast.cli import quiet_libraries, run_entry_point
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class GenerateArguments:
 def main() -> None:
     """Decode the payloads and print each answer, its bytes and times."""
     args = tyro.cli(GenerateArguments, prog="latentwire_fast.generate")
+    quiet_libraries()
     import torch
 
     from latentwire_fast import wire

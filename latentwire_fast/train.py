@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from latentwire_fast.cli import parse_pairs, run_entry_point
+from latentwire_fast.cli import parse_pairs, quiet_libraries, run_entry_point
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class TrainArguments:
 def main() -> None:
     """Parse, train, evaluate."""
     args = tyro.cli(TrainArguments, prog="latentwire_fast.train")
+    quiet_libraries()
     from latentwire_fast.presets import load_preset, with_overrides
     from latentwire_fast.trainer import Trainer
 

@@ -42,7 +42,7 @@ from latentwire_fast.checkpoint import (
     rng_state,
     save_checkpoint,
 )
-from latentwire_fast.cli import run_entry_point
+from latentwire_fast.cli import quiet_libraries, run_entry_point
 from latentwire_fast.errors import CheckpointError
 from latentwire_fast.metrics import exact_match, f1
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
@@ -265,14 +265,18 @@ license: apache-2.0
 
 A {recipe["architecture"]} of {recipe["layers"]} layers, width {recipe["hidden_size"]},
 {record["parameters"]:,} parameters, in half precision. It reads passages of the built-in task
-(`latentwire_fast.testbed.task`) and nothing else: invented names, six relations, English templates.
+(`latentwire_fast.testbed.task`) and nothing else: invented names, six relations, English.
 
-On {record["examples"]} held-out prompts: exact match {record["text_em"]:.3f}, F1
-{record["text_f1"]:.3f}; cut to 12 tokens, F1 {record["token_budget_f1"]:.3f}.
+On {record["examples"]} held-out prompts:
+exact match {record["text_em"]:.3f}, F1 {record["text_f1"]:.3f};
+cut to 12 tokens, F1 {record["token_budget_f1"]:.3f}.
 
-Built by
-`python -m latentwire_fast.testbed.build --reader {name} --steps {recipe["steps"]} --out DIR` in {record["cpu_seconds"]:.0f} CPU-seconds of one core, from initial weights that hold a copying
-circuit (`latentwire_fast.testbed.induction`). No data but the generator's.
+Built in {record["cpu_seconds"]:.0f} CPU-seconds of one core by
+
+    python -m latentwire_fast.testbed.build --reader {name} --steps {recipe["steps"]} --out DIR
+
+from initial weights that hold a copying circuit (`latentwire_fast.testbed.induction`), on no data
+but the generator's.
 """
 
 
@@ -285,6 +289,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--examples", type=int, default=500, help="held-out prompts to score on")
     args = parser.parse_args()
+    quiet_libraries()
     torch.set_num_threads(args.threads)
     recipe = RECIPES[args.reader]
     if args.steps:
