@@ -66,7 +66,7 @@ $(VENV)/.torch:
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple) "$(TORCH)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.*)
 	@echo "[3/4] build tools"
 	@$(PIP) install -c constraints.txt $(BUILD_TOOLS)
 	@echo "[4/4] dependencies, and the C++ extension"

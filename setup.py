@@ -71,7 +71,7 @@ setup(
     packages=[*find_packages(include=["latentwire_fast*"]), "latentwire_fast.kernels"],
     package_dir={"latentwire_fast.kernels": "kernels"},
     package_data={
-        "latentwire_fast": ["py.typed", "**/*.safetensors", "**/*.json", "**/*.j2", "**/*.md"],
+        "latentwire_fast": ["py.typed", "_C.pyi", "**/*.safetensors", "**/*.json", "**/*.j2", "**/*.md"],
         "latentwire_fast.kernels": ["*.md"],
     },
     ext_modules=[] if skip else [Extension("latentwire_fast._C", sources=[])],

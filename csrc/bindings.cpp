@@ -4,6 +4,11 @@
 
 #include "placement.h"
 
+namespace py = pybind11;
+using latentwire::Copies;
+using latentwire::Placement;
+using latentwire::Placer;
+
 namespace {
 
 using Runs = std::vector<std::pair<int64_t, int64_t>>;
@@ -24,5 +29,25 @@ std::vector<std::pair<std::string, Runs>> plan(const std::vector<std::string>& l
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "K/V prefix placement (see csrc/placement.h); use it through latentwire_fast.placement.";
-  m.def("plan", torch::wrap_pybind_function(plan), pybind11::arg("layer_devices"));
+
+  m.def("plan", torch::wrap_pybind_function(plan), py::arg("layer_devices"));
+
+  py::class_<Copies>(m, "Copies")
+      .def_readonly("prepare", &Copies::prepare)
+      .def_readonly("link", &Copies::link)
+      .def_readonly("scatter", &Copies::scatter);
+
+  // The GIL is released while tensors are copied, and while views are made.
+  py::class_<Placement>(m, "Placement")
+      .def("layers", torch::wrap_pybind_function_no_gil(&Placement::layers))
+      .def("scatter", torch::wrap_pybind_function_no_gil(&Placement::scatter))
+      .def("wait", torch::wrap_pybind_function_no_gil(&Placement::wait))
+      .def_property_readonly("copies", &Placement::copies);
+
+  py::class_<Placer>(m, "Placer")
+      .def(py::init(torch::wrap_pybind_function(
+          [](const std::vector<std::string>& layer_devices, at::ScalarType dtype) {
+            return Placer(layer_devices, dtype);
+          })))
+      .def("place", torch::wrap_pybind_function_no_gil(&Placer::place));
 }

@@ -1,5 +1,10 @@
 #include "placement.h"
 
+#include <ATen/ATen.h>
+#include <ATen/core/CachingHostAllocator.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -7,18 +12,50 @@
 namespace latentwire {
 namespace {
 
+using c10::impl::VirtualGuardImpl;
+
 c10::Device parse_device(const std::string& name, size_t layer) {
   TORCH_CHECK_VALUE(
-      name != "disk" && name != "meta",
-      "layer ", layer, " is on '", name, "', which holds no memory to place a prefix in; ",
-      "load the reader with that layer on a device");
+      name != "disk" && name != "meta", "layer ", layer, " is on '", name,
+      "', which holds no memory to place a prefix in; load the reader with that layer on a device");
+  std::optional<c10::Device> device;
   try {
-    return c10::Device(name);
+    device = c10::Device(name);
   } catch (const c10::Error&) {
     TORCH_CHECK_VALUE(
-        false, "layer ", layer, " is on '", name, "', which is not a device; ",
-        "name one such as 'cpu' or 'cuda:0'");
+        false, "layer ", layer, " is on '", name,
+        "', which is not a device; name one such as 'cpu' or 'cuda:0'");
   }
+  if (device->is_cpu()) {
+    return c10::Device(c10::kCPU);
+  }
+  TORCH_CHECK_VALUE(
+      device->has_index(), "layer ", layer, " is on '", name, "', which may be any of several; ",
+      "say which, as in '", name, ":0'");
+  return *device;
+}
+
+// Waits on `stream` for everything that was sent to `earlier` so far.
+void order_after(const c10::Stream& stream, const c10::Stream& earlier) {
+  c10::Event event(earlier.device_type());
+  event.record(earlier);
+  event.block(stream);
+}
+
+// Keeps the memory of `tensor` from being given away before `stream` is done with it.
+void keep_alive_on(const at::Tensor& tensor, const c10::Stream& stream) {
+  VirtualGuardImpl(stream.device_type())
+      .recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
+}
+
+std::vector<int64_t> layers_of(const DeviceRuns& entry) {
+  std::vector<int64_t> layers;
+  for (const auto& run : entry.runs) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      layers.push_back(run.first + i);
+    }
+  }
+  return layers;
 }
 
 }  // namespace
@@ -44,6 +81,181 @@ std::vector<DeviceRuns> plan(const std::vector<std::string>& layer_devices) {
     }
   }
   return devices;
+}
+
+Placement::Placement(std::vector<Slab> slabs, int64_t batch, Copies copies)
+    : slabs_(std::move(slabs)), batch_(batch), copies_(copies) {}
+
+std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> Placement::layers() const {
+  size_t count = 0;
+  for (const auto& slab : slabs_) {
+    count += slab.layers.size();
+  }
+  std::vector<at::Tensor> keys(count), values(count);
+  for (const auto& slab : slabs_) {
+    auto shape = slab.data.sizes().vec();
+    shape[2] = batch_;
+    // One unbind for all of a device's views: 2 l calls of select cost more than the views themselves.
+    const auto views = slab.data.expand(shape).flatten(0, 1).unbind(0);
+    for (size_t i = 0; i < slab.layers.size(); ++i) {
+      keys[slab.layers[i]] = views[2 * i];
+      values[slab.layers[i]] = views[2 * i + 1];
+    }
+  }
+  return {std::move(keys), std::move(values)};
+}
+
+void Placement::scatter(size_t index, const at::Tensor& target) {
+  TORCH_CHECK_VALUE(index < slabs_.size(), "there is no device number ", index);
+  Slab& slab = slabs_[index];
+  auto shape = slab.data.sizes().vec();
+  const int64_t positions = shape[4];
+  shape[2] = batch_;
+  TORCH_CHECK_VALUE(
+      target.dim() == 6 && target.size(4) >= positions,
+      "the cache holds ", target.dim() == 6 ? target.size(4) : 0, " positions and the prefix ",
+      positions, "; make the cache longer");
+  const at::Tensor part = target.narrow(4, 0, positions);
+  TORCH_CHECK_VALUE(
+      part.sizes() == shape && target.scalar_type() == slab.data.scalar_type() &&
+          target.device() == slab.device,
+      "the cache is ", target.sizes(), " of ", target.scalar_type(), " on ", target.device(),
+      " and the prefix ", shape, " of ", slab.data.scalar_type(), " on ", slab.device);
+  ++copies_.scatter;
+  if (!slab.side) {
+    part.copy_(slab.data);
+    return;
+  }
+  order_after(*slab.side, VirtualGuardImpl(slab.device.type()).getStream(slab.device));
+  keep_alive_on(target, *slab.side);
+  const c10::StreamGuard guard(*slab.side);
+  part.copy_(slab.data);
+  slab.ready->record(*slab.side);
+}
+
+void Placement::wait(size_t index) {
+  TORCH_CHECK_VALUE(index < slabs_.size(), "there is no device number ", index);
+  const Slab& slab = slabs_[index];
+  if (!slab.ready) {
+    return;
+  }
+  const c10::Stream consumer = VirtualGuardImpl(slab.device.type()).getStream(slab.device);
+  slab.ready->block(consumer);
+  keep_alive_on(slab.data, consumer);
+}
+
+Placer::Placer(const std::vector<std::string>& layer_devices, at::ScalarType dtype)
+    : devices_(plan(layer_devices)),
+      layers_(static_cast<int64_t>(layer_devices.size())),
+      dtype_(dtype) {
+  TORCH_CHECK_VALUE(at::isFloatingType(dtype), "the cache's dtype is ", dtype, ", not a float");
+  for (const auto& entry : devices_) {
+    const c10::Device device = entry.device;
+    if (device.is_cpu()) {
+      sides_.emplace_back(std::nullopt);
+      continue;
+    }
+    TORCH_CHECK_VALUE(
+        c10::impl::hasDeviceGuardImpl(device.type()) &&
+            device.index() < VirtualGuardImpl(device.type()).deviceCount(),
+        "layer ", entry.runs.front().first, " is on '", device, "', which is not on this machine, or "
+        "not in this build of torch");
+    // Kept for good: memory that is allocated on a stream is reused only on that stream.
+    sides_.emplace_back(VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device));
+  }
+}
+
+void Placer::check(const at::Tensor& prefix, int64_t batch) const {
+  TORCH_CHECK_VALUE(
+      prefix.dim() == 6 && prefix.size(1) == 2 && prefix.numel() > 0,
+      "a prefix is [layers, 2, batch or 1, heads, positions, head width], none of them 0; this one is ",
+      prefix.sizes());
+  TORCH_CHECK_VALUE(
+      prefix.size(0) == layers_, "the prefix has ", prefix.size(0), " layers and the reader ", layers_);
+  TORCH_CHECK_VALUE(batch >= 1, "the batch is ", batch, ", and must be at least 1");
+  TORCH_CHECK_VALUE(
+      prefix.size(2) == 1 || prefix.size(2) == batch, "the prefix is for a batch of ", prefix.size(2),
+      " and the cache for one of ", batch, "; only a batch of 1 is broadcast");
+  TORCH_CHECK_VALUE(
+      at::isFloatingType(prefix.scalar_type()) && prefix.layout() == at::kStrided &&
+          !prefix.is_meta(),
+      "a prefix is a dense tensor of floats with memory; this one is ", prefix.toString());
+}
+
+at::Tensor Placer::prepare(const at::Tensor& prefix, bool training, Copies& copies) const {
+  at::Tensor ready = prefix;
+  const bool odd = std::any_of(devices_.begin(), devices_.end(), [](const DeviceRuns& entry) {
+    return entry.runs.size() > 1;
+  });
+  if (odd) {
+    std::vector<at::Tensor> runs;
+    for (const auto& entry : devices_) {
+      for (const auto& run : entry.runs) {
+        runs.push_back(prefix.narrow(0, run.first, run.count));
+      }
+    }
+    ready = at::cat(runs, 0);
+    ++copies.prepare;
+  }
+  // A copy from pageable memory is staged by the driver at a fraction of the link's speed.
+  const bool pin = !training && prefix.is_cpu() &&
+      std::any_of(devices_.begin(), devices_.end(), [&](const DeviceRuns& entry) {
+        const auto type = entry.device.type();
+        return type != c10::kCPU && at::getHostAllocator(type) != nullptr && !ready.is_pinned();
+      });
+  if (ready.scalar_type() == dtype_ && ready.is_contiguous() && !pin) {
+    return ready;
+  }
+  ++copies.prepare;
+  if (training) {
+    return ready.to(dtype_).contiguous();
+  }
+  return at::empty(ready.sizes(), ready.options().dtype(dtype_).pinned_memory(pin)).copy_(ready);
+}
+
+void Placer::send(Slab& slab) const {
+  const at::Tensor source = slab.data;
+  const c10::Device from = source.device();
+  std::vector<c10::Stream> streams{*slab.side};
+  if (!from.is_cpu()) {
+    // Copies between accelerators run on the source's current stream: give it a side stream as well.
+    const VirtualGuardImpl producer(from.type());
+    const c10::Stream out = producer.getStreamFromGlobalPool(from);
+    order_after(out, producer.getStream(from));
+    keep_alive_on(source, out);
+    streams.push_back(out);
+  }
+  const c10::MultiStreamGuard guard(streams);
+  slab.data = source.to(slab.device, dtype_, /*non_blocking=*/true);
+  slab.ready.emplace(slab.device.type());
+  slab.ready->record(*slab.side);
+}
+
+Placement Placer::place(const at::Tensor& prefix, int64_t batch) const {
+  check(prefix, batch);
+  const bool training = c10::GradMode::is_enabled() && prefix.requires_grad();
+  Copies copies;
+  const at::Tensor source = prepare(prefix, training, copies);
+  std::vector<Slab> slabs;
+  int64_t first = 0;
+  for (size_t i = 0; i < devices_.size(); ++i) {
+    const c10::Device device = devices_[i].device;
+    auto layers = layers_of(devices_[i]);
+    const auto count = static_cast<int64_t>(layers.size());
+    Slab slab{device, std::move(layers), source.narrow(0, first, count), {}, {}};
+    first += count;
+    if (device != source.device()) {
+      ++copies.link;
+      if (training || device.is_cpu()) {
+        slab.data = slab.data.to(device);
+      } else {
+        slab.side = sides_[i];
+        send(slab);
+      }
+    }
+    slabs.push_back(std::move(slab));
+  }
+  return Placement(std::move(slabs), batch, copies);
 }
 
 }  // namespace latentwire

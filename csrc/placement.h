@@ -1,30 +1,105 @@
-// Where each layer of a reader's K/V cache lives, and moving a prefix there.
+// Moving one K/V prefix to the devices that a reader's layers live on.
+//
+// A prefix is one tensor [L, 2, B, H, P, D]: layers, keys and values, batch (or 1, broadcast), key/value
+// heads, positions, head width. A slab is the part of it that one device holds, [l, 2, B, H, P, D].
+//
+// Only device-generic interfaces of c10 are used (VirtualGuardImpl, Stream, Event), so that one source
+// serves CPU and CUDA builds of torch and needs no CUDA headers. Every argument that is wrong throws
+// c10::ValueError (ValueError in Python).
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace latentwire {
 
-// The layers [first, first + count) of one device.
+// The layers [first, first + count).
 struct Run {
   int64_t first;
   int64_t count;
 };
 
-// What one device holds: contiguous runs of layers, in ascending order.
+// What one device holds: runs of adjacent layers, in ascending order.
 struct DeviceRuns {
   c10::Device device;
   std::vector<Run> runs;
 };
 
-// Groups a layer -> device map by device, devices in the order of their first layer. Adjacent layers
-// of one device make one run; an odd map (0, 1, 0) gives a device several.
-// Throws c10::ValueError for an empty map, a name that is no device, and `meta` or `disk`, which hold no
-// memory to copy to.
+// Groups a layer -> device map by device, devices in the order of their first layer. Adjacent layers of
+// one device make one run; an odd map (0, 1, 0) gives a device several. Refuses an empty map, a name that
+// is no device, an accelerator without its index, and `meta` and `disk`, which hold no memory.
 std::vector<DeviceRuns> plan(const std::vector<std::string>& layer_devices);
+
+// How often K/V data was copied: while it was made ready where it was produced (gathered by device, cast,
+// pinned), over a link, and into a static cache.
+struct Copies {
+  int64_t prepare = 0;
+  int64_t link = 0;
+  int64_t scatter = 0;
+};
+
+// One device's part of a placed prefix. After a copy on a side stream `ready` says when it has arrived.
+struct Slab {
+  c10::Device device;
+  std::vector<int64_t> layers;
+  at::Tensor data;
+  std::optional<c10::Stream> side;
+  std::optional<c10::Event> ready;
+};
+
+// A prefix on its way to its devices. Slabs are numbered as the devices of the plan.
+class Placement {
+ public:
+  Placement(std::vector<Slab> slabs, int64_t batch, Copies copies);
+  Placement(Placement&&) = default;  // an Event has one owner
+
+  // (keys, values) by layer, each [batch, H, P, D]: views of the slabs, broadcast over the batch.
+  std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> layers() const;
+
+  // Writes a slab into positions [0, P) of `target` [l, 2, batch, H, N, D], in one copy on the stream that
+  // the slab arrives on, after what the current stream still does with the target.
+  void scatter(size_t index, const at::Tensor& target);
+
+  // Makes the current stream of the slab's device wait until the slab (and its scatter) is there.
+  void wait(size_t index);
+
+  Copies copies() const {
+    return copies_;
+  }
+
+ private:
+  std::vector<Slab> slabs_;
+  int64_t batch_;
+  Copies copies_;
+};
+
+// Places prefixes for one reader: its layer -> device map, and the dtype of its cache.
+class Placer {
+ public:
+  Placer(const std::vector<std::string>& layer_devices, at::ScalarType dtype);
+
+  // Sends `prefix` off: gathered by device if the map is odd, cast before the link, then one copy for each
+  // device that it is not on, on a side stream. Slabs on the prefix's own device are views of it. With
+  // gradients (grad mode, and a prefix that requires them) everything runs on the current streams.
+  Placement place(const at::Tensor& prefix, int64_t batch) const;
+
+ private:
+  void check(const at::Tensor& prefix, int64_t batch) const;
+  at::Tensor prepare(const at::Tensor& prefix, bool training, Copies& copies) const;
+  void send(Slab& slab) const;
+
+  std::vector<DeviceRuns> devices_;
+  std::vector<std::optional<c10::Stream>> sides_;  // one for each accelerator in devices_
+  int64_t layers_;
+  at::ScalarType dtype_;
+};
 
 }  // namespace latentwire

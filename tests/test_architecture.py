@@ -23,7 +23,7 @@ FLOORS = [
     {"errors", "reference"},
     {"ops", "placement", "optim"},
     {"wire", "config", "checkpoint"},
-    {"prompts", "batching", "encoders", "adapters", "prefix"},
+    {"prompts", "batching", "encoders", "adapters", "prefix", "kv_cache"},
     {"reader"},
     {
         "interlingua",

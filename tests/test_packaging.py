@@ -61,7 +61,7 @@ def test_wheel(repository: Path, tmp_path: Path) -> None:
 
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    data = {".py", ".typed", ".safetensors", ".json", ".j2", ".md"}
+    data = {".py", ".pyi", ".typed", ".safetensors", ".json", ".j2", ".md"}
     wanted = {
         str(path.relative_to(repository))
         for path in (repository / "latentwire_fast").rglob("*")

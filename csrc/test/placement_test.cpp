@@ -1,0 +1,231 @@
+// Tests of placement.cpp, run by tests/test_placement.py: the plan, and the order of copies on streams.
+#include "placement.h"
+
+#include <c10/core/StreamGuard.h>
+
+#include <iostream>
+
+#include "fake_accelerator.h"
+
+using latentwire::Placement;
+using latentwire::Placer;
+
+namespace {
+
+constexpr unsigned kOrders = 300;  // orders of execution tried for every case
+constexpr int64_t kHeads = 2, kPositions = 3, kWidth = 4;
+
+void check(bool holds, const std::string& what) {
+  if (!holds) {
+    throw std::runtime_error(what);
+  }
+}
+
+template <typename Action>
+void check_refused(Action action, const std::string& part) {
+  try {
+    action();
+  } catch (const c10::ValueError& error) {
+    check(std::string(error.what()).find(part) != std::string::npos, error.what());
+    return;
+  }
+  throw std::runtime_error("accepted, but should say: " + part);
+}
+
+using Runs = std::vector<std::pair<int64_t, int64_t>>;
+
+Runs runs_of(const latentwire::DeviceRuns& entry) {
+  Runs runs;
+  for (const auto& run : entry.runs) {
+    runs.emplace_back(run.first, run.count);
+  }
+  return runs;
+}
+
+void test_plan() {
+  const auto even = latentwire::plan({"cuda:1", "cuda:1", "cuda:0"});
+  check(even.size() == 2 && even[0].device.str() == "cuda:1", "devices in order of first layer");
+  check(runs_of(even[0]) == Runs{{0, 2}} && runs_of(even[1]) == Runs{{2, 1}}, "contiguous runs");
+
+  const auto odd = latentwire::plan({"cpu", "cuda:0", "cpu:0", "cpu", "cuda:0"});
+  check(odd.size() == 2, "cpu:0 is cpu");
+  check(runs_of(odd[0]) == Runs{{0, 1}, {2, 2}}, "an odd map gives several runs");
+  check(runs_of(odd[1]) == Runs{{1, 1}, {4, 1}}, "an odd map gives several runs");
+
+  check_refused([] { latentwire::plan({}); }, "names no layer");
+  check_refused([] { latentwire::plan({"cpu", "disk"}); }, "layer 1 is on 'disk'");
+  check_refused([] { latentwire::plan({"meta"}); }, "layer 0 is on 'meta'");
+  check_refused([] { latentwire::plan({"gpu"}); }, "not a device");
+  check_refused([] { latentwire::plan({"cuda"}); }, "may be any of several");
+  check_refused([] { Placer({"fake:7"}, at::kFloat); }, "not on this machine");
+}
+
+// One placement whose producer, copies and consumers run in an order of the machine's choosing.
+struct Scenario {
+  std::vector<std::string> layer_devices;
+  c10::Device producer;
+  bool waits = true;
+  bool into_static_cache = false;
+};
+
+// What a consumer read, and what it should have.
+struct Reading {
+  at::Tensor seen;
+  at::Tensor expected;
+};
+
+// Whole numbers up to 250, which bfloat16 holds exactly.
+at::Tensor prefix_values(int64_t layers, unsigned seed) {
+  const int64_t count = layers * 2 * kHeads * kPositions * kWidth;
+  return (at::arange(count) + int64_t{seed}).remainder(251).to(at::kFloat).reshape(
+      {layers, 2, 1, kHeads, kPositions, kWidth});
+}
+
+at::Tensor produce(const at::Tensor& values, c10::Device device) {
+  const at::Tensor prefix = at::empty(values.sizes(), at::TensorOptions(device).dtype(at::kFloat));
+  if (device.is_cpu()) {
+    return prefix.copy_(values);
+  }
+  fake::send(fake::current_stream(device.index()), [values, to = fake::memory_of(prefix)] {
+    to.copy_(values);
+  });
+  return prefix;
+}
+
+// Sends a read of a tensor to the current stream of its device.
+Reading read_later(const at::Tensor& tensor, const at::Tensor& expected) {
+  const at::Tensor seen = at::zeros(expected.sizes());
+  fake::send(
+      fake::current_stream(tensor.device().index()),
+      [from = fake::memory_of(tensor), seen] { seen.copy_(from); });
+  return {seen, expected};
+}
+
+// A cache that the consumer, when the prefix comes, is still to fill with sevens and to read.
+at::Tensor used_cache(const latentwire::DeviceRuns& entry, std::vector<Reading>& readings) {
+  int64_t layers = 0;
+  for (const auto& run : entry.runs) {
+    layers += run.count;
+  }
+  const at::Tensor cache = at::empty(
+      {layers, 2, 1, kHeads, kPositions + 2, kWidth},
+      at::TensorOptions(entry.device).dtype(at::kBFloat16));
+  fake::send(fake::current_stream(entry.device.index()), [memory = fake::memory_of(cache)] {
+    memory.fill_(7);
+  });
+  readings.push_back(read_later(cache, at::full(cache.sizes(), 7.0f)));
+  return cache;
+}
+
+latentwire::Copies send_all(
+    const Scenario& scenario, const at::Tensor& values, std::vector<Reading>& readings) {
+  const Placer placer(scenario.layer_devices, at::kBFloat16);
+  const auto plan = latentwire::plan(scenario.layer_devices);
+  std::vector<at::Tensor> caches;
+  for (size_t i = 0; scenario.into_static_cache && i < plan.size(); ++i) {
+    caches.push_back(used_cache(plan[i], readings));
+  }
+  // The prefix is freed when it has been placed, and the placement at the end of this function: both
+  // while all of the work is still to run.
+  Placement placement = placer.place(produce(values, scenario.producer), 1);
+  const auto keys = placement.layers().first;
+  for (size_t i = 0; i < plan.size(); ++i) {
+    if (scenario.into_static_cache) {
+      placement.scatter(i, caches[i]);
+    }
+    if (scenario.waits) {
+      placement.wait(i);
+    }
+    int64_t row = 0;
+    for (const auto& run : plan[i].runs) {
+      for (int64_t layer = run.first; layer < run.first + run.count; ++layer, ++row) {
+        const at::Tensor placed = scenario.into_static_cache
+            ? caches[i].select(0, row).select(0, 0).narrow(2, 0, kPositions)
+            : keys[layer];
+        readings.push_back(read_later(placed, values.select(0, layer).select(0, 0)));
+      }
+    }
+  }
+  return placement.copies();
+}
+
+// Runs a scenario in the order of `seed`; whether every consumer read what it should have.
+bool is_right(const Scenario& scenario, unsigned seed, latentwire::Copies& copies) {
+  const auto layers = static_cast<int64_t>(scenario.layer_devices.size());
+  std::vector<Reading> readings;
+  copies = send_all(scenario, prefix_values(layers, seed), readings);
+  fake::drain(seed);
+  return std::all_of(readings.begin(), readings.end(), [](const Reading& reading) {
+    return at::equal(reading.seen, reading.expected);
+  });
+}
+
+void check_all_orders(const Scenario& scenario, int64_t prepare, int64_t link, int64_t scatter) {
+  latentwire::Copies copies;
+  for (unsigned seed = 0; seed < kOrders; ++seed) {
+    check(is_right(scenario, seed, copies), "wrong values in order " + std::to_string(seed));
+  }
+  check(copies.prepare == prepare, "prepare copies: " + std::to_string(copies.prepare));
+  check(copies.link == link, "link copies: " + std::to_string(copies.link));
+  check(copies.scatter == scatter, "scatter copies: " + std::to_string(copies.scatter));
+}
+
+const std::vector<std::string> kTwoDevices{"fake:0", "fake:0", "fake:1", "fake:1", "fake:1"};
+const std::vector<std::string> kOddMap{"fake:0", "fake:1", "fake:0", "fake:1", "fake:1"};
+const c10::Device kHost(c10::kCPU), kFirst(fake::kType, 0);
+
+void test_from_another_device() {
+  check_all_orders({kTwoDevices, kFirst}, 1, 1, 0);
+}
+
+void test_from_the_host() {
+  check_all_orders({kTwoDevices, kHost}, 1, 2, 0);
+}
+
+void test_odd_map() {
+  check_all_orders({kOddMap, kFirst}, 2, 1, 0);
+}
+
+void test_static_cache() {
+  check_all_orders({kTwoDevices, kFirst, true, true}, 1, 1, 2);
+  check_all_orders({kTwoDevices, kHost, true, true}, 1, 2, 2);
+}
+
+// The control: these tests are able to see a missing wait.
+void test_a_missing_wait_shows() {
+  latentwire::Copies copies;
+  unsigned wrong = 0;
+  for (unsigned seed = 0; seed < kOrders; ++seed) {
+    wrong += !is_right({kTwoDevices, kFirst, false}, seed, copies);
+  }
+  check(wrong > 0, "no order was wrong without a wait");
+}
+
+// The consumer computes on a stream of its own.
+void test_consumer_on_another_stream() {
+  const c10::Device second(fake::kType, 1);
+  const c10::StreamGuard guard(fake::Guard().getStreamFromGlobalPool(second, false));
+  check_all_orders({kTwoDevices, kFirst}, 1, 1, 0);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::map<std::string, void (*)()> tests{
+      {"plan", test_plan},
+      {"from_another_device", test_from_another_device},
+      {"from_the_host", test_from_the_host},
+      {"odd_map", test_odd_map},
+      {"static_cache", test_static_cache},
+      {"a_missing_wait_shows", test_a_missing_wait_shows},
+      {"consumer_on_another_stream", test_consumer_on_another_stream},
+  };
+  c10::register_privateuse1_backend("fake");
+  try {
+    tests.at(argc > 1 ? argv[1] : "")();
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << '\n';
+    return 1;
+  }
+  return 0;
+}
