@@ -49,13 +49,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def uses_triton(op: str, x: Tensor) -> bool:
-    """Whether this call goes to the Triton kernel; the reference otherwise."""
+def uses_triton(op: str, x: Tensor, *, computes_in: torch.dtype = torch.float32) -> bool:
+    """Whether this call goes to the Triton kernel; the reference otherwise.
+
+    The kernels compute in fp32. What is to be computed in fp64 is the reference's on every device.
+    """
     if _backend == "triton" and not x.is_cuda and not interpreted():
         raise KernelError(
             f"{op}: backend 'triton' on a tensor on {x.device}; move it to a CUDA device"
         )
-    return _backend == "triton" or (_backend == "auto" and x.is_cuda)
+    if _backend == "triton" and computes_in == torch.float64:
+        raise KernelError(f"{op}: backend 'triton' on fp64 tensors; use 'auto' or 'reference'")
+    if _backend == "auto":
+        return x.is_cuda and computes_in != torch.float64
+    return _backend == "triton"
 
 
 def register(schema: str, implementation: Any, fake: Any) -> None:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from latentwire_fast import reference
 from latentwire_fast.errors import KernelError, PayloadError
-from latentwire_fast.ops.dispatch import FLOATS, check_float, check_shape, one_of, register
+from latentwire_fast.ops.dispatch import (
+    FLOATS,
+    check_float,
+    check_shape,
+    one_of,
+    register,
+    uses_triton,
+)
 
 BITS = (8, 6, 4)
 GROUP_SIZES = (16, 32, 64)
@@ -28,7 +35,15 @@ def _flattened(op: str, z: Tensor) -> Tensor:
 
 
 def _quantize_pack(z: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    codes, scales = reference.quantize_pack(z, bits=bits, group_size=group_size)
+    if uses_triton("quantize_pack", z):
+        from latentwire_fast.kernels import quantize as kernels
+
+        length = reference.code_bytes(z.shape[1], bits=bits, group_size=group_size)
+        codes, scales = kernels.quantize_pack(
+            z, bits=bits, group_size=group_size, code_bytes=length
+        )
+    else:
+        codes, scales = reference.quantize_pack(z, bits=bits, group_size=group_size)
     # Either implementation marks a group with NaN or Inf by the scale NaN; amax passes NaN on.
     if scales.numel() and not math.isfinite(scales.amax().item()):
         raise PayloadError(
@@ -47,9 +62,12 @@ def _quantize_pack_fake(z: Tensor, bits: int, group_size: int) -> tuple[Tensor, 
 def _unpack_dequantize(
     codes: Tensor, scales: Tensor, bits: int, group_size: int, values: int, dtype: torch.dtype
 ) -> Tensor:
-    return reference.unpack_dequantize(
-        codes, scales, bits=bits, group_size=group_size, values=values, dtype=dtype
-    )
+    unpack = reference.unpack_dequantize
+    if uses_triton("unpack_dequantize", codes):
+        from latentwire_fast.kernels import quantize as kernels
+
+        unpack = kernels.unpack_dequantize
+    return unpack(codes, scales, bits=bits, group_size=group_size, values=values, dtype=dtype)
 
 
 def _unpack_dequantize_fake(
@@ -59,6 +77,10 @@ def _unpack_dequantize_fake(
 
 
 def _fake_quantize(z: Tensor, bits: int, group_size: int) -> Tensor:
+    if uses_triton("fake_quantize", z):
+        from latentwire_fast.kernels import quantize as kernels
+
+        return kernels.fake_quantize(z, bits=bits, group_size=group_size)
     return reference.fake_quantize(z, bits=bits, group_size=group_size)
 
 
