@@ -42,6 +42,21 @@ def cut_utf8(text: str, size: int) -> str:
     return text.encode()[: max(0, size)].decode(errors="ignore")
 
 
+def other_contexts(examples: Sequence[Example]) -> list[int]:
+    """Per example, the next one (cyclic) with another context; itself where all contexts are equal.
+
+    Data sets ask several questions of one passage: a mere neighbour's latent may stand for the same
+    text.
+    """
+    count = len(examples)
+
+    def partner(i: int) -> int:
+        following = ((i + step) % count for step in range(1, count))
+        return next((j for j in following if examples[j].context != examples[i].context), i)
+
+    return [partner(i) for i in range(count)]
+
+
 class Methods:
     """Builds every method's input for one reader.
 
@@ -73,7 +88,7 @@ class Methods:
             "token_budget_question": self.token_budget_question,
             "byte_budget": self.byte_budget,
             "closed_book": self.closed_book,
-            "shuffled_latent": lambda: self.latent(self.latents.roll(1, 0)),
+            "shuffled_latent": lambda: self.latent(self.latents[other_contexts(self.examples)]),
             "zero_latent": lambda: self.latent(torch.zeros_like(self.latents)),
             "embedding_replay": self.embedding_replay,
         }
@@ -117,9 +132,12 @@ class Methods:
         """The prompt cut to M tokens from its start, as the seeds do: the question is usually
         lost."""
         ids = self.reader.prompts.text_ids
-        return self._text_like(
+        given = self._text_like(
             [ids(full_text(e.context, e.question))[: self.budget] for e in self.examples]
         )
+        # The cut runs over context and question alike, so in either mode all of it counts.
+        given.positions = [prompt.content for prompt in given.prompts]
+        return given
 
     def token_budget_question(self) -> MethodInput:
         """The question kept and the context cut: to M less the question (pure), or to M
