@@ -236,7 +236,11 @@ class PromptBuilder:
 
         An empty list means that prompt ids + answer ids are what the joined text tokenises to.
         """
-        joined = self.tokenizer([f"{self.anchor} {a}" for a in answers], add_special_tokens=False)
+        joined = self.tokenizer(
+            [f"{self.anchor} {a}" for a in answers],
+            add_special_tokens=False,
+            split_special_tokens=True,
+        )
         return [
             answer
             for answer, ids in zip(answers, joined["input_ids"], strict=True)
