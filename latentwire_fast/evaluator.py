@@ -19,20 +19,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentwire_fast import metrics as scores
-from latentwire_fast import wire
 from latentwire_fast.baselines import MethodInput, Methods, unanswered
 from latentwire_fast.checkpoint import write_atomically
 from latentwire_fast.config import RunConfig, read_run_config, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.errors import CheckpointError
-from latentwire_fast.hypotheses import judge
 from latentwire_fast.interlingua import Interlingua
-from latentwire_fast.prompts import Prompt, Turn, context_text, full_text
+from latentwire_fast.outcome import Outcome
+from latentwire_fast.prompts import Prompt, Turn
 from latentwire_fast.provenance import model_card, run_record
 from latentwire_fast.reader import DecodeOptions, Reader, load_readers
 from latentwire_fast.report import write_report
-from latentwire_fast.results import MethodResult, mean
+from latentwire_fast.results import MethodResult
 
 logger = logging.getLogger(__name__)
 
@@ -90,36 +89,41 @@ class Evaluator:
         return [items[i : i + size] for i in range(0, len(items), size)]
 
     @torch.no_grad()
-    def run(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Everything: (the scored parts of metrics.json, the records of predictions.jsonl)."""
+    def run(self) -> Outcome:
+        """Score everything."""
         payloads = self.encode()
         bits = self.model.quantizer.bits
         latents = {b: self.model.decode_payloads(p) for b, p in payloads.items()}
-        sizes = [len(p) for p in payloads[bits]]
-        results: dict[str, dict[str, MethodResult]] = {}
-        by_bits: dict[str, dict[int, MethodResult]] = {}
-        per_reader = 9 + len(self._widths())
-        batches = len(self._batches(self.examples))
-        self.bar.reset(total=len(self.readers) * per_reader * batches)
-        for name, reader in self.readers.items():
-            methods = Methods(
-                self.model, reader, self.examples, latents=latents[bits], payload_bytes=sizes
+        bytes_by_width = {b: [len(p) for p in v] for b, v in payloads.items()}
+        outcome = Outcome(self.config, self.examples, bytes_by_width)
+        inputs = {
+            name: Methods(
+                self.model,
+                reader,
+                self.examples,
+                latents=latents[bits],
+                payload_bytes=bytes_by_width[bits],
             )
-            results[name] = {}
+            for name, reader in self.readers.items()
+        }
+        rounds = sum(len(methods.table) + len(latents) - 1 for methods in inputs.values())
+        self.bar.reset(total=rounds * len(self._batches(self.examples)))
+        for name, methods in inputs.items():
+            reader = self.readers[name]
+            results = outcome.results[name] = {}
             for method, build in methods.table.items():
                 self.bar.set_postfix_str(f"{name}: {method}")
-                results[name][method] = self._score(reader, build())
-            results[name]["first_words"] = self._judge(methods.first_words())
-            by_bits[name] = {}
+                results[method] = self._score(reader, build())
+            results["first_words"] = self._judge(methods.first_words())
+            widths = outcome.by_bits[name] = {}
             for width, latent in latents.items():
                 self.bar.set_postfix_str(f"{name}: {width} bits")
-                known = results[name]["latent"] if width == bits else None
-                by_bits[name][width] = known or self._generate(reader, methods.latent(latent))
-            self._time(reader, methods, payloads[bits], results[name])
-        joint, joint_records = self._joint(results, latents[bits])
+                known = results["latent"] if width == bits else None
+                widths[width] = known or self._generate(reader, methods.latent(latent))
+            self._time(reader, methods, payloads[bits], results)
+        self._joint(outcome, latents[bits])
         self.bar.close()
-        measured = self._metrics(payloads, results, by_bits, joint)
-        return measured, self._records(payloads, results, by_bits, joint_records)
+        return outcome
 
     def _judge(self, predictions: list[str]) -> MethodResult:
         answers = [e.answers for e in self.examples]
@@ -217,141 +221,22 @@ class Evaluator:
             values += (sums / torch.bincount(batch.rows_N, minlength=len(prompts))).tolist()
         return values
 
-    def _joint(
-        self, results: dict[str, dict[str, MethodResult]], latents: Tensor
-    ) -> tuple[MethodResult | None, list[dict[str, Any]]]:
+    def _joint(self, outcome: Outcome, latents: Tensor) -> None:
         """Both readers score each other's latent answers; the best total wins."""
         names = list(self.readers)
         if len(names) < 2:
-            return None, []
-        candidates = [results[name]["latent"].predictions for name in names]
+            return
+        candidates = [outcome.results[name]["latent"].predictions for name in names]
         totals = []
         for answers in candidates:
             parts = [self._answer_scores(self.readers[n], latents, answers) for n in names]
             totals.append([sum(values) for values in zip(*parts, strict=True)])
-        chosen: list[str] = []
-        records: list[dict[str, Any]] = []
+        chosen = []
         for i in range(len(self.examples)):
             best = max(range(len(names)), key=lambda c: totals[c][i])
             chosen.append(candidates[best][i])
-            records.append({"scores": {n: totals[c][i] for c, n in enumerate(names)}})
-        joint = self._judge(chosen)
-        for i, record in enumerate(records):
-            record |= {"prediction": chosen[i], "em": joint.em[i], "f1": joint.f1[i]}
-        return joint, records
-
-    def _metrics(
-        self,
-        payloads: dict[int, list[bytes]],
-        results: dict[str, dict[str, MethodResult]],
-        by_bits: dict[str, dict[int, MethodResult]],
-        joint: MethodResult | None,
-    ) -> dict[str, Any]:
-        seed, resamples = self.config.seed, self.config.evaluation.resamples
-        readers: dict[str, Any] = {}
-        for name, methods in results.items():
-            readers[name] = {
-                method: result.intervals(seed=seed, resamples=resamples)
-                for method, result in methods.items()
-            }
-            readers[name]["latent_bits"] = {
-                str(bits): {"f1": mean(result.f1), "em": mean(result.em)}
-                for bits, result in by_bits[name].items()
-            }
-        encoder = self.model.encoder_config
-        texts = [self._replaced(e) for e in self.examples]
-        joint_entry = None
-        if joint is not None:
-            latent = [results[n]["latent"] for n in results]
-            agree = [
-                len({scores.normalize_answer(r.predictions[i]) for r in latent}) == 1
-                for i in range(len(self.examples))
-            ]
-            joint_entry = {
-                "f1": mean(joint.f1),
-                "best_single_f1": max(mean(r.f1) for r in latent),
-                "agreement": mean(agree),
-                "oracle_f1": mean([max(v) for v in zip(*(r.f1 for r in latent), strict=True)]),
-            }
-        measured: dict[str, Any] = {
-            "examples": len(self.examples),
-            "latent": {
-                "M": encoder.latents,
-                "d_z": encoder.d_z,
-                "bits": self.model.quantizer.bits,
-                "group_size": self.model.quantizer.group_size,
-            },
-            "bytes": {
-                "text_utf8_mean": mean([wire.utf8_bytes(t) for t in texts]),
-                "text_brotli_mean": mean([wire.brotli_bytes(t) for t in texts]),
-                "payload_mean": {str(b): mean([len(p) for p in v]) for b, v in payloads.items()},
-            },
-            "readers": readers,
-            "joint": joint_entry,
-        }
-        measured["hypotheses"] = judge(
-            measured,
-            results,
-            by_bits,
-            joint,
-            payload_sizes={b: [len(p) for p in v] for b, v in payloads.items()},
-            brotli_sizes=[wire.brotli_bytes(t) for t in texts],
-            seed=seed,
-            resamples=resamples,
-        )
-        return measured
-
-    def _replaced(self, example: Example) -> str:
-        """The text that the payload stands for."""
-        if self.model.mode == "pure":
-            return full_text(example.context, example.question)
-        return context_text(example.context)
-
-    def _records(
-        self,
-        payloads: dict[int, list[bytes]],
-        results: dict[str, dict[str, MethodResult]],
-        by_bits: dict[str, dict[int, MethodResult]],
-        joint_records: list[dict[str, Any]],
-    ) -> list[dict[str, Any]]:
-        records = []
-        for i, example in enumerate(self.examples):
-            text = self._replaced(example)
-            readers: dict[str, Any] = {}
-            for name, methods in results.items():
-                readers[name] = {m: _example_entry(r, i) for m, r in methods.items()}
-                readers[name]["latent_bits"] = {
-                    str(b): {"prediction": r.predictions[i], "em": r.em[i], "f1": r.f1[i]}
-                    for b, r in by_bits[name].items()
-                }
-            records.append(
-                {
-                    "id": example.id,
-                    "context": example.context,
-                    "question": example.question,
-                    "answers": list(example.answers),
-                    "text_utf8_bytes": wire.utf8_bytes(text),
-                    "text_brotli_bytes": wire.brotli_bytes(text),
-                    "payload_bytes": {str(b): len(p[i]) for b, p in payloads.items()},
-                    "readers": readers,
-                    "joint": joint_records[i] if joint_records else None,
-                }
-            )
-        return records
-
-
-def _example_entry(result: MethodResult, i: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "prediction": result.predictions[i],
-        "em": result.em[i],
-        "f1": result.f1[i],
-    }
-    if result.positions:
-        entry["positions"] = result.positions[i]
-    if result.nll:
-        entry["first_token_id"] = result.first_token_ids[i]
-        entry["gold_logprobs"] = result.gold_logprobs[i]
-    return entry
+            outcome.joint_scores.append({n: totals[c][i] for c, n in enumerate(names)})
+        outcome.joint = self._judge(chosen)
 
 
 def evaluate_run(
@@ -394,18 +279,18 @@ def evaluate_run(
         seed=config.data.eval_seed if fresh_seed is None else fresh_seed,
         facts=config.data.facts,
     )
-    evaluator = Evaluator(config, model, readers, examples, progress=progress)
-    measured, records = evaluator.run()
+    outcome = Evaluator(config, model, readers, examples, progress=progress).run()
     diagnostics = _read_lines(run_dir / "diagnostics.jsonl")
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     run = run_record(config, name=run_dir.name, device=next(model.parameters()).device)
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
-    result = {"schema_version": 1, "run": run, **measured}
+    result = {"schema_version": 1, "run": run, **outcome.metrics()}
     text = json.dumps(result, indent=2) + "\n"
     if out is not None:
         write_atomically(out, text)
         return result
+    records = outcome.records()
     eval_dir = run_dir / "eval"
     eval_dir.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)

@@ -53,3 +53,17 @@ class MethodResult:
             "prefix_positions_mean": mean(self.positions) if self.positions else None,
             "prefill_ms_p50": self.prefill_ms,
         }
+
+    def scores_of(self, i: int) -> dict[str, Any]:
+        """Prediction and scores of one example."""
+        return {"prediction": self.predictions[i], "em": self.em[i], "f1": self.f1[i]}
+
+    def example(self, i: int) -> dict[str, Any]:
+        """Everything known of one example, as in predictions.jsonl."""
+        entry = self.scores_of(i)
+        if self.positions:
+            entry["positions"] = self.positions[i]
+        if self.nll:
+            entry["first_token_id"] = self.first_token_ids[i]
+            entry["gold_logprobs"] = self.gold_logprobs[i]
+        return entry

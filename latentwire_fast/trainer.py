@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -38,7 +36,8 @@ from latentwire_fast.checkpoint import (
 )
 from latentwire_fast.config import RunConfig, StageConfig, to_json
 from latentwire_fast.data.sources import load_examples
-from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream, facts_at
+from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
+from latentwire_fast.distributed import Reducer
 from latentwire_fast.errors import CheckpointError, ConfigError, TrainingError
 from latentwire_fast.guards import (
     FrozenGuard,
@@ -48,9 +47,10 @@ from latentwire_fast.guards import (
     run_accumulated,
 )
 from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
-from latentwire_fast.objectives import Key, Objectives, Work
+from latentwire_fast.objectives import Objectives, Work
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
 from latentwire_fast.reader import Reader, load_readers
+from latentwire_fast.schedules import facts_at, lr_factor
 from latentwire_fast.teacher import TeacherCache
 from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
 
@@ -106,6 +106,7 @@ class Trainer:
         self.run_dir = run_dir
         precision = config.optim.mixed_precision
         self.accelerator = Accelerator(mixed_precision=precision)
+        self.reducer = Reducer(self.accelerator)
         self.progress = progress and self.accelerator.is_main_process
         self._stop_signal: int | None = None
 
@@ -307,7 +308,7 @@ class Trainer:
         works = self.objectives.prepare(
             items[self.accelerator.process_index :: world], stage, self._active()
         )
-        counts = self._global_counts(Objectives.counts(works))
+        counts = self.reducer.counts(Objectives.counts(works))
         latents: list[Tensor] = []
 
         def loss_fn(micro: Sequence[Work]) -> MicroLoss:
@@ -333,8 +334,8 @@ class Trainer:
             divisor=lambda weight: 1.0,
         )
         self.micro_batch = result.micro_batch
-        self._reduce_gradients()
-        loss, parts = self._reduce_values(result.loss, result.parts)
+        self.reducer.gradients(self.parameters)
+        loss, parts = self.reducer.values(result.loss, result.parts)
         logged = self.step % config.log_every == 0 or self.step + 1 == config.total_steps
         norms = {}
         if logged:
@@ -393,35 +394,6 @@ class Trainer:
             "seconds": self.seconds,
         }
 
-    def _global_counts(self, counts: Counter[Key]) -> Counter[Key]:
-        """Counts of the global batch; every process has the same keys, as they depend on the
-        stage."""
-        if self.accelerator.num_processes == 1:
-            return counts
-        keys = sorted(counts)
-        values = torch.tensor([counts[k] for k in keys], device=self.accelerator.device)
-        total = self.accelerator.reduce(values, reduction="sum")
-        return Counter(dict(zip(keys, total.tolist(), strict=True)))
-
-    def _reduce_gradients(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="sum")
-        sizes = [g.numel() for g in grads]
-        for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-
-    def _reduce_values(
-        self, loss: Tensor, parts: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.accelerator.num_processes == 1:
-            return loss, parts
-        keys = sorted(parts)
-        flat = torch.stack([loss, *(parts[k].float() for k in keys)])
-        flat = self.accelerator.reduce(flat, reduction="sum")
-        return flat[0], dict(zip(keys, flat[1:], strict=True))
-
     def _finish(self) -> None:
         self.frozen.verify()
         if not self.accelerator.is_main_process:
@@ -429,17 +401,6 @@ class Trainer:
         temporary = self.run_dir / "model.tmp"
         self.model.eval().save_pretrained(temporary)
         temporary.rename(self.model_dir)
-
-
-def lr_factor(config: RunConfig, step: int, stage: StageConfig) -> float:
-    """Linear warm-up, flat, then half a cosine to zero from `decay_from` of all steps on."""
-    optim = config.optim
-    share = step / config.total_steps
-    warm = min(1.0, (step + 1) / max(1, optim.warmup_steps))
-    if share <= optim.decay_from:
-        return stage.lr * warm
-    progress = (share - optim.decay_from) / (1 - optim.decay_from)
-    return stage.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _postfix(record: dict[str, Any]) -> str:

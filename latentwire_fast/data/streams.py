@@ -32,14 +32,6 @@ class Stream(Protocol):
         ...
 
 
-def facts_at(schedule: Sequence[tuple[float, int]], share: float, default: int) -> int:
-    """The curriculum's level after `share` of a stage."""
-    for until, facts in schedule:
-        if share < until:
-            return facts
-    return schedule[-1][1] if schedule else default
-
-
 class TestbedStream:
     """Endless passages of training names. A fifth of a batch keeps easier passages in the mix."""
 
