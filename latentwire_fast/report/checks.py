@@ -1,4 +1,4 @@
-"""What makes a result doubtful, read off the numbers: each finding is one sentence for the report."""
+"""What makes a result doubtful, read off the numbers: one sentence per finding."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def _about_scores(
     if nll is not None and vocab and nll > uniform_nll(vocab):
         yield (
             f"{name}: NLL per token of the text baseline is {number(nll, digits=2)}, above "
-            f"ln V = {number(uniform_nll(vocab), digits=2)}, what a uniform guess costs: the metric "
-            "is broken, and H3 means nothing."
+            f"ln V = {number(uniform_nll(vocab), digits=2)}, what a uniform guess costs: the "
+            "metric is broken, and H3 means nothing."
         )
     if text is not None and text < WEAK_TEXT_F1:
         yield (

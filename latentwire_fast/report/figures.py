@@ -25,7 +25,7 @@ Curve = tuple[list[float], list[float]]
 # Okabe and Ito (2008): told apart by readers of every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED = "#1e293b", "#64748b"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -45,7 +45,8 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
-BYTE_TICKS = [mantissa * 10**exponent for exponent in range(7) for mantissa in (1, 2, 5)]
+# Mantissas of the ticks on a logarithmic axis that spans more, or less, than one decade.
+COARSE_TICKS, FINE_TICKS = (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)
 # What the markers of the first figure stand for: (marker, filled, label).
 MARKERS = (
     ("o", True, "payload"),
@@ -75,21 +76,15 @@ def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
             points.draw(axes, colour)
             handles.append(Line2D([], [], color=colour, linewidth=2, label=name))
         for bits, size in widths.items():
-            top = max(s.mean for p in readers.values() for _, s, b in p.latent if b == bits)
-            place = (size, 100 * top)
-            axes.annotate(
-                f"{bits} bits", place, (0, 9), textcoords="offset points", ha="center", color=MUTED
-            )
-        sizes = [size for points in readers.values() for size in points.sizes()]
-        axes.set_xscale("log")
-        axes.set_xlim(min(sizes) * 0.8, max(sizes) * 1.25)
-        axes.xaxis.set_major_locator(FixedLocator(BYTE_TICKS))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.set_ylim(-4, 112)
+            scores = [s for p in readers.values() for _, s, b in p.latent if b == bits]
+            bottom = min(s.mean if s.low is None else s.low for s in scores)
+            _annotate(axes, f"{bits} bits", (size, 100 * bottom), (0, -5), ha="center")
+        _byte_axis(axes, [size for points in readers.values() for size in points.sizes()])
+        axes.set_ylim(-9, 106)
         axes.set_yticks(range(0, 101, 20))
-        axes.set_xlabel("mean bytes per prompt (logarithmic)")
         axes.set_ylabel("F1 (%)")
+        figure.legend(handles=handles, loc="outside upper left", ncols=3)
+        handles = []
         for marker, is_filled, label in MARKERS:
             face = MUTED if is_filled else "white"
             handles.append(
@@ -97,6 +92,23 @@ def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         return _png(figure)
+
+
+def _byte_axis(axes: Axes, sizes: Sequence[float]) -> None:
+    low, high = min(sizes) * 0.8, max(sizes) * 1.25
+    mantissas = FINE_TICKS if high < 10 * low else COARSE_TICKS
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator([m * 10**e for e in range(8) for m in mantissas]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("mean bytes per prompt (logarithmic)")
+
+
+def _annotate(
+    axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **style: Any
+) -> None:
+    axes.annotate(text, place, offset, textcoords="offset points", va="top", color=MUTED, **style)
 
 
 class _Points:
@@ -130,9 +142,9 @@ class _Points:
         for size, score, bits in self.latent:
             _dot(axes, size, score, colour, marker="o", scale=8.5 if bits == self.bits else 5.5)
         if self.text:
-            for size, face in zip(self.text_sizes, ("white", colour), strict=True):
-                if size:
-                    _dot(axes, size, self.text, colour, marker="s", face=face)
+            for text_size, face in zip(self.text_sizes, ("white", colour), strict=True):
+                if text_size:
+                    _dot(axes, text_size, self.text, colour, marker="s", face=face)
         if self.budget and self.budget_size:
             _dot(axes, self.budget_size, self.budget, colour, marker="v")
 
@@ -188,10 +200,8 @@ def learning_figure(diagnostics: Records) -> bytes | None:
             for start in [first for first, _ in _stages(diagnostics)][1:]:
                 axes.axvline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         for start, name in _stages(diagnostics):
-            place = {"xy": (start, 1), "xycoords": ("data", "axes fraction")}
-            rows[0].annotate(
-                name, **place, xytext=(3, -3), textcoords="offset points", va="top", color=MUTED
-            )
+            _annotate(rows[0], name, (start, 1), (4, -3), xycoords=("data", "axes fraction"))
+        rows[0].set_ylim(top=1.2 * rows[0].get_ylim()[1])  # room for the stages' names
         rows[-1].set_xlabel("step")
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         return _png(figure)
@@ -231,13 +241,13 @@ def _curves(rows: Iterator[tuple[int, Mapping[str, Any]]] | Sequence[Any]) -> di
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a thirtieth of the curve, without a bias to its first value."""
-    keep = 1 - 1 / max(1.0, len(values) / 30)
-    total, weight, means = 0.0, 0.0, []
-    for value in values:
-        total = keep * total + value
-        weight = keep * weight + 1
-        means.append(total / weight)
+    """Mean over about a thirtieth of the curve, centred: it does not lag behind what it smooths."""
+    reach = len(values) // 60
+    means = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        window = values[i - near : i + near + 1]
+        means.append(sum(window) / len(window))
     return means
 
 

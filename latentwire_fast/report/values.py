@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-MISSING = "—"
+MISSING, TIMES = "\N{EM DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 class Measured(NamedTuple):
@@ -58,8 +58,8 @@ def percent(value: Any) -> Cell:
     found = measured(value)
     if found is None:
         return Cell(MISSING)
-    scaled = Measured(*(None if part is None else 100 * part for part in found))
-    return cell(value, scale=100)._replace(percent=scaled)
+    low, high = (None if bound is None else 100 * bound for bound in found[1:])
+    return cell(value, scale=100)._replace(percent=Measured(100 * found.mean, low, high))
 
 
 def number(value: float, *, digits: int = 1, signed: bool = False) -> str:
@@ -78,4 +78,6 @@ def size(value: Any) -> str:
 def ratio(top: Any, bottom: Any, *, digits: int = 2) -> str:
     """`top / bottom` with a times sign."""
     upper, lower = mean(top), mean(bottom)
-    return MISSING if upper is None or not lower else f"{number(upper / lower, digits=digits)}×"
+    return (
+        MISSING if upper is None or not lower else f"{number(upper / lower, digits=digits)}{TIMES}"
+    )
