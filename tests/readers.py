@@ -20,7 +20,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
 from latentwire_fast.reader import Reader
 from latentwire_fast.testbed.task import make_examples
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
@@ -52,6 +54,24 @@ def tiny_model(
             return LlamaForCausalLM(config).eval()
         config = Qwen2Config(hidden_size=48, num_attention_heads=6, **shape)
         return Qwen2ForCausalLM(config).eval()
+
+
+def tiny_interlingua(readers: dict[str, Reader], mode: Mode, *, latents: int = 4) -> Interlingua:
+    """An untrained model for these readers: byte encoder, `latents` x 8 at 6 bits, MLP adapters."""
+    encoder = EncoderConfig(
+        kind="byte", latents=latents, d_z=8, byte_width=16, byte_layers=1, byte_heads=2
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = Interlingua(
+            build_encoder(encoder, readers),
+            {name: ReaderCard.of(reader) for name, reader in readers.items()},
+            encoder_config=encoder,
+            quantizer=QuantizerConfig(bits=6, group_size=16),
+            adapter=AdapterConfig(expansion=2),
+            mode=mode,
+        )
+    return model.eval()
 
 
 @pytest.fixture(scope="session")
