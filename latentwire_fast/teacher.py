@@ -52,11 +52,10 @@ class TeacherCache:
         index: dict[str, tuple[int, int, int]] = {}
         size = data.stat().st_size if data.exists() else 0
         if index_path.exists():
-            for line in index_path.read_text().splitlines():
-                try:
-                    key, offset, rows, crc = json.loads(line)
-                except ValueError:
-                    continue  # the line that a crash cut
+            for line in index_path.read_text(errors="replace").splitlines():
+                if (entry := _parse(line)) is None:
+                    continue
+                key, offset, rows, crc = entry
                 if offset + rows * reader.d_model * 2 <= size:
                     index[key] = (offset, rows, crc)
         self._index[reader.name] = index
@@ -97,5 +96,16 @@ class TeacherCache:
             file.write(data)
         entry = (offset, len(rows), zlib.crc32(data))
         with index_path.open("a") as file:
-            file.write(json.dumps([key, *entry]) + "\n")
+            # The line break comes first: what a crash left of a line stays a line of its own.
+            file.write("\n" + json.dumps([key, *entry]))
         self._index[reader.name][key] = entry
+
+
+def _parse(line: str) -> tuple[str, int, int, int] | None:
+    """(key, offset in bytes, rows, CRC-32) of an index line; None if that is not what it holds."""
+    try:
+        key, *numbers = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    whole = len(numbers) == 3 and all(isinstance(n, int) and n >= 0 for n in numbers)
+    return (key, *numbers) if whole and isinstance(key, str) else None
