@@ -9,14 +9,16 @@ import io
 import math
 import random
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latentwire_fast.report import write_report
+from latentwire_fast.report import figures, write_report
 from latentwire_fast.report.checks import find_warnings
+from latentwire_fast.report.claims import hypothesis_row
 from latentwire_fast.report.figures import accuracy_figure, learning_figure
 from latentwire_fast.report.samples import choose_examples
 from latentwire_fast.report.values import MISSING, Cell, cell, measured, number, percent, ratio
@@ -191,6 +193,14 @@ CONFIG = {
     "seed": 0,
     "note": "</pre><script>alert(1)</script>",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_figures() -> Iterator[None]:
+    """Drawing takes most of the time of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 40)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -414,6 +424,33 @@ def test_a_single_reader() -> None:
     metrics = make_metrics()
     del metrics["readers"]["qwen"]
     assert "for 1 frozen reader: llama answers" in headline(metrics)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("H1", {"value": 0.0, "low": -0.01, "high": 0.01}, "prefix is not 4"),
+        ("H5", {"verdict": "fail"}, "the payload is not smaller than the text"),
+        ("H6", {"value": 0.8, "low": 0.7, "high": 0.9}, "no bit width keeps 95%"),
+        ("H6", {}, "Fails over the whole interval"),
+        ("H2", {"verdict": "fail", "low": 0.0, "value": 0.02}, "more examples may overturn"),
+        ("H3", {"low": None}, "Holds by the point estimate"),
+        ("H3", {"verdict": "not measured", "value": None}, "readers that do the task from text"),
+    ],
+)
+def test_verdicts_are_explained(key: str, change: dict[str, Any], message: str) -> None:
+    metrics = make_metrics()
+    metrics["hypotheses"][key] |= change
+    assert message in hypothesis_row(metrics, key)["explanation"]
+
+
+def test_values_name_their_circumstances() -> None:
+    metrics = make_metrics()
+    metrics["hypotheses"]["H1"]["position_ratio"] = 4.78
+    metrics["hypotheses"]["H6"]["bits"] = 4
+    h1, h6 = (hypothesis_row(metrics, key)["quantity"] for key in ("H1", "H6"))
+    assert h1 == f"latent F1 minus text F1 at 4.8{TIMES} fewer positions"
+    assert h6 == "payload bytes over brotli bytes at 4 bits"
 
 
 def test_values() -> None:

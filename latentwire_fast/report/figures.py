@@ -45,6 +45,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
+DPI = 200
 # Mantissas of the ticks on a logarithmic axis that spans more, or less, than one decade.
 COARSE_TICKS, FINE_TICKS = (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)
 # What the markers of the first figure stand for: (marker, filled, label).
@@ -260,5 +261,5 @@ def _stages(diagnostics: Records) -> list[tuple[int, str]]:
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # Without the version that matplotlib would add, two machines can write the same bytes.
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

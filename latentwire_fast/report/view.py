@@ -10,20 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latentwire_fast.report.checks import find_warnings
+from latentwire_fast.report.claims import HYPOTHESES, hypothesis_row, verdict
 from latentwire_fast.report.samples import choose_examples
 from latentwire_fast.report.values import (
     MISSING,
-    TIMES,
     Cell,
     cell,
     mean,
-    measured,
     number,
     percent,
     ratio,
     size,
 )
-from latentwire_fast.report.wording import BITS, HYPOTHESES, METHODS, Method
+from latentwire_fast.report.wording import BITS, METHODS, Method
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -42,7 +41,7 @@ def build_view(
         "headline": headline(metrics),
         "tiles": list(_tiles(metrics)),
         "warnings": find_warnings(metrics, predictions, diagnostics),
-        "hypotheses": [_hypothesis(key, metrics) for key in HYPOTHESES],
+        "hypotheses": [hypothesis_row(metrics, key) for key in HYPOTHESES],
         "columns": [title for title, *_ in _COLUMNS],
         "readers": [
             {"name": name, "rows": list(_method_rows(methods, metrics))}
@@ -98,56 +97,12 @@ def _tiles(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             "label": f"of {name}'s text F1",
             "note": "" if fewer == MISSING else f"with {fewer} fewer prefix positions",
         }
-    verdicts = [_verdict(metrics, key) for key in HYPOTHESES]
+    verdicts = [verdict(metrics, key) for key in HYPOTHESES]
     yield {
         "value": f"{verdicts.count('pass')} of {len(verdicts)}",
         "label": "hypotheses pass",
         "note": f"{verdicts.count('fail')} fail, {verdicts.count('not measured')} not measured",
     }
-
-
-def _hypothesis(key: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    hypothesis = HYPOTHESES[key]
-    found = (metrics.get("hypotheses") or {}).get(key) or {}
-    value = measured(
-        {"mean": found.get("value"), "low": found.get("low"), "high": found.get("high")}
-    )
-    is_points = hypothesis.unit == "points"
-    scale, digits = (100, 1) if is_points else (1, 2)
-
-    def show(part: Any) -> Cell:
-        return cell(part, scale=scale, digits=digits, signed=is_points)
-
-    return {
-        "name": key,
-        "claim": hypothesis.claim,
-        "quantity": hypothesis.quantity,
-        "verdict": _verdict(metrics, key),
-        "value": show(value._asdict() if value else None),
-        "bar": show(found.get("bar")).text,
-        "unit": " points" if is_points else TIMES,
-        "explanation": _explain(key, metrics),
-    }
-
-
-def _verdict(metrics: Mapping[str, Any], key: str) -> str:
-    found = (metrics.get("hypotheses") or {}).get(key) or {}
-    return str(found.get("verdict") or "not measured")
-
-
-def _explain(key: str, metrics: Mapping[str, Any]) -> str:
-    """What the verdict rests on: where the bar lies in the interval."""
-    verdict = _verdict(metrics, key)
-    found = (metrics.get("hypotheses") or {}).get(key) or {}
-    if verdict not in ("pass", "fail"):
-        return f"Not measured: it needs {HYPOTHESES[key].needs}."
-    low, high, bar = (found.get(part) for part in ("low", "high", "bar"))
-    word = "Holds" if verdict == "pass" else "Fails"
-    if low is None or high is None or bar is None:
-        return f"{word}, by the point estimate; no interval was measured."
-    if low < bar < high:
-        return f"{word} on average, but the interval holds the bar: more examples may overturn it."
-    return f"{word} over the whole interval."
 
 
 # --- tables ---------------------------------------------------------------------------------------
