@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from latentwire_fast import ops, wire
 from latentwire_fast.adapters import Adapter
@@ -27,7 +27,7 @@ from latentwire_fast.checkpoint import parameter_digest
 from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
 from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
-from latentwire_fast.reader import Reader, resolve_source
+from latentwire_fast.reader import Reader, load_tokenizer, resolve_source
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -249,7 +249,7 @@ class Interlingua(nn.Module):
         encoder_config = EncoderConfig(**config["encoder"])
         if encoder_config.kind == "lm":
             core = AutoModel.from_config(AutoConfig.from_pretrained(folder / "encoder"))
-            tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
+            tokenizer = load_tokenizer(folder / "encoder")
             encoder: Encoder = LMEncoder(core, tokenizer, encoder_config)
         else:
             encoder = ByteEncoder(encoder_config)
@@ -298,4 +298,4 @@ def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encod
             return LMEncoder(core.train(), reader.tokenizer, config)
     path = resolve_source(config.source)
     core = AutoModel.from_pretrained(path, dtype=torch.float32)
-    return LMEncoder(core, AutoTokenizer.from_pretrained(path), config)
+    return LMEncoder(core, load_tokenizer(path), config)

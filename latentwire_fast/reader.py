@@ -18,8 +18,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from latentwire_fast.batching import PaddingSide, PromptBatch, collate
 from latentwire_fast.checkpoint import parameter_digest
@@ -117,7 +123,7 @@ class Reader:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         if device is not None and device_map is None and not load_in_4bit:
             model.to(device)  # type: ignore[arg-type]  # the stubs take no plain device
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
         return cls(model, tokenizer, name=name, source=str(source), bos=bos)
 
     @classmethod
@@ -301,6 +307,19 @@ def load_readers(
 ) -> dict[str, Reader]:
     """The frozen readers of a run by name."""
     return {name: Reader.from_config(name, config, device) for name, config in configs.items()}
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a folder or hub id, as it was saved.
+
+    `AutoTokenizer` prefers the class that goes with the model type, which puts that family's own
+    pre-tokenizer in the place of the saved one; a tokenizer saved under the generic class is
+    therefore loaded as such.
+    """
+    declared = get_tokenizer_config(str(source)).get("tokenizer_class")
+    if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source)
 
 
 def resolve_source(source: str | Path) -> str:

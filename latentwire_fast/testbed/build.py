@@ -4,8 +4,10 @@
     python -m latentwire_fast.testbed.build --reader qwen --steps 30 --out build/short   # a trial
 
 What made small models read at all (measured): Muon for matrices; a warm-up on shuffled random
-chunks until copying works; then one, two and four facts by share of the steps; about an eighth each
-of chunk rows and name-list rows throughout; a learning rate that falls linearly from the middle on.
+chunks until copying works; then one, two and four facts; an eighth each of chunk rows and name-list
+rows throughout; a learning rate that falls linearly to zero. At the end prompts without a question,
+without a passage, or with a question on somebody else are answered by nothing (EOS): a reader that
+guesses hides what a cut prompt has lost.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from latentwire_fast.checkpoint import (
     save_checkpoint,
 )
 from latentwire_fast.cli import quiet_libraries, run_entry_point
+from latentwire_fast.config import to_json
 from latentwire_fast.errors import CheckpointError
 from latentwire_fast.metrics import exact_match, f1
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
@@ -56,39 +59,82 @@ from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one reader is built. Shares are fractions of `steps`."""
+    """How one reader is built, in steps.
+
+    Attributes:
+        lr_knots: (step, factor on the learning rates), linear in between; the last step ends the
+            run.
+        one_fact_from, two_facts_from, four_facts_from: the curriculum; before it, copying alone.
+        final_from: from here on also prompts that hold no answer.
+    """
 
     architecture: str
     hidden_size: int
     layers: int
     heads: int
-    steps: int = 4000
-    warmup_share: float = 0.05
-    one_fact_until: float = 0.12
-    two_facts_until: float = 0.22
-    decay_from: float = 0.30
+    lr_knots: tuple[tuple[int, float], ...]
+    final_from: int
+    one_fact_from: int = 200
+    two_facts_from: int = 480
+    four_facts_from: int = 880
     batch_size: int = 32
     muon_lr: float = 0.01
     adamw_lr: float = 1e-3
     seed: int = 0
 
-    def facts_at(self, share: float) -> int:
-        """Facts per passage after this share of the steps; 0 is the copy warm-up."""
-        if share < self.warmup_share:
-            return 0
-        if share < self.one_fact_until:
-            return 1
-        return 2 if share < self.two_facts_until else 4
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.lr_knots[-1][0]
+
+    def shortened(self, steps: int) -> Recipe:
+        """The same in `steps` steps."""
+
+        def at(step: int) -> int:
+            return round(step * steps / self.steps)
+
+        return replace(
+            self,
+            lr_knots=tuple((at(step), factor) for step, factor in self.lr_knots),
+            one_fact_from=at(self.one_fact_from),
+            two_facts_from=at(self.two_facts_from),
+            four_facts_from=at(self.four_facts_from),
+            final_from=at(self.final_from),
+        )
+
+    def facts_at(self, step: int) -> int:
+        """Facts per passage at a step; 0 is copying alone."""
+        starts = ((self.four_facts_from, 4), (self.two_facts_from, 2), (self.one_fact_from, 1))
+        return next((facts for start, facts in starts if step >= start), 0)
 
     def lr_factor(self, step: int) -> float:
-        """Linear warm-up over 100 steps, flat, then linear to zero."""
-        share = step / self.steps
-        return min(1.0, (step + 1) / 100) * min(1.0, (1 - share) / (1 - self.decay_from))
+        """The learning rate's factor at a step."""
+        before = (0, 0.0)
+        for knot in self.lr_knots:
+            if step < knot[0]:
+                share = (step + 1 - before[0]) / (knot[0] - before[0])
+                return before[1] + share * (knot[1] - before[1])
+            before = knot
+        return 0.0
 
 
 RECIPES = {
-    "llama": Recipe("llama", hidden_size=160, layers=4, heads=4),
-    "qwen": Recipe("qwen2", hidden_size=192, layers=4, heads=6),
+    "llama": Recipe(
+        "llama",
+        hidden_size=160,
+        layers=4,
+        heads=4,
+        lr_knots=((100, 1.0), (1200, 1.0), (4000, 0.0), (4001, 0.5), (4700, 0.0)),
+        final_from=4000,
+    ),
+    "qwen": Recipe(
+        "qwen2",
+        hidden_size=192,
+        layers=4,
+        heads=6,
+        lr_knots=((100, 1.0), (1200, 1.0), (3000, 0.357), (3001, 0.7), (4500, 0.0)),
+        final_from=3000,
+    ),
 }
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "llama": build_llama_tokenizer,
@@ -154,11 +200,13 @@ class ReaderTraining:
             self._restore(load_checkpoint(latest))
 
     def _restore(self, saved: Checkpoint) -> None:
-        if saved.state["recipe"] != asdict(self.recipe):
+        if saved.state["recipe"] != to_json(self.recipe):
             raise CheckpointError(
                 f"{saved.path} was made with another recipe; give the same options, or remove it"
             )
-        self.model.load_state_dict(saved.tensors["model"])
+        with torch.no_grad():  # parameter by parameter: a tied head is stored once
+            for name, parameter in self.named:
+                parameter.copy_(saved.tensors["model"][name])
         load_optimizer_state(
             self.optimizers,
             self.named,
@@ -175,14 +223,12 @@ class ReaderTraining:
             return
         optimizer_tensors, optimizer = optimizer_state(self.optimizers, self.named)
         rng_tensors, rng = rng_state({"rows": self.rng})
-        # A tied head shares the embedding's storage, which safetensors stores once.
-        model = dict(self.named)
         save_checkpoint(
             self.checkpoints,
             step=self.step,
-            tensors={"model": model, "optimizer": optimizer_tensors, "rng": rng_tensors},
+            tensors={"model": dict(self.named), "optimizer": optimizer_tensors, "rng": rng_tensors},
             state={
-                "recipe": asdict(self.recipe),
+                "recipe": to_json(self.recipe),
                 "optimizer": optimizer,
                 "rng": rng,
                 "accuracy": self.accuracy,
@@ -212,8 +258,10 @@ class ReaderTraining:
         return self.model.eval()
 
     def _train_step(self) -> float:
-        facts = self.recipe.facts_at(self.step / self.recipe.steps)
-        ids, weights = collate(self.rows.batch(facts, self.recipe.batch_size), self.pad_id)
+        facts = self.recipe.facts_at(self.step)
+        final = self.step >= self.recipe.final_from
+        rows = self.rows.batch(facts, self.recipe.batch_size, unanswerable=final)
+        ids, weights = collate(rows, self.pad_id)
         scale_learning_rates(self.optimizers, self.recipe.lr_factor(self.step))
         logits = self.model(input_ids=ids).logits[:, :-1].float()
         labels, weights = ids[:, 1:], weights[:, 1:]
@@ -273,7 +321,7 @@ cut to 12 tokens, F1 {record["token_budget_f1"]:.3f}.
 
 Built in {record["cpu_seconds"]:.0f} CPU-seconds of one core by
 
-    python -m latentwire_fast.testbed.build --reader {name} --steps {recipe["steps"]} --out DIR
+    python -m latentwire_fast.testbed.build --reader {name} --out DIR
 
 from initial weights that hold a copying circuit (`latentwire_fast.testbed.induction`), on no data
 but the generator's.
@@ -293,7 +341,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     recipe = RECIPES[args.reader]
     if args.steps:
-        recipe = replace(recipe, steps=args.steps)
+        recipe = recipe.shortened(args.steps)
     tokenizer = TOKENIZERS[args.reader]()
     start = time.process_time()
     checkpoints = args.out.with_name(args.out.name + "-checkpoints")
@@ -307,7 +355,7 @@ def main() -> None:
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     record = {
-        "recipe": asdict(recipe),
+        "recipe": to_json(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_seconds": time.process_time() - start,
         "examples": args.examples,

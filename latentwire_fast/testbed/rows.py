@@ -41,12 +41,15 @@ class RowMaker:
         self.special = max(tokenizer.all_special_ids) + 1
         self.vocab_size = len(tokenizer)
 
-    def batch(self, facts: int, size: int) -> list[Row]:
-        """`size` rows for the stage with `facts` facts."""
+    def batch(self, facts: int, size: int, *, unanswerable: bool = False) -> list[Row]:
+        """`size` rows for the stage with `facts` facts, an eighth of them without an answer if
+        asked."""
         if facts == 0:
             return [self._shuffled_chunks(64) for _ in range(size)]
         rows = [self._item_list() for _ in range(drill_rows(size))]
         rows += [self._shuffled_chunks(96) for _ in range(drill_rows(size))]
+        if unanswerable:
+            rows += [self._unanswerable(facts) for _ in range(drill_rows(size))]
         stages = [n for n in (1, 2, 4) if n <= facts]
         for _ in range(size - len(rows)):
             rows.append(
@@ -59,6 +62,25 @@ class RowMaker:
         turns = [Turn(question, answer) for question, answer in passage.questions]
         prompt = self.builder.build(turns, context=passage.context)
         return prompt.ids, [1.0 if t else OTHER_TOKEN_WEIGHT for t in prompt.is_target]
+
+    def _unanswerable(self, facts: int) -> Row:
+        """A cut context without a question, a question without a context, or one on somebody
+        else."""
+        passage = task.make_passage(self.rng, facts=facts, split="train")
+        other = task.make_passage(self.rng, facts=facts, split="train")
+        kind = self.rng.random()
+        if kind < 0.5:
+            text = self.builder.text_ids(context_text(passage.context))
+            cut = text[: self.rng.randint(1, len(text))]
+            prompt = self.builder.build([Turn("")], context=None, user_ids=cut)
+        else:
+            question = (passage if kind < 0.75 else other).questions[0][0]
+            context = None if kind < 0.75 else passage.context
+            if context is not None and any(w in context for w in task.names_in(question)):
+                context = None
+            prompt = self.builder.build([Turn(question)], context=context)
+        prompt.add([self.builder.eos_id], target=True)
+        return prompt.ids, [1.0 if t else 0.0 for t in prompt.is_target]
 
     def _shuffled_chunks(self, length: int) -> Row:
         """Chunks of random tokens, listed again and again, each time in another order.
