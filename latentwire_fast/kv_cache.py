@@ -45,11 +45,13 @@ def _decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def _execution_device(layer: nn.Module) -> str:
-    hook = getattr(layer, "_hf_hook", None)
-    for part in getattr(hook, "hooks", [hook]):
-        device = getattr(part, "execution_device", None)
-        if device is not None:
-            return str(torch.device(device))
+    # accelerate hooks a whole layer or, where it offloads weights one by one, the modules in it.
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return str(torch.device(device))
     return str(next(layer.parameters()).device)
 
 
