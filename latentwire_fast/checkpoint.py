@@ -48,7 +48,11 @@ class _Disk:
         folder.mkdir(parents=True)
 
     def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        # safetensors makes files that only their owner may read; keep what the umask allows
+        path.touch()
+        mode = path.stat().st_mode
         save_file(tensors, path)
+        path.chmod(mode)
 
     def write_text(self, path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
@@ -74,9 +78,13 @@ _disk = _Disk()
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file as a whole: after a crash it holds the old text or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    _disk.write_text(temporary, text)
-    _disk.sync(temporary)
-    _disk.rename(temporary, path)
+    try:
+        _disk.write_text(temporary, text)
+        _disk.sync(temporary)
+        _disk.rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _disk.sync(path.parent)
 
 

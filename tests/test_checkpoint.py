@@ -165,13 +165,24 @@ def test_bad_arguments_write_nothing(tmp_path: Path, change: dict, message: str)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["write_text", "sync", "rename"])
+def test_c5_a_failing_text_write_leaves_the_old_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     path = tmp_path / "report.json"
     write_atomically(path, "old")
-    monkeypatch.setattr(checkpoint, "_disk", Disk(failing("rename", errno.EIO)))
+    monkeypatch.setattr(checkpoint, "_disk", Disk(failing(step, errno.EIO)))
     with pytest.raises(OSError, match="simulated"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    assert {file.stat().st_mode for file in path.iterdir()} == {
+        (path / "state.json").stat().st_mode
+    }
 
 
 # --- C1, C2: ends of the process ----------------------------------------------------------------
@@ -183,7 +194,7 @@ def in_script(case: str, folder: Path) -> dict:
         [sys.executable, __file__, case, str(folder)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert process.returncode == 0, process.stderr
@@ -205,7 +216,7 @@ CRASHED = 77
 
 
 def crashing(at: int, when: str, log: Path) -> Callable[[str, Path, Callable[[], None]], None]:
-    """Ends the process before, in the middle of, or after disk step number `at`."""
+    """Ends the process in the middle of disk step number `at`, or after it."""
     count = 0
 
     def around(name: str, path: Path, do: Callable[[], None]) -> None:
@@ -272,7 +283,7 @@ def case_crash(root: Path) -> dict:
         folder, before = root / "checkpoints", root.with_name(f"before-{number}")
         for old_step, old_mark in existing:
             save(before, old_step, mark=old_mark)
-        for when in ("before", "torn", "after"):
+        for when in ("torn", "after"):  # before a step is after the one before it
             for at in range(1, 1000):
                 shutil.rmtree(root)
                 if existing:
@@ -299,10 +310,8 @@ def case_crash(root: Path) -> dict:
 def test_c1_crash_at_every_disk_step(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     result = in_script("crash", tmp_path / "root")
-    assert set(result["seen"]) == {
-        f"{s} {when}" for s in STEPS for when in ("before", "torn", "after")
-    }
-    assert result["cases"] > 150
+    assert set(result["seen"]) == {f"{s} {when}" for s in STEPS for when in ("torn", "after")}
+    assert result["cases"] > 100
 
 
 def case_kill(root: Path) -> dict:
@@ -394,7 +403,7 @@ def test_c4_the_set_of_files_is_checked(tmp_path: Path, change: str) -> None:
     else:
         path = path.rename(tmp_path / "step-00000009")
     with pytest.raises(CheckpointError):
-        load_checkpoint(path)
+        verify_checkpoint(path)
 
 
 def test_c4_all_damaged_is_an_error(tmp_path: Path) -> None:
@@ -492,6 +501,21 @@ def test_c5_failing_second_rename_of_a_replacement_puts_the_old_back(
         save(tmp_path, 1, mark=10)
     assert list(tmp_path.iterdir()) == [path]
     assert load_mark(path) == (1, 1)
+
+
+@pytest.mark.parametrize("existing", [1, 2], ids=["next", "replace"])
+def test_c5_a_failing_last_sync_raises_and_something_complete_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: int
+) -> None:
+    """The new checkpoint is in place, but nobody may rely on it: the caller learns, both load."""
+    save(tmp_path, existing)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_disk", Disk(failing("sync", errno.EIO, nth=6)))
+        with pytest.raises(CheckpointError, match="simulated"):
+            save(tmp_path, 2, mark=20)
+    assert load_mark(tmp_path) == (2, 20)
+    old = "step-00000001" if existing == 1 else ".step-00000002.old"
+    assert load_mark(tmp_path / old) == (existing, existing)
 
 
 def test_c5_an_undeletable_old_checkpoint_is_a_warning(
