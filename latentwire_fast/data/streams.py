@@ -51,12 +51,12 @@ class TestbedStream:
             level = facts if rng.random() < 0.8 else rng.choice(easier)
             passage = make_passage(rng, facts=level, split="train")
             turns = [Turn(question, answer) for question, answer in passage.questions]
-            name = f"testbed-{self.seed}-{step}-{len(items)}"
-            if self.mode == "context":
-                turns = turns[: self.config.questions_per_context]
-                items.append(TrainItem(name, passage.context, tuple(turns)))
-            else:
-                items.append(TrainItem(name, passage.context, (turns[0],)))
+            turns = turns[: self.config.questions_per_context]
+            # Pure mode asks one question per latent; questions on one passage teach the difference.
+            per_item = [turns] if self.mode == "context" else [[turn] for turn in turns]
+            for part in per_item[: size - len(items)]:
+                name = f"testbed-{self.seed}-{step}-{len(items)}"
+                items.append(TrainItem(name, passage.context, tuple(part)))
         return items
 
 
@@ -74,10 +74,13 @@ class ExampleStream:
 
     def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
         """Items `step * size` on, epoch after epoch."""
+        orders: dict[int, list[int]] = {}
         items = []
         for position in range(step * size, (step + 1) * size):
             epoch, index = divmod(position, len(self.items))
-            items.append(self.items[self._order(epoch)[index]])
+            if epoch not in orders:
+                orders[epoch] = self._order(epoch)
+            items.append(self.items[orders[epoch][index]])
         return items
 
     def _order(self, epoch: int) -> list[int]:
