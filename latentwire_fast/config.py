@@ -10,12 +10,14 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from latentwire_fast.errors import CheckpointError, ConfigError
 
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
+BITS = (16, 8, 6, 4)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -23,8 +25,45 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type as the fields below declare them."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in inner)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+class _Part:
+    """A part of the configuration: its fields have the types that they declare."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                choices = get_args(hint) if get_origin(hint) is Literal else ()
+                wanted = " or ".join(map(repr, choices)) or getattr(hint, "__name__", hint)
+                raise ConfigError(f"{name}={value!r}, expected {wanted}")
+
+    def _at_least_one(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}={value}, expected at least 1")
+
+
 @dataclass(frozen=True)
-class ReaderConfig:
+class ReaderConfig(_Part):
     """One frozen LLM. `source` is `testbed:NAME`, a local folder or a hub id."""
 
     source: str
@@ -36,7 +75,7 @@ class ReaderConfig:
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(_Part):
     """Text to latent.
 
     Attributes:
@@ -62,24 +101,31 @@ class EncoderConfig:
     byte_max: int = 2048
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(1 <= self.latents <= 65535, f"latents={self.latents}, expected 1 to 65535")
         _require(1 <= self.d_z <= 65535, f"d_z={self.d_z}, expected 1 to 65535")
+        self._at_least_one("max_tokens", "byte_width", "byte_layers", "byte_heads", "byte_max")
+        _require(
+            self.byte_width % self.byte_heads == 0,
+            f"byte_width={self.byte_width} does not divide among byte_heads={self.byte_heads}",
+        )
 
 
 @dataclass(frozen=True)
-class QuantizerConfig:
+class QuantizerConfig(_Part):
     """The wire's precision: 16 sends fp16 values, 8/6/4 codes with fp16 group scales."""
 
     bits: int = 6
     group_size: int = 32
 
     def __post_init__(self) -> None:
-        _require(self.bits in (16, 8, 6, 4), f"bits={self.bits}, expected 16, 8, 6 or 4")
+        super().__post_init__()
+        _require(self.bits in BITS, f"bits={self.bits}, expected 16, 8, 6 or 4")
         _require(self.group_size in (16, 32, 64), f"group_size={self.group_size}: 16, 32 or 64")
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(_Part):
     """Latent to one reader's input embeddings.
 
     Attributes:
@@ -97,12 +143,14 @@ class AdapterConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.gain > 0, f"gain={self.gain}, expected above 0")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
+        self._at_least_one("expansion")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Part):
     """Where examples come from.
 
     Attributes:
@@ -118,9 +166,14 @@ class DataConfig:
     eval_examples: int = 500
     eval_seed: int = 99
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(1 <= self.facts <= 18, f"facts={self.facts}, expected 1 to 18")
+        self._at_least_one("questions_per_context", "eval_examples")
+
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(_Part):
     """One training stage. Objective weights of 0 switch an objective off.
 
     Attributes:
@@ -146,6 +199,7 @@ class StageConfig:
     lr: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.steps >= 1, f"stage {self.name!r}: steps={self.steps}, expected at least 1")
         weights = (self.answer, self.autoencode, self.continuation, self.kd)
         _require(
@@ -157,10 +211,14 @@ class StageConfig:
             self.answer_tokens is None or self.answer_tokens >= 1,
             f"stage {self.name!r}: answer_tokens={self.answer_tokens}, expected at least 1",
         )
+        _require(
+            self.quantize is None or self.quantize in BITS,
+            f"stage {self.name!r}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
+        )
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(_Part):
     """Optimiser and schedule: linear warm-up, flat, then cosine to zero from `decay_from` on."""
 
     muon_lr: float | None = 0.01
@@ -175,9 +233,15 @@ class OptimConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("batch_size", "micro_batch")
+        _require(self.clip > 0, f"clip={self.clip}, expected above 0")
+        _require(0 <= self.decay_from <= 1, f"decay_from={self.decay_from}, expected in [0, 1]")
+
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Part):
     """Evaluation after training."""
 
     batch_size: int = 50
@@ -189,9 +253,15 @@ class EvalConfig:
     first_token_top_p: float = 1.0
     eos_ban_steps: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
+        for bits in self.bits:
+            _require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
+
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Part):
     """Everything that makes a run what it is."""
 
     preset: str = "custom"
@@ -210,8 +280,10 @@ class RunConfig:
     save_every: int = 200
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(bool(self.readers), "readers: at least one reader is needed (NAME=PATH)")
         _require(bool(self.stages), "stages: at least one training stage is needed")
+        self._at_least_one("log_every", "save_every", "threads")
 
     @property
     def total_steps(self) -> int:
@@ -237,11 +309,11 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()
 
 
-def run_config_from_json(data: dict[str, Any]) -> RunConfig:
-    """The inverse of `to_json` for a RunConfig.
+def run_config_from_json(data: Any) -> RunConfig:
+    """The inverse of `to_json` for a RunConfig; what is left out takes its default.
 
     Raises:
-        ConfigError: an unknown or missing key.
+        ConfigError: an unknown or missing key, or a value that cannot be.
     """
     parts = {
         "encoder": EncoderConfig,
@@ -252,14 +324,13 @@ def run_config_from_json(data: dict[str, Any]) -> RunConfig:
         "evaluation": EvalConfig,
     }
     try:
-        values = dict(data)
+        values = {**data}
         for key, kind in parts.items():
             if key in values:
-                values[key] = kind(**values[key])
-        if isinstance(values.get("evaluation"), EvalConfig):
-            values["evaluation"] = dataclasses.replace(
-                values["evaluation"], bits=tuple(values["evaluation"].bits)
-            )
+                options = {**values[key]}
+                if key == "evaluation" and "bits" in options:
+                    options["bits"] = tuple(options["bits"])
+                values[key] = kind(**options)
         values["readers"] = {k: ReaderConfig(**v) for k, v in values.get("readers", {}).items()}
         stages = []
         for stage in values.get("stages", ()):
@@ -267,7 +338,9 @@ def run_config_from_json(data: dict[str, Any]) -> RunConfig:
             stages.append(StageConfig(**{**stage, "facts": facts}))
         values["stages"] = tuple(stages)
         return RunConfig(**values)
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"configuration does not fit this version: {error}") from None
 
 
@@ -275,12 +348,13 @@ def read_run_config(run_dir: Path) -> RunConfig:
     """The configuration of a run folder.
 
     Raises:
-        CheckpointError: there is none, or it is not JSON.
+        CheckpointError: there is none, or it is not JSON. ConfigError: it does not fit.
     """
     path = run_dir / "config.json"
     try:
-        return run_config_from_json(json.loads(path.read_text()))
+        data = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; is {run_dir} a run folder?") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    return run_config_from_json(data)

@@ -143,11 +143,13 @@ def with_overrides(
         config = replace(config, encoder=replace(config.encoder, source=encoder))
     if data is not None or eval_examples is not None:
         kept = config.data
-        count = eval_examples or kept.eval_examples
+        count = kept.eval_examples if eval_examples is None else eval_examples
         config = replace(
             config, data=replace(kept, source=data or kept.source, eval_examples=count)
         )
     if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"steps={steps}, expected at least 1")
         share = steps / config.total_steps
         stages = tuple(replace(s, steps=max(1, round(s.steps * share))) for s in config.stages)
         config = replace(config, stages=stages)
