@@ -151,8 +151,8 @@ class ByteEncoder(nn.Module):
         width = -(-max(len(r) for r in rows) // 4) * 4
         ids = pad_sequence(rows, batch_first=True, padding_value=self.PAD)
         ids = nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.PAD).to(device)
-        states = self.convolve(self.embed(ids).transpose(1, 2)).transpose(1, 2)
         padding = (ids == self.PAD).view(len(texts), -1, 4).all(-1)
+        states = self._convolve(self.embed(ids), padding)
         states = self.body(states + self.position[: states.shape[1]], src_key_padding_mask=padding)
         queries = self.queries.expand(len(texts), -1, -1)
         read, _ = self.attend(queries, states, states, key_padding_mask=padding, need_weights=False)
@@ -160,6 +160,21 @@ class ByteEncoder(nn.Module):
         mean = (states * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         pooled = self.refine(queries + read + torch.sigmoid(self.gate) * mean)
         return rms_normalize(self.project(self.norm(pooled)))
+
+    def _convolve(self, bytes_BND: Tensor, padding_BT: Tensor) -> Tensor:
+        """States `[B, T, D]`, one per four bytes.
+
+        What a filter makes of padding is set to zero, which is what a text on its own has beyond
+        its border: its latent does not depend on its batch.
+        """
+        real_B1T = (~padding_BT).unsqueeze(1).to(bytes_BND)
+        states_BDN = bytes_BND.transpose(1, 2)
+        for layer in self.convolve:
+            states_BDN = layer(states_BDN)
+            states_BDN = states_BDN * real_B1T.repeat_interleave(
+                states_BDN.shape[-1] // padding_BT.shape[1], -1
+            )
+        return states_BDN.transpose(1, 2)
 
 
 Encoder = LMEncoder | ByteEncoder
