@@ -1,0 +1,131 @@
+"""Tiny training runs: the smoke preset on the tiny readers, and what two runs are compared by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentwire_fast.checkpoint import optimizer_state, parameter_digest, rng_state
+from latentwire_fast.config import ReaderConfig, RunConfig, run_config_from_json, to_json
+from latentwire_fast.data.examples import Example
+from latentwire_fast.presets import testbed_smoke
+from latentwire_fast.testbed.task import make_examples
+from latentwire_fast.trainer import Trainer
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    """The configuration with fields replaced; a dict changes single fields of a part."""
+    for key, value in changes.items():
+        part = getattr(config, key)
+        if dataclasses.is_dataclass(part) and isinstance(value, dict):
+            value = dataclasses.replace(part, **value)
+        config = dataclasses.replace(config, **{key: value})
+    return config
+
+
+def tiny_config(*folders: Path, **changes: Any) -> RunConfig:
+    """`testbed_smoke` on these reader folders (named after the folders): six steps, three stages.
+
+    The adapters have dropout, so that a run depends on the state of torch's random generator.
+    """
+    config = changed(
+        testbed_smoke(),
+        readers={folder.name: ReaderConfig(str(folder)) for folder in folders},
+        encoder={"source": str(folders[0])},
+        adapter={"kind": "mlp", "expansion": 1, "dropout": 0.1},
+        evaluation={"batch_size": 8, "timing_examples": 1, "resamples": 50},
+    )
+    return changed(config, **changes)
+
+
+def store(config: RunConfig, path: Path) -> Path:
+    """The configuration as a file that the training command takes."""
+    path.write_text(json.dumps(to_json(config)))
+    return path
+
+
+def stored(path: Path) -> RunConfig:
+    """The inverse of `store`."""
+    return run_config_from_json(json.loads(path.read_text()))
+
+
+def squad_file(examples: Sequence[Example], path: Path) -> Path:
+    """Examples as a SQuAD v1.1 file, one paragraph per example."""
+    paragraphs = [
+        {
+            "context": e.context,
+            "qas": [
+                {
+                    "id": e.id,
+                    "question": e.question,
+                    "answers": [{"text": a, "answer_start": e.context.index(a)} for a in e.answers],
+                }
+            ],
+        }
+        for e in examples
+    ]
+    data = {"version": "1.1", "data": [{"title": "tests", "paragraphs": paragraphs}]}
+    path.write_text(json.dumps(data))
+    return path
+
+
+def tiny_squad(path: Path, *, passages: int = 7) -> Path:
+    """A SQuAD file of short passages, so few that an epoch ends within a few batches."""
+    return squad_file(make_examples(passages, seed=5, facts=1), path)
+
+
+def new_process(seed: int) -> None:
+    """What a fresh process has: generators of python and numpy in a state of their own."""
+    torch.use_deterministic_algorithms(True)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (the generators that libraries draw from)
+
+
+def train(config: RunConfig, run_dir: Path, *, process: int = 0) -> Trainer:
+    """Run to the end, as process number `process` would."""
+    new_process(process)
+    trainer = Trainer(config, run_dir, progress=False)
+    trainer.run()
+    return trainer
+
+
+def training_state(trainer: Trainer) -> dict[str, Any]:
+    """Weights, optimisers, random generators and guards; `==` compares them bit by bit."""
+    tensors, options = optimizer_state(trainer.optimizers, trainer.named)
+    rng_tensors, rng_json = rng_state({})
+    return {
+        "step": trainer.step,
+        "model": parameter_digest(trainer.model.trained_state().items()),
+        "optimizer": (parameter_digest(tensors.items()), options),
+        "rng": (parameter_digest(rng_tensors.items()), rng_json),
+        "spikes": trainer.spikes.state,
+    }
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of diagnostics.jsonl without what only the clock decides."""
+    lines = (run_dir / "diagnostics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def model_digest(run_dir: Path) -> str:
+    """The digest that the saved model describes itself by."""
+    return json.loads((run_dir / "model" / "config.json").read_text())["digest"]
+
+
+def contents(folder: Path) -> Mapping[str, bytes]:
+    """Every file of a folder but the lock, by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
