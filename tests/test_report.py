@@ -459,7 +459,7 @@ def test_values() -> None:
     assert percent({"mean": 0.755, "low": 0.7, "high": 0.81})[:2] == ("75.5", "70.0 to 81.0")
     assert cell(-0.021, scale=100, signed=True) == Cell(f"{MINUS}2.1")
     assert cell({"mean": 0.021, "low": 0, "high": None}, scale=100, signed=True) == Cell("+2.1")
-    assert number(-0.04, digits=1) == "0.0"
+    assert number(-0.04, digits=1) == number(0.04, digits=1, signed=True) == "0.0"
     assert number(12345.6, digits=0) == "12,346"
     assert ratio(172, 236.4) == f"0.73{TIMES}"
     assert ratio(172, 0) == ratio(None, 2) == MISSING

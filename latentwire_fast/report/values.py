@@ -63,9 +63,9 @@ def percent(value: Any) -> Cell:
 
 
 def number(value: float, *, digits: int = 1, signed: bool = False) -> str:
-    """A number with thousands separators; a negative one has a true minus sign, and never `-0`."""
+    """A number with thousands separators and a true minus sign; zero has no sign."""
     rounded = round(value, digits) + 0.0
-    text = f"{rounded:{'+' if signed else ''},.{digits}f}"
+    text = f"{rounded:{'+' if signed and rounded else ''},.{digits}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
