@@ -4,12 +4,14 @@
 # Settings, given as `make NAME=VALUE`:
 #   PYTHON       the interpreter that the environment is made from (python3)
 #   TORCH        the torch to install (torch==2.13.0); `make distclean` first to change it later
+#   TRITON       the triton for a torch that brings none, as CPU builds do (the kernels' tests interpret them)
 #   TORCH_INDEX  where pip looks for torch. PyPI's Linux build brings several GB of CUDA libraries; without a
 #                GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu is the small one
 #   EXTRAS       dev, or dev,gpu for triton, flash-attn and bitsandbytes as well
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 TORCH_INDEX ?=
 EXTRAS ?= dev
 VENV := .venv
@@ -21,7 +23,7 @@ BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 .PHONY: help setup demo test check format bench fuzz gpu clean distclean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1~\2/p' $(MAKEFILE_LIST) | column -t -s '~'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## create .venv with everything in it (the other targets do it on demand)
 
@@ -44,10 +46,12 @@ bench: $(VENV)/.installed  ## the benchmarks that run without a GPU
 	$(BIN)/python bench/placement.py
 
 fuzz: $(VENV)/.installed  ## the property and mutation tests with fresh random examples
-	$(BIN)/python -m pytest --hypothesis-profile=fuzz --hypothesis-seed=$$RANDOM tests/test_wire.py
+	$(BIN)/python tests/fuzz_wire.py --seconds 60
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_wire.py
 
-gpu: $(VENV)/.installed  ## the tests that need a CUDA device
+gpu: $(VENV)/.installed  ## the tests and benchmarks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python bench/placement.py --device cuda:0
 
 clean:  ## remove build products and caches (keeps .venv and runs)
 	rm -rf build dist *.egg-info latentwire_fast/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -64,6 +68,7 @@ $(VENV)/.torch:
 	@echo "[2/4] $(TORCH) (the longest download)"
 	@$(PIP) install --upgrade pip
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple) "$(TORCH)"
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install "$(TRITON)"
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.*)
