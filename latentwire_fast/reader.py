@@ -201,9 +201,11 @@ class Reader:
         Raises:
             ConfigError: the model has dropout.
         """
-        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()):
+        # Attention takes its dropout from the configuration, not from a module.
+        modules = [m.p for m in self.model.modules() if isinstance(m, nn.Dropout)]
+        if max([getattr(self.model.config, "attention_dropout", 0.0), *modules]) > 0:
             raise ConfigError(f"reader {self.name!r} has dropout; it cannot be checkpointed frozen")
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(self.model)
         self.model.train()
 
     def weights_digest(self) -> str:
@@ -320,6 +322,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         return PreTrainedTokenizerFast.from_pretrained(source)
     return AutoTokenizer.from_pretrained(source)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have a model recompute activations in backward (in train mode), under the method's name in
+    this version of transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def resolve_source(source: str | Path) -> str:
