@@ -184,7 +184,7 @@ def _write_files(
         _disk.sync(folder / f"{name}.safetensors")
     _disk.write_text(folder / _STATE, state_text)
     _disk.sync(folder / _STATE)
-    files = {path.name: _file_entry(path) for path in folder.iterdir()}
+    files = {path.name: file_entry(path) for path in folder.iterdir()}
     _disk.write_text(folder / _MANIFEST, _manifest_text(step, files))
     _disk.sync(folder / _MANIFEST)
     _disk.sync(folder)
@@ -223,7 +223,8 @@ def _retire(folder: Path, step: int, keep: int) -> None:
             logger.warning("could not delete the retired checkpoint %s: %s", path, error)
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its length and sha256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
@@ -276,7 +277,7 @@ def verify_checkpoint(path: Path) -> None:
             )
         for name, entry in files.items():
             # the length first: it costs nothing and finds most damage
-            if (path / name).stat().st_size != entry["bytes"] or _file_entry(path / name) != entry:
+            if (path / name).stat().st_size != entry["bytes"] or file_entry(path / name) != entry:
                 raise CheckpointError(f"{path / name} is damaged: not what the manifest recorded")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error!r}") from error

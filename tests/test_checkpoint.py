@@ -657,7 +657,7 @@ def test_s2_a_disguised_pickle_is_rejected_and_not_run(tmp_path: Path, how: str)
         torch.save({"weight": Bomb(effect)}, model)
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         read_tensors(model)
-    files = {name: checkpoint._file_entry(path / name) for name in FILES[:3]}
+    files = {name: checkpoint.file_entry(path / name) for name in FILES[:3]}
     (path / "manifest.json").write_text(checkpoint._manifest_text(1, files))
     verify_checkpoint(path)  # an attacker writes a manifest that fits
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
