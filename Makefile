@@ -64,7 +64,7 @@ distclean: clean  ## clean, and remove .venv
 # torch comes first and alone: the extension is compiled against it, and a resolver that is free to choose
 # would take a newer one.
 $(VENV)/.torch:
-	@.ci/venv $(PYTHON) $(VENV)
+	@tools/venv.sh $(PYTHON) $(VENV)
 	@echo "[2/4] $(TORCH) (the longest download)"
 	@$(PIP) install --upgrade pip
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple) "$(TORCH)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: venv PYTHON FOLDER. Makes a virtual environment, also where Debian has split ensurepip away.
+# usage: tools/venv.sh PYTHON FOLDER. Makes a virtual environment, also where Debian has split ensurepip away.
 set -euo pipefail
 python=$1 folder=$2
 
