@@ -5,9 +5,8 @@
 
 What made small models read at all (measured): Muon for matrices; a warm-up on shuffled random
 chunks until copying works; then one, two and four facts; an eighth each of chunk rows and name-list
-rows throughout; a learning rate that falls linearly to zero. At the end prompts without a question,
-without a passage, or with a question on somebody else are answered by nothing (EOS): a reader that
-guesses hides what a cut prompt has lost.
+rows throughout; a learning rate that falls linearly to zero. At the end prompts without a question
+are answered by nothing (EOS): a reader that guesses hides what a cut prompt has lost.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Recipe:
         lr_knots: (step, factor on the learning rates), linear in between; the last step ends the
             run.
         one_fact_from, two_facts_from, four_facts_from: the curriculum; before it, copying alone.
-        final_from: from here on also prompts that hold no answer.
+        final_from: from here on also prompts without a question.
     """
 
     architecture: str
@@ -124,7 +123,7 @@ RECIPES = {
         hidden_size=160,
         layers=4,
         heads=4,
-        lr_knots=((100, 1.0), (1200, 1.0), (4000, 0.0), (4001, 0.5), (4700, 0.0)),
+        lr_knots=((100, 1.0), (1200, 1.0), (4000, 0.0), (4001, 0.3), (4400, 0.0)),
         final_from=4000,
     ),
     "qwen": Recipe(
@@ -132,7 +131,7 @@ RECIPES = {
         hidden_size=192,
         layers=4,
         heads=6,
-        lr_knots=((100, 1.0), (1200, 1.0), (3000, 0.357), (3001, 0.7), (4500, 0.0)),
+        lr_knots=((100, 1.0), (1200, 1.0), (3000, 0.357), (3001, 0.6), (4100, 0.0)),
         final_from=3000,
     ),
 }
@@ -260,7 +259,7 @@ class ReaderTraining:
     def _train_step(self) -> float:
         facts = self.recipe.facts_at(self.step)
         final = self.step >= self.recipe.final_from
-        rows = self.rows.batch(facts, self.recipe.batch_size, unanswerable=final)
+        rows = self.rows.batch(facts, self.recipe.batch_size, unasked=final)
         ids, weights = collate(rows, self.pad_id)
         scale_learning_rates(self.optimizers, self.recipe.lr_factor(self.step))
         logits = self.model(input_ids=ids).logits[:, :-1].float()

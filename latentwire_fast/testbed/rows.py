@@ -41,15 +41,15 @@ class RowMaker:
         self.special = max(tokenizer.all_special_ids) + 1
         self.vocab_size = len(tokenizer)
 
-    def batch(self, facts: int, size: int, *, unanswerable: bool = False) -> list[Row]:
+    def batch(self, facts: int, size: int, *, unasked: bool = False) -> list[Row]:
         """`size` rows for the stage with `facts` facts, an eighth of them without an answer if
         asked."""
         if facts == 0:
             return [self._shuffled_chunks(64) for _ in range(size)]
         rows = [self._item_list() for _ in range(drill_rows(size))]
         rows += [self._shuffled_chunks(96) for _ in range(drill_rows(size))]
-        if unanswerable:
-            rows += [self._unanswerable(facts) for _ in range(drill_rows(size))]
+        if unasked:
+            rows += [self._unasked(facts) for _ in range(drill_rows(size))]
         stages = [n for n in (1, 2, 4) if n <= facts]
         for _ in range(size - len(rows)):
             rows.append(
@@ -63,22 +63,16 @@ class RowMaker:
         prompt = self.builder.build(turns, context=passage.context)
         return prompt.ids, [1.0 if t else OTHER_TOKEN_WEIGHT for t in prompt.is_target]
 
-    def _unanswerable(self, facts: int) -> Row:
-        """A cut context without a question, a question without a context, or one on somebody
-        else."""
+    def _unasked(self, facts: int) -> Row:
+        """A cut context and no question: the answer is nothing.
+
+        Only this kind. Readers that also learned to say nothing to a question on somebody else said
+        nothing to every latent that was not yet perfect, which left little to learn from.
+        """
         passage = task.make_passage(self.rng, facts=facts, split="train")
-        other = task.make_passage(self.rng, facts=facts, split="train")
-        kind = self.rng.random()
-        if kind < 0.5:
-            text = self.builder.text_ids(context_text(passage.context))
-            cut = text[: self.rng.randint(1, len(text))]
-            prompt = self.builder.build([Turn("")], context=None, user_ids=cut)
-        else:
-            question = (passage if kind < 0.75 else other).questions[0][0]
-            context = None if kind < 0.75 else passage.context
-            if context is not None and any(w in context for w in task.names_in(question)):
-                context = None
-            prompt = self.builder.build([Turn(question)], context=context)
+        text = self.builder.text_ids(context_text(passage.context))
+        cut = text[: self.rng.randint(1, len(text))]
+        prompt = self.builder.build([Turn("")], context=None, user_ids=cut)
         prompt.add([self.builder.eos_id], target=True)
         return prompt.ids, [1.0 if t else 0.0 for t in prompt.is_target]
 

@@ -120,12 +120,6 @@ def random_name(rng: random.Random) -> str:
     return (rng.choice(SYLLABLES) + rng.choice(SYLLABLES)).capitalize()
 
 
-def names_in(text: str) -> list[str]:
-    """The invented names in a text."""
-    words = (word.strip(".?") for word in text.split())
-    return [w for w in words if w[:3].lower() in SYLLABLES and w[3:] in SYLLABLES]
-
-
 def _new_name(rng: random.Random, split: Split, used_starts: set[str]) -> str:
     """A name of `split` whose first syllable is not in `used_starts` yet."""
     while True:
