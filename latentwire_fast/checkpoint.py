@@ -88,6 +88,16 @@ def write_atomically(path: Path, text: str) -> None:
     _disk.sync(path.parent)
 
 
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Rename a folder into place once all in it is on disk: after a crash `final` is complete or
+    absent."""
+    for path in sorted(temporary.rglob("*")):
+        _disk.sync(path)
+    _disk.sync(temporary)
+    _disk.rename(temporary, final)
+    _disk.sync(final.parent)
+
+
 def parameter_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over names, dtypes, shapes and bytes; the order of the pairs does not matter."""
     digest = hashlib.sha256()

@@ -11,16 +11,17 @@ from latentwire_fast.errors import ConfigError, LatentWireError
 
 
 def run_entry_point(main: Callable[[], None]) -> None:
-    """Run `main`; an error made for users becomes one line on stderr and exit status 1."""
+    """Run `main`; what a user can mend becomes one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "accelerate", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main()
-    except LatentWireError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (LatentWireError, OSError) as error:
+        line = " ".join(part.strip() for part in str(error).splitlines())
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -82,7 +82,8 @@ class EncoderConfig(_Part):
         kind: `lm` starts from a pretrained causal LM; `byte` from nothing, on UTF-8 bytes.
         source: the LM: a reader's source (its own weights are copied), a folder or a hub id.
         latents, d_z: the latent is `[latents, d_z]`.
-        pooling: `queries` are learned tokens after the text; `spans` averages contiguous spans.
+        pooling: `queries` are learned tokens after the text, `interleaved` the same spread over it;
+            `spans` averages the hidden states of contiguous spans.
         frozen: keep the LM's weights and train only what was added.
         byte_*: the byte encoder's width, layers, heads and longest input.
     """
@@ -91,7 +92,7 @@ class EncoderConfig(_Part):
     source: str = "testbed:llama"
     latents: int = 12
     d_z: int = 16
-    pooling: Literal["queries", "spans"] = "queries"
+    pooling: Literal["queries", "interleaved", "spans"] = "queries"
     frozen: bool = False
     max_tokens: int = 1024
     gradient_checkpointing: bool = False
@@ -219,9 +220,14 @@ class StageConfig(_Part):
 
 @dataclass(frozen=True)
 class OptimConfig(_Part):
-    """Optimiser and schedule: linear warm-up, flat, then cosine to zero from `decay_from` on."""
+    """Optimiser and schedule: linear warm-up, flat, then cosine to zero from `decay_from` on.
+
+    Attributes:
+        encoder_lr: factor on both learning rates for the encoder's pretrained LM.
+    """
 
     muon_lr: float | None = 0.01
+    encoder_lr: float = 1.0
     adamw_lr: float = 2e-3
     weight_decay: float = 0.0
     warmup_steps: int = 100

@@ -30,7 +30,8 @@ class LMEncoder(nn.Module):
     """A causal LM that reads the text, followed by learned queries or span pooling.
 
     `queries`: M learned tokens follow the text; their last hidden states become the latents (the
-    in-context autoencoder of ICAE, arXiv:2307.06945). `spans`: the text's hidden states are
+    in-context autoencoder of ICAE, arXiv:2307.06945). `interleaved`: the same tokens, spread evenly
+    over the text, each after the part it is to hold. `spans`: the text's hidden states are
     averaged over M contiguous spans of near equal length (as ARC-Encoder pools, arXiv:2510.20535).
 
     Args:
@@ -50,12 +51,13 @@ class LMEncoder(nn.Module):
         width = core.config.hidden_size
         embedding = cast(nn.Embedding, core.get_input_embeddings())
         scale = embedding.weight.detach().float().std().item()
-        if config.pooling == "queries":
-            self.memory = nn.Parameter(torch.randn(config.latents, width) * scale)
+        if config.pooling != "spans":
+            # Queries that start as the anchor's last token already hold the LM's idea of an answer.
+            start = embedding.weight[self.prompts.anchor_ids[-1]].detach().float()
+            noise = torch.randn(config.latents, width) * (0.3 * scale)
+            self.memory = nn.Parameter(start + noise)
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.d_z)
-        if config.gradient_checkpointing:
-            core.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
@@ -65,9 +67,9 @@ class LMEncoder(nn.Module):
                 prompt = self.prompts.build_context(context, max_tokens=self.config.max_tokens)
             else:
                 prompt = self.prompts.build([Turn(questions[i])], context=context)
-            prompt.latent_at = len(prompt.ids)
+            prompt.latent_at = self._places(len(prompt.ids))
             prompts.append(prompt)
-        if self.config.pooling == "queries":
+        if self.config.pooling != "spans":
             tails = self.memory.expand(len(prompts), -1, -1)
         else:
             tails = self.project.weight.new_zeros(len(prompts), 0, self.norm.normalized_shape[0])
@@ -78,12 +80,19 @@ class LMEncoder(nn.Module):
             prefixes=tails,
         )
         hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
-        if self.config.pooling == "queries":
+        if self.config.pooling != "spans":
             rows, columns = batch.places_P2.unbind(1)
             pooled = hidden_BTD[rows, columns].view(len(prompts), self.config.latents, -1)
         else:
             pooled = pool_spans(hidden_BTD, batch.lengths_B, self.config.latents)
         return rms_normalize(self.project(self.norm(pooled.float())))
+
+    def _places(self, length: int) -> int | list[int]:
+        """Where the learned queries stand in a text of so many tokens."""
+        if self.config.pooling != "interleaved":
+            return length
+        latents = self.config.latents
+        return [-(-(k + 1) * length // latents) for k in range(latents)]
 
 
 def pool_spans(hidden_BTD: Tensor, lengths_B: Tensor, spans: int) -> Tensor:

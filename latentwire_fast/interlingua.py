@@ -8,6 +8,7 @@ prefix = model.prefix("llama", model.decode_payloads([payload]))            # [1
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,18 +17,22 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from latentwire_fast import ops, wire
 from latentwire_fast.adapters import Adapter
-from latentwire_fast.checkpoint import parameter_digest
+from latentwire_fast.checkpoint import file_entry, parameter_digest, read_tensors
 from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
 from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
-from latentwire_fast.reader import Reader, load_tokenizer, resolve_source
+from latentwire_fast.reader import (
+    Reader,
+    checkpoint_activations,
+    load_tokenizer,
+    load_weights,
+)
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -219,11 +224,13 @@ class Interlingua(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.cpu().contiguous() for k, v in self.trained_state().items()}
         save_file(state, folder / "model.safetensors")
+        files = ["model.safetensors"]
         if isinstance(self.encoder, LMEncoder):
             self.encoder.core.config.save_pretrained(folder / "encoder")
             self.encoder.tokenizer.save_pretrained(folder / "encoder")
+            files += [f"encoder/{path.name}" for path in sorted((folder / "encoder").iterdir())]
         trained = self.trained_parameters()
-        config = {
+        config: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "mode": self.mode,
             "encoder": asdict(self.encoder_config),
@@ -231,8 +238,9 @@ class Interlingua(nn.Module):
             "adapter": asdict(self.adapter_config),
             "readers": {name: asdict(card) for name, card in self.cards.items()},
             "trained_parameters": sum(p.numel() for _, p in trained),
-            "digest": parameter_digest(state.items()),
+            "files": {name: file_entry(folder / name) for name in files},
         }
+        config["sha256"] = _digest(config)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
@@ -241,14 +249,15 @@ class Interlingua(nn.Module):
         """Load what `save_pretrained` wrote.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the weights are not those of
-                config.json.
+            CheckpointError: a file is missing or damaged.
         """
         folder = Path(folder)
         config = _read_config(folder)
         encoder_config = EncoderConfig(**config["encoder"])
         if encoder_config.kind == "lm":
-            core = AutoModel.from_config(AutoConfig.from_pretrained(folder / "encoder"))
+            lm_config = AutoConfig.from_pretrained(folder / "encoder")
+            # The configuration is the reader's, whose dtype may be shorter than what was trained.
+            core = AutoModel.from_config(lm_config, dtype=torch.float32)
             tokenizer = load_tokenizer(folder / "encoder")
             encoder: Encoder = LMEncoder(core, tokenizer, encoder_config)
         else:
@@ -261,29 +270,35 @@ class Interlingua(nn.Module):
             adapter=AdapterConfig(**config["adapter"]),
             mode=config["mode"],
         )
-        try:
-            state = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / 'model.safetensors'}: {error}") from None
-        if parameter_digest(state.items()) != config["digest"]:
-            raise CheckpointError(
-                f"{folder}: model.safetensors does not hold the weights that config.json "
-                "describes; copy the folder again"
-            )
-        model.load_state_dict(state)
+        model.load_state_dict(read_tensors(folder / "model.safetensors"))
         return model.eval()
 
 
+def _digest(config: Mapping[str, Any]) -> str:
+    """sha256 of a config.json's values but this one."""
+    values = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json, once it and the files that it lists are known to be undamaged."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; is {folder} a saved model?") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} is no saved model of format version {FORMAT_VERSION}")
+    if config.get("sha256") != _digest(config):
+        raise CheckpointError(f"{path} was changed after it was written; copy the folder again")
+    for name, entry in config["files"].items():
+        file = folder / name
+        if not file.is_file() or file_entry(file) != entry:
+            raise CheckpointError(
+                f"{file} is missing or damaged (config.json has its sha256); copy the folder again"
+            )
     return config
 
 
@@ -295,7 +310,11 @@ def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encod
     for reader in readers.values():
         if reader.source == config.source:
             core = cast(PreTrainedModel, copy.deepcopy(reader.backbone).float())
-            return LMEncoder(core.train(), reader.tokenizer, config)
-    path = resolve_source(config.source)
-    core = AutoModel.from_pretrained(path, dtype=torch.float32)
-    return LMEncoder(core, load_tokenizer(path), config)
+            tokenizer = reader.tokenizer
+            break
+    else:
+        core = load_weights(AutoModel, config.source, dtype=torch.float32)
+        tokenizer = load_tokenizer(config.source)
+    if config.gradient_checkpointing:
+        checkpoint_activations(core)
+    return LMEncoder(core.train(), tokenizer, config)

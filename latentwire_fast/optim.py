@@ -6,7 +6,7 @@ Measured on the testbed at equal time: AdamW alone reached F1 0.07 where this pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ def build_optimizers(
     adamw_lr: float,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.98),
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[torch.optim.Optimizer]:
     """The optimisers for a set of named parameters; each group remembers its `base_lr`.
 
@@ -47,18 +48,25 @@ def build_optimizers(
         muon_lr: learning rate of Muon (momentum 0.95); None trains everything with AdamW.
         adamw_lr: learning rate of AdamW.
         weight_decay: decoupled decay of the Muon matrices.
+        lr_scale: factor on the learning rate of a parameter, by its name.
     """
-    named = list(named)
-    matrices, others = split_parameters(named)
+    scales: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named:
+        scales.setdefault(lr_scale(name), []).append((name, parameter))
+    muon_groups, adamw_groups = [], []
+    for scale, part in sorted(scales.items(), reverse=True):
+        matrices, others = split_parameters(part)
+        if muon_lr is None:
+            others = matrices + others
+        elif matrices:
+            muon_groups.append({"params": matrices, "lr": muon_lr * scale})
+        if others:
+            adamw_groups.append({"params": others, "lr": adamw_lr * scale})
     optimizers: list[torch.optim.Optimizer] = []
-    if muon_lr is None:
-        others = matrices + others
-    elif matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay)
-        )
-    if others:
-        optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=0.0))
+    if muon_groups:
+        optimizers.append(torch.optim.Muon(muon_groups, momentum=0.95, weight_decay=weight_decay))
+    if adamw_groups:
+        optimizers.append(torch.optim.AdamW(adamw_groups, betas=betas, weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

@@ -44,7 +44,7 @@ class Prompt:
     """
 
     ids: list[int] = field(default_factory=list)
-    latent_at: int | None = None
+    latent_at: int | list[int] | None = None
     is_target: list[bool] = field(default_factory=list)
     content: int = 0
 
@@ -113,7 +113,7 @@ class PromptBuilder:
         self._to_assistant = self._control_ids(to_assistant)
         eos = tokenizer.eos_token
         self._to_user = self._control_ids(to_user.removeprefix(eos) if eos else to_user)
-        self._anchor = self.text_ids(anchor)
+        self.anchor_ids = self.text_ids(anchor)
 
     @property
     def content_start(self) -> int:
@@ -182,7 +182,7 @@ class PromptBuilder:
                 prompt.add(self._to_user)
             self._add_user(prompt, turn, context if i == 0 else None, i, latent, user_ids)
             prompt.add(self._to_assistant)
-            prompt.add(self._anchor)
+            prompt.add(self.anchor_ids)
             if turn.answer is not None:
                 prompt.add([*self.answer_ids(turn.answer), self.eos_id], target=True)
         return prompt
@@ -244,5 +244,5 @@ class PromptBuilder:
         return [
             answer
             for answer, ids in zip(answers, joined["input_ids"], strict=True)
-            if ids != [*self._anchor, *self.answer_ids(answer)]
+            if ids != [*self.anchor_ids, *self.answer_ids(answer)]
         ]

@@ -10,13 +10,15 @@ Shapes: B rows, T positions, D `d_model`, V vocabulary, N scored answer tokens, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -113,17 +115,19 @@ class Reader:
         Args:
             device_map: as in `transformers`; `auto` spreads the model over the GPUs.
             load_in_4bit: NF4 weights through bitsandbytes (needs a GPU).
+
+        Raises:
+            ConfigError: there is no such model, or it cannot be a reader.
         """
-        path = resolve_source(source)
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
         if device_map is not None:
             options["device_map"] = device_map
         if load_in_4bit:
             options["quantization_config"] = _nf4_config(dtype)
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = load_weights(AutoModelForCausalLM, source, **options)
         if device is not None and device_map is None and not load_in_4bit:
-            model.to(device)  # type: ignore[arg-type]  # the stubs take no plain device
-        tokenizer = load_tokenizer(path)
+            model.to(device)
+        tokenizer = load_tokenizer(source)
         return cls(model, tokenizer, name=name, source=str(source), bos=bos)
 
     @classmethod
@@ -311,17 +315,43 @@ def load_readers(
     return {name: Reader.from_config(name, config, device) for name, config in configs.items()}
 
 
+def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
+    """A model of an `AutoModel` kind from its safetensors; weights that are pickles are not read.
+
+    Raises:
+        ConfigError: nothing to load there.
+    """
+    with _loading(source) as path:
+        return kind.from_pretrained(path, use_safetensors=True, **options)
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a folder or hub id, as it was saved.
+    """The tokenizer of a source, as it was saved.
 
     `AutoTokenizer` prefers the class that goes with the model type, which puts that family's own
     pre-tokenizer in the place of the saved one; a tokenizer saved under the generic class is
     therefore loaded as such.
+
+    Raises:
+        ConfigError: nothing to load there.
     """
-    declared = get_tokenizer_config(str(source)).get("tokenizer_class")
-    if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        return PreTrainedTokenizerFast.from_pretrained(source)
-    return AutoTokenizer.from_pretrained(source)
+    with _loading(source) as path:
+        declared = get_tokenizer_config(path).get("tokenizer_class")
+        if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _loading(source: str | Path) -> Iterator[str]:
+    path = resolve_source(source)
+    try:
+        yield path
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ConfigError(
+            f"cannot load {str(source)!r} (a local folder, a hub id or testbed:NAME): {reason}"
+        ) from error
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -29,6 +29,7 @@ from latentwire_fast.checkpoint import (
     load_optimizer_state,
     optimizer_state,
     parameter_digest,
+    publish_folder,
     restore_rng_state,
     rng_state,
     save_checkpoint,
@@ -175,6 +176,9 @@ class Trainer:
             muon_lr=config.optim.muon_lr,
             adamw_lr=config.optim.adamw_lr,
             weight_decay=config.optim.weight_decay,
+            lr_scale=lambda name: (
+                config.optim.encoder_lr if name.startswith("encoder.core.") else 1.0
+            ),
         )
         teacher = None
         if any(stage.kd for stage in config.stages) and config.data.source != "testbed":
@@ -312,6 +316,8 @@ class Trainer:
         latents: list[Tensor] = []
 
         def loss_fn(micro: Sequence[Work]) -> MicroLoss:
+            if micro[0] is works[0]:  # also when the step starts again after running out of memory
+                latents.clear()
             with self.accelerator.autocast():
                 losses = self.objectives.compute(micro, stage, counts)
             latents.append(losses.latent_BMd)
@@ -400,7 +406,7 @@ class Trainer:
             return
         temporary = self.run_dir / "model.tmp"
         self.model.eval().save_pretrained(temporary)
-        temporary.rename(self.model_dir)
+        publish_folder(temporary, self.model_dir)
 
 
 def _postfix(record: dict[str, Any]) -> str:
