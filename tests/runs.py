@@ -118,8 +118,8 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def model_digest(run_dir: Path) -> str:
-    """The digest that the saved model describes itself by."""
-    return json.loads((run_dir / "model" / "config.json").read_text())["digest"]
+    """The digest that a saved model names itself by: of its settings and of all its files."""
+    return json.loads((run_dir / "model" / "config.json").read_text())["sha256"]
 
 
 def contents(folder: Path) -> Mapping[str, bytes]:
