@@ -24,6 +24,12 @@ class Reducer:
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.alone:
+            return flag
+        return bool(self._sum(torch.tensor(int(flag), device=self.accelerator.device)).item())
+
     def counts(self, counts: Counter[Key]) -> Counter[Key]:
         """Counts of the global batch. Every process must have the same keys."""
         if self.alone:
@@ -36,11 +42,12 @@ class Reducer:
         """Sum the gradients in place, in one flat all-reduce: the trained parts are small."""
         if self.alone:
             return
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        # The same parameters on every process, as they depend on the step. The others keep no
+        # gradient: with one of zeros an optimiser would move them on by their momentum.
+        grads = [p.grad for p in parameters if p.grad is not None]
         flat = self._sum(torch.cat([g.flatten() for g in grads]))
-        parts = flat.split([g.numel() for g in grads])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+        for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
 
     def values(self, loss: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sums of a loss and its named parts, each already a share of the global batch."""

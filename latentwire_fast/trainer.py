@@ -109,7 +109,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=precision)
         self.reducer = Reducer(self.accelerator)
         self.progress = progress and self.accelerator.is_main_process
-        self._stop_signal: int | None = None
+        self._stopping = False
 
     @property
     def model_dir(self) -> Path:
@@ -133,28 +133,34 @@ class Trainer:
             RunLock(self.run_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
         )
         with lock:
-            self._store_config()
+            self._check_config()
             if self.finished:
                 logger.info("%s is trained already", self.run_dir)
                 return
             self._setup()
+            # Only now: a run that cannot start may be corrected and started in the same folder.
+            if self.accelerator.is_main_process:
+                text = json.dumps(to_json(self.config), indent=2) + "\n"
+                write_atomically(self.run_dir / "config.json", text)
             with self._signals(), self._tracker() as tracker:
                 self._loop(tracker)
             self._finish()
 
-    def _store_config(self) -> None:
+    def _check_config(self) -> None:
         path = self.run_dir / "config.json"
-        wanted = to_json(self.config)
         if path.exists():
-            stored = json.loads(path.read_text())
-            if stored != wanted:
-                differ = sorted(k for k in wanted if stored.get(k) != wanted[k])
+            try:
+                stored = json.loads(path.read_text())
+            except ValueError as error:
+                raise ConfigError(f"{path} is not valid JSON: {error}") from None
+            wanted = to_json(self.config)
+            stored = stored if isinstance(stored, dict) else {}
+            differ = sorted(k for k in wanted | stored if stored.get(k) != wanted.get(k))
+            if differ:
                 raise ConfigError(
-                    f"{self.run_dir} holds a run with another configuration (differs in "
+                    f"{path} is of a run with another configuration (differs in "
                     f"{', '.join(differ)}); choose another --run folder, or remove this one"
                 )
-        elif self.accelerator.is_main_process:
-            write_atomically(path, json.dumps(wanted, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
 
     def _setup(self) -> None:
@@ -249,9 +255,9 @@ class Trainer:
         once."""
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if self._stop_signal is not None and number == signal.SIGINT:
+            if self._stopping and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._stop_signal = number
+            self._stopping = True
 
         try:
             old = {
@@ -284,16 +290,17 @@ class Trainer:
                     if tracker is not None:
                         tracker.log(record)
                     bar.set_postfix_str(_postfix(record))
-                if self._stop_signal is not None:
+                if self.reducer.any(self._stopping):
                     self._save_and_stop()
                 if self.step % config.save_every == 0 or self.step == config.total_steps:
                     self.save()
 
     def _save_and_stop(self) -> None:
         self.save()
+        self.accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
         raise TrainingError(
-            f"stopped by signal {self._stop_signal} after step {self.step} of "
-            f"{self.config.total_steps}; everything is saved. Run the same command to go on"
+            f"stopped by a signal after step {self.step} of {self.config.total_steps}; "
+            "everything is saved. Run the same command to go on"
         )
 
     def _active(self) -> list[str]:
