@@ -24,7 +24,7 @@ from latentwire_fast.checkpoint import write_atomically
 from latentwire_fast.config import RunConfig, read_run_config, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import load_examples
-from latentwire_fast.errors import CheckpointError
+from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.outcome import Outcome
 from latentwire_fast.prompts import Prompt, Turn
@@ -259,13 +259,15 @@ def evaluate_run(
 
     Raises:
         CheckpointError: the run is not trained, or its readers have other weights than it was
-            trained for.
+            trained for. ConfigError: there is no folder for `out`.
     """
     if not (run_dir / "model" / "config.json").exists():
         raise CheckpointError(
             f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
             "or resume it with the same command if it was stopped"
         )
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"cannot write {out}: {out.parent} is no folder; make it first")
     config = read_run_config(run_dir)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -275,7 +277,7 @@ def evaluate_run(
     examples = load_examples(
         config.data.source,
         split="heldout",
-        count=count or config.data.eval_examples,
+        count=config.data.eval_examples if count is None else count,
         seed=config.data.eval_seed if fresh_seed is None else fresh_seed,
         facts=config.data.facts,
     )
