@@ -84,6 +84,7 @@ class EncoderConfig(_Part):
         latents, d_z: the latent is `[latents, d_z]`.
         pooling: `queries` are learned tokens after the text, `interleaved` the same spread over it;
             `spans` averages the hidden states of contiguous spans.
+        rehearsals: passes in which the queries first take in what the LM would say next.
         frozen: keep the LM's weights and train only what was added.
         byte_*: the byte encoder's width, layers, heads and longest input.
     """
@@ -93,6 +94,7 @@ class EncoderConfig(_Part):
     latents: int = 12
     d_z: int = 16
     pooling: Literal["queries", "interleaved", "spans"] = "queries"
+    rehearsals: int = 0
     frozen: bool = False
     max_tokens: int = 1024
     gradient_checkpointing: bool = False

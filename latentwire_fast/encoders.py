@@ -7,6 +7,7 @@ Shapes: B texts, T positions, M latents, D the encoder's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latentwire_fast.batching import collate
+from latentwire_fast.batching import PromptBatch, collate
 from latentwire_fast.config import EncoderConfig
-from latentwire_fast.prompts import PromptBuilder, Turn, context_text, full_text
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.prompts import Prompt, PromptBuilder, Turn, context_text, full_text
 
 Texts = Sequence[str]
 
@@ -27,12 +29,19 @@ def rms_normalize(latent: Tensor) -> Tensor:
 
 
 class LMEncoder(nn.Module):
-    """A causal LM that reads the text, followed by learned queries or span pooling.
+    """A causal LM that reads the text, and a pooler that makes M latents of its hidden states.
 
     `queries`: M learned tokens follow the text; their last hidden states become the latents (the
-    in-context autoencoder of ICAE, arXiv:2307.06945). `interleaved`: the same tokens, spread evenly
-    over the text, each after the part it is to hold. `spans`: the text's hidden states are
-    averaged over M contiguous spans of near equal length (as ARC-Encoder pools, arXiv:2510.20535).
+    in-context autoencoder of ICAE, arXiv:2307.06945). `interleaved`: the tokens stand among the
+    text, each behind the span it is to hold, and start from that span's mean embedding. `spans`:
+    the text's hidden states are averaged over M contiguous spans (as ARC-Encoder pools,
+    arXiv:2510.20535).
+
+    With `rehearsals`, queries behind the text first say what the LM would say: each pass gives
+    every query the distribution that its predecessor came to, as an expected embedding, so that
+    after r passes the first r tokens are what greedy decoding would write (Jacobi iteration; no
+    gradient). The encoder then starts from all that the LM knows, not from its next token alone:
+    with 3 passes the Llama reader was at its text score after 210 steps, without at a third of it.
 
     Args:
         core: the LM without its head; trained unless `config.frozen`.
@@ -52,10 +61,16 @@ class LMEncoder(nn.Module):
         embedding = cast(nn.Embedding, core.get_input_embeddings())
         scale = embedding.weight.detach().float().std().item()
         if config.pooling != "spans":
-            # Queries that start as the anchor's last token already hold the LM's idea of an answer.
-            start = embedding.weight[self.prompts.anchor_ids[-1]].detach().float()
-            noise = torch.randn(config.latents, width) * (0.3 * scale)
-            self.memory = nn.Parameter(start + noise)
+            self.memory = nn.Parameter(torch.randn(config.latents, width) * (0.3 * scale))
+            if config.pooling == "queries":
+                # As the anchor's last token they already hold the LM's idea of an answer.
+                self.memory.data += embedding.weight[self.prompts.anchor_ids[-1]].detach().float()
+        if config.rehearsals:
+            if config.pooling != "queries" or not core.config.tie_word_embeddings:
+                raise ConfigError(
+                    "rehearsals need pooling='queries' and an encoder LM with tied embeddings"
+                )
+            self.query_offsets = nn.Parameter(torch.zeros(config.latents, width))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.d_z)
 
@@ -67,25 +82,47 @@ class LMEncoder(nn.Module):
                 prompt = self.prompts.build_context(context, max_tokens=self.config.max_tokens)
             else:
                 prompt = self.prompts.build([Turn(questions[i])], context=context)
-            prompt.latent_at = self._places(len(prompt.ids))
+            if self.config.pooling != "spans":
+                prompt.latent_at = self._places(len(prompt.ids))
             prompts.append(prompt)
-        if self.config.pooling != "spans":
-            tails = self.memory.expand(len(prompts), -1, -1)
-        else:
-            tails = self.project.weight.new_zeros(len(prompts), 0, self.norm.normalized_shape[0])
-        batch = collate(
-            prompts,
-            embedding=cast(nn.Embedding, self.core.get_input_embeddings()),
-            pad_id=self.prompts.eos_id,
-            prefixes=tails,
-        )
-        hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
-        if self.config.pooling != "spans":
-            rows, columns = batch.places_P2.unbind(1)
-            pooled = hidden_BTD[rows, columns].view(len(prompts), self.config.latents, -1)
-        else:
+        if self.config.pooling == "spans":
+            batch = self._collate(prompts, None)
+            hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
             pooled = pool_spans(hidden_BTD, batch.lengths_B, self.config.latents)
+        else:
+            queries_BMD = self._queries(prompts)
+            for _ in range(self.config.rehearsals):
+                with torch.no_grad():
+                    said_BMD = self._rehearse(self._read(prompts, queries_BMD))
+                queries_BMD = torch.cat([queries_BMD[:, :1], said_BMD], 1) + self.query_offsets
+            pooled = self._read(prompts, queries_BMD)
         return rms_normalize(self.project(self.norm(pooled.float())))
+
+    def _queries(self, prompts: Sequence[Prompt]) -> Tensor:
+        """What the queries start from, `[B, M, D]`."""
+        queries_BMD = self.memory.expand(len(prompts), -1, -1)
+        if self.config.pooling == "queries":
+            return queries_BMD
+        texts = [replace(prompt, latent_at=None) for prompt in prompts]
+        batch = self._collate(texts, None)
+        embeds_BTD = cast(nn.Embedding, self.core.get_input_embeddings())(batch.ids_BT)
+        return queries_BMD + pool_spans(embeds_BTD, batch.lengths_B, self.config.latents)
+
+    def _collate(self, prompts: Sequence[Prompt], queries: Tensor | None) -> PromptBatch:
+        embedding = cast(nn.Embedding, self.core.get_input_embeddings())
+        return collate(prompts, embedding=embedding, pad_id=self.prompts.eos_id, prefixes=queries)
+
+    def _read(self, prompts: Sequence[Prompt], queries_BMD: Tensor) -> Tensor:
+        """Last hidden states `[B, M, D]` of the queries."""
+        batch = self._collate(prompts, queries_BMD)
+        hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
+        rows, columns = batch.places_P2.unbind(1)
+        return hidden_BTD[rows, columns].view(queries_BMD.shape)
+
+    def _rehearse(self, hidden_BMD: Tensor) -> Tensor:
+        """Expected embeddings `[B, M - 1, D]` of what all queries but the last predict."""
+        weight = cast(nn.Embedding, self.core.get_input_embeddings()).weight
+        return (hidden_BMD[:, :-1] @ weight.T).softmax(-1) @ weight
 
     def _places(self, length: int) -> int | list[int]:
         """Where the learned queries stand in a text of so many tokens."""
