@@ -7,7 +7,6 @@ Shapes: B texts, T positions, M latents, D the encoder's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -33,9 +32,8 @@ class LMEncoder(nn.Module):
 
     `queries`: M learned tokens follow the text; their last hidden states become the latents (the
     in-context autoencoder of ICAE, arXiv:2307.06945). `interleaved`: the tokens stand among the
-    text, each behind the span it is to hold, and start from that span's mean embedding. `spans`:
-    the text's hidden states are averaged over M contiguous spans (as ARC-Encoder pools,
-    arXiv:2510.20535).
+    text, each behind the span it is to hold. `spans`: the text's hidden states are averaged over M
+    contiguous spans (as ARC-Encoder pools, arXiv:2510.20535).
 
     With `rehearsals`, queries behind the text first say what the LM would say: each pass gives
     every query the distribution that its predecessor came to, as an expected embedding, so that
@@ -61,10 +59,10 @@ class LMEncoder(nn.Module):
         embedding = cast(nn.Embedding, core.get_input_embeddings())
         scale = embedding.weight.detach().float().std().item()
         if config.pooling != "spans":
-            self.memory = nn.Parameter(torch.randn(config.latents, width) * (0.3 * scale))
-            if config.pooling == "queries":
-                # As the anchor's last token they already hold the LM's idea of an answer.
-                self.memory.data += embedding.weight[self.prompts.anchor_ids[-1]].detach().float()
+            # Queries that start as the anchor's last token already hold the LM's idea of an answer.
+            start = embedding.weight[self.prompts.anchor_ids[-1]].detach().float()
+            noise = torch.randn(config.latents, width) * (0.3 * scale)
+            self.memory = nn.Parameter(start + noise)
         if config.rehearsals:
             if config.pooling != "queries" or not core.config.tie_word_embeddings:
                 raise ConfigError(
@@ -90,23 +88,13 @@ class LMEncoder(nn.Module):
             hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
             pooled = pool_spans(hidden_BTD, batch.lengths_B, self.config.latents)
         else:
-            queries_BMD = self._queries(prompts)
+            queries_BMD = self.memory.expand(len(prompts), -1, -1)
             for _ in range(self.config.rehearsals):
                 with torch.no_grad():
                     said_BMD = self._rehearse(self._read(prompts, queries_BMD))
                 queries_BMD = torch.cat([queries_BMD[:, :1], said_BMD], 1) + self.query_offsets
             pooled = self._read(prompts, queries_BMD)
         return rms_normalize(self.project(self.norm(pooled.float())))
-
-    def _queries(self, prompts: Sequence[Prompt]) -> Tensor:
-        """What the queries start from, `[B, M, D]`."""
-        queries_BMD = self.memory.expand(len(prompts), -1, -1)
-        if self.config.pooling == "queries":
-            return queries_BMD
-        texts = [replace(prompt, latent_at=None) for prompt in prompts]
-        batch = self._collate(texts, None)
-        embeds_BTD = cast(nn.Embedding, self.core.get_input_embeddings())(batch.ids_BT)
-        return queries_BMD + pool_spans(embeds_BTD, batch.lengths_B, self.config.latents)
 
     def _collate(self, prompts: Sequence[Prompt], queries: Tensor | None) -> PromptBatch:
         embedding = cast(nn.Embedding, self.core.get_input_embeddings())
