@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, KernelError
-from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register
+from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register, uses_triton
 
 CALIBRATIONS = ("none", "token", "example", "batch")
 
@@ -20,21 +20,66 @@ _AFFINE = (
 )
 
 
-def _project_calibrate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return reference.project_calibrate(x, *arguments)
+def _group_rows(x: Tensor, calibration: str) -> int:
+    """Rows of x, flattened to `[N, d]`, that share a mean square; 0 without calibration."""
+    if calibration == "example":
+        return x.shape[-2]
+    return {"none": 0, "token": 1, "batch": math.prod(x.shape[:-1])}[calibration]
+
+
+def _kernel_settings(x: Tensor, calibration: str, tanh: bool) -> dict[str, Any]:
+    return {
+        "group_rows": _group_rows(x, calibration),
+        "tanh": tanh,
+        "norm_eps": reference.LAYER_NORM_EPS,
+        "rms_eps": reference.RMS_EPS,
+    }
+
+
+def _project_calibrate(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if not uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)):
+        return reference.project_calibrate(x, weight, *arguments)
+    from latentwire_fast.kernels import adapter as kernels
+
+    *tensors, target_rms, calibration, tanh = arguments
+    out, squares = kernels.project_calibrate(
+        x.reshape(-1, x.shape[-1]),
+        *(weight, *tensors, target_rms),
+        **_kernel_settings(x, calibration, tanh),
+    )
+    shape = _mean_square_shape(x, calibration)
+    return out.view(*x.shape[:-1], weight.shape[0]), squares.reshape(shape)
+
+
+def _mean_square_shape(x: Tensor, calibration: str) -> tuple[int, ...]:
+    if calibration == "none":
+        return (0,)
+    if calibration == "token":
+        return (*x.shape[:-1], 1)
+    return (1,) * x.dim() if calibration == "batch" else (*x.shape[:-2], 1, 1)
 
 
 def _project_calibrate_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    calibration = arguments[-2]
-    shared = {"none": (0,), "token": (*x.shape[:-1], 1), "batch": (1,) * x.dim()}
-    shape = shared.get(calibration) or (*x.shape[:-2], 1, 1)
+    shape = _mean_square_shape(x, arguments[-2])
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return out, x.new_empty(shape, dtype=reference.compute_dtype(x))
 
 
 def _project_calibrate_backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
     needs = arguments[-1]
-    grads = reference.project_calibrate_backward(grad, x, *arguments)
+    if uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)) and x.numel():
+        from latentwire_fast.kernels import adapter as kernels
+
+        *tensors, squares, target_rms, calibration, tanh, needs = arguments
+        grads = kernels.project_calibrate_backward(
+            *(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])),
+            *(*tensors, squares.reshape(-1), target_rms),
+            **_kernel_settings(x, calibration, tanh),
+            needs=needs,
+        )
+        grads[0] = None if grads[0] is None else grads[0].view(x.shape)
+    else:
+        grads = reference.project_calibrate_backward(grad, x, *arguments)
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 

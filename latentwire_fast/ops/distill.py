@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, KernelError
-from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register
+from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register, uses_triton
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -36,6 +36,10 @@ def _count(mask: Tensor | None, rows: int) -> Tensor | int:
 
 
 def _kd_kl(student: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    if uses_triton("kd_kl", student, computes_in=reference.compute_dtype(student)):
+        from latentwire_fast.kernels import distill as kernels
+
+        return kernels.kd_kl(student, teacher, tau=tau)
     return reference.kd_kl(student, teacher, tau=tau)
 
 
@@ -47,6 +51,10 @@ def _kd_kl_fake(student: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, T
 def _kd_kl_backward(
     student: Tensor, teacher: Tensor, stats: Tensor, row_grads: Tensor, tau: float
 ) -> Tensor:
+    if uses_triton("kd_kl", student, computes_in=stats.dtype):
+        from latentwire_fast.kernels import distill as kernels
+
+        return kernels.kd_kl_backward(student, teacher, stats, row_grads, tau=tau)
     return reference.kd_kl_backward(student, teacher, stats, row_grads, tau=tau)
 
 
@@ -143,7 +151,14 @@ def _linear_kd_kl(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.linear_kd_kl(
+    implementation = reference.linear_kd_kl
+    if uses_triton(
+        "linear_kd_kl", student_hidden, computes_in=reference.compute_dtype(student_hidden)
+    ):
+        from latentwire_fast.kernels import distill as kernels
+
+        implementation = kernels.linear_kd_kl
+    return implementation(
         student_hidden,
         teacher_hidden,
         weight,

@@ -1,0 +1,371 @@
+"""Distillation KL on logits, and on hidden states through the model's head, with the student's
+gradient.
+
+Per row, with Delta = (s - t)/tau, p = softmax(t/tau), q = softmax(s/tau), and x = Delta - c for
+some centre c:
+
+    KL(p || q) = log E_p[e^x] - E_p[x] = E_p[e^x - 1 - x] + (log1p(B) - B),   B = E_p[e^x] - 1
+
+One online pass accumulates, relative to the running maximum m of t/tau, per lane and rescaled once
+per tile: z = sum w, d = sum w x, g = sum w (e^x - 1 - x), where w = e^(t/tau - m). For |x| < 1 the
+last is a power series, so nothing cancels; elsewhere w e^x is e^(s/tau), kept apart (f) relative to
+the running maximum of s/tau, so that a token with p = 0 counts, and nothing overflows. The textbook
+one-pass form is off by 4e-2 at KL 5e-5 and can go negative; this is good to 1e-6.
+
+c is the mean of Delta over the row's first tile. When E_p[x] turns out large against the KL (the
+first tile was not typical), the pass is repeated with the better centre; the row is in L2 by then.
+
+    d KL / d s = (q - p) / tau,   q - p = p expm1(r),   r = log(q/p) = Delta - (c + E_p[x]) - KL
+
+again without cancellation: for |r| < 1/2 by a power series, else q - p itself. Losses and gradients
+carry tau^2. A student logit of -inf removes its token from both distributions.
+
+`linear_kd_kl` stacks [h_t ; h_s - h_t] (the difference in fp32) for one matmul with the shared
+head: the bf16 rounding of its result then is relative to the difference of the logits. Traffic of a
+chunk: the matmul's write, the statistics' read, the gradient's read and write (in place), the
+second matmul's read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# 16 elements per thread, times 4 lanewise sums and two inputs, stay in registers; a row of 128k
+# takes 63 tiles. Rows are independent programs: 1,024 of them fill 132 SMs more than 4 deep.
+BLOCK = 2048
+NUM_WARPS = 4
+# Entries of the gradient below fp16's smallest number would vanish, at a vocabulary of 128k nearly
+# all. |q - p| <= 1 leaves room for this factor, which is taken out again after the matmul, in fp32.
+FP16_FACTOR = 32768.0
+
+
+@triton.jit
+def _exp_less(x):
+    """e^x - 1 - x for |x| < 1 to fp32's precision: x^2/2 (1 + x/3 (1 + x/4 (... (1 + x/10))))."""
+    y = 1.0 + x * 0.1
+    y = 1.0 + x * (1.0 / 9) * y
+    y = 1.0 + x * 0.125 * y
+    y = 1.0 + x * (1.0 / 7) * y
+    y = 1.0 + x * (1.0 / 6) * y
+    y = 1.0 + x * 0.2 * y
+    y = 1.0 + x * 0.25 * y
+    y = 1.0 + x * (1.0 / 3) * y
+    return 0.5 * x * x * y
+
+
+@triton.jit
+def _tanh(x):
+    """Exact to relative rounding for small x too."""
+    y = 2.0 * x
+    small = tl.abs(y) < 0.5
+    e = tl.where(small, y + _exp_less(tl.where(small, y, 0.0)), tl.exp(tl.minimum(y, 80.0)) - 1.0)
+    return e / (e + 2.0)
+
+
+@triton.jit
+def _load(
+    t_ptr, other_ptr, offsets, scale, cap,
+    VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Teacher and student logits over tau, their difference, and the cap's slope (1 without one).
+
+    `other` holds the difference if STACKED, else the student. Lanes past the vocabulary, and tokens
+    that the student lacks, get t = s = -inf and difference 0.
+    """
+    inside = offsets < VOCABULARY
+    t = tl.load(t_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+    other = tl.load(other_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if STACKED:
+        delta = other
+        s = t + other
+    else:
+        s = tl.where(inside, other, float("-inf"))
+        t = tl.where(s == float("-inf"), s, t)
+        delta = tl.where(t == float("-inf"), 0.0, s - t)
+    slope = 1.0
+    if SOFTCAP:
+        t_bent, s_bent = _tanh(t / cap), _tanh(s / cap)
+        delta = cap * _tanh(delta / cap) * (1.0 - t_bent * s_bent)
+        slope = 1.0 - s_bent * s_bent
+        t = tl.where(inside, cap * t_bent, float("-inf"))
+        s = tl.where(inside, cap * s_bent, float("-inf"))
+    return t * scale, s * scale, delta * scale, slope
+
+
+@triton.jit
+def _finite(x):
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def _row_pass(
+    t_ptr, other_ptr, scale, cap, centre,
+    VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(log sum e^(t/tau), E_p[x], KL) about `centre`."""
+    lanes = tl.arange(0, BLOCK)
+    t_max = float("-inf")
+    s_max = float("-inf")
+    z = tl.zeros((BLOCK,), tl.float32)
+    d = tl.zeros((BLOCK,), tl.float32)
+    g = tl.zeros((BLOCK,), tl.float32)
+    f = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, VOCABULARY, BLOCK):
+        t, s, delta, _ = _load(
+            t_ptr, other_ptr, start + lanes, scale, cap, VOCABULARY, STACKED, SOFTCAP
+        )
+        t_new = tl.maximum(t_max, tl.max(t, 0))
+        s_new = tl.maximum(s_max, tl.max(s, 0))
+        t_shift, s_shift = _finite(t_new), _finite(s_new)
+        shrink = tl.exp(t_max - t_shift)
+        w = tl.exp(t - t_shift)
+        u = tl.exp(s - s_shift)
+        x = tl.where(w > 0, delta - centre, 0.0)
+        near = (tl.abs(x) < 1.0) & (w > 0)
+        z = z * shrink + w
+        d = d * shrink + w * x
+        excess = tl.where(near, _exp_less(tl.where(near, x, 0.0)), -1.0 - x)
+        g = g * shrink + w * excess
+        f = f * tl.exp(s_max - s_shift) + tl.where(near, 0.0, u)
+        t_max, s_max = t_new, s_new
+    z_sum, far = tl.sum(z, 0), tl.sum(f, 0)
+    mean = tl.sum(d, 0) / z_sum
+    # log of what the far tokens add to E_p[e^x]; past 30 nothing else counts.
+    far_log = tl.log(far) + s_max - t_max - centre - tl.log(z_sum)
+    bounded = tl.minimum(far_log, 30.0)
+    excess = tl.sum(g, 0) / z_sum + tl.where(far > 0, tl.exp(bounded), 0.0)
+    b = excess + mean
+    small = tl.abs(b) < 0.5
+    b_small = tl.where(small, b, 0.0)
+    # log1p(b) - b by its series' closed form: with v = b/(2+b), log1p(b) = 2 atanh(v).
+    v = b_small / (2.0 + b_small)
+    v2 = v * v
+    tail = 1.0 / 7 + v2 * (1.0 / 9 + v2 * (1.0 / 11 + v2 * (1.0 / 13)))
+    tail = 1.0 / 3 + v2 * (0.2 + v2 * tail)
+    kl_small = excess + (2.0 * v * v2 * tail - v * b_small)
+    kl_large = tl.where(far_log > 30.0, far_log, tl.log(tl.maximum(1.0 + b, 1e-30))) - mean
+    kl = tl.where(small, kl_small, kl_large)
+    return t_max + tl.log(z_sum), mean, tl.maximum(kl, 0.0)
+
+
+@triton.jit
+def _row_statistics(
+    t_ptr, other_ptr, scale, cap,
+    VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(log sum e^(t/tau), E_p[Delta], KL)."""
+    t, _, delta, _ = _load(
+        t_ptr, other_ptr, tl.arange(0, BLOCK), scale, cap, VOCABULARY, STACKED, SOFTCAP
+    )
+    w = tl.exp(t - _finite(tl.max(t, 0)))
+    total = tl.sum(w, 0)
+    centre = tl.where(total > 0, tl.sum(tl.where(w > 0, w * delta, 0.0), 0) / total, 0.0)
+    log_z = 0.0
+    kl = 0.0
+    mean = 0.0
+    tries = 2
+    while tries > 0:
+        log_z, mean, kl = _row_pass(
+            t_ptr, other_ptr, scale, cap, centre, VOCABULARY, STACKED, SOFTCAP, BLOCK
+        )
+        tries = tl.where(mean * mean > 16.0 * kl, tries - 1, 0)
+        centre += tl.where(tries > 0, mean, 0.0)
+    return log_z, centre + mean, kl
+
+
+@triton.jit
+def _gradient(t, s, delta, log_z, centre, kl):
+    """q - p."""
+    p = tl.exp(t - log_z)
+    shift = centre + kl
+    q = tl.exp(s - (log_z + shift))
+    r = delta - shift
+    near = (tl.abs(r) < 0.5) & (p > 0)
+    r = tl.where(near, r, 0.0)
+    return tl.where(near, p * (r + _exp_less(r)), q - p)
+
+
+@triton.jit
+def _kd_kl_kernel(
+    student_ptr, teacher_ptr, loss_ptr, stats_ptr, rows, student_stride, teacher_stride, tau,
+    VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    log_z, centre, kl = _row_statistics(
+        teacher_ptr + row * teacher_stride, student_ptr + row * student_stride,
+        1.0 / tau, 1.0, VOCABULARY, False, False, BLOCK,
+    )  # fmt: skip
+    tl.store(loss_ptr + row, kl * tau * tau)
+    tl.store(stats_ptr + row, log_z)
+    tl.store(stats_ptr + rows + row, centre)
+    tl.store(stats_ptr + 2 * rows + row, kl)
+
+
+@triton.jit
+def _kd_kl_backward_kernel(
+    student_ptr, teacher_ptr, stats_ptr, row_grads_ptr, grad_ptr,
+    rows, student_stride, teacher_stride, tau, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(row_grads_ptr + row).to(tl.float32) * tau
+    out = grad_ptr + row * VOCABULARY + offsets
+    if factor == 0.0:  # a masked row may hold anything, NaN too
+        tl.store(out, tl.zeros((BLOCK,), grad_ptr.dtype.element_ty), mask=offsets < VOCABULARY)
+    else:
+        t, s, delta, _ = _load(
+            teacher_ptr + row * teacher_stride, student_ptr + row * student_stride,
+            offsets, 1.0 / tau, 1.0, VOCABULARY, False, False,
+        )  # fmt: skip
+        log_z = tl.load(stats_ptr + row)
+        centre = tl.load(stats_ptr + rows + row)
+        kl = tl.load(stats_ptr + 2 * rows + row)
+        grad = _gradient(t, s, delta, log_z, centre, kl) * factor
+        tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=offsets < VOCABULARY)
+
+
+@triton.jit
+def _chunk_kernel(
+    teacher_ptr, other_ptr, mask_ptr, loss_ptr, tau, cap, factor,
+    VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Losses of a chunk's rows; the gradient `factor * (q - p)` takes the place of `other`."""
+    row = tl.program_id(0).to(tl.int64)
+    t_row, o_row = teacher_ptr + row * VOCABULARY, other_ptr + row * VOCABULARY
+    lanes = tl.arange(0, BLOCK)
+    counts = True
+    if MASKED:
+        counts = tl.load(mask_ptr + row) != 0
+    if counts:
+        log_z, centre, kl = _row_statistics(
+            t_row, o_row, 1.0 / tau, cap, VOCABULARY, STACKED, SOFTCAP, BLOCK
+        )
+        tl.store(loss_ptr + row, kl * tau * tau)
+        if GRADIENT:
+            for start in range(0, VOCABULARY, BLOCK):
+                t, s, delta, slope = _load(
+                    t_row, o_row, start + lanes, 1.0 / tau, cap, VOCABULARY, STACKED, SOFTCAP
+                )
+                grad = _gradient(t, s, delta, log_z, centre, kl) * slope * factor
+                tl.store(
+                    o_row + start + lanes, grad.to(other_ptr.dtype.element_ty),
+                    mask=start + lanes < VOCABULARY,
+                )  # fmt: skip
+    else:
+        tl.store(loss_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, VOCABULARY, BLOCK):
+                nothing = tl.zeros((BLOCK,), other_ptr.dtype.element_ty)
+                tl.store(o_row + start + lanes, nothing, mask=start + lanes < VOCABULARY)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Rows may lie apart; a row's numbers may not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def kd_kl(student: Tensor, teacher: Tensor, *, tau: float) -> tuple[Tensor, Tensor]:
+    """Losses `[N]` and statistics `[3, N]` in fp32, of logits `[N, V]`: one launch, one read."""
+    student, teacher = _unit_rows(student), _unit_rows(teacher)
+    rows, vocabulary = student.shape
+    losses = student.new_empty(rows, dtype=torch.float32)
+    stats = student.new_empty((3, rows), dtype=torch.float32)
+    if rows:
+        _kd_kl_kernel[(rows,)](
+            *(student, teacher, losses, stats, rows, student.stride(0), teacher.stride(0), tau),
+            VOCABULARY=vocabulary,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    return losses, stats
+
+
+def kd_kl_backward(
+    student: Tensor, teacher: Tensor, stats: Tensor, row_grads: Tensor, *, tau: float
+) -> Tensor:
+    """`row_grads * d loss / d student` `[N, V]` in student's dtype; one launch."""
+    student, teacher = _unit_rows(student), _unit_rows(teacher)
+    rows, vocabulary = student.shape
+    grad = student.new_empty((rows, vocabulary))
+    if rows:
+        _kd_kl_backward_kernel[(rows, triton.cdiv(vocabulary, BLOCK))](
+            *(student, teacher, stats, row_grads.contiguous(), grad, rows),
+            *(student.stride(0), teacher.stride(0), tau),
+            VOCABULARY=vocabulary,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    return grad
+
+
+def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, accumulated and returned in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def linear_kd_kl(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    teacher_weight: Tensor | None,
+    mask: Tensor | None,
+    *,
+    tau: float,
+    softcap: float,
+    chunk_rows: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `[N]`, their gradients for `student_hidden` `[N, d]`, their sum's for `weight` `[V,
+    d]`, in fp32.
+
+    Holds `[2 * chunk_rows, V]` in the head's dtype, whatever N; never synchronises with the host.
+    Gradients not needed are empty.
+    """
+    rows, width = student_hidden.shape
+    vocabulary, dtype = weight.shape[0], weight.dtype
+    losses = student_hidden.new_empty(rows, dtype=torch.float32)
+    d_hidden = losses.new_empty((rows if needs_hidden else 0, width))
+    d_weight = losses.new_zeros((vocabulary if needs_weight else 0, width))
+    chunk_rows = max(min(chunk_rows, rows), 1)
+    logits = weight.new_empty((2, chunk_rows, vocabulary))
+    factor = FP16_FACTOR if dtype == torch.float16 else 1.0
+    shared = teacher_weight is None
+    head = weight if teacher_weight is None else teacher_weight[:vocabulary].to(dtype)
+    for start in range(0, rows, chunk_rows):
+        part = slice(start, start + chunk_rows)
+        hidden, teacher = student_hidden[part], teacher_hidden[part]
+        count = hidden.shape[0]
+        # Both halves of a short last chunk lie together, as one output of the one matmul.
+        both = logits.view(-1, vocabulary)[: 2 * count]
+        t, other = both[:count], both[count:]
+        if shared:
+            difference = (hidden.float() - teacher.float()).to(dtype)
+            torch.mm(torch.cat((teacher.to(dtype), difference)), weight.T, out=both)
+        else:
+            torch.mm(teacher.to(dtype), head.T, out=t)
+            torch.mm(hidden.to(dtype), weight.T, out=other)
+        _chunk_kernel[(count,)](
+            *(t, other, losses if mask is None else mask[part], losses[part]),
+            *(tau, softcap, factor),
+            VOCABULARY=vocabulary,
+            STACKED=shared,
+            SOFTCAP=softcap > 0,
+            MASKED=mask is not None,
+            GRADIENT=needs_hidden or needs_weight,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+        if needs_hidden:
+            torch.mul(_matmul_fp32(other, weight), tau / factor, out=d_hidden[part])
+        if needs_weight:
+            d_weight.add_(_matmul_fp32(other.T, hidden.to(dtype)), alpha=tau / factor)
+    return losses, d_hidden, d_weight

@@ -1,0 +1,177 @@
+"""Compiles every kernel for sm_90 at its real shapes, on any machine, and reads what came out.
+
+No kernel may spill or use local memory, all must fit Hopper's shared memory, and where a kernel
+streams tensors it must do so 16 bytes at a time. Prints its table with `--log-cli-level=INFO`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kernel_device import INTERPRETED
+
+triton = pytest.importorskip("triton")
+logger = logging.getLogger(__name__)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles; the interpreter does not")
+
+SHARED_LIMIT = 232_448  # bytes per block on an H100 or H200
+VOCABULARY = 128_256
+BF16, FP16, FP32, BYTE = "*bf16", "*fp16", "*fp32", "*u8"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the types of its runtime arguments, in order, and its compile-time ones."""
+
+    module: str
+    kernel: str
+    arguments: tuple[str, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+    wide: tuple[str, ...] = ("LDG.E.128", "STG.E.128")
+    # Positions in `arguments` of integers that are divisible by 16 at the real shapes.
+    aligned: tuple[int, ...] = field(default=())
+
+
+def quantize_cases() -> dict[str, Case]:
+    cases = {}
+    for bits in (8, 6, 4):
+        for group in (16, 32, 64):
+            constants = {"BITS": bits, "GROUP": group, "GROUPS": 4096 // group}
+            name = f"{bits} bits, groups of {group}"
+            cases[f"pack, {name}"] = Case(
+                *("quantize", "_quantize_pack_kernel", (BF16, BYTE, FP16, "i32", "i32", "i32")),
+                *(constants, 4, 3, ("LDG.E.128",), (3, 4, 5)),
+            )
+            cases[f"unpack, {name}"] = Case(
+                *("quantize", "_unpack_dequantize_kernel", (BYTE, FP16, BF16, "i32", "i32", "i32")),
+                *(constants, 4, 3, ("STG.E.128",), (3, 4, 5)),
+            )
+            cases[f"fake, {name}"] = Case(
+                *("quantize", "_fake_quantize_kernel", (BF16, BF16, "i32")),
+                *(constants, 4, 3, ("LDG.E.128", "STG.E.128"), (2,)),
+            )
+    return cases
+
+
+def distill_cases() -> dict[str, Case]:
+    common = {"VOCABULARY": VOCABULARY, "BLOCK": 2048}
+    cases = {
+        "kd_kl, logits": Case(
+            *("distill", "_kd_kl_kernel", (BF16, BF16, FP32, FP32, "i32", "i32", "i32", "fp32")),
+            *(common, 4, 3, ("LDG.E.128",), (4, 5, 6)),
+        ),
+        "kd_kl, backward": Case(
+            *("distill", "_kd_kl_backward_kernel"),
+            (BF16, BF16, FP32, FP32, BF16, "i32", "i32", "i32", "fp32"),
+            *(common, 4, 3, ("LDG.E.128", "STG.E.128"), (5, 6, 7)),
+        ),
+    }
+    for stacked, softcap in ((True, False), (False, False), (True, True), (False, True)):
+        name = (
+            f"kd_kl, {'stacked' if stacked else 'separate'} heads{', softcap' if softcap else ''}"
+        )
+        flags = {"STACKED": stacked, "SOFTCAP": softcap, "MASKED": True, "GRADIENT": True}
+        cases[name] = Case(
+            *("distill", "_chunk_kernel", (BF16, BF16, "*i1", FP32, "fp32", "fp32", "fp32")),
+            *({**common, **flags}, 4),
+        )
+    return cases
+
+
+def adapter_cases() -> dict[str, Case]:
+    norm = {"WIDTH": 256, "HAS_BIAS": True, "BLOCK": 256}
+    cases = {
+        "layer norm": Case(
+            *("adapter", "_layer_norm_kernel", (BF16, BF16, BF16, BF16, FP32, FP32, "fp32")),
+            *(norm, 1, 3),
+        )
+    }
+    parts = ("HAS_BIAS", "HAS_GAMMA", "HAS_BETA", "HAS_GAIN", "CALIBRATED")
+    flags = dict.fromkeys(parts, True)
+    tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_COLUMNS": 128, "TILE_K": 64}
+    for mode, name in enumerate(("squares", "write", "dots", "gradient")):
+        for inner, width, tanh in ((256, 4096, False), (256, 3584, True), (4096, 4096, False)):
+            out = FP32 if mode in (0, 2) else BF16
+            shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "TANH": tanh}
+            cases[f"project {inner} to {width}{', tanh' if tanh else ''}, {name}"] = Case(
+                *("adapter", "_project_kernel"),
+                (*[BF16] * 6, FP32, FP32, BF16, out, FP32, "i32", "i32", "fp32", "fp32"),
+                *({**shape, **flags, **tile}, 8, 3, ()),
+                (11,),
+            )
+    return cases
+
+
+CASES = {**quantize_cases(), **adapter_cases(), **distill_cases()}
+
+
+def compiled(case: Case) -> Any:
+    """The kernel for sm_90, specialised as the launcher would: aligned pointers and sizes."""
+    import importlib
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"latentwire_fast.kernels.{case.module}"), case.kernel)
+    names = iter(case.arguments)
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+            constants[(position,)] = case.constants[name]
+            continue
+        kind = next(names)
+        signature[name] = kind
+        if kind.startswith("*") or position in case.aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {
+        "num_warps": case.warps,
+        "num_stages": case.stages,
+        "enable_fp_fusion": True,
+    }
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def tool(name: str) -> str:
+    """One of the CUDA tools that Triton brings along."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not os.access(path, os.X_OK):
+        pytest.skip(f"this Triton has no {name}")
+    return str(path)
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_for_hopper_without_spills(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    kernel = compiled(case)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = run(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    assembly = run(tool("nvdisasm"), str(cubin))
+    widths = {width: len(re.findall(re.escape(width), assembly)) for width in case.wide}
+    shared = kernel.metadata.shared
+    logger.info(
+        "%-36s registers %3d  shared %6d  stack %d  %s", name, found["REG"], shared, found["STACK"],
+        "  ".join(f"{width} x{count}" for width, count in widths.items()),
+    )  # fmt: skip
+    assert found["STACK"] == 0
+    assert found.get("LOCAL", 0) == 0
+    assert not re.search(r"\b(LDL|STL)\b", assembly)
+    assert shared <= SHARED_LIMIT
+    for width, count in widths.items():
+        assert count, f"no {width}: the accesses are narrower than 16 bytes"
