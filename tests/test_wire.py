@@ -298,6 +298,12 @@ def test_header_fields_out_of_range_are_refused(changes: dict[str, int], message
         wire.unpack(repaired(header_with(**changes) + bytes(6)))
 
 
+@pytest.mark.parametrize("more", [-1, 1, 2, 64])
+def test_another_length_is_refused_whatever_the_crc(more: int) -> None:
+    with pytest.raises(PayloadError, match=f"^{22 + more} bytes, but a latent .* takes 22; it was"):
+        wire.unpack(repaired(header_with() + bytes(6 + more)))
+
+
 def test_what_is_not_a_payload_is_refused() -> None:
     with pytest.raises(PayloadError, match="0 bytes are fewer than the 16"):
         wire.unpack(b"")
