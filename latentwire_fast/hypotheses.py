@@ -25,6 +25,7 @@ NOT_MEASURED: dict[str, Any] = {
 H1_BAR, H1_POSITIONS = -0.02, 4.0
 H2_BAR, H3_BAR, H4_BAR, H5_BAR, H6_BAR, H7_BAR = 0.03, 1.05, 0.015, 1.0, 1.0, -0.05
 H6_SHARE = 0.95
+SMALLEST_NLL = 1e-9  # fp32 rounds a very sure answer's log-probability to 0
 
 
 def _entry(interval: Interval, bar: float, passed: bool) -> dict[str, Any]:
@@ -71,7 +72,12 @@ def judge(
     )
     h2 = min(worst_difference("token_budget"), worst_difference("token_budget_question"))
     h3 = max(
-        ratio_interval(results[r]["latent"].nll, results[r]["text"].nll, **options) for r in readers
+        ratio_interval(
+            results[r]["latent"].nll,
+            [max(nll, SMALLEST_NLL) for nll in results[r]["text"].nll],
+            **options,
+        )
+        for r in readers
     )
     verdicts = {
         "H1": {
