@@ -65,8 +65,8 @@ def testbed_context() -> RunConfig:
         mode="context",
         readers=TESTBED_READERS,
         stages=(
-            StageConfig("answer", steps=1200, facts=((0.2, 1), (0.45, 2), (1.0, 4))),
-            StageConfig("quantized", steps=1300, quantize=6),
+            StageConfig("answer", steps=1300, facts=((0.15, 1), (0.4, 2), (1.0, 4))),
+            StageConfig("quantized", steps=1500, quantize=6),
         ),
         optim=OptimConfig(
             batch_size=24,
