@@ -16,7 +16,7 @@ TORCH_INDEX ?=
 EXTRAS ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 
 .DEFAULT_GOAL := help
