@@ -66,13 +66,14 @@ class CMakeBuild(build_ext):
             subprocess.run(command, check=True, env=environment)
 
 
+DATA = ("safetensors", "json", "j2", "md")  # readers' weights and cards, templates
 skip = os.environ.get("LATENTWIRE_NO_EXTENSION", "0") not in ("", "0")
 setup(
     packages=[*find_packages(include=["latentwire_fast*"]), "latentwire_fast.kernels"],
     package_dir={"latentwire_fast.kernels": "kernels"},
     include_package_data=False,  # exactly what package_data names
     package_data={
-        "latentwire_fast": ["py.typed", "_C.pyi", "**/*.safetensors", "**/*.json", "**/*.j2", "**/*.md"],
+        "latentwire_fast": ["py.typed", "*.pyi", *(f"**/*.{kind}" for kind in DATA)],
         "latentwire_fast.kernels": ["*.md"],
     },
     ext_modules=[] if skip else [Extension("latentwire_fast._C", sources=[])],
