@@ -94,7 +94,7 @@ class LMEncoder(nn.Module):
                     said_BMD = self._rehearse(self._read(prompts, queries_BMD))
                 queries_BMD = torch.cat([queries_BMD[:, :1], said_BMD], 1) + self.query_offsets
             pooled = self._read(prompts, queries_BMD)
-        return rms_normalize(self.project(self.norm(pooled.float())))
+        return rms_normalize(self.project(self.norm(pooled.float())).float())
 
     def _collate(self, prompts: Sequence[Prompt], queries: Tensor | None) -> PromptBatch:
         embedding = cast(nn.Embedding, self.core.get_input_embeddings())
@@ -193,7 +193,7 @@ class ByteEncoder(nn.Module):
         real = (~padding).unsqueeze(-1).to(states)
         mean = (states * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         pooled = self.refine(queries + read + torch.sigmoid(self.gate) * mean)
-        return rms_normalize(self.project(self.norm(pooled)))
+        return rms_normalize(self.project(self.norm(pooled)).float())
 
     def _convolve(self, bytes_BND: Tensor, padding_BT: Tensor) -> Tensor:
         """States `[B, T, D]`, one per four bytes.
