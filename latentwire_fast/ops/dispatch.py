@@ -69,9 +69,20 @@ def register(schema: str, implementation: Any, fake: Any) -> None:
     """Define an op with one Python implementation for CPU and CUDA, and its shape function."""
     name = schema[: schema.index("(")]
     _library.define(schema)
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+    for device in ("cpu", "cuda"):
+        _library.impl(name, _without_autocast(implementation, device), device.upper())
     torch.library.register_fake(f"latentwire_fast::{name}", fake, lib=_library)
+
+
+def _without_autocast(implementation: Any, device: str) -> Any:
+    """Autocast would compute the reference's fp32 formulas in the half precision of the layers
+    round the op."""
+
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return implementation(*arguments)
+
+    return run
 
 
 def one_of(op: str, argument: str, value: object, allowed: tuple[object, ...]) -> None:
