@@ -105,7 +105,7 @@ def adapter_cases() -> dict[str, Case]:
             cases[f"project {inner} to {width}{', tanh' if tanh else ''}, {name}"] = Case(
                 *("adapter", "_project_kernel"),
                 (*[BF16] * 6, FP32, FP32, BF16, out, FP32, "i32", "i32", "fp32", "fp32"),
-                *({**shape, **flags, **tile}, 8, 3, ()),
+                *({**shape, **flags, **tile}, 8, 3, ("LDGSTS.E.BYPASS.128",)),
                 (11,),
             )
     return cases
