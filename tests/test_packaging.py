@@ -26,7 +26,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
         command, cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_uninstalled_from_the_root(repository: Path) -> None:
@@ -45,15 +45,39 @@ def test_installed_from_elsewhere(repository: Path, tmp_path: Path) -> None:
     assert Path(kernels) in (repository / "kernels", Path(package).parent / "kernels")
 
 
-@pytest.mark.slow
-def test_wheel(repository: Path, tmp_path: Path) -> None:
-    """A wheel built from the sources holds kernels, weights, templates and the type marker."""
-    source, wheels, site = tmp_path / "source", tmp_path / "wheels", tmp_path / "site"
+@pytest.fixture
+def source(repository: Path, tmp_path: Path) -> Path:
+    """A copy of what a build reads."""
+    copy = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for folder in ("latentwire_fast", "kernels", "csrc"):
-        shutil.copytree(repository / folder, source / folder, ignore=ignore)
+        shutil.copytree(repository / folder, copy / folder, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE"):
-        shutil.copy(repository / name, source / name)
+        shutil.copy(repository / name, copy / name)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"LATENTWIRE_NO_EXTENSION": "1"}, None),
+        ({"CXX": "/bin/false"}, "installed without its C++ extension"),
+    ],
+)
+def test_a_build_without_the_extension(
+    source: Path, environment: dict[str, str], message: str | None
+) -> None:
+    """Asked for, or because there is no compiler that works: the build goes on, and says so."""
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
+    said = run(*command, cwd=source, **environment)
+    assert not list(source.rglob("*.so"))
+    assert (message is None and "C++" not in said) or (message is not None and message in said)
+
+
+@pytest.mark.slow
+def test_wheel(repository: Path, source: Path, tmp_path: Path) -> None:
+    """A wheel built from the sources holds kernels, weights, templates and the type marker."""
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), ".", cwd=source)
     (wheel,) = wheels.glob("*.whl")
