@@ -32,23 +32,28 @@ TESTBED_READERS = {
 
 
 def testbed() -> RunConfig:
-    """Pure mode on the testbed: the latent stands for the whole prompt, question included."""
+    """Pure mode on the testbed: the latent stands for the whole prompt, question included.
+
+    Two rehearsals, because an answer has at most two tokens before its EOS; a slow encoder, because
+    it can do the task from the start and only has to make itself understood.
+    """
     return RunConfig(
         preset="testbed",
         mode="pure",
         readers=TESTBED_READERS,
-        encoder=EncoderConfig(rehearsals=3),
+        encoder=EncoderConfig(rehearsals=2),
+        adapter=AdapterConfig(expansion=8),
         stages=(
-            StageConfig("answer", steps=350),
-            StageConfig("quantized", steps=400, quantize=6),
+            StageConfig("answer", steps=400),
+            StageConfig("quantized", steps=500, quantize=6),
         ),
         optim=OptimConfig(
-            batch_size=48,
+            batch_size=32,
             muon_lr=0.02,
             adamw_lr=3e-3,
-            encoder_lr=0.05,
+            encoder_lr=0.25,
             warmup_steps=20,
-            decay_from=0.6,
+            decay_from=0.4,
         ),
     )
 

@@ -116,6 +116,14 @@ def test_dropout_only_in_training(latent: Tensor) -> None:
     assert torch.equal(module(latent), module(latent))
 
 
+@torch.no_grad()
+def test_autocast_leaves_the_projection_in_fp32(latent: Tensor) -> None:
+    module = adapter("linear")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prefix = module(latent)
+    assert torch.equal(prefix, module(latent))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reported_rms(latent: Tensor, kind: str) -> None:
     module = adapter(kind, gain=2.0).eval()

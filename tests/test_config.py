@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import changed, stored
 
 from latentwire_fast.config import (
     AdapterConfig,
@@ -29,6 +28,7 @@ from latentwire_fast.config import (
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.presets import PRESETS, load_preset, with_overrides
 from latentwire_fast.schedules import facts_at
+from runs import changed, stored
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
 

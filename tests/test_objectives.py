@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from runs import tiny_config
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +20,7 @@ from latentwire_fast.prompts import Prompt, full_text
 from latentwire_fast.reader import Reader, load_readers
 from latentwire_fast.teacher import TeacherCache
 from latentwire_fast.trainer import build_model
+from runs import tiny_config
 
 NAMES = ("llama", "qwen2")
 EVERYTHING = StageConfig(
