@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -167,7 +168,7 @@ class Trainer:
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
+        set_seed(config.seed)  # python's, numpy's and torch's generators: libraries draw from all
         device = self.accelerator.device
         self.readers = load_readers(config.readers, device)
         self.frozen = FrozenGuard({name: r.model for name, r in self.readers.items()})
