@@ -1,0 +1,443 @@
+"""The commands as a user runs them: from a text to an answer, and what a mistake looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from latentwire_fast import wire
+from latentwire_fast.checkpoint import RunLock
+from latentwire_fast.cli import parse_pairs, run_entry_point
+from latentwire_fast.config import StageConfig
+from latentwire_fast.data.sources import in_split
+from latentwire_fast.errors import ConfigError, TrainingError
+from latentwire_fast.testbed.task import make_examples
+from runs import contents, model_digest, squad_file, tiny_config, train
+
+WIDTHS = ["16", "8", "6", "4"]
+CONTEXT = "Nulnak is already 94 years old. The dog of Bakrim is named Fosvun."
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def command(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python -m latentwire_fast.MODULE ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", f"latentwire_fast.{module}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+    )
+
+
+def done(module: str, *arguments: object) -> str:
+    """What a command that must succeed printed."""
+    process = command(module, *arguments)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "Traceback" not in process.stderr
+    return process.stdout
+
+
+# --- from end to end ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def squad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQuAD file with passages in both splits."""
+    examples = make_examples(40, seed=5, facts=2)
+    assert 2 <= sum(in_split(e, "heldout") for e in examples) < 20
+    return squad_file(examples, tmp_path_factory.mktemp("data") / "squad.json")
+
+
+@pytest.fixture(scope="module")
+def file_run(
+    llama_folder: Path, qwen_folder: Path, squad: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """A run on the SQuAD file with two local readers, evaluated; and what the command printed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "file"
+    output = done(
+        "train",
+        *("testbed_smoke", "--run", run_dir, "--data", squad, "--seed", "3"),
+        *("--reader", f"one={llama_folder}", "--reader", f"two={qwen_folder}"),
+        *("--steps", "3", "--batch-size", "2", "--eval-examples", "3"),
+    )
+    return run_dir, output
+
+
+@pytest.mark.slow
+def test_training_on_a_file_with_local_readers(
+    file_run: tuple[Path, str], llama_folder: Path, qwen_folder: Path, squad: Path
+) -> None:
+    run_dir, output = file_run
+    config = json.loads((run_dir / "config.json").read_text())
+    assert {n: r["source"] for n, r in config["readers"].items()} == {
+        "one": str(llama_folder),
+        "two": str(qwen_folder),
+    }
+    assert config["encoder"]["source"] == str(llama_folder), "the first reader's weights"
+    assert config["data"]["source"] == str(squad)
+    assert config["seed"] == 3
+    metrics = json.loads((run_dir / "eval" / "metrics.json").read_text())
+    assert metrics["schema_version"] == 1
+    assert metrics["run"]["name"] == "file"
+    assert metrics["examples"] == 3
+    assert set(metrics["readers"]) == {"one", "two"}
+    assert set(metrics["readers"]["one"]["latent_bits"]) == set(WIDTHS)
+    assert f"report: {run_dir / 'eval' / 'report.html'}" in output
+    assert "full text" in output
+    for name in ("metrics.csv", "predictions.jsonl", "report.html", "report.md"):
+        assert (run_dir / "eval" / name).stat().st_size > 0
+    records = [json.loads(x) for x in (run_dir / "eval" / "predictions.jsonl").open()]
+    heldout = {e.id for e in make_examples(40, seed=5, facts=2) if in_split(e, "heldout")}
+    assert len(records) == 3
+    assert {record["id"] for record in records} <= heldout
+    assert "two" in (run_dir / "model" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_same_command_again_only_evaluates(file_run: tuple[Path, str], squad: Path) -> None:
+    """In the same process: a finished run is not trained again, whatever its readers do."""
+    run_dir, _ = file_run
+    config = json.loads((run_dir / "config.json").read_text())
+    trained = {k: v for k, v in contents(run_dir).items() if k.startswith("checkpoints")}
+    digest = model_digest(run_dir)
+    status, error = mistake(
+        "train",
+        *("testbed_smoke", "--run", run_dir, "--data", squad, "--seed", "3", "--no-eval"),
+        *[x for n, r in config["readers"].items() for x in ("--reader", f"{n}={r['source']}")],
+        *("--steps", "3", "--batch-size", "2", "--eval-examples", "3"),
+    )
+    assert status == 0, error
+    assert model_digest(run_dir) == digest
+    assert {k: v for k, v in contents(run_dir).items() if k.startswith("checkpoints")} == trained
+
+
+@pytest.fixture(scope="module")
+def run_dir(
+    llama_folder: Path, qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run on the testbed, trained for a step in this process."""
+    stages = (StageConfig("answer", steps=1),)
+    config = tiny_config(llama_folder, qwen_folder, stages=stages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return train(config, tmp_path_factory.mktemp("runs") / "testbed").run_dir
+
+
+@pytest.mark.slow
+def test_fresh_examples_are_scored_into_a_file_of_their_own(run_dir: Path, tmp_path: Path) -> None:
+    before = contents(run_dir)
+    out = tmp_path / "fresh.json"
+    arguments = ("--run", run_dir, "--fresh-seed", 7, "--examples", 3, "--out", out)
+    assert f"metrics: {out}" in done("evaluate", *arguments)
+    metrics = json.loads(out.read_text())
+    assert metrics["examples"] == 3
+    assert metrics["run"]["name"] == "testbed"
+    assert contents(run_dir) == before
+    again = tmp_path / "again.json"
+    status, error = mistake("evaluate", *arguments[:-1], again)
+    assert status == 0, error
+    for part in ("readers", "joint", "hypotheses", "bytes"):
+        ours, theirs = (strip_times(m[part]) for m in (json.loads(again.read_text()), metrics))
+        assert ours == theirs, "the same seed gives the same scores"
+
+
+def strip_times(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: strip_times(v) for k, v in value.items() if k not in ("prefill_ms_p50", "H5")}
+    return value
+
+
+@pytest.mark.slow
+def test_encode_and_generate_meet_over_a_file_of_bytes(run_dir: Path, tmp_path: Path) -> None:
+    note, payload = tmp_path / "note.txt", tmp_path / "note.lwire"
+    note.write_text(CONTEXT)
+    output = done("encode", "--run", run_dir, "--context", note, "--out", payload)
+    size = payload.stat().st_size
+    header = wire.read_header(payload.read_bytes())
+    assert f"{payload}: {size} bytes for {len(CONTEXT)} bytes of text" in output
+    assert f"({wire.brotli_bytes(CONTEXT)} with brotli)" in output
+    assert "encode" in output
+    assert "ms" in output
+    assert (header.bits, header.latents, header.d_z) == (6, 4, 8)
+    answers = []
+    for reader in ("llama", "qwen2"):
+        arguments = ("--run", run_dir, "--reader", reader, "--payload", payload)
+        arguments += ("--question", "How old is Nulnak?", "--max-new-tokens", 4)
+        answers.append(done("generate", *arguments))
+    for output in answers:
+        lines = output.splitlines()
+        assert lines[0].startswith("load ")
+        assert lines[1].startswith("answer: ")
+        assert lines[2].startswith(f"{size} bytes, payload to prefix ")
+        assert len(lines) == 3
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+def mistake(module: str, *arguments: object) -> tuple[int, str]:
+    """Exit status and stderr of a command, run in this process."""
+    main = importlib.import_module(f"latentwire_fast.{module}").main
+    output, errors = io.StringIO(), io.StringIO()
+    status = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *map(str, arguments)])
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                run_entry_point(main)
+            except SystemExit as stop:
+                status = int(stop.code or 0)
+    return status, errors.getvalue()
+
+
+@pytest.fixture
+def note(tmp_path: Path) -> Path:
+    path = tmp_path / "note.txt"
+    path.write_text(CONTEXT)
+    return path
+
+
+@pytest.fixture
+def payload(tmp_path: Path) -> Path:
+    """What some other model wrote."""
+    path = tmp_path / "other.lwire"
+    wire.write_payloads(path, [wire.pack(torch.ones(4, 8), bits=6, group_size=32, fingerprint=1)])
+    return path
+
+
+# What a user types after `python -m latentwire_fast.MODULE`, and a part of the answer.
+MISTAKES: dict[str, tuple[str, str, str]] = {
+    "unknown preset": ("train", "nobody", "no preset 'nobody'"),
+    "configuration missing": ("train", "{tmp}/no.json", r"no\.json"),
+    "configuration is no .json": ("train", "{note}", "or give a .json"),
+    "reader without a path": ("train", "testbed_smoke --reader llama", "expected NAME=SOURCE"),
+    "reader twice": ("train", "testbed_smoke --reader a=x --reader a=y", "'a' is given twice"),
+    "reader not there": (
+        "train",
+        "testbed_smoke --reader a={tmp}/nowhere --run {tmp}/run",
+        "cannot load '.*nowhere'",
+    ),
+    "reader folder without a model": (
+        "train",
+        "testbed_smoke --reader a={tmp} --run {tmp}/run",
+        "cannot load",
+    ),
+    "no such shipped reader": (
+        "train",
+        "testbed_smoke --reader a=testbed:nobody --run {tmp}/run",
+        "no shipped reader 'testbed:nobody'",
+    ),
+    "no steps": ("train", "testbed_smoke --steps 0", "steps=0, expected at least 1"),
+    "empty batches": ("train", "testbed_smoke --batch-size 0", "batch_size=0"),
+    "data not there": (
+        "train",
+        "{config} --data {tmp}/no.json --run {tmp}/run",
+        "no such file",
+    ),
+    "data is no JSON": ("train", "{config} --data {note} --run {tmp}/run", "not valid JSON"),
+    "run folder is a file": ("train", "{config} --run {note}", "note.txt"),
+    "run of another configuration": ("train", "{config} --run {run} --seed 8", "differs in seed"),
+    "not a run folder": ("evaluate", "--run {tmp}", "holds no trained model"),
+    "fresh seed without a file": (
+        "evaluate",
+        "--run {run} --fresh-seed 3",
+        "--fresh-seed needs --out",
+    ),
+    "no examples": (
+        "evaluate",
+        "--run {run} --fresh-seed 3 --examples 0 --out {tmp}/m.json",
+        "expected at least 1",
+    ),
+    "no folder for the metrics": (
+        "evaluate",
+        "--run {run} --fresh-seed 3 --examples 2 --out {tmp}/nowhere/m.json",
+        "nowhere",
+    ),
+    "context not there": ("encode", "--run {run} --context {tmp}/no --out {tmp}/x", "/no: No such"),
+    "context not text": (
+        "encode",
+        "--run {run} --context {binary} --out {tmp}/x",
+        "is not UTF-8 text",
+    ),
+    "model not there": ("encode", "--run {tmp} --context {note} --out {tmp}/x", "does not exist"),
+    "question in context mode": (
+        "encode",
+        "--run {run} --context {note} --out {tmp}/x --question Who?",
+        "reads no question",
+    ),
+    "odd width": (
+        "encode",
+        "--run {run} --context {note} --out {tmp}/x --bits 5",
+        "bits",
+    ),
+    "no folder for the payload": (
+        "encode",
+        "--run {run} --context {note} --out {tmp}/nowhere/x",
+        "nowhere",
+    ),
+    "unknown reader": (
+        "generate",
+        "--run {run} --reader gpt --payload {payload} --question Who?",
+        r"no reader 'gpt' in this run; there are \['llama', 'qwen2'\]",
+    ),
+    "no question": (
+        "generate",
+        "--run {run} --reader llama --payload {payload}",
+        "give --question",
+    ),
+    "payload of another model": (
+        "generate",
+        "--run {run} --reader llama --payload {payload} --question Who?",
+        "was written by model 0x0001",
+    ),
+    "payload is text": (
+        "generate",
+        "--run {run} --reader llama --payload {note} --question Who?",
+        "note.txt: payload 0 at byte 0",
+    ),
+    "payload not there": (
+        "generate",
+        "--run {run} --reader llama --payload {tmp}/no --question Who?",
+        "No such file",
+    ),
+    "impossible decoding": (
+        "generate",
+        "--run {run} --reader llama --payload {payload} --question Who? --max-new-tokens 0",
+        "max_new_tokens=0",
+    ),
+    "data to score is no JSON": (
+        "evaluate",
+        "score --data {note} --predictions {tmp}/no.json",
+        "note.txt: not valid JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize(("module", "arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(
+    run_dir: Path,
+    note: Path,
+    payload: Path,
+    tmp_path: Path,
+    module: str,
+    arguments: str,
+    message: str,
+) -> None:
+    """What is wrong and what to do, on stderr; files are as they were."""
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"caf\xe9")
+    places = {
+        **{"run": run_dir, "note": note, "payload": payload, "binary": binary, "tmp": tmp_path},
+        "config": run_dir / "config.json",
+    }
+    before = contents(run_dir), contents(tmp_path)
+    status, error = mistake(module, *arguments.format(**places).split())
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert status == 2, error
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert (contents(run_dir), contents(tmp_path)) == before
+
+
+def test_a_run_folder_in_use_is_refused(run_dir: Path) -> None:
+    before = contents(run_dir)
+    with RunLock(run_dir):
+        status, error = mistake("train", run_dir / "config.json", "--run", run_dir)
+    assert status == 2
+    assert f"is in use by process {os.getpid()}" in error
+    assert contents(run_dir) == before
+
+
+def test_a_full_disk_is_one_line(
+    run_dir: Path, note: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "x.lwire"
+    status, error = mistake("encode", "--run", run_dir, "--context", note, "--out", out)
+    assert status == 2
+    assert error.splitlines() == ["error: [Errno 28] No space left on device"]
+    assert not out.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["note.txt"]
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """No traceback, nothing on stdout; and a wrong option is the parser's own message, also 2."""
+    process = command("encode", "--run", tmp_path, "--context", tmp_path / "no", "--out", "x")
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr == f"error: {tmp_path / 'no'}: No such file or directory\n"
+    process = command("encode", "--run", tmp_path, "--kontext", "x")
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+
+
+# --- the parts ----------------------------------------------------------------------------------
+
+
+def test_messages_of_several_lines_become_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise TrainingError("first\n  second\n")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_entry_point(fail)
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        run_entry_point(interrupt)
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_unforeseen_errors_keep_their_traceback() -> None:
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_entry_point(bug)
+
+
+def test_pairs_keep_their_order_and_their_equal_signs() -> None:
+    pairs = parse_pairs(["b=x", "a=path=with=signs"], option="--reader")
+    assert list(pairs.items()) == [("b", "x"), ("a", "path=with=signs")]
+    assert parse_pairs([], option="--reader") == {}
+
+
+@pytest.mark.parametrize("pair", ["", "x", "=x", "x=", "a b=x", "a-b=x", "1a=x"])
+def test_bad_pairs_are_named(pair: str) -> None:
+    with pytest.raises(ConfigError, match="--reader"):
+        parse_pairs([pair], option="--reader")
