@@ -268,6 +268,16 @@ def test_b1_the_text_is_what_the_payload_replaces(
         assert metrics["bytes"][f"{key}_mean"] == sum(values) / len(values)
 
 
+def test_b1_the_byte_budget_is_the_payload_at_the_runs_width(
+    measured: Measured, readers: dict[str, Reader], examples: list[Example]
+) -> None:
+    for record, e in zip(measured[1], examples, strict=True):
+        kept = context_text(e.context)[: record["payload_bytes"]["6"]]  # ASCII: a byte a character
+        for name, reader in readers.items():
+            positions = record["readers"][name]["byte_budget"]["positions"]
+            assert positions == len(reader.prompts.text_ids(kept))
+
+
 # --- the arithmetic -----------------------------------------------------------------------------
 
 
