@@ -66,11 +66,11 @@ class ExampleStream:
     def __init__(
         self, examples: Sequence[Example], config: DataConfig, *, mode: Mode, seed: int
     ) -> None:
-        if not examples:
-            raise DataError("no training examples; check the data source and its filters")
         self.seed = seed
         per_item = config.questions_per_context if mode == "context" else 1
         self.items = _group(examples, per_item)
+        if not self.items:
+            raise DataError("no training examples with an answer; check the data source")
 
     def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
         """Items `step * size` on, epoch after epoch."""

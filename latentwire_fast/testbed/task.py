@@ -22,7 +22,7 @@ from latentwire_fast.data.examples import Example
 
 Split = Literal["train", "heldout"]
 
-# 64 syllables that both testbed tokenizers keep whole in either half of a name (checked by a test).
+# 64 syllables of which both testbed tokenizers make two tokens a name (checked by a test).
 SYLLABLES = (
     "bak bem bin bor bus dal den dik dom dun fas fel fim fos fut gar gen gil gok gum "
     "hak hin hol hur kas kel kim kon kut lan lek lis lom lux mas mel mir mok mun "
