@@ -112,7 +112,9 @@ def test_training_on_a_file_with_local_readers(
     assert "full text" in output
     for name in ("metrics.csv", "predictions.jsonl", "report.html", "report.md"):
         assert (run_dir / "eval" / name).stat().st_size > 0
-    records = [json.loads(x) for x in (run_dir / "eval" / "predictions.jsonl").open()]
+    records = [
+        json.loads(x) for x in (run_dir / "eval" / "predictions.jsonl").read_text().splitlines()
+    ]
     heldout = {e.id for e in make_examples(40, seed=5, facts=2) if in_split(e, "heldout")}
     assert len(records) == 3
     assert {record["id"] for record in records} <= heldout
