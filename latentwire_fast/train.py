@@ -3,7 +3,7 @@
     python -m latentwire_fast.train testbed                                  # minutes, two CPU
     cores python -m latentwire_fast.train testbed_context --run runs/context python -m
     latentwire_fast.train testbed --data squad.json --reader llama=PATH --reader qwen=PATH
-    accelerate launch --num_processes 2 -m latentwire_fast.train testbed     # several processes
+torchrun --nproc-per-node 2 -m -- latentwire_fast.train testbed          # several processes
 
 Run the same command again to resume what was stopped; a finished run is only evaluated.
 """

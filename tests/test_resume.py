@@ -314,12 +314,13 @@ def case_kill(root: Path, kills: int) -> dict[str, Any]:
     """Start a training, SIGKILL it at a random instant, again and again; then let it finish.
 
     The libraries are imported once; each training is a fork. When to kill is drawn as a number of
-    reports to wait for, and a share of the time that a report takes: on a slow machine as on a
-    fast one, kills fall everywhere from the loading of a checkpoint to the writing of the next.
+    reports to wait for, and a share of the time to the next: on a slow machine as on a fast one,
+    kills fall everywhere from the loading of a checkpoint to the writing of the next.
     """
     config, run_dir = stored(root / "config.json"), root / "run"
     rng = random.Random(0)
-    reached, while_saving, pause, finished = 0, 0, 0.05, False
+    reached, while_saving, finished = 0, 0, False
+    start_up, pause = 0.5, 0.05  # seconds to the first report, and between two
     for _ in range(kills):
         reading, writing = os.pipe()
         child = os.fork()
@@ -334,12 +335,14 @@ def case_kill(root: Path, kills: int) -> dict[str, Any]:
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as reports:
-            lines, begun = [], time.monotonic()
+            lines, times = [], [time.monotonic()]
             for _ in range(rng.randrange(8)):
                 lines.append(reports.readline())
-            if len(lines) > 1:
-                pause = (time.monotonic() - begun) / len(lines)
-            time.sleep(rng.uniform(0, pause))
+                times.append(time.monotonic())
+            if len(times) > 2:
+                start_up = times[1] - times[0]
+                pause = (times[-1] - times[1]) / (len(times) - 2)
+            time.sleep(rng.uniform(0, pause if lines else start_up))
             os.kill(child, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             lines += reports.readlines()

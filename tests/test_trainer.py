@@ -447,7 +447,8 @@ def in_two_processes(config: Path, run_dir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "latentwire_fast.train"),
+            # behind `--`: the launcher would take --run for the start of its own --run-path
+            *("--nproc-per-node", "2", "-m", "--", "latentwire_fast.train"),
             *(str(config), "--run", str(run_dir), "--no-eval"),
         ],
         stdout=subprocess.PIPE,
