@@ -1,9 +1,10 @@
 """Train an interlingua for a set of frozen readers, then evaluate it.
 
-    python -m latentwire_fast.train testbed                                  # minutes, two CPU
-    cores python -m latentwire_fast.train testbed_context --run runs/context python -m
-    latentwire_fast.train testbed --data squad.json --reader llama=PATH --reader qwen=PATH
-torchrun --nproc-per-node 2 -m -- latentwire_fast.train testbed          # several processes
+    python -m latentwire_fast.train testbed                                # minutes, two CPU cores
+    python -m latentwire_fast.train testbed_context --run runs/context
+    python -m latentwire_fast.train testbed --data squad.json \\
+        --reader llama=PATH --reader qwen=PATH
+    torchrun --nproc-per-node 2 -m -- latentwire_fast.train testbed        # several processes
 
 Run the same command again to resume what was stopped; a finished run is only evaluated.
 """
