@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from readers import tiny_interlingua
 from torch import Tensor
 
 from latentwire_fast.baselines import MethodInput, Methods, cut_utf8, other_contexts, unanswered
@@ -15,6 +14,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.prompts import Prompt, context_text, full_text, question_text
 from latentwire_fast.reader import Reader
+from readers import tiny_interlingua
 
 LATENTS = 12  # wide enough for some context beside a question, too small for any passage
 METHODS = (

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from readers import tiny_interlingua, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from latentwire_fast import metrics as scores
@@ -31,6 +30,7 @@ from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.prompts import Turn, context_text, full_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.testbed.task import make_examples
+from readers import tiny_interlingua, tiny_model
 
 BITS = ("16", "8", "6", "4")
 READING = (  # by a model

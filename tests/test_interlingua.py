@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from readers import tiny_model
 
 from latentwire_fast import wire
 from latentwire_fast.config import ReaderConfig, RunConfig
@@ -19,6 +18,7 @@ from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.reader import Reader, load_readers
 from latentwire_fast.trainer import build_model
+from readers import tiny_model
 from runs import tiny_config
 
 WIDTHS = [16, 8, 6, 4]

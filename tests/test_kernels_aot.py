@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kernel_device import INTERPRETED
 
 triton = pytest.importorskip("triton")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_device import DEVICE, needs_kernels
 from torch import Tensor
 
+from kernel_device import DEVICE, needs_kernels
 from latentwire_fast import ops, reference
 
 # The interpreter computes lanes that a `where` then drops, and numpy warns of those.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kernel_device import INTERPRETED
 
 TESTS = Path(__file__).parent

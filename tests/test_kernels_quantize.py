@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_device import DEVICE, needs_kernels
 
+from kernel_device import DEVICE, needs_kernels
 from latentwire_fast import ops, reference
 from latentwire_fast.errors import PayloadError
 

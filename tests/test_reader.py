@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from readers import tiny_model
 from torch import Tensor, nn
 from transformers import (
     CohereConfig,
@@ -30,6 +29,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts import Prompt, Turn, full_text
 from latentwire_fast.reader import DecodeOptions, Reader, load_readers, resolve_source
+from readers import tiny_model
 
 NEW_TOKENS = 6
 SIDES: list[PaddingSide] = ["left", "right"]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from readers import tiny_model
 from torch import Tensor
 
 from latentwire_fast.data.examples import Example
 from latentwire_fast.prompts import Prompt, Turn
 from latentwire_fast.reader import Reader
 from latentwire_fast.teacher import TeacherCache, prompt_key
+from readers import tiny_model
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_wire import repaired
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fuzz_wire import repaired
 from latentwire_fast import ops, wire
 from latentwire_fast.errors import PayloadError
 

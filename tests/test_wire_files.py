@@ -11,9 +11,9 @@ import brotli
 import numpy as np
 import pytest
 import torch
-from fuzz_wire import repaired
 from torch import Tensor
 
+from fuzz_wire import repaired
 from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
 

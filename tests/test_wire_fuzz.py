@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import fuzz_wire
 import pytest
+
+import fuzz_wire
 
 
 @pytest.mark.parametrize(
