@@ -79,4 +79,9 @@ class Adapter(nn.Module):
     def rms(self, latent: Tensor) -> dict[str, float]:
         """RMS of the prefix before and after calibration."""
         outputs = {"pre": self(latent, calibration="none"), "post": self(latent)}
-        return {name: value.pow(2).mean().sqrt().item() for name, value in outputs.items()}
+        return {name: rms_of(value) for name, value in outputs.items()}
+
+
+def rms_of(tensor: Tensor) -> float:
+    """Root mean square over all elements."""
+    return tensor.float().pow(2).mean().sqrt().item()

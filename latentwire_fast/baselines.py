@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,19 @@ class MethodInput:
         prompts: with the gold answer as targets.
         prefixes: None for text.
         positions: per example, how many positions the prefix (or the text in its place) takes.
+        deep: a deep prefix for all of them, or None.
     """
 
     prompts: list[Prompt]
     prefixes: list[Tensor] | None
     positions: list[int]
+    deep: Tensor | None = None
+
+    def received(self, rows: range) -> dict[str, Any]:
+        """What `Reader.collate` and `generate` take beside the prompts of some examples."""
+        soft = None if self.prefixes is None else [self.prefixes[i] for i in rows]
+        deep = None if self.deep is None else self.deep[:, :, rows.start : rows.stop]
+        return {"prefixes": soft, "deep": deep}
 
 
 def cut_utf8(text: str, size: int) -> str:
@@ -80,7 +89,7 @@ class Methods:
         self.examples = list(examples)
         self.latents = latents
         self.payload_bytes = list(payload_bytes)
-        self.budget = model.encoder_config.latents
+        self.budget = model.positions
         self.table: dict[str, Callable[[], MethodInput]] = {
             "text": self.text,
             "latent": lambda: self.latent(self.latents),
@@ -125,8 +134,9 @@ class Methods:
             self.reader.prompts.build(self._turn(e), context=e.context, latent=self.model.mode)
             for e in self.examples
         ]
-        prefixes = list(self.model.prefix(self.reader.name, latents))
-        return MethodInput(prompts, prefixes, [self.budget] * len(prompts))
+        given = self.model.received(self.reader.name, latents)
+        positions = [self.budget] * len(prompts)
+        return MethodInput(prompts, list(given["prefixes"]), positions, given["deep"])
 
     def token_budget(self) -> MethodInput:
         """The prompt cut to M tokens from its start, as the seeds do: the question is usually

@@ -1,6 +1,7 @@
 """Ragged prompts and latent prefixes to one padded batch, for readers and LM encoders alike.
 
-Shapes: B rows, T positions, D embedding width, N scored tokens, M prefix positions.
+Shapes: B rows, T positions, D embedding width, N scored tokens, M prefix positions; a deep prefix
+`[L, 2, B or 1, H, P, d_head]` (see `prefix.py`) stands before them all, in the cache.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ class PromptBatch:
         ids_BT: token ids, pad id at prefix and padding positions.
         embeds_BTD: input embeddings with the prefixes in place; None when there is no prefix.
         mask_BT: True at real positions.
-        positions_BT: position ids, counted over real positions.
+        positions_BT: position ids, counted over the deep prefix and real positions.
         rows_N, cols_N: the positions whose next-token prediction is scored.
         labels_N: the token ids they should predict.
         step_N: index of that token within its answer.
         places_P2: (row, column) of every prefix position, in prefix order.
         side: where the padding is.
+        deep: the deep prefix that the cache must hold, if any.
     """
 
     ids_BT: Tensor
@@ -45,20 +47,31 @@ class PromptBatch:
     step_N: Tensor
     places_P2: Tensor
     side: PaddingSide
+    deep: Tensor | None = None
 
     @property
     def lengths_B(self) -> Tensor:
-        """Real positions per row."""
+        """Real positions per row, without the deep prefix."""
         return self.mask_BT.sum(1)
 
+    @property
+    def deep_positions(self) -> int:
+        """P, how many positions the deep prefix takes."""
+        return 0 if self.deep is None else self.deep.shape[4]
+
+    def attention_mask(self) -> Tensor:
+        """1 at every position that may be read, `[B, P + T]` int64: the deep prefix comes first."""
+        before = self.mask_BT.new_ones(len(self.mask_BT), self.deep_positions)
+        return torch.cat([before, self.mask_BT], 1).long()
+
     def model_inputs(self) -> dict[str, Tensor | None]:
-        """Arguments of a forward pass over the whole batch.
+        """Arguments of a forward pass over the whole batch, but for the cache with the deep prefix.
 
         Right padding needs no mask under causal attention, and without one the fast kernels run.
         """
         inputs: dict[str, Tensor | None] = {
             "position_ids": self.positions_BT,
-            "attention_mask": None if self.side == "right" else self.mask_BT.long(),
+            "attention_mask": None if self.side == "right" else self.attention_mask(),
         }
         if self.embeds_BTD is None:
             inputs["input_ids"] = self.ids_BT
@@ -73,19 +86,27 @@ def collate(
     embedding: nn.Embedding,
     pad_id: int,
     prefixes: Sequence[Tensor] | Tensor | None = None,
+    deep: Tensor | None = None,
     side: PaddingSide = "right",
 ) -> PromptBatch:
     """Pad prompts, with row i's prefix `[M_i, D]` before its `ids[latent_at]`.
 
+    Args:
+        deep: a deep prefix, for the cache; the prompts' own positions count on from its P.
+
     Raises:
-        ConfigError: a prompt with a latent place came without a prefix, or the other way round.
+        ConfigError: a prompt with a latent place came without a prefix, or the other way round; a
+            deep prefix for another number of prompts.
     """
     sizes = [0] * len(prompts) if prefixes is None else [len(p) for p in prefixes]
-    if any((p.latent_at is None) != (prefixes is None) for p in prompts):
+    given = prefixes is not None or deep is not None
+    if any((p.latent_at is None) == given for p in prompts):
         raise ConfigError(
             "prefixes and prompts do not match: a prompt built with `latent=` needs a prefix, "
             "a text prompt takes none"
         )
+    if deep is not None and deep.shape[2] not in (1, len(prompts)):
+        raise ConfigError(f"a deep prefix for {deep.shape[2]} prompts, but {len(prompts)} prompts")
     lengths = [len(p.ids) + m for p, m in zip(prompts, sizes, strict=True)]
     width = max(lengths)
     ids = torch.full((len(prompts), width), pad_id)
@@ -118,15 +139,17 @@ def collate(
         flat = prefixes.flatten(0, 1) if isinstance(prefixes, Tensor) else torch.cat([*prefixes])
         embeds = embedding(ids)
         embeds = embeds.index_put((where[:, 0], where[:, 1]), flat.to(embeds))
+    first = 0 if deep is None else deep.shape[4]
     return PromptBatch(
         ids_BT=ids,
         embeds_BTD=embeds,
         mask_BT=mask,
-        positions_BT=(mask.long().cumsum(1) - 1).clamp(min=0),
+        positions_BT=first + (mask.long().cumsum(1) - 1).clamp(min=0),
         rows_N=rows,
         cols_N=cols,
         labels_N=labels,
         step_N=steps,
         places_P2=where,
         side=side,
+        deep=deep,
     )

@@ -129,27 +129,32 @@ class QuantizerConfig(_Part):
 
 @dataclass(frozen=True)
 class AdapterConfig(_Part):
-    """Latent to one reader's input embeddings.
+    """Latent to what one reader takes in.
 
     Attributes:
+        prefix: `soft` makes input embeddings, `deep` keys and values for every layer of the
+            reader's cache, `both` gives it both (at twice the positions).
         kind: `linear` is LayerNorm + Linear; `mlp` a residual 2-layer MLP at the reader's width
             first.
         calibration: rescale to the reader's embedding RMS per token, per example or batch, or not.
         gain: factor on that RMS. tanh: squash the projection (the seeds' adapter).
+        expansion, dropout: of the MLPs. deep_width: width of the deep prefix's generator.
     """
 
+    prefix: Literal["soft", "deep", "both"] = "soft"
     kind: Literal["linear", "mlp"] = "mlp"
     calibration: Calibration = "token"
     gain: float = 1.0
     tanh: bool = False
     expansion: int = 4
     dropout: float = 0.0
+    deep_width: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.gain > 0, f"gain={self.gain}, expected above 0")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
-        self._at_least_one("expansion")
+        self._at_least_one("expansion", "deep_width")
 
 
 @dataclass(frozen=True)

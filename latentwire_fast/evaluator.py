@@ -138,7 +138,7 @@ class Evaluator:
         for rows in self._batches(range(len(given.prompts))):
             ids = reader.generate(
                 [unanswered(given.prompts[i]) for i in rows],
-                prefixes=None if given.prefixes is None else [given.prefixes[i] for i in rows],
+                **given.received(rows),
                 options=self.options,
             )
             predictions += [reader.decode(row) for row in ids]
@@ -151,8 +151,7 @@ class Evaluator:
         """Decode, and score the gold answer in one teacher-forced pass."""
         result = self._generate(reader, given)
         for rows in self._batches(range(len(given.prompts))):
-            prefixes = None if given.prefixes is None else [given.prefixes[i] for i in rows]
-            batch = reader.collate([given.prompts[i] for i in rows], prefixes=prefixes)
+            batch = reader.collate([given.prompts[i] for i in rows], **given.received(rows))
             logprobs_NV = reader.target_logprobs(batch)
             gold_N = logprobs_NV.gather(1, batch.labels_N[:, None])[:, 0].tolist()
             ranked_NK = logprobs_NV.topk(TOP_K, -1).indices.tolist()
@@ -186,8 +185,8 @@ class Evaluator:
             reader.first_logits([unanswered(text[i])])
 
         def from_payload(i: int) -> None:
-            prefix = self.model.prefix(reader.name, self.model.decode_payloads([payloads[i]]))
-            reader.first_logits([unanswered(latent[i])], prefixes=prefix)
+            given = self.model.received(reader.name, self.model.decode_payloads([payloads[i]]))
+            reader.first_logits([unanswered(latent[i])], **given)
 
         times: dict[str, list[float]] = {"text": [], "latent": []}
         for i in range(-2, count):  # two warm-ups, then interleaved
@@ -214,8 +213,8 @@ class Evaluator:
                 prompts.append(
                     reader.prompts.build(turn, context=example.context, latent=self.model.mode)
                 )
-            prefixes = self.model.prefix(reader.name, latents[rows.start : rows.stop])
-            batch = reader.collate(prompts, prefixes=prefixes)
+            given = self.model.received(reader.name, latents[rows.start : rows.stop])
+            batch = reader.collate(prompts, **given)
             gold_N = reader.target_logprobs(batch).gather(1, batch.labels_N[:, None])[:, 0]
             sums = gold_N.new_zeros(len(prompts)).index_add_(0, batch.rows_N, gold_N)
             values += (sums / torch.bincount(batch.rows_N, minlength=len(prompts))).tolist()

@@ -81,9 +81,9 @@ def main() -> None:
         start = time.perf_counter()
         with torch.no_grad():
             latent = model.decode_payloads([payload])
-            prefix = model.prefix(reader.name, latent, gain=args.prefix_gain)
+            given = model.received(reader.name, latent, gain=args.prefix_gain)
         received = time.perf_counter()
-        ids = reader.generate([prompt], prefixes=prefix, options=options)[0]
+        ids = reader.generate([prompt], **given, options=options)[0]
         done = time.perf_counter()
         print(f"answer: {reader.decode(ids)}")
         print(

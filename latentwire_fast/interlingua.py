@@ -3,6 +3,7 @@
 model = Interlingua.from_pretrained("runs/demo/model")
 payload = model.encode_payloads(["Nulnak is already 94 years old."])[0]     # bytes
 prefix = model.prefix("llama", model.decode_payloads([payload]))            # [1, M, d_model]
+given = model.received("llama", model.decode_payloads([payload]))           # for Reader.generate
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from safetensors.torch import save_file
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from latentwire_fast import ops, wire
-from latentwire_fast.adapters import Adapter
+from latentwire_fast.adapters import Adapter, rms_of
 from latentwire_fast.checkpoint import file_entry, parameter_digest, read_tensors
 from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
 from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
+from latentwire_fast.prefix import DeepPrefix, KVGeometry
 from latentwire_fast.reader import (
     Reader,
     checkpoint_activations,
@@ -46,12 +48,36 @@ class ReaderCard:
     d_model: int
     embedding_rms: float
     fingerprint: str
+    kv: KVGeometry
     source: str = ""
 
     @classmethod
     def of(cls, reader: Reader) -> ReaderCard:
         """The card of a loaded reader."""
-        return cls(reader.d_model, reader.embedding_rms, reader.fingerprint, reader.source)
+        return cls(
+            reader.d_model,
+            reader.embedding_rms,
+            reader.fingerprint,
+            reader.kv_geometry,
+            reader.source,
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ReaderCard:
+        """The inverse of `dataclasses.asdict` and JSON."""
+        kv = {**data["kv"], "rms": tuple(map(tuple, data["kv"]["rms"]))}
+        return cls(**{**data, "kv": KVGeometry(**kv)})
+
+
+class Received(TypedDict):
+    """What a latent becomes for one reader: keyword arguments of `Reader.collate` and `generate`.
+
+    prefixes: soft tokens `[B, M, d_model]`, none of them (M = 0) where the prefix is deep only.
+    deep: keys and values `[L, 2, B, H, M, d_head]`, or None.
+    """
+
+    prefixes: Tensor
+    deep: Tensor | None
 
 
 class Interlingua(nn.Module):
@@ -82,15 +108,16 @@ class Interlingua(nn.Module):
         self.cards = dict(readers)
         self.encoder = encoder
         self.adapters = nn.ModuleDict()
+        self.deep_prefixes = nn.ModuleDict()
         self.task_tokens = nn.ParameterDict()
+        shape = {"latents": encoder_config.latents, "d_z": encoder_config.d_z}
         for name, card in self.cards.items():
-            self.adapters[name] = Adapter(
-                adapter,
-                latents=encoder_config.latents,
-                d_z=encoder_config.d_z,
-                d_model=card.d_model,
-                target_rms=card.embedding_rms,
-            )
+            if adapter.prefix != "deep":
+                self.adapters[name] = Adapter(
+                    adapter, **shape, d_model=card.d_model, target_rms=card.embedding_rms
+                )
+            if adapter.prefix != "soft":
+                self.deep_prefixes[name] = DeepPrefix(adapter, **shape, geometry=card.kv)
             self.task_tokens[name] = nn.Parameter(
                 torch.randn(len(TASKS), card.d_model) * card.embedding_rms
             )
@@ -113,17 +140,21 @@ class Interlingua(nn.Module):
             )
         return self.encoder(contexts, questions)
 
-    def adapter(self, reader: str) -> Adapter:
-        """The adapter of one reader.
+    def parts(self, reader: str) -> dict[str, nn.Module]:
+        """The trained modules of one reader: its adapter, its deep prefix, or both.
 
         Raises:
-            ConfigError: no adapter for that reader.
+            ConfigError: none were trained for that reader.
         """
-        if reader not in self.adapters:
-            raise ConfigError(
-                f"no adapter for reader {reader!r}; there are {sorted(self.adapters)}"
-            )
-        return cast(Adapter, self.adapters[reader])
+        if reader not in self.cards:
+            raise ConfigError(f"no adapter for reader {reader!r}; there are {sorted(self.cards)}")
+        found = {"adapter": self.adapters, "deep_prefix": self.deep_prefixes}
+        return {part: modules[reader] for part, modules in found.items() if reader in modules}
+
+    @property
+    def positions(self) -> int:
+        """How many of a reader's positions a latent takes."""
+        return self.encoder_config.latents * (2 if self.adapter_config.prefix == "both" else 1)
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width; gradients pass straight through."""
@@ -133,14 +164,44 @@ class Interlingua(nn.Module):
         return ops.fake_quantize(latent_BMd, bits=bits, group_size=self.quantizer.group_size)
 
     def prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
-        """Prefix embeddings `[B, M, d_model]` of one reader."""
-        return cast(Tensor, self.adapter(reader)(latent_BMd, gain=gain))
+        """Soft tokens `[B, M, d_model]` of one reader; M = 0 with a deep prefix only."""
+        module = self.parts(reader).get("adapter")
+        if module is None:
+            return latent_BMd.new_zeros(len(latent_BMd), 0, self.cards[reader].d_model)
+        return cast(Tensor, module(latent_BMd, gain=gain))
 
-    def task_prefix(self, reader: str, latent_BMd: Tensor, task: Task) -> Tensor:
-        """The prefix with a task token behind it, `[B, M + 1, d_model]`."""
-        token = self.task_tokens[reader][TASKS.index(task)]
-        prefix = self.prefix(reader, latent_BMd)
-        return torch.cat([prefix, token.expand(len(prefix), 1, -1)], 1)
+    def deep_prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | None:
+        """Keys and values `[L, 2, B, H, M, d_head]` of one reader; None with soft tokens only."""
+        module = self.parts(reader).get("deep_prefix")
+        return None if module is None else cast(Tensor, module(latent_BMd, gain=gain))
+
+    def received(
+        self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
+    ) -> Received:
+        """What one reader is given in the latent's place.
+
+        Args:
+            gain: see `Adapter` and `DeepPrefix`.
+            task: puts a pretraining task's token behind the soft tokens.
+        """
+        soft = self.prefix(reader, latent_BMd, gain=gain)
+        if task is not None:
+            token = self.task_tokens[reader][TASKS.index(task)]
+            soft = torch.cat([soft, token.expand(len(soft), 1, -1)], 1)
+        return {"prefixes": soft, "deep": self.deep_prefix(reader, latent_BMd, gain=gain)}
+
+    @torch.no_grad()
+    def prefix_rms(self, reader: str, latent_BMd: Tensor) -> dict[str, float]:
+        """RMS of the soft tokens before and after calibration, and of deep keys and values."""
+        rms: dict[str, float] = {}
+        parts = self.parts(reader)
+        if "adapter" in parts:
+            rms |= cast(Adapter, parts["adapter"]).rms(latent_BMd)
+        deep = self.deep_prefix(reader, latent_BMd)
+        if deep is not None:
+            keys, values = deep.unbind(1)
+            rms |= {"keys": rms_of(keys), "values": rms_of(values)}
+        return rms
 
     @cached_property
     def fingerprint(self) -> int:
@@ -197,11 +258,8 @@ class Interlingua(nn.Module):
 
     def check_reader(self, reader: Reader) -> None:
         """Raise unless this is the reader, weight for weight, that the adapter was trained for."""
-        card = self.cards.get(reader.name)
-        if card is None:
-            raise ConfigError(
-                f"no adapter for reader {reader.name!r}; there are {sorted(self.cards)}"
-            )
+        self.parts(reader.name)
+        card = self.cards[reader.name]
         if card.fingerprint != reader.fingerprint:
             raise CheckpointError(
                 f"reader {reader.name!r} from {reader.source!r} has other weights (digest "
@@ -264,7 +322,7 @@ class Interlingua(nn.Module):
             encoder = ByteEncoder(encoder_config)
         model = cls(
             encoder,
-            {name: ReaderCard(**card) for name, card in config["readers"].items()},
+            {name: ReaderCard.from_json(card) for name, card in config["readers"].items()},
             encoder_config=encoder_config,
             quantizer=QuantizerConfig(**config["quantizer"]),
             adapter=AdapterConfig(**config["adapter"]),

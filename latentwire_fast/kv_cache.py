@@ -33,10 +33,15 @@ def layer_devices(model: PreTrainedModel) -> list[str]:
     Where accelerate offloads a layer's weights, that is the device it brings them to, not the one
     where it keeps them.
     """
-    return [_execution_device(layer) for layer in _decoder_layers(model)]
+    return [_execution_device(layer) for layer in decoder_layers(model)]
 
 
-def _decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """The decoder layers of a causal LM, or of its backbone.
+
+    Raises:
+        ConfigError: it has none.
+    """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     if layers is None:
@@ -53,6 +58,28 @@ def _execution_device(layer: nn.Module) -> str:
             if device is not None:
                 return str(torch.device(device))
     return str(next(layer.parameters()).device)
+
+
+class ReadOnlyLayer(DynamicLayer):
+    """A cache layer that puts its prefix before new keys and values and keeps none of them.
+
+    What training needs: where activations are checkpointed, backward runs a layer a second time,
+    which must not find what the first run left.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[B, H, P + T, D]` for these T positions."""
+        return (
+            torch.cat([self.keys, key_states], dim=-2),
+            torch.cat([self.values, value_states], dim=-2),
+        )
+
+
+def training_cache(layers: int) -> Cache:
+    """An empty cache of so many read-only layers, for `CacheFiller.fill`."""
+    return Cache(layers=[ReadOnlyLayer() for _ in range(layers)])
 
 
 class CacheFiller:
@@ -93,7 +120,7 @@ class CacheFiller:
             heads=config.num_key_value_heads,
             head_width=width or config.hidden_size // config.num_attention_heads,
         )
-        layers = _decoder_layers(model)
+        layers = decoder_layers(model)
         for number, group in enumerate(filler._placer.plan):
             if group.device != "cpu":
                 filler._pending[number] = []
@@ -175,7 +202,7 @@ class CacheFiller:
         if cache.offloading:
             raise ConfigError("an offloaded cache moves its layers itself; use one that does not")
         for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, StaticLayer):
+            if type(layer) not in (DynamicLayer, ReadOnlyLayer, StaticLayer):
                 raise ConfigError(
                     f"a cache layer is a {type(layer).__name__}; a prefix goes into a DynamicCache "
                     "or a StaticCache with full attention in every layer"

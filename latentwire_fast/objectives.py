@@ -22,7 +22,7 @@ from latentwire_fast import ops
 from latentwire_fast.batching import PromptBatch
 from latentwire_fast.config import StageConfig
 from latentwire_fast.data.streams import TrainItem
-from latentwire_fast.interlingua import Interlingua
+from latentwire_fast.interlingua import Interlingua, Received
 from latentwire_fast.prompts import Prompt, full_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.teacher import TeacherCache
@@ -156,11 +156,11 @@ class Objectives:
             if ("answer", name) in works[0].prompts:
                 self._answer(works, name, sent, stage, losses)
             if stage.autoencode:
-                prefix = self.model.task_prefix(name, sent, "autoencode")
-                self._rebuild(works, ("autoencode", name), prefix, losses)
+                given = self.model.received(name, sent, task="autoencode")
+                self._rebuild(works, ("autoencode", name), given, losses)
             if half is not None:
-                prefix = self.model.task_prefix(name, half, "continue")
-                self._rebuild(works, ("continue", name), prefix, losses)
+                given = self.model.received(name, half, task="continue")
+                self._rebuild(works, ("continue", name), given, losses)
         for key, value in losses.sums.items():
             if weights[key[0]]:
                 losses.total = losses.total + weights[key[0]] * value / max(1, counts[key])
@@ -177,7 +177,7 @@ class Objectives:
         """Cross-entropy over the answers and, if asked, distillation at the same positions."""
         reader = self.readers[name]
         prompts = [w.prompts["answer", name] for w in works]
-        batch = reader.collate(prompts, prefixes=self.model.prefix(name, latent))
+        batch = reader.collate(prompts, **self.model.received(name, latent))
         hidden_ND = reader.target_hidden(batch)
         keep_N = _keep(batch, stage.answer_tokens)
         logits_NV = reader.head(hidden_ND[keep_N]).float()
@@ -195,9 +195,9 @@ class Objectives:
                 reduction="sum",
             )
 
-    def _rebuild(self, works: Sequence[Work], key: Key, prefix: Tensor, losses: Losses) -> None:
+    def _rebuild(self, works: Sequence[Work], key: Key, given: Received, losses: Losses) -> None:
         reader = self.readers[key[1]]
-        batch = reader.collate([w.prompts[key] for w in works], prefixes=prefix)
+        batch = reader.collate([w.prompts[key] for w in works], **given)
         logits_NV = reader.head(reader.target_hidden(batch)).float()
         losses.sums[key] = F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")
 

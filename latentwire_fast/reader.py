@@ -1,6 +1,7 @@
 """One frozen LLM that answers from text or from a latent prefix.
 
-Shapes: B rows, T positions, D `d_model`, V vocabulary, N scored answer tokens, M prefix positions.
+Shapes: B rows, T positions, D `d_model`, V vocabulary, N scored answer tokens, M prefix positions;
+a deep prefix is `[L, 2, B or 1, H, P, d_head]` (see `prefix.py`).
 
     reader = Reader.load("path/or/hub-id", name="llama")
     prompt = reader.prompts.build([Turn("Who?")], context="...", latent="context")
@@ -13,16 +14,18 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -33,7 +36,9 @@ from latentwire_fast.batching import PaddingSide, PromptBatch, collate
 from latentwire_fast.checkpoint import parameter_digest
 from latentwire_fast.config import ReaderConfig
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.prompts import Prompt, PromptBuilder
+from latentwire_fast.kv_cache import CacheFiller, decoder_layers, training_cache
+from latentwire_fast.prefix import KVGeometry
+from latentwire_fast.prompts import Prompt, PromptBuilder, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -198,19 +203,25 @@ class Reader:
         """sha256 over the weights: an adapter works with these and no others."""
         return self.weights_digest()
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in backward. transformers does so in train mode only, so the frozen
-        model is put there, which changes nothing unless it has dropout.
+    @cached_property
+    def kv_geometry(self) -> KVGeometry:
+        """Shape and RMS of this reader's keys and values, on a prompt without text."""
+        prompt = self.prompts.build([Turn("")], context="")
+        with torch.no_grad():
+            ids = torch.tensor([prompt.ids], device=self.device)
+            cache = self.backbone(input_ids=ids, use_cache=True).past_key_values
+        sides = [(layer.keys, layer.values) for layer in cache.layers]
+        _, heads, _, width = sides[0][0].shape
+        rms = [tuple(part.float().pow(2).mean().sqrt().item() for part in side) for side in sides]
+        return KVGeometry(len(sides), heads, width, cast(Any, tuple(rms)))
 
-        Raises:
-            ConfigError: the model has dropout.
-        """
-        # Attention takes its dropout from the configuration, not from a module.
-        modules = [m.p for m in self.model.modules() if isinstance(m, nn.Dropout)]
-        if max([getattr(self.model.config, "attention_dropout", 0.0), *modules]) > 0:
-            raise ConfigError(f"reader {self.name!r} has dropout; it cannot be checkpointed frozen")
+    @cached_property
+    def _filler(self) -> CacheFiller:
+        return CacheFiller.for_model(self.model)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in backward."""
         checkpoint_activations(self.model)
-        self.model.train()
 
     def weights_digest(self) -> str:
         """sha256 over the current weights (not cached: shows that they did not change)."""
@@ -221,16 +232,28 @@ class Reader:
         prompts: Sequence[Prompt],
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
+        deep: Tensor | None = None,
         side: PaddingSide = "right",
     ) -> PromptBatch:
-        """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at`."""
+        """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at` and, for the
+        cache, a deep prefix."""
         return collate(
-            prompts, embedding=self.embedding, pad_id=self.pad_id, prefixes=prefixes, side=side
+            prompts,
+            embedding=self.embedding,
+            pad_id=self.pad_id,
+            prefixes=prefixes,
+            deep=deep,
+            side=side,
         )
 
     def target_hidden(self, batch: PromptBatch) -> Tensor:
         """Last hidden states `[N, D]` at the scored positions (gradients flow to the prefixes)."""
-        hidden_BTD = self.backbone(**batch.model_inputs(), use_cache=False).last_hidden_state
+        cache = None
+        if batch.deep is not None:
+            cache = training_cache(batch.deep.shape[0])
+            self._filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
+        output = self.backbone(**batch.model_inputs(), past_key_values=cache, use_cache=False)
+        hidden_BTD = output.last_hidden_state
         rows = batch.rows_N.to(hidden_BTD.device)
         return hidden_BTD[rows, batch.cols_N.to(hidden_BTD.device)]
 
@@ -244,18 +267,21 @@ class Reader:
         prompts: Sequence[Prompt],
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
+        deep: Tensor | None = None,
         options: DecodeOptions | None = None,
         side: PaddingSide = "left",
     ) -> list[list[int]]:
         """Decode with a KV cache; returns the new token ids of each row, without EOS."""
         options = options or DecodeOptions()
-        batch = self.collate(prompts, prefixes=prefixes, side=side)
-        mask = batch.mask_BT.long()
-        position = batch.lengths_B
+        batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
+        mask = batch.attention_mask()
+        lengths = batch.lengths_B
+        position = batch.deep_positions + lengths
         inputs = {**batch.model_inputs(), "attention_mask": mask}
-        output = self.backbone(**inputs, use_cache=True)
+        output = self.backbone(**inputs, past_key_values=self._cache(batch), use_cache=True)
         rows = torch.arange(len(prompts), device=self.device)
-        last = position - 1 if side == "right" else torch.full_like(position, mask.shape[1] - 1)
+        width = batch.ids_BT.shape[1]
+        last = lengths - 1 if side == "right" else torch.full_like(lengths, width - 1)
         logits_BV = self.head(output.last_hidden_state[rows, last]).float()
         new_ids: list[Tensor] = []
         done = torch.zeros_like(rows, dtype=torch.bool)
@@ -280,15 +306,26 @@ class Reader:
 
     @torch.no_grad()
     def first_logits(
-        self, prompts: Sequence[Prompt], *, prefixes: Sequence[Tensor] | Tensor | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        prefixes: Sequence[Tensor] | Tensor | None = None,
+        deep: Tensor | None = None,
     ) -> Tensor:
         """Logits `[B, V]` of the first new token: a prefill, with its KV cache made and dropped."""
-        batch = self.collate(prompts, prefixes=prefixes, side="left")
+        batch = self.collate(prompts, prefixes=prefixes, deep=deep, side="left")
         inputs = batch.model_inputs()
         if len(prompts) == 1:
             inputs["attention_mask"] = None  # nothing is padded
-        hidden_BTD = self.backbone(**inputs, use_cache=True).last_hidden_state
-        return self.head(hidden_BTD[:, -1])
+        output = self.backbone(**inputs, past_key_values=self._cache(batch), use_cache=True)
+        return self.head(output.last_hidden_state[:, -1])
+
+    def _cache(self, batch: PromptBatch) -> DynamicCache:
+        """A cache to decode with, holding the batch's deep prefix."""
+        cache = DynamicCache(config=self.model.config)
+        if batch.deep is not None:
+            self._filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
+        return cache
 
     def _pick(self, logits_BV: Tensor, step: int, options: DecodeOptions) -> Tensor:
         if step < options.eos_ban_steps:
@@ -355,10 +392,13 @@ def _loading(source: str | Path) -> Iterator[str]:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Have a model recompute activations in backward (in train mode), under the method's name in
-    this version of transformers."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    """Have the decoder layers of a model recompute their activations in backward.
+
+    Not with transformers' own switch: that one works in train mode only and takes the cache, and a
+    deep prefix with it, from every layer.
+    """
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def resolve_source(source: str | Path) -> str:

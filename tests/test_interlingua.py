@@ -91,7 +91,8 @@ def test_a_saved_model_is_loaded_bit_by_bit(
         assert torch.equal(loaded.prefix(name, latent), model.prefix(name, latent))
         for task in ("autoencode", "continue"):
             assert torch.equal(
-                loaded.task_prefix(name, latent, task), model.task_prefix(name, latent, task)
+                loaded.received(name, latent, task=task)["prefixes"],
+                model.received(name, latent, task=task)["prefixes"],
             )
     payloads = model.encode_payloads(contexts, questions)
     assert loaded.encode_payloads(contexts, questions) == payloads
@@ -305,7 +306,8 @@ def test_every_value_of_the_configuration_counts(folder: Path, how: str) -> None
         owner, key = at(config, leaf)
         old = owner.pop(key)
         if how == "changed":
-            owner[key] = {str: "other", int: 77, float: 0.77, bool: old is False}[type(old)]
+            changes = {str: "other", int: 77, float: 0.77, bool: old is False, list: []}
+            owner[key] = changes[type(old)]
         elif how == "of another type":
             owner[key] = [old]
         path.write_text(json.dumps(config))

@@ -1,0 +1,84 @@
+"""Latent `[B, M, d_z]` to a deep prefix: keys and values for every layer of one reader.
+
+    geometry = reader.kv_geometry
+    deep = DeepPrefix(AdapterConfig(prefix="deep"), latents=12, d_z=16, geometry=geometry)
+    reader.collate(prompts, deep_L2BHPD=deep(latent_BMd))
+
+A soft token has to make its way through the reader's first layers; a deep prefix tells each layer
+directly what it would have found there (prefix tuning, arXiv:2101.00190, with the prefix generated
+from a payload). `kv_cache.py` puts it into a cache.
+
+Shapes: L layers, 2 keys and values, B batch, H key/value heads, P = M positions, D head width, W
+width of the generator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from latentwire_fast.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """What a deep prefix must know of a reader.
+
+    Attributes:
+        layers, heads, head_width: L, H and D of its key/value cache.
+        rms: root mean square of its own keys and values per layer, what a new prefix starts with.
+    """
+
+    layers: int
+    heads: int
+    head_width: int
+    rms: tuple[tuple[float, float], ...]
+
+
+class DeepPrefix(nn.Module):
+    """Norm, residual MLP, and one projection per layer to `H x D` keys and values.
+
+    The keys are what the cache holds, rotary positions included, so each of the M slots has its own
+    place among the reader's positions 0 to M - 1.
+
+    Args:
+        latents: M, the number of slots (each has a learned bias).
+        d_z: width of the latent.
+    """
+
+    def __init__(
+        self, config: AdapterConfig, *, latents: int, d_z: int, geometry: KVGeometry
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        width = config.deep_width
+        self.lift = nn.Linear(d_z, width)
+        self.slots = nn.Parameter(torch.randn(latents, width) * 0.02)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, config.expansion * width)
+        self.down = nn.Linear(config.expansion * width, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out_norm = nn.LayerNorm(width)
+        # All layers in one matmul; rows are (layer, key or value, head, channel).
+        rows = geometry.layers * 2 * geometry.heads * geometry.head_width
+        self.project = nn.Linear(width, rows)
+        nn.init.normal_(self.project.weight, std=width**-0.5)
+        nn.init.zeros_(self.project.bias)
+        self.gain = nn.Parameter(torch.tensor(geometry.rms))
+
+    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
+        """Keys and values `[L, 2, B, H, M, D]`, in the generator's dtype.
+
+        Args:
+            gain: multiplies the values (prefix gain); the keys, and so the attention, stay.
+        """
+        g = self.geometry
+        lifted_BMW = self.lift(latent_BMd) + self.slots
+        inner = nn.functional.silu(self.up(self.norm(lifted_BMW)))
+        hidden_BMW = lifted_BMW + self.dropout(self.down(inner))
+        flat = self.project(self.out_norm(hidden_BMW))
+        made = flat.unflatten(-1, (g.layers, 2, g.heads, g.head_width))
+        scale_L2 = self.gain * self.gain.new_tensor([1.0, gain])
+        return made.permute(2, 3, 0, 4, 1, 5) * scale_L2[:, :, None, None, None, None]
