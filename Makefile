@@ -8,23 +8,27 @@
 #   TORCH_INDEX  where pip looks for torch. PyPI's Linux build brings several GB of CUDA libraries; without a
 #                GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu is the small one
 #   EXTRAS       dev, or dev,gpu for triton, flash-attn and bitsandbytes as well
+#   OUT          where gpu-kernels writes (runs/gpu-kernels)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 TORCH_INDEX ?=
 EXTRAS ?= dev
+OUT ?= runs/gpu-kernels
 VENV := .venv
 BIN := $(VENV)/bin
+# A GPU machine may hold torch in a Python of its own and have no network to install anything from.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # numpy: without it, the torch that setup.py imports warns.
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench fuzz gpu clean distclean
+.PHONY: help setup demo test check format bench fuzz gpu gpu-kernels clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## create .venv with everything in it (the other targets do it on demand)
 
@@ -43,16 +47,20 @@ format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed  ## the benchmarks that run without a GPU
+bench: $(VENV)/.installed  ## time the kernels into runs/bench (without a GPU: small shapes), and placement
+	@mkdir -p runs/bench
+	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=runs/bench/benchmark.json
+	$(BIN)/python bench/tables.py runs/bench/benchmark.json > runs/bench/results.md
 	$(BIN)/python bench/placement.py
 
 fuzz: $(VENV)/.installed  ## the property and mutation tests with fresh random examples
 	$(BIN)/python tests/fuzz_wire.py --seconds 60
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_wire.py
 
-gpu: $(VENV)/.installed  ## the tests and benchmarks that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python bench/placement.py --device cuda:0
+gpu: gpu-kernels  ## everything that needs a CUDA device
+
+gpu-kernels:  ## the kernels on a GPU: ceilings, tests, benchmarks, targets, into OUT (under 9 minutes)
+	$(GPU_PYTHON) bench/gpu_kernels.py $(OUT)
 
 clean:  ## remove build products and caches (keeps .venv and runs)
 	rm -rf build dist *.egg-info latentwire_fast/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

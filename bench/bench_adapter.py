@@ -5,67 +5,182 @@ pytest bench/bench_adapter.py --benchmark-only
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from harness import DEVICE, DTYPE, measure, shapes, worst
+from ceilings import Stage
+from clocks import Call, Inputs
+from harness import (
+    AUTOTUNED,
+    DEVICE,
+    Case,
+    Errors,
+    Forward,
+    Row,
+    compiled,
+    dtype_of,
+    grid,
+    relative_error,
+    report_row,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from latentwire_fast import ops
 
 TARGET_RMS = 0.02
+# Eager torch itself must be this close to fp64 for its row to count.
+EAGER_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 # (N, d_z, D)
-SHAPES = shapes([(2048, 256, 4096), (16384, 256, 4096), (2048, 256, 3584)], [(64, 32, 96)])
+SHAPES = [(2048, 256, 4096), (16384, 256, 4096), (2048, 256, 3584)]
+SMALL = [(64, 32, 96)]
 
 
-def eager(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+def eager(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+) -> Tensor:
     """What a user writes."""
-    normed = F.layer_norm(x, x.shape[-1:], p["norm_weight"], p["norm_bias"])
-    y = F.linear(normed, p["weight"], p["bias"])
+    normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
+    y = F.linear(normed, weight, bias)
     rms = (y.float().square().mean(-1, keepdim=True) + 1e-8).sqrt()
-    return p["gamma"] * (y * (TARGET_RMS / rms).to(y.dtype)) + p["beta"]
+    return gamma * (y * (TARGET_RMS / rms).to(y.dtype)) + beta
 
 
-def ours(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    return ops.project_calibrate(x, **p, target_rms=TARGET_RMS)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("row", ["ours", "eager", "compile"])
-def test_project_calibrate(
-    benchmark: Any, row: str, backward: bool, shape: tuple[int, int, int]
-) -> None:
-    if row == "compile" and DEVICE == "cpu":
-        pytest.skip("compared on a GPU only")
-    rows, inner, width = shape
-    sizes = {"weight": (width, inner), "bias": (width,), "norm_weight": (inner,)}
-    sizes |= {"norm_bias": (inner,), "gamma": (width,), "beta": (width,)}
-    parameters = {name: torch.randn(size) * 0.06 for name, size in sizes.items()}
-    x, grad = torch.randn(rows, inner).to(DTYPE), torch.randn(rows, width).to(DTYPE)
-    parameters = {name: p.to(DTYPE) for name, p in parameters.items()}
-    truth = eager(x.double(), {name: p.double() for name, p in parameters.items()})
-    x, grad = x.to(DEVICE).requires_grad_(backward), grad.to(DEVICE)
-    parameters = {n: p.to(DEVICE).requires_grad_(backward) for n, p in parameters.items()}
-    forward = ours if row == "ours" else eager
-    if row == "compile":
-        forward = torch.compile(eager)
-
-    def call() -> Tensor:
-        out = forward(x, parameters)
-        if backward:
-            torch.autograd.grad(out, (x, *parameters.values()), grad)
-        return out
-
-    error = worst(call().detach().cpu(), truth)
-    moved = rows * width * (1 + 2 * backward) + width * inner * (1 + backward)
-    measure(
-        benchmark,
-        call,
-        error=error,
-        allowed=1e-4 if DTYPE is torch.float32 else 2e-2,
-        traffic=moved * DTYPE.itemsize,
-        flops=2 * rows * width * inner * (1 + 2 * backward),
+def ours(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+) -> Tensor:
+    return ops.project_calibrate(
+        *(x, weight, bias),
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        gamma=gamma,
+        beta=beta,
+        target_rms=TARGET_RMS,
     )
+
+
+def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, *, backward: bool) -> Inputs:
+    """x and the six parameters, and last the gradient that comes in; the first seven trained."""
+    rows, inner, width = shape
+    random = [
+        torch.randn(rows, inner),
+        torch.randn(width, inner) * inner**-0.5,
+        torch.randn(width) * 0.1,
+        1 + 0.1 * torch.randn(inner),
+        0.1 * torch.randn(inner),
+        1 + 0.1 * torch.randn(width),
+        0.01 * torch.randn(width),
+    ]
+    tensors = [t.to(DEVICE, dtype).requires_grad_(backward) for t in random]
+    return (*tensors, torch.randn(rows, width).to(DEVICE, dtype))
+
+
+def step(forward: Forward, *, backward: bool) -> Call:
+    """The output, and with `backward` every gradient."""
+
+    def call(inputs: Inputs) -> list[Tensor]:
+        *leaves, grad = inputs
+        out = forward(*leaves)
+        if not backward:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    return call
+
+
+def exact(inputs: Inputs, *, backward: bool) -> list[Tensor]:
+    leaves = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    return [t.detach() for t in step(eager, backward=backward)(tuple(leaves))]
+
+
+def errors(found: list[Tensor], inputs: Inputs, truth: list[Tensor]) -> Errors:
+    pairs = list(zip(found, truth, strict=True))
+    result = {"output": relative_error(*pairs[0])}
+    if len(pairs) > 1:
+        result["gradients"] = max(relative_error(f, t) for f, t in pairs[1:])
+    return result
+
+
+def work(shape: tuple[int, int, int], element: int, *, backward: bool) -> Stage:
+    """Forward: x and W in, the output out, one product. Backward besides: the gradient, x and W in,
+    those of x and W out, two products."""
+    n, d, width = shape
+    tensors = n * width + n * d + width * d
+    if backward:
+        tensors += n * width + 2 * (n * d + width * d)
+    return Stage(tensors * element, 2 * n * d * width * (3 if backward else 1), 1)
+
+
+def design(shape: tuple[int, int, int], element: int, *, backward: bool) -> tuple[Stage, ...]:
+    """Launches of `kernels/adapter.py`, as it is written."""
+    n, d, width = shape
+    product = 2 * n * d * width
+    operands = (n * d + width * d) * element
+    output = n * width * element
+    forward = (
+        Stage(2 * n * d * element),  # LayerNorm
+        Stage(operands, product),  # squares
+        Stage(0.0),  # their sum
+        Stage(operands + output, product),  # write
+    )
+    if not backward:
+        return forward
+    return (
+        *forward,
+        Stage(2 * n * d * element),
+        Stage(operands + output, product),  # dots
+        Stage(0.0),
+        Stage(operands + 2 * output, product),  # dy, and gamma's sums
+        Stage(output + operands, product),  # dx
+        Stage(output + operands, product),  # dW
+        Stage(4 * n * d * element, launches=2),  # LayerNorm's own
+        Stage(output),  # the bias's gradient
+        Stage(output),  # beta's
+    )
+
+
+def make_case(shape: tuple[int, int, int], dtype: torch.dtype, *, backward: bool) -> Case:
+    def row(make: Callable[[], Forward], **limits: float) -> Row:
+        return Row(lambda: step(make(), backward=backward), limits)
+
+    limit = EAGER_LIMIT[dtype]
+    return Case(
+        *("K2", f"project and calibrate, {'forward+backward' if backward else 'forward'}"),
+        *(shape, dtype),
+        work=work(shape, dtype.itemsize, backward=backward),
+        design=design(shape, dtype.itemsize, backward=backward),
+        inputs=lambda: make_inputs(shape, dtype, backward=backward),
+        truth=lambda inputs: exact(inputs, backward=backward),
+        errors=errors,
+        rows={
+            "ours": row(lambda: ours),
+            "eager": row(lambda: eager, output=limit, gradients=limit),
+            "compile": row(lambda: compiled(eager)),
+            AUTOTUNED: row(lambda: compiled(eager, mode=AUTOTUNED)),
+        },
+    )
+
+
+def cases(*, gpu: bool = DEVICE == "cuda") -> list[Case]:
+    """Forward at every shape, then forward and backward."""
+    shapes = SHAPES if gpu else SMALL
+    return [make_case(s, dtype_of(gpu), backward=b) for b in (False, True) for s in shapes]
+
+
+@pytest.mark.parametrize(**grid(cases()))
+def test_project_calibrate(benchmark: Any, case: Case, row: str) -> None:
+    report_row(benchmark, case, row)

@@ -10,17 +10,39 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DEVICE, DTYPE, measure, shapes
+from ceilings import Stage
+from clocks import Call, Inputs
+from harness import (
+    AUTOTUNED,
+    DEVICE,
+    Case,
+    Errors,
+    Forward,
+    Row,
+    compiled,
+    distance,
+    dtype_of,
+    grid,
+    library,
+    report_row,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from latentwire_fast import ops
 
 TAU = 2.0
-# (N, d, V)
-SHAPES = shapes(
-    [(1024, 4096, 128_256), (4096, 4096, 128_256), (2048, 3584, 152_064)], [(8, 32, 999)]
-)
+# Our loss, relative to fp64's of the same rounded logits.
+LOSS_LIMIT = 5e-5
+# Eager torch itself must be this close for its row to count.
+EAGER_LIMIT = 5e-2
+CHUNK_ROWS = 1024
+# Rows of the fp64 oracle at a time: a gigabyte of logits.
+ORACLE_ROWS = 512
+# (N, V), and (N, d, V)
+LOGITS = [(1024, 128_256), (4096, 128_256), (2048, 152_064)]
+HIDDEN = [(1024, 4096, 128_256), (4096, 4096, 128_256), (2048, 3584, 152_064)]
+SMALL_LOGITS, SMALL_HIDDEN = [(8, 999)], [(8, 32, 999)]
 
 
 def eager_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,114 +52,177 @@ def eager_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TAU**2
 
 
-def liger_kl(student: Tensor, teacher: Tensor) -> Tensor:
+def eager_linear(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """Through the logits."""
+    return eager_kl(student @ weight.T, teacher @ weight.T)
+
+
+def liger_kl() -> Forward:
     """Liger-Kernel's, with the log-softmaxes that it leaves to its caller."""
-    loss = pytest.importorskip("liger_kernel.transformers").LigerKLDIVLoss(
+    loss = library("liger_kernel.transformers").LigerKLDIVLoss(
         reduction="batchmean", log_target=True
     )
-    log_q = torch.log_softmax(student.float() / TAU, -1)
-    return loss(log_q, torch.log_softmax(teacher.float() / TAU, -1)) * TAU**2
+
+    def forward(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q = torch.log_softmax(student.float() / TAU, -1)
+        return loss(log_q, torch.log_softmax(teacher.float() / TAU, -1)) * TAU**2
+
+    return forward
 
 
-def liger_linear(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def liger_linear() -> Forward:
     """Liger-Kernel's fused linear JSD at beta 0, which is the forward KL; the head is frozen."""
-    jsd = pytest.importorskip("liger_kernel.transformers").LigerFusedLinearJSD(
-        jsd_beta=0.0, temperature=TAU
-    )
-    return jsd(student, weight, teacher, weight) * TAU**2
+    jsd = library("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=0.0, temperature=TAU)
+
+    def forward(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        return jsd(student, weight, teacher, weight, None) * TAU**2  # None: no labels to ignore
+
+    return forward
 
 
-def inputs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of student and teacher, and the head."""
-    rows, width, vocabulary = shape
-    teacher = torch.randn(rows, width, device=DEVICE)
-    student = teacher + 0.1 * torch.randn(rows, width, device=DEVICE)
-    weight = torch.randn(vocabulary, width, device=DEVICE) * width**-0.5
-    return student.to(DTYPE), teacher.to(DTYPE), weight.to(DTYPE)
+def step(forward: Forward, *, backward: bool) -> Call:
+    """The loss, and with `backward` the student's gradient."""
+
+    def call(inputs: Inputs) -> list[Tensor]:
+        if not backward:
+            with torch.no_grad():
+                return [forward(*inputs)]
+        loss = forward(*inputs)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs[0])]
+
+    return call
 
 
-def gate(call: Callable[[], Tensor], truth: Tensor) -> float:
-    """Relative error of the loss."""
-    return ((call().detach().double().cpu() - truth) / truth).abs().item()
+def exact(inputs: Inputs, *, backward: bool) -> list[Tensor]:
+    """fp64 on the same rounded inputs, a few rows at a time: the loss, the student's gradient."""
+    student, teacher, *head = (t.detach() for t in inputs)
+    weight = head[0].double().T if head else None
+    losses, grads = [], []
+    for s, t in zip(student.split(ORACLE_ROWS), teacher.split(ORACLE_ROWS), strict=True):
+        s, t = s.double(), t.double()
+        if weight is not None:
+            s, t = s @ weight, t @ weight
+        log_q, log_p = torch.log_softmax(s / TAU, -1), torch.log_softmax(t / TAU, -1)
+        losses.append((log_p.exp() * (log_p - log_q)).sum() * TAU**2)
+        if backward:
+            grad = (log_q.exp() - log_p.exp()) * TAU
+            grads.append((grad if weight is None else grad @ weight.T).float())
+    rows = student.shape[0]
+    found = [torch.stack(losses).sum() / rows]
+    return [*found, torch.cat(grads) / rows] if backward else found
 
 
-def truth_of(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """fp64, row by row so that it fits."""
-    head, losses = weight.double(), []
-    for s, t in zip(student.split(64), teacher.split(64), strict=True):
-        log_q = torch.log_softmax(s.double() @ head.T / TAU, -1)
-        log_p = torch.log_softmax(t.double() @ head.T / TAU, -1)
-        losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(losses).mean().cpu() * TAU**2
+def errors(found: list[Tensor], inputs: Inputs, truth: list[Tensor]) -> Errors:
+    result = {"loss": distance(found[0], truth[0])}
+    if len(found) > 1:
+        result["gradient"] = distance(found[1], truth[1])
+    return result
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("row", ["ours", "eager", "compile", "liger"])
-def test_kd_kl(benchmark: Any, row: str, shape: tuple[int, int, int]) -> None:
-    if row in {"compile", "liger"} and DEVICE == "cpu":
-        pytest.skip("compared on a GPU only")
-    hidden, other, weight = inputs(shape)
-    student, teacher = hidden @ weight.T, other @ weight.T
-    truth = torch.stack(
-        [
-            eager_kl(s[None].double(), t[None].double()).double()
-            for s, t in zip(student, teacher, strict=True)
-        ]
-    ).mean()
-    student.requires_grad_()
-    losses: dict[str, Callable[..., Tensor]] = {
-        "ours": lambda s, t: ops.kd_kl(s, t, tau=TAU),
-        "eager": eager_kl,
-        "compile": eager_kl,
-        "liger": liger_kl,
+def rows_of(
+    ours: Forward,
+    plain: Forward,
+    liger: Callable[[], Forward] | None,
+    ours_limits: Errors,
+    *,
+    backward: bool,
+) -> dict[str, Row]:
+    def row(make: Callable[[], Forward], limits: Errors) -> Row:
+        return Row(lambda: step(make(), backward=backward), limits)
+
+    rows = {
+        "ours": row(lambda: ours, ours_limits),
+        "eager": row(lambda: plain, {"loss": EAGER_LIMIT, "gradient": EAGER_LIMIT}),
+        "compile": row(lambda: compiled(plain), {}),
+        AUTOTUNED: row(lambda: compiled(plain, mode=AUTOTUNED), {}),
     }
-    loss_of = torch.compile(losses[row]) if row == "compile" else losses[row]
+    return rows if liger is None else {**rows, "liger": row(liger, {})}
 
-    def call() -> Tensor:
-        loss = loss_of(student, teacher)
-        torch.autograd.grad(loss, student)
-        return loss
 
-    measure(
-        benchmark,
-        call,
-        error=gate(call, truth.cpu()),
-        allowed=1e-3,
-        traffic=5 * student.numel() * DTYPE.itemsize,
+def logits_case(shape: tuple[int, int], dtype: torch.dtype, *, backward: bool) -> Case:
+    """Divergence about 0.5: bf16's rounding of the logits is small against it, for every row."""
+
+    def inputs() -> Inputs:
+        teacher = 3 * torch.randn(shape, device=DEVICE)
+        student = (teacher + torch.randn(shape, device=DEVICE)).to(dtype)
+        return student.requires_grad_(backward), teacher.to(dtype)
+
+    def ours(student: Tensor, teacher: Tensor) -> Tensor:
+        return ops.kd_kl(student, teacher, tau=TAU)
+
+    size = shape[0] * shape[1] * dtype.itemsize
+    read, gradient = Stage(2 * size), Stage(3 * size)
+    return Case(
+        *("K3", f"KL of logits, {'forward+backward' if backward else 'forward'}", shape, dtype),
+        # Both read, then both read again and the gradient written: a row does not fit on chip.
+        work=Stage(5 * size, launches=2) if backward else read,
+        design=(read, gradient) if backward else (read,),
+        inputs=inputs,
+        truth=lambda inputs: exact(inputs, backward=backward),
+        errors=errors,
+        rows=rows_of(ours, eager_kl, liger_kl, {"loss": LOSS_LIMIT}, backward=backward),
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("row", ["ours", "eager", "compile", "liger"])
-def test_linear_kd_kl(benchmark: Any, row: str, shape: tuple[int, int, int]) -> None:
-    if row in {"compile", "liger"} and DEVICE == "cpu":
-        pytest.skip("compared on a GPU only")
-    student, teacher, weight = inputs(shape)
-    truth = truth_of(student, teacher, weight)
-    student.requires_grad_()
-
-    def through_logits(s: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        return eager_kl(s @ w.T, t @ w.T)
-
-    losses: dict[str, Callable[..., Tensor]] = {
-        "ours": lambda s, t, w: ops.linear_kd_kl(s, t, w, tau=TAU),
-        "eager": through_logits,
-        "compile": through_logits,
-        "liger": liger_linear,
-    }
-    loss_of = torch.compile(losses[row]) if row == "compile" else losses[row]
-
-    def call() -> Tensor:
-        loss = loss_of(student, teacher, weight)
-        torch.autograd.grad(loss, student)
-        return loss
-
+def hidden_case(shape: tuple[int, int, int], dtype: torch.dtype, *, backward: bool) -> Case:
     rows, width, vocabulary = shape
-    measure(
-        benchmark,
-        call,
-        error=gate(call, truth),
-        allowed=2e-2,
-        traffic=8 * rows * vocabulary * DTYPE.itemsize,
-        flops=6 * rows * vocabulary * width,
+
+    def inputs() -> Inputs:
+        teacher = torch.randn(rows, width, device=DEVICE)
+        student = (teacher + torch.randn(rows, width, device=DEVICE)).to(dtype)
+        weight = torch.randn(vocabulary, width, device=DEVICE) * width**-0.5
+        return student.requires_grad_(backward), teacher.to(dtype), weight.to(dtype)
+
+    def ours(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        return ops.linear_kd_kl(student, teacher, weight, tau=TAU, chunk_rows=CHUNK_ROWS)
+
+    products = 3 if backward else 2
+    flops = products * 2 * rows * vocabulary * width
+    head = vocabulary * width * dtype.itemsize
+    hidden = rows * width * dtype.itemsize
+    return Case(
+        *("K3", f"KL through the head, {'forward+backward' if backward else 'forward'}"),
+        *(shape, dtype),
+        # Hidden states and head in, the gradient out; what is between may stay on chip.
+        work=Stage(head + products * hidden, flops),
+        design=chunk_stages(shape, dtype.itemsize, backward=backward),
+        inputs=inputs,
+        truth=lambda inputs: exact(inputs, backward=backward),
+        errors=errors,
+        # Liger's makes its gradient in any forward call: alone, that would count against it.
+        rows=rows_of(ours, eager_linear, liger_linear if backward else None, {}, backward=backward),
     )
+
+
+def chunk_stages(shape: tuple[int, int, int], element: int, *, backward: bool) -> tuple[Stage, ...]:
+    """Launches of `kernels/distill.py`: per chunk stack, multiply, statistics, multiply back."""
+    rows, width, vocabulary = shape
+    stages: list[Stage] = []
+    for start in range(0, rows, CHUNK_ROWS):
+        count = min(CHUNK_ROWS, rows - start)
+        hidden, logits = count * width * element, count * vocabulary * element
+        product, head = 2 * count * vocabulary * width, vocabulary * width * element
+        stages.append(Stage(4 * hidden, launches=4))
+        stages.append(Stage(2 * hidden + head + 2 * logits, 2 * product))
+        stages.append(Stage((5 if backward else 2) * logits))
+        if backward:
+            stages.append(Stage(logits + head + 2 * hidden, product))
+            stages.append(Stage(4 * hidden))
+    return tuple(stages)
+
+
+def logits_cases(*, gpu: bool = DEVICE == "cuda") -> list[Case]:
+    """K3a; the targets' direction first."""
+    shapes = LOGITS if gpu else SMALL_LOGITS
+    return [logits_case(s, dtype_of(gpu), backward=b) for b in (True, False) for s in shapes]
+
+
+def hidden_cases(*, gpu: bool = DEVICE == "cuda") -> list[Case]:
+    """K3b; likewise."""
+    shapes = HIDDEN if gpu else SMALL_HIDDEN
+    return [hidden_case(s, dtype_of(gpu), backward=b) for b in (True, False) for s in shapes]
+
+
+@pytest.mark.parametrize(**grid([*logits_cases(), *hidden_cases()]))
+def test_distill(benchmark: Any, case: Case, row: str) -> None:
+    report_row(benchmark, case, row)

@@ -1,95 +1,355 @@
-"""What the kernels' benchmarks share: a gate on correctness, a timing, and what to compare it with.
+"""What the kernels' benchmarks share: cases, their rows, the gate on correctness, the records.
 
-On a GPU each row gets the percentiles of `triton.testing.do_bench` (L2 flushed between calls), the
-traffic and arithmetic it stands for as a share of this GPU's own measured ceilings, and its peak
-memory. On a CPU the same code runs at small shapes, which tests the harness and says nothing about
-the kernels.
+A case is one operation at one shape; its rows are ways to compute it: `ours`, `eager` torch,
+`torch.compile`, other libraries. A row is timed only after its result passed the gate against fp64
+in the same run, and all rows of a case are timed together, interleaved. On a CPU the same code runs
+at small shapes, which tests the harness and says nothing about the kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+import gc
+import importlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from ceilings import Ceilings, Stage, measure_ceilings
+from clocks import (
+    GRAPH_BELOW_SECONDS,
+    Call,
+    CpuClock,
+    EventClock,
+    GraphClock,
+    Inputs,
+    Timing,
+    launches,
+    peak_bytes,
+)
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# torch.compile takes seconds a row: compared where it counts.
+COMPILES = DEVICE == "cuda"
+# A result may be this much further from fp64 than eager torch's in the same dtype.
+EPSILON = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# Seconds for which one case is timed.
+TIMING_BUDGET = 1.0
+AUTOTUNED = "max-autotune"
+
+Errors = dict[str, float]
+Forward = Callable[..., Any]
 
 
-def shapes(gpu: list[Any], cpu: list[Any]) -> list[Any]:
-    """The real shapes on a GPU, small ones elsewhere."""
-    return gpu if DEVICE == "cuda" else cpu
+class Absent(Exception):
+    """Why a row has no figures."""
 
 
-def _milliseconds(call: Callable[[], object]) -> list[float]:
-    """20th, 50th and 80th percentile of a call's time on the GPU."""
-    from triton.testing import do_bench
+@dataclass(frozen=True)
+class Row:
+    """One way to compute a case.
 
-    return do_bench(call, quantiles=[0.2, 0.5, 0.8])
+    Attributes:
+        prepare: makes the call, importing or compiling what it takes; raises Absent.
+        limits: largest errors by name, beyond which the row is not timed; what is not named may
+            exceed eager's by EPSILON.
+        errors: in place of the case's, for a row whose result is another kind of thing.
+    """
+
+    prepare: Callable[[], Call]
+    limits: Mapping[str, float] = field(default_factory=dict)
+    errors: Callable[[Any, Inputs, Any], Errors] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One operation at one shape.
+
+    Attributes:
+        kernel: K1 to K4; name: the operation; shape: its sizes; dtype: of what it works on.
+        work: what it cannot do without, which sets its floor.
+        design: the launches of our implementation, which predict its time.
+        inputs: makes them; truth: the right result, fp64; errors: of a result, by name.
+        rows: by name; `eager` comes before those that are held to its errors.
+        wall: time the calls with their launching, as a caller waits for them.
+    """
+
+    kernel: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    work: Stage
+    design: tuple[Stage, ...]
+    inputs: Callable[[], Inputs]
+    truth: Callable[[Inputs], Any]
+    errors: Callable[[Any, Inputs, Any], Errors]
+    rows: Mapping[str, Row]
+    wall: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.name} {self.shape}"
+
+    def predicted(self, ceilings: Ceilings) -> float:
+        """Seconds that our design should take: its launches, one after the other."""
+        return sum(ceilings.floor(stage) for stage in self.design)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row's figures, or why there are none; what tables and files are made of.
+
+    Times in seconds, memory in bytes. `against_ours` is the row's median time over ours, from the
+    same interleaved rounds.
+    """
+
+    kernel: str
+    name: str
+    shape: tuple[int, ...]
+    row: str
+    device: str
+    traffic: float
+    flops: float
+    floor: float
+    absent: str | None = None
+    errors: Errors = field(default_factory=dict)
+    timing: Timing | None = None
+    against_ours: float | None = None
+    peak_bytes: int | None = None
+    launches: int | None = None
+
+    @property
+    def share_of_floor(self) -> float | None:
+        return self.floor / self.timing.p50 if self.timing else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "share_of_floor": self.share_of_floor}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Record:
+        known = {k: v for k, v in entry.items() if k in cls.__dataclass_fields__}
+        timing = known["timing"] and Timing(**known["timing"])
+        return cls(**{**known, "shape": tuple(known["shape"]), "timing": timing})
+
+
+def dtype_of(gpu: bool) -> torch.dtype:
+    """What is benchmarked on a GPU, and what CPUs are good at."""
+    return torch.bfloat16 if gpu else torch.float32
+
+
+def compiled(forward: Forward, *, mode: str | None = None) -> Forward:
+    """`torch.compile` of the eager row; a graph break is an error, not a slower row."""
+    if not COMPILES:
+        raise Absent("compiled on a GPU only")
+    # Without cudagraphs: the clock makes its own, for every row.
+    mode = "max-autotune-no-cudagraphs" if mode == AUTOTUNED else mode
+    return torch.compile(forward, mode=mode, fullgraph=True, dynamic=False)
+
+
+def library(name: str) -> Any:
+    """A module of another library, imported."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Absent(f"{name.partition('.')[0]} is not installed") from error
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """The largest error, as a share of the largest true value."""
+    scale = truth.abs().max().clamp(min=1e-30)
+    return ((found.to(truth.dtype) - truth).abs().max() / scale).item()
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    """The norm of the error, as a share of the norm of the truth."""
+    return ((found.to(truth.dtype) - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+
+
+def run_case(
+    case: Case,
+    *,
+    ceilings: Ceilings,
+    rows: tuple[str, ...] | None = None,
+    budget: float = TIMING_BUDGET,
+) -> list[Record]:
+    """Gate, measure and time the named rows of a case (all of them by default).
+
+    `eager` and `ours` are always among them: the one is what errors are held to, the other what
+    times are.
+
+    Args:
+        budget: seconds of timing.
+    """
+    torch.manual_seed(0)
+    if COMPILES:
+        torch._dynamo.reset()  # compiled for this case, not recompiled from the last one's
+    wanted = [name for name in case.rows if rows is None or name in {"ours", "eager", *rows}]
+    inputs = case.inputs()
+    truth = case.truth(inputs)
+    calls: dict[str, Call] = {}
+    errors: dict[str, Errors] = {}
+    absent: dict[str, str] = {}
+    for name in sorted(wanted, key=lambda name: name != "eager"):
+        try:
+            call = case.rows[name].prepare()
+            errors[name] = _gate(case, name, call, inputs, truth, errors.get("eager", {}))
+            calls[name] = call
+        except Absent as reason:
+            absent[name] = str(reason)
+        except torch.OutOfMemoryError:
+            absent[name] = "out of memory"
+            torch.cuda.empty_cache()
+        except Exception as error:  # one row's failure is not the others'
+            absent[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+    del truth
+    timings = _timings(case, calls, inputs, ceilings, budget)
+    memory = {n: peak_bytes(c, inputs) for n, c in calls.items()} if DEVICE == "cuda" else {}
+    started = {n: launches(c, inputs) for n, c in calls.items()} if DEVICE == "cuda" else {}
+    records = []
+    for name in wanted:
+        timing, ours = timings.get(name), timings.get("ours")
+        comparable = timing is not None and ours is not None and timing.method == ours.method
+        records.append(
+            Record(
+                *(case.kernel, case.name, case.shape, name, DEVICE),
+                traffic=case.work.traffic,
+                flops=case.work.flops,
+                floor=ceilings.floor(case.work),
+                absent=absent.get(name),
+                errors=errors.get(name, {}),
+                timing=timing,
+                against_ours=timing.p50 / ours.p50 if comparable else None,
+                peak_bytes=memory.get(name),
+                launches=started.get(name),
+            )
+        )
+    del calls, inputs
+    _release()
+    return records
+
+
+def _gate(case: Case, name: str, call: Call, inputs: Inputs, truth: Any, eager: Errors) -> Errors:
+    """The errors of a row's result; raises Absent where one is over its limit."""
+    row = case.rows[name]
+    errors = (row.errors or case.errors)(call(inputs), inputs, truth)
+    for what, error in errors.items():
+        limit = row.limits.get(what, eager.get(what, 0.0) + EPSILON[case.dtype])
+        if not error <= limit:  # NaN does not pass
+            raise Absent(f"wrong: error of {what} {error:.1e}, over {limit:.1e}")
+    return errors
+
+
+def _timings(
+    case: Case,
+    calls: Mapping[str, Call],
+    inputs: Inputs,
+    ceilings: Ceilings,
+    budget: float,
+) -> dict[str, Timing]:
+    if DEVICE == "cpu":
+        return CpuClock().times(calls, inputs, budget=budget)
+    if case.wall:
+        return CpuClock(synchronize=torch.cuda.synchronize).times(calls, inputs, budget=budget)
+    timings: dict[str, Timing] = {}
+    if ceilings.floor(case.work) < GRAPH_BELOW_SECONDS:
+        clock = GraphClock(traffic=case.work.traffic, l2_bytes=ceilings.l2_bytes)
+        timings = clock.times(calls, inputs, budget=budget)
+    rest = {name: call for name, call in calls.items() if name not in timings}
+    return {**timings, **(EventClock().times(rest, inputs, budget=budget) if rest else {})}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _release() -> None:
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- pytest ---------------------------------------------------------------------------------------
+
+
+def grid(cases: list[Case]) -> dict[str, Any]:
+    """Arguments of `parametrize`: every row of every case, a case's rows next to each other."""
+    pairs = [(case, row) for case in cases for row in case.rows]
+    return {
+        "argnames": ("case", "row"),
+        "argvalues": pairs,
+        "ids": [f"{case}-{row}" for case, row in pairs],
+    }
 
 
 @cache
-def ceilings() -> dict[str, float]:
-    """Bytes/s of a device-to-device copy (read + write), FLOP/s of an 8192-cubed bf16 matmul."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
-    copy, matmul = (
-        _milliseconds(lambda: target.copy_(source))[1] / 1e3,
-        _milliseconds(lambda: square @ square)[1] / 1e3,
-    )
-    return {"bytes": 2 * 2**30 / copy, "flops": 2 * 8192**3 / matmul}
+def _ceilings() -> Ceilings:
+    return measure_ceilings(DEVICE)
 
 
-def worst(found: Tensor, truth: Tensor) -> float:
-    """The largest error, as a share of the largest true value."""
-    scale = truth.abs().max().clamp(min=1e-30)
-    return ((found.double() - truth.double()).abs().max() / scale).item()
+@lru_cache(maxsize=1)
+def _records(case: Case) -> dict[str, Record]:
+    return {record.row: record for record in run_case(case, ceilings=_ceilings())}
 
 
-def measure(
-    benchmark: Any,
-    call: Callable[[], object],
-    *,
-    error: float,
-    allowed: float,
-    traffic: float,
-    flops: float = 0.0,
-) -> None:
-    """Time `call`, once its result is known to be right.
+def report_row(benchmark: Any, case: Case, row: str) -> None:
+    """One row as a test: its record in `extra_info`, and a few rounds in pytest-benchmark's table.
 
-    Args:
-        error: of this row's result against fp64; allowed: the gate.
-        traffic: bytes that the operation cannot do without; flops: likewise.
+    The rows of a case are measured together when the first of them is asked for. A row that is
+    wrong fails; one whose library is missing is skipped.
     """
-    assert error <= allowed, f"the gate: error {error:.2e} over {allowed:.2e}"
-    benchmark.extra_info.update(device=DEVICE, error=error, bytes=traffic, flops=flops)
-    if DEVICE == "cpu":
-        benchmark.pedantic(call, rounds=3, warmup_rounds=1)
-        return
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    times = _milliseconds(call)
-    floor = max(traffic / ceilings()["bytes"], flops / ceilings()["flops"])
-    benchmark.extra_info.update(
-        milliseconds=times,
-        bytes_per_second=traffic / times[1] * 1e3,
-        flops_per_second=flops / times[1] * 1e3,
-        share_of_floor=floor / (times[1] / 1e3),
-        peak_bytes=peak,
-        gpu=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-    )
+    import pytest
+
+    record = _records(case)[row]
+    if record.absent is not None:
+        assert not record.absent.startswith(("wrong", "failed")), record.absent
+        pytest.skip(record.absent)
+    benchmark.group = str(case)
+    benchmark.extra_info.update(record.to_json())
+    inputs, call = case.inputs(), case.rows[row].prepare()
 
     def timed() -> None:
-        call()
-        torch.cuda.synchronize()
+        call(inputs)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
-    benchmark.pedantic(timed, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(timed, rounds=3, warmup_rounds=1)
+
+
+def run_cases(
+    cases: list[Case],
+    *,
+    ceilings: Ceilings,
+    seconds: float,
+    keep: Callable[[list[Record]], None],
+) -> None:
+    """Every case within a budget, autotuned rows last: finding their settings can take minutes.
+
+    Args:
+        ceilings: of this machine.
+        seconds: after which no further case is started.
+        keep: is given each case's records as soon as they exist.
+    """
+    deadline = time.monotonic() + seconds
+    tuned = [case for case in cases if AUTOTUNED in case.rows]
+    plan = [(case, tuple(row for row in case.rows if row != AUTOTUNED)) for case in cases]
+    for case, rows in [*plan, *((case, (AUTOTUNED,)) for case in tuned)]:
+        if time.monotonic() > deadline:
+            print(f"{case}: {', '.join(rows)}: not run, out of time", flush=True)
+            continue
+        records = run_case(case, ceilings=ceilings, rows=rows)
+        if rows == (AUTOTUNED,):  # ours and eager are on record, from the first time round
+            records = [record for record in records if record.row == AUTOTUNED]
+        keep(records)
+        for record in records:
+            print(describe(record), flush=True)
+
+
+def describe(record: Record) -> str:
+    """One line of progress."""
+    head = f"{record.kernel} {record.name} {record.shape} {record.row}:"
+    if record.timing is None:
+        return f"{head} {record.absent or 'not timed'}"
+    ratio = f", {record.against_ours:.2f}x ours" if record.against_ours else ""
+    return f"{head} {1e6 * record.timing.p50:.1f} us{ratio}"

@@ -1,0 +1,352 @@
+"""The kernels on one GPU: ceilings, extension, tests, benchmarks, targets. Under nine minutes.
+
+    python bench/gpu_kernels.py OUT           # writes OUT/results.json and OUT/results.md
+    python bench/gpu_kernels.py OUT --tiny    # the same path on a CPU: tests it, measures nothing
+    python bench/gpu_kernels.py --predict     # floors and predicted times, before measuring
+
+Runs from a checkout that need not be installed, on torch, triton, transformers, numpy, pytest and
+pytest-benchmark; Liger-Kernel and bitsandbytes are rows of the tables where they are installed.
+Every section is a process of its own with a time limit, and what it found is written when it ends:
+a kernel that crashes or hangs costs its own section.
+
+Exit status: 0; 1 where a section or a test failed or a result was wrong; 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TOTAL_SECONDS = 520
+# A worker stops starting cases this long before it would be killed.
+MARGIN_SECONDS = 15
+# Sections: the worker's name, and the seconds it may take.
+BENCHMARKS = {"K1": 85, "K2": 85, "K3a": 60, "K3b": 85, "K4": 25}
+OK, FAILED = "done", "failed"
+OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
+
+
+@dataclass
+class Run:
+    """What is found, written after every section.
+
+    Attributes:
+        folder: where to; parts: scratch files of the workers.
+        tiny: on a CPU, at small shapes.
+        results: the content of results.json.
+    """
+
+    folder: Path
+    parts: Path
+    tiny: bool
+    commit: str | None
+    deadline: float
+    results: dict[str, Any]
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def section(self, name: str, seconds: float, work: Callable[[float], str]) -> None:
+        """One section within its limit and what is left of the whole run's."""
+        limit = min(seconds, self.left())
+        if limit < MARGIN_SECONDS:
+            outcome, taken = "not run: out of time", 0.0
+        else:
+            print(f"== {name}: at most {limit:.0f} s, {self.left():.0f} s left", flush=True)
+            started = time.monotonic()
+            outcome = work(limit)
+            taken = time.monotonic() - started
+        print(f"== {name}: {outcome}, {taken:.0f} s", flush=True)
+        self.results["sections"].append({"name": name, "outcome": outcome, "seconds": taken})
+        self.write()
+
+    def write(self) -> None:
+        """results.json and results.md, as far as they are known."""
+        from ceilings import Ceilings
+        from harness import Record
+        from tables import results_page
+        from targets import targets
+
+        if self.results["ceilings"]:
+            records = [Record.from_json(entry) for entry in self.results["records"]]
+            verdicts = targets(Ceilings(**self.results["ceilings"]))
+            self.results["targets"] = [target.verdict(records) for target in verdicts]
+        text = json.dumps(self.results, indent=1, allow_nan=False)
+        (self.folder / "results.json").write_text(text + "\n")
+        (self.folder / "results.md").write_text(results_page(self.results))
+
+
+def environment() -> dict[str, str]:
+    """That of the sections: the checkout is importable, nothing is fetched."""
+    paths = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def start(command: Sequence[str | Path], log: Path | None = None) -> subprocess.Popen[bytes]:
+    """A section's process, leader of a group of its own; its output goes to `log` or to ours."""
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("wb")) if log else None
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT if log else None,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen[bytes], *, by: float) -> str:
+    """Wait until the monotonic time `by`, then end the process and all that it started."""
+    try:
+        status = process.wait(timeout=max(0.0, by - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "stopped: out of time"
+    return OK if status == 0 else f"{FAILED}: status {status}"
+
+
+# --- The sections ---------------------------------------------------------------------------------
+
+
+def run_worker(run: Run, name: str, limit: float) -> str:
+    """`name` in a process of its own, and its lines into the results."""
+    lines = run.parts / f"{name}.jsonl"
+    command = [sys.executable, __file__, str(run.parts), "--worker", name]
+    command += ["--seconds", str(limit - MARGIN_SECONDS), *(["--tiny"] if run.tiny else [])]
+    outcome = finish(start(command), by=time.monotonic() + limit)
+    for line in lines.read_text().splitlines() if lines.exists() else ():
+        entry = json.loads(line)
+        if name == "ceilings":
+            about = entry["about"]
+            run.results["about"] = {**about, "commit": run.commit or about["commit"]}
+            run.results["ceilings"] = entry["ceilings"]
+        else:
+            run.results["records"].append(entry)
+    return outcome
+
+
+def build_extension(run: Run, limit: float) -> str:
+    """In place, for this Python; placement has a torch path without it, so this is no failure."""
+    if run.tiny:
+        return "skipped: nothing is built at tiny shapes"
+    log = run.parts / "build.log"
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    outcome = finish(start(command, log), by=time.monotonic() + limit)
+    check = "from latentwire_fast import placement; raise SystemExit(not placement.has_extension())"
+    loads = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, env=environment(), capture_output=True, check=False
+    )
+    if loads.returncode == 0:
+        return OK
+    reason = next(reversed(log.read_text(errors="replace").strip().splitlines()), "no output")
+    return f"not built ({outcome}): {reason}"
+
+
+def device_tests(tiny: bool) -> tuple[list[Path], list[Path]]:
+    """Files whose tests all run kernels, and files with a few that need a GPU.
+
+    Not the compiling tests, which need no GPU.
+    """
+    kernels, others = [], []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        if "needs_kernels" in text:
+            kernels.append(path)
+        elif "pytest.mark.gpu" in text:
+            others.append(path)
+    return (kernels[:1], []) if tiny else (kernels, others)
+
+
+def run_tests(run: Run, limit: float) -> str:
+    """The kernels' files side by side (compiling takes most of their time), then the others."""
+    by = time.monotonic() + limit
+    base = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    # tests/conftest.py imports what a bare machine lacks; device_suite is the part of it that is
+    # needed here.
+    base += ["--noconftest", "-p", "device_suite"]
+    kernels, others = device_tests(run.tiny)
+    logs = {path: run.parts / f"{path.stem}.log" for path in (*kernels, *others)}
+    side_by_side = [start([*base, path], logs[path]) for path in kernels]
+    endings = [finish(process, by=by) for process in side_by_side]
+    endings += [finish(start([*base, "-m", "gpu", p], logs[p]), by=by) for p in others]
+    reports = [
+        report_of(path.name, logs[path].read_text(errors="replace"), ending)
+        for path, ending in zip(logs, endings, strict=True)
+    ]
+    run.results["tests"] = reports
+    for report in reports:
+        print(f"  {report['file']}: {report['passed']} passed, {report['failed']} failed, "
+              f"{report['skipped']} skipped. {report['note']}")  # fmt: skip
+    return FAILED if any(report["bad"] for report in reports) else OK
+
+
+def report_of(file: str, log: str, ending: str) -> dict[str, Any]:
+    """Counts from pytest's lines, which are there also when it was stopped."""
+    outcomes = OUTCOME.findall(log)
+    count = {word: sum(outcome == word for _, outcome in outcomes) for word in
+             ("PASSED", "FAILED", "ERROR", "SKIPPED")}  # fmt: skip
+    failed = count["FAILED"] + count["ERROR"]
+    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", log)
+    note, bad = "", ending != OK or failed > 0
+    if not outcomes and missing:
+        note, bad = f"needs {missing[1]}", False
+    elif failed:
+        note = "; ".join(name for name, word in outcomes if word in ("FAILED", "ERROR"))[:2000]
+    elif ending != OK:
+        note = f"{ending}: {next(reversed(log.strip().splitlines()), 'no output')[:200]}"
+    return {
+        "file": file,
+        "passed": count["PASSED"],
+        "failed": failed,
+        "skipped": count["SKIPPED"],
+        "note": note,
+        "bad": bad,
+    }
+
+
+# --- The workers ----------------------------------------------------------------------------------
+
+
+def work(name: str, folder: Path, seconds: float) -> None:
+    """One section, in its own process: lines of JSON into `folder / name.jsonl`."""
+    from ceilings import Ceilings, measure_ceilings
+    from harness import DEVICE, Record, run_cases
+
+    with (folder / f"{name}.jsonl").open("w", buffering=1) as out:
+        if name == "ceilings":
+            ceilings = measure_ceilings(DEVICE)
+            entry = {"about": about(ceilings.name), "ceilings": ceilings.to_json()}
+            out.write(json.dumps(entry) + "\n")
+            return
+
+        def keep(records: list[Record]) -> None:
+            out.writelines(json.dumps(record.to_json()) + "\n" for record in records)
+
+        known = json.loads((folder / "ceilings.jsonl").read_text())["ceilings"]
+        run_cases(cases_of(name), ceilings=Ceilings(**known), seconds=seconds, keep=keep)
+
+
+def cases_of(name: str, **options: bool) -> list[Any]:
+    """The cases of a section."""
+    if name == "K1":
+        from bench_quantize import cases
+    elif name == "K2":
+        from bench_adapter import cases
+    elif name == "K4":
+        from bench_placement import cases
+    else:
+        from bench_distill import hidden_cases, logits_cases
+
+        return (logits_cases if name == "K3a" else hidden_cases)(**options)
+    return cases(**options)
+
+
+def about(device: str) -> dict[str, str]:
+    """Where the numbers come from."""
+    from datetime import UTC, datetime
+    from importlib.metadata import PackageNotFoundError, version
+
+    from latentwire_fast.provenance import commit
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("torch", "triton", "transformers", "numpy", "liger-kernel", "bitsandbytes")
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {
+        "device": device,
+        "driver": driver,
+        "python": sys.version.split()[0],
+        **{package: installed(package) for package in packages},
+        "commit": commit() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def predict() -> None:
+    from tables import prediction_table
+
+    cases = [case for name in BENCHMARKS for case in cases_of(name, gpu=True)]
+    print(prediction_table(cases))
+
+
+def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> int:
+    """Every section in turn; the exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as parts:
+        empty: dict[str, Any] = {"about": {"device": "unknown"}, "ceilings": None, "targets": []}
+        run = Run(
+            *(folder, Path(parts), tiny, commit, time.monotonic() + seconds),
+            results={**empty, "sections": [], "tests": [], "records": []},
+        )
+        run.section("ceilings", 60, lambda limit: run_worker(run, "ceilings", limit))
+        if run.results["ceilings"] is None:
+            return 1
+        run.section("extension", 90, lambda limit: build_extension(run, limit))
+        run.section("tests", 110, lambda limit: run_tests(run, limit))
+        for name, most in BENCHMARKS.items():
+            run.section(name, most, lambda limit, name=name: run_worker(run, name, limit))
+    wrong = [r for r in run.results["records"] if (r["absent"] or "").startswith(("wrong", "fail"))]
+    failed = [s for s in run.results["sections"] if s["outcome"].startswith((FAILED, "stopped"))]
+    print((folder / "results.md").read_text())
+    print(f"written: {folder / 'results.json'}, {folder / 'results.md'}")
+    return 1 if wrong or failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="for results.json and results.md")
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, at shapes that mean nothing")
+    parser.add_argument("--predict", action="store_true", help="print floors and predicted times")
+    parser.add_argument("--commit", help="of this tree, where git cannot tell")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    if options.predict:
+        predict()
+        return 0
+    if options.folder is None:
+        parser.error("name the folder for the results")
+    if options.worker:
+        work(options.worker, options.folder, options.seconds)
+        return 0
+    import torch
+
+    if not (torch.cuda.is_available() or options.tiny):
+        print("gpu_kernels.py needs a CUDA device, and torch sees none", file=sys.stderr)
+        return 2
+    return run_all(
+        *(options.folder,), tiny=options.tiny, commit=options.commit, seconds=options.seconds
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
