@@ -1,0 +1,83 @@
+"""Causal attention without a mask, for forward passes that are captured in a graph or compiled.
+
+transformers leaves the mask out where `is_causal` says the same, but not under a CUDA graph capture
+(5.17) nor under `torch.compile`: there a mask `[B, 1, T, T]` is made, with it the flash kernels are
+out of reach, and grouped key/value heads are repeated in memory. Its flash_attention_2 path reads
+position ids on the host, which a capture forbids. A batch that is padded on the right needs no
+mask, and both kinds of reader then run this function: the same kernels, told `causal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+
+MASK_FREE = "latentwire_mask_free"
+_REPLACED = ("sdpa", "flash_attention_2")
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the last T of N positions: position i of them sees N - T + i + 1 keys.
+
+    Args:
+        query: `[B, heads, T, d_head]`; key, value: `[B, key/value heads, N, d_head]`, N >= T.
+        attention_mask: none; transformers makes none for an implementation it has no mask for.
+
+    Returns:
+        `[B, T, heads, d_head]`, and no attention weights.
+    """
+    assert attention_mask is None
+    queries, keys = query.shape[2], key.shape[2]
+    causal: dict[str, Any] = {"is_causal": True}
+    if queries != keys:  # torch's own `is_causal` would align the first positions
+        causal = {"attn_mask": causal_lower_right(queries, keys)}
+    out = scaled_dot_product_attention(
+        *(query, key, value), **causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(MASK_FREE, causal_attention)
+
+
+@contextmanager
+def mask_free(model: PreTrainedModel) -> Iterator[bool]:
+    """Inside the block, a model that uses torch's or flash attention runs `causal_attention`.
+
+    Yields:
+        Whether it does. A model with eager attention is left as it is, and needs its mask.
+    """
+    config = model.config.get_text_config(decoder=True)
+    own = config._attn_implementation
+    replaces = own in _REPLACED
+    if replaces:
+        config._attn_implementation = MASK_FREE
+    try:
+        yield replaces
+    finally:
+        config._attn_implementation = own
+
+
+def causal_mask(queries: int, keys: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What eager attention adds to its scores, `[1, 1, T, N]`: 0, or the dtype's least number."""
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+    mask = torch.zeros(1, 1, queries, keys, dtype=dtype, device=device)
+    return mask.masked_fill(hidden, torch.finfo(dtype).min)

@@ -1,0 +1,168 @@
+"""Prefills as CUDA graphs: one for each shape of batch, a bounded number of them.
+
+A captured pass reads its inputs from one fixed block, writes keys and values straight into a
+`StaticCache` of its own, and leaves its logits in one place; replaying it is one launch.
+
+Shapes: L layers, B rows, H key/value heads, T new positions, N cache length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+from latentwire_fast.prefill.batch import Batch, Shape
+from latentwire_fast.prefill.inputs import InputBuffer
+
+logger = logging.getLogger(__name__)
+
+# Passes before the capture: kernels are compiled and libraries set up, which a capture forbids.
+WARM_UPS = 2
+
+
+class WriteThroughLayer(CacheLayerMixin):
+    """Writes new keys and values into a static layer and hands back the part that is filled.
+
+    The static layer's own `update` hands back all N positions, most of them empty, which needs a
+    mask; a `DynamicCache` would have to be copied once more.
+
+    Args:
+        target: an initialised layer that holds `length` positions already.
+    """
+
+    def __init__(self, target: StaticLayer, *, length: int) -> None:
+        super().__init__()
+        self._target, self._length = target, length
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The target has its memory."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, length, d_head]` with these T positions at their end."""
+        start, self._length = self._length, self._length + key_states.shape[2]
+        keys, values = (
+            whole.narrow(2, 0, self._length) for whole in (self._target.keys, self._target.values)
+        )
+        keys[:, :, start:].copy_(key_states)
+        values[:, :, start:].copy_(value_states)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that `query_length` new positions see."""
+        return self._length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Positions held."""
+        return self._length
+
+    def get_max_length(self) -> int:
+        """Positions that fit."""
+        return self._target.max_cache_len
+
+
+def write_through(cache: StaticCache, *, length: int) -> Cache:
+    """A cache for one forward pass that writes into `cache` behind its first `length` positions."""
+    return Cache(layers=[WriteThroughLayer(layer, length=length) for layer in cache.layers])
+
+
+def set_length(cache: StaticCache, length: int) -> None:
+    """Make a static cache hold its first `length` positions, whatever it held."""
+    counters = [layer.cumulative_length for layer in cache.layers]
+    torch._foreach_zero_(counters)
+    torch._foreach_add_(counters, length)
+
+
+class GraphMemory:
+    """The pool that a receiver's graphs share, since no two of them run at the same time, and the
+    stream that memory in it belongs to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+class CapturedPass:
+    """One forward pass as a graph, with everything that it reads and writes.
+
+    Args:
+        forward: the pass; given input tensors, it writes into `cache` and returns logits `[B, V]`.
+        batch: one of those that it will serve, to warm up with.
+        cache: not yet used.
+        memory: see `GraphMemory`.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Mapping[str, Tensor]], Tensor],
+        batch: Batch,
+        *,
+        cache: StaticCache,
+        memory: GraphMemory,
+    ) -> None:
+        self.cache = cache
+        self.serial = 0
+        self._inputs = InputBuffer(batch.fields, device=memory.stream.device)
+        self._inputs.fill(batch.values())
+        memory.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(memory.stream):
+            for _ in range(WARM_UPS):
+                forward(self._inputs.tensors)
+        torch.cuda.current_stream().wait_stream(memory.stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=memory.pool, stream=memory.stream):
+            self._logits_BV = forward(self._inputs.tensors)
+        self._used = torch.cuda.Event()
+        self._used.record()
+
+    def fill(self, values: Mapping[str, np.ndarray]) -> None:
+        """Send new inputs off, behind whatever another stream still does with the last ones."""
+        torch.cuda.current_stream().wait_event(self._used)
+        self._inputs.fill(values)
+
+    def replay(self) -> Tensor:
+        """Run the pass on what was filled in. Returns a copy of its logits `[B, V]`."""
+        self.serial += 1
+        self._graph.replay()
+        logits_BV = self._logits_BV.clone()
+        self._used.record()
+        return logits_BV
+
+
+class PassCache:
+    """The captured passes of one receiver: the last used ones, at most `limit`.
+
+    A pass that is dropped stays in memory for as long as a result of it is in use.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.captures = 0
+        self._limit = limit
+        self._passes: OrderedDict[Shape, CapturedPass] = OrderedDict()
+
+    def get(self, shape: Shape, capture: Callable[[], CapturedPass]) -> CapturedPass:
+        """The pass for a shape, captured now if it is not there."""
+        found = self._passes.pop(shape, None)
+        if found is None:
+            while len(self._passes) >= self._limit:
+                dropped, _ = self._passes.popitem(last=False)
+                logger.info("dropped the graph for %s to make room for %s", dropped, shape)
+            found = capture()
+            self.captures += 1
+        self._passes[shape] = found
+        return found
+
+    @property
+    def shapes(self) -> Sequence[Shape]:
+        """What is captured, least recently used first."""
+        return list(self._passes)
