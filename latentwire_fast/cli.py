@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from latentwire_fast.errors import ConfigError, LatentWireError
+from latentwire_fast.errors import ConfigError, LatentWireError, RunStopped
+
+_ADVICE = {
+    errno.ENOSPC: "make room on that disk and run the same command again",
+    errno.EDQUOT: "make room on that disk and run the same command again",
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.EPERM: "check its permissions, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+}
 
 
 def run_entry_point(main: Callable[[], None]) -> None:
-    """Run `main`; what a user can mend becomes one line on stderr and exit status 2."""
+    """Run `main`; what a user can mend becomes one line on stderr and exit status 2.
+
+    A run that was stopped says so in one line too; its status is 130 (Ctrl-C) or 143 (SIGTERM).
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "accelerate", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main()
+    except RunStopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
     except (LatentWireError, OSError) as error:
         line = " ".join(part.strip() for part in str(error).splitlines())
-        print(f"error: {line}", file=sys.stderr)
+        advice = _ADVICE.get(error.errno) if isinstance(error, OSError) else None
+        print(f"error: {line}" + (f"; {advice}" if advice else ""), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

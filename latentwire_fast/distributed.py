@@ -9,9 +9,11 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 Key = TypeVar("Key", bound=Hashable)
+T = TypeVar("T")
 
 
 class Reducer:
@@ -29,6 +31,10 @@ class Reducer:
         if self.alone:
             return flag
         return bool(self._sum(torch.tensor(int(flag), device=self.accelerator.device)).item())
+
+    def each(self, value: T) -> list[T]:
+        """Every process's value, in the order of the processes."""
+        return [value] if self.alone else list(gather_object([value]))
 
     def counts(self, counts: Counter[Key]) -> Counter[Key]:
         """Counts of the global batch. Every process must have the same keys."""

@@ -1,7 +1,8 @@
 """Write the payload of a context.
 
-python -m latentwire_fast.encode --run runs/context --context note.txt --out note.lwire
-python -m latentwire_fast.encode --run runs/demo --context note.txt --question "Who?" --out q.lwire
+    python -m latentwire_fast.encode --run runs/context --context note.txt --out note.lwire
+    python -m latentwire_fast.encode --run runs/demo --context note.txt --question "Who?" \\
+        --out question.lwire
 """
 
 from __future__ import annotations
@@ -40,13 +41,17 @@ def main() -> None:
     quiet_libraries()
     from latentwire_fast import wire
     from latentwire_fast.data.text import read_text
+    from latentwire_fast.errors import ConfigError
     from latentwire_fast.interlingua import Interlingua
 
     text = read_text(args.context)
+    if args.question is not None and not args.question.strip():
+        raise ConfigError("--question is empty; write a question, or leave the option out")
     start = time.perf_counter()
     model = Interlingua.from_pretrained(args.run / "model")
     loaded = time.perf_counter()
     questions = None if args.question is None else [args.question]
+    model.encoder.check_length(text, args.question)
     payload = model.encode_payloads([text], questions, bits=args.bits)[0]
     encoded = time.perf_counter()
     wire.write_payloads(args.out, [payload])

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latentwire_fast.batching import PromptBatch, collate
 from latentwire_fast.config import EncoderConfig
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.prompts import Prompt, PromptBuilder, Turn, context_text, full_text
 
 Texts = Sequence[str]
@@ -72,6 +72,16 @@ class LMEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.d_z)
 
+    def check_length(self, context: str, question: str | None = None) -> None:
+        """Raise unless the encoder reads all of a text: in context mode `forward` cuts what is
+        longer.
+
+        Raises:
+            DataError: more than `max_tokens`.
+        """
+        text = context_text(context) if question is None else full_text(context, question)
+        _check_length(len(self.prompts.text_ids(text)), self.config.max_tokens, "tokens")
+
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
         prompts = []
@@ -118,6 +128,13 @@ class LMEncoder(nn.Module):
             return length
         latents = self.config.latents
         return [-(-(k + 1) * length // latents) for k in range(latents)]
+
+
+def _check_length(length: int, limit: int, unit: str) -> None:
+    if length > limit:
+        raise DataError(
+            f"the text has {length:,} {unit}, the encoder reads {limit:,}; cut it into several"
+        )
 
 
 def pool_spans(hidden_BTD: Tensor, lengths_B: Tensor, spans: int) -> Tensor:
@@ -173,6 +190,15 @@ class ByteEncoder(nn.Module):
         self.refine = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.d_z)
+
+    def check_length(self, context: str, question: str | None = None) -> None:
+        """Raise unless the encoder reads all of a text.
+
+        Raises:
+            DataError: more than `byte_max` bytes.
+        """
+        text = context_text(context) if question is None else full_text(context, question)
+        _check_length(len(text.encode()), self.config.byte_max, "bytes")
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32. Texts beyond `byte_max` bytes are cut."""

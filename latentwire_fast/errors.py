@@ -29,3 +29,15 @@ class KernelError(LatentWireError, RuntimeError):
 
 class TrainingError(LatentWireError, RuntimeError):
     """A run that cannot go on: a non-finite loss, memory that does not suffice, a second writer."""
+
+
+class RunStopped(TrainingError):
+    """A run that a signal asked to stop, and that has saved all of itself.
+
+    Attributes:
+        status: the exit status that a shell expects then: 128 and the number of the signal.
+    """
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status

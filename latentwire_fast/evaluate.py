@@ -1,8 +1,8 @@
 """Evaluate a trained run, or score a file of predictions.
 
-python -m latentwire_fast.evaluate --run runs/demo
-python -m latentwire_fast.evaluate --run runs/demo --fresh-seed 7 --examples 200 --out fresh.json
-python -m latentwire_fast.evaluate score --data squad.json --predictions predictions.json
+    python -m latentwire_fast.evaluate --run runs/demo
+    python -m latentwire_fast.evaluate --run runs/demo --fresh-seed 7 --examples 200 --out new.json
+    python -m latentwire_fast.evaluate score --data squad.json --predictions predictions.json
 """
 
 from __future__ import annotations

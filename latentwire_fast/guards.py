@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from latentwire_fast.checkpoint import parameter_digest, write_atomically
+from latentwire_fast.checkpoint import parameter_digest
 from latentwire_fast.errors import TrainingError
+from latentwire_fast.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

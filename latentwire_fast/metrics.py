@@ -145,22 +145,6 @@ def reciprocal_rank(ranked: Sequence[Any], relevant: set[Any], *, limit: int = 1
     return 0.0
 
 
-def nll_per_token(nll_sums: Sequence[float], token_counts: Sequence[int]) -> float:
-    """NLL per answer token in nats: total NLL over total tokens, not a mean of means.
-
-    Args:
-        nll_sums: per example, the NLL summed over its answer tokens.
-        token_counts: per example, how many tokens that is.
-
-    Raises:
-        ValueError: no tokens, or lists of different lengths.
-    """
-    numerators, denominators = _paired(nll_sums, token_counts, name="nll_per_token")
-    if denominators.sum() <= 0:
-        raise ValueError("nll_per_token: no answer tokens")
-    return float(numerators.sum() / denominators.sum())
-
-
 def uniform_nll(vocab_size: int) -> float:
     """ln V: what a uniform guess costs per token. A text baseline above it is a broken metric."""
     return math.log(vocab_size)

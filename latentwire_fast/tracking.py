@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from latentwire_fast.checkpoint import write_atomically
+from latentwire_fast.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -12,35 +12,29 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from latentwire_fast.checkpoint import (
-    RunLock,
+    Checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    load_optimizer_state,
-    optimizer_state,
     parameter_digest,
-    publish_folder,
-    restore_rng_state,
-    rng_state,
     save_checkpoint,
-    write_atomically,
 )
 from latentwire_fast.config import RunConfig, StageConfig, to_json
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
 from latentwire_fast.distributed import Reducer
-from latentwire_fast.errors import CheckpointError, ConfigError, TrainingError
+from latentwire_fast.errors import CheckpointError, ConfigError, RunStopped
 from latentwire_fast.guards import (
     FrozenGuard,
     MicroLoss,
@@ -52,7 +46,15 @@ from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
 from latentwire_fast.objectives import Objectives, Work
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
 from latentwire_fast.reader import Reader, load_readers
+from latentwire_fast.run_state import (
+    load_optimizer_state,
+    optimizer_state,
+    restore_rng_state,
+    rng_state,
+)
 from latentwire_fast.schedules import facts_at, lr_factor
+from latentwire_fast.signals import StopSignals
+from latentwire_fast.storage import RunLock, publish_folder, write_atomically
 from latentwire_fast.teacher import TeacherCache
 from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
 
@@ -110,7 +112,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=precision)
         self.reducer = Reducer(self.accelerator)
         self.progress = progress and self.accelerator.is_main_process
-        self._stopping = False
+        self.signals = StopSignals()
 
     @property
     def model_dir(self) -> Path:
@@ -127,7 +129,8 @@ class Trainer:
 
         Raises:
             ConfigError: the folder holds a run with another configuration.
-            TrainingError: stopped, non-finite values, a second writer, or readers that changed.
+            RunStopped: by a signal, and saved; the same call goes on.
+            TrainingError: non-finite values, a second writer, or readers that changed.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         lock = (
@@ -143,7 +146,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 text = json.dumps(to_json(self.config), indent=2) + "\n"
                 write_atomically(self.run_dir / "config.json", text)
-            with self._signals(), self._tracker() as tracker:
+            with self.signals, self._tracker() as tracker:
                 self._loop(tracker)
             self._finish()
 
@@ -198,6 +201,9 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.micro_batch = config.optim.micro_batch or config.optim.batch_size
+        if self.accelerator.process_index:
+            # The weights above are drawn alike everywhere, the dropout of the steps is not.
+            set_seed(config.seed, device_specific=True)
         self._restore()
 
     def _restore(self) -> None:
@@ -215,27 +221,44 @@ class Trainer:
             tensors=checkpoint.tensors["optimizer"],
             state=checkpoint.state["optimizer"],
         )
-        restore_rng_state({}, tensors=checkpoint.tensors["rng"], state=checkpoint.state["rng"])
+        self._restore_rng(checkpoint)
         self.spikes.state = checkpoint.state["spikes"]
         self.seconds = checkpoint.state["seconds"]
         self.micro_batch = checkpoint.state["micro_batch"]
         self.step = checkpoint.step
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
+    def _restore_rng(self, checkpoint: Checkpoint) -> None:
+        """This process's own random state; another number of processes than saved is a warning."""
+        saved, rank = checkpoint.state["rng"], self.accelerator.process_index
+        if len(saved) != self.accelerator.num_processes:
+            logger.warning(
+                "saved by %d processes, resumed by %d: random numbers (dropout) will differ",
+                len(saved),
+                self.accelerator.num_processes,
+            )
+        if rank < len(saved):
+            tensors = checkpoint.tensors[f"rng.{rank}"]
+            restore_rng_state({}, tensors=tensors, state=saved[rank])
+
     def save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step: called by every process, done by the main one."""
+        rng = self.reducer.each(rng_state({}))
         if not self.accelerator.is_main_process:
             return
         model = self.model.trained_state()
         optimizer_tensors, optimizer_json = optimizer_state(self.optimizers, self.named)
-        rng_tensors, rng_json = rng_state({})
         save_checkpoint(
             self.run_dir / "checkpoints",
             step=self.step,
-            tensors={"model": model, "optimizer": optimizer_tensors, "rng": rng_tensors},
+            tensors={
+                "model": model,
+                "optimizer": optimizer_tensors,
+                **{f"rng.{rank}": tensors for rank, (tensors, _) in enumerate(rng)},
+            },
             state={
                 "optimizer": optimizer_json,
-                "rng": rng_json,
+                "rng": [values for _, values in rng],
                 "spikes": self.spikes.state,
                 "seconds": self.seconds,
                 "micro_batch": self.micro_batch,
@@ -249,28 +272,6 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return contextlib.nullcontext()
         return Tracker(self.run_dir, resume_step=self.step - 1 if self.step else None)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM lets the step end and saves; a second SIGINT interrupts at
-        once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stopping and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stopping = True
-
-        try:
-            old = {
-                number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        except ValueError:  # not the main thread: the host program handles its own signals
-            old = {}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     def _loop(self, tracker: Tracker | None) -> None:
         config = self.config
@@ -291,7 +292,7 @@ class Trainer:
                     if tracker is not None:
                         tracker.log(record)
                     bar.set_postfix_str(_postfix(record))
-                if self.reducer.any(self._stopping):
+                if self.reducer.any(self.signals.number is not None):
                     self._save_and_stop()
                 if self.step % config.save_every == 0 or self.step == config.total_steps:
                     self.save()
@@ -299,9 +300,10 @@ class Trainer:
     def _save_and_stop(self) -> None:
         self.save()
         self.accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
-        raise TrainingError(
+        raise RunStopped(
             f"stopped by a signal after step {self.step} of {self.config.total_steps}; "
-            "everything is saved. Run the same command to go on"
+            "everything is saved. Run the same command to go on",
+            status=128 + (self.signals.number or signal.SIGTERM),  # it may have come to another
         )
 
     def _active(self) -> list[str]:
@@ -353,8 +355,8 @@ class Trainer:
         logged = self.step % config.log_every == 0 or self.step + 1 == config.total_steps
         norms = {}
         if logged:
-            modules = {"encoder": self.model.encoder, **dict(self.model.adapters.items())}
-            norms = module_gradient_norms(modules)
+            trained = {name: torch.nn.ModuleDict(self.model.parts(name)) for name in self.readers}
+            norms = module_gradient_norms({"encoder": self.model.encoder, **trained})
         self.nonfinite.check(
             loss,
             step=self.step,
@@ -403,7 +405,7 @@ class Trainer:
             "grad_norm": norm.item(),
             "grad_norms": norms,
             "latent": latent_statistics(latent),
-            "rms": {name: self.model.adapter(name).rms(latent) for name in self.readers},
+            "rms": {name: self.model.prefix_rms(name, latent) for name in self.readers},
             "tokens_per_second": tokens_per_second,
             "seconds": self.seconds,
         }
@@ -413,8 +415,14 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         temporary = self.run_dir / "model.tmp"
-        self.model.eval().save_pretrained(temporary)
-        publish_folder(temporary, self.model_dir)
+        try:
+            self.model.eval().save_pretrained(temporary)
+            publish_folder(temporary, self.model_dir)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"could not save the model in {self.run_dir}: {error}; the training is in its last "
+                "checkpoint. Make room or fix the folder's permissions, then run the same command"
+            ) from error
 
 
 def _postfix(record: dict[str, Any]) -> str:

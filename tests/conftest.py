@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["readers"]
+pytest_plugins = ["readers", "crashes"]
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -22,11 +22,11 @@ FLOORS = [
     "_C kernels",
     "errors reference",
     "ops placement optim",
-    "wire config presets checkpoint distributed cli",
+    "storage run_state wire config presets checkpoint distributed cli",
     "prompts batching encoders adapters prefix kv_cache",
     "reader",
     "interlingua teacher objectives schedules baselines metrics data testbed",
-    "results hypotheses outcome guards tracking provenance",
+    "results hypotheses outcome guards signals tracking provenance",
     "trainer evaluator score report summary prefill",
     "train evaluate encode generate",
 ]

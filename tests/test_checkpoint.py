@@ -1,52 +1,37 @@
 """Checkpoints survive crashes, damage and full disks, and restore every bit.
 
 The ids in test names are those of the reliability requirements.
-
-Tests that end processes run this file as a script: a small process without threads, so that it can
-fork one child per case.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import pickle
 import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentwire_fast import checkpoint
+from crashes import CRASHED, STEPS, Disk, InScript, failing, in_child
+from latentwire_fast import checkpoint, storage
 from latentwire_fast.checkpoint import (
-    RunLock,
     latest_checkpoint,
     load_checkpoint,
-    load_optimizer_state,
-    optimizer_state,
     parameter_digest,
     read_tensors,
-    restore_rng_state,
-    rng_state,
     save_checkpoint,
     verify_checkpoint,
-    write_atomically,
 )
 from latentwire_fast.errors import CheckpointError, TrainingError
-
-STEPS = ("create", "write_tensors", "write_text", "sync", "rename", "remove")
+from latentwire_fast.storage import RunLock, file_entry
 
 
 def save(folder: Path, step: int, *, keep: int = 2, mark: int | None = None) -> Path:
@@ -67,23 +52,6 @@ def load_mark(path: Path) -> tuple[int, int]:
     assert len(values) == 3
     assert all(bool((tensor == mark).all()) for tensor in values)
     return loaded.step, mark
-
-
-class Disk(checkpoint._Disk):
-    """The disk of a save with something done round each step: `around(name, path, do)`."""
-
-    def __init__(self, around: Callable[[str, Path, Callable[[], None]], None]) -> None:
-        for name in STEPS:
-            real = getattr(checkpoint._Disk, name).__get__(self)
-            setattr(self, name, self._wrapped(name, real, around))
-
-    @staticmethod
-    def _wrapped(name: str, real: Callable, around: Callable) -> Callable:
-        return lambda path, *rest: around(name, path, lambda: real(path, *rest))
-
-
-def test_disk_steps_are_all_known() -> None:
-    assert {name for name in vars(checkpoint._Disk) if name[0] != "_"} == set(STEPS)
 
 
 # --- saving and loading -------------------------------------------------------------------------
@@ -165,19 +133,6 @@ def test_bad_arguments_write_nothing(tmp_path: Path, change: dict, message: str)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["write_text", "sync", "rename"])
-def test_c5_a_failing_text_write_leaves_the_old_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    path = tmp_path / "report.json"
-    write_atomically(path, "old")
-    monkeypatch.setattr(checkpoint, "_disk", Disk(failing(step, errno.EIO)))
-    with pytest.raises(OSError, match="simulated"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     assert {file.stat().st_mode for file in path.iterdir()} == {
@@ -186,33 +141,6 @@ def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
 
 
 # --- C1, C2: ends of the process ----------------------------------------------------------------
-
-
-def in_script(case: str, folder: Path) -> dict:
-    """Run `case_NAME(folder)` of this file in a process of its own; what it returned."""
-    process = subprocess.run(
-        [sys.executable, __file__, case, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
-
-
-def in_child(act: Callable[[], object]) -> int:
-    """Fork, run `act` in the child, return its exit status (0 when `act` came to its end)."""
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            act()
-            os._exit(0)
-        os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-CRASHED = 77
 
 
 def crashing(at: int, when: str, log: Path) -> Callable[[str, Path, Callable[[], None]], None]:
@@ -249,7 +177,7 @@ def test_c1_what_is_renamed_is_on_disk_and_nothing_is_deleted_before(
         steps.append((name, path.name))
         do()
 
-    monkeypatch.setattr(checkpoint, "_disk", Disk(around))
+    monkeypatch.setattr(storage, "disk", Disk(around))
     save(tmp_path, 2, keep=1)
     assert steps == [
         ("create", ".step-00000002.tmp"),
@@ -290,7 +218,7 @@ def case_crash(root: Path) -> dict:
                     shutil.copytree(before, folder)
 
                 def act(folder=folder, at=at, when=when, step=step, mark=mark, keep=keep) -> None:
-                    checkpoint._disk = Disk(crashing(at, when, log))
+                    storage.disk = Disk(crashing(at, when, log))
                     save(folder, step, mark=mark, keep=keep)
 
                 status = in_child(act)
@@ -307,9 +235,9 @@ def case_crash(root: Path) -> dict:
     return {"cases": cases, "seen": sorted(seen)}
 
 
-def test_c1_crash_at_every_disk_step(tmp_path: Path) -> None:
+def test_c1_crash_at_every_disk_step(in_script: InScript, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
-    result = in_script("crash", tmp_path / "root")
+    result = in_script(case_crash, tmp_path / "root")
     assert set(result["seen"]) == {f"{s} {when}" for s in STEPS for when in ("torn", "after")}
     assert result["cases"] > 100
 
@@ -345,8 +273,8 @@ def case_kill(root: Path) -> dict:
     return {"rounds": rounds, "in_save": in_save, "last": step}
 
 
-def test_c2_sigkill_at_random_instants(tmp_path: Path) -> None:
-    result = in_script("kill", tmp_path)
+def test_c2_sigkill_at_random_instants(in_script: InScript, tmp_path: Path) -> None:
+    result = in_script(case_kill, tmp_path)
     assert result["rounds"] == 20
     assert result["in_save"] >= 5, "too few kills fell into a save"
     assert result["last"] > 20, "too few saves to speak of"
@@ -420,8 +348,8 @@ def test_c4_all_damaged_is_an_error(tmp_path: Path) -> None:
         "[]",
         "null",
         "{}",
-        '{"format": 1, "files": []}',
-        '{"format": 2, "files": {}}',
+        '{"format": 2, "files": []}',
+        '{"format": 3, "files": {}}',
         "[" * 10**5,
     ],
 )
@@ -441,27 +369,6 @@ def test_c4_an_overlong_manifest_is_not_read(tmp_path: Path) -> None:
 
 
 # --- C5: a disk that refuses --------------------------------------------------------------------
-
-
-def failing(
-    step: str, code: int, *, nth: int = 1
-) -> Callable[[str, Path, Callable[[], None]], None]:
-    """The `nth` disk step of a kind raises; a failing write leaves a torn file."""
-    count = 0
-
-    def around(name: str, path: Path, do: Callable[[], None]) -> None:
-        nonlocal count
-        count += name == step
-        if name != step or count != nth:
-            do()
-            return
-        if name.startswith("write"):
-            path.write_bytes(b"torn")
-        message = f"simulated: {os.strerror(code)}"
-        # safetensors reports its own I/O errors
-        raise SafetensorError(message) if step == "write_tensors" else OSError(code, message)
-
-    return around
 
 
 @pytest.mark.parametrize("existing", [1, 2], ids=["next", "replace"])
@@ -484,7 +391,7 @@ def test_c5_a_refusing_disk_raises_and_leaves_the_old(
 ) -> None:
     old = save(tmp_path, existing)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_disk", Disk(failing(step, code, nth=nth)))
+        patch.setattr(storage, "disk", Disk(failing(step, code, nth=nth)))
         with pytest.raises(CheckpointError, match=r"could not save step 2 .*simulated"):
             save(tmp_path, 2, mark=20)
     assert list(tmp_path.iterdir()) == [old]
@@ -496,7 +403,7 @@ def test_c5_failing_second_rename_of_a_replacement_puts_the_old_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_disk", Disk(failing("rename", errno.EIO, nth=2)))
+    monkeypatch.setattr(storage, "disk", Disk(failing("rename", errno.EIO, nth=2)))
     with pytest.raises(CheckpointError, match="simulated"):
         save(tmp_path, 1, mark=10)
     assert list(tmp_path.iterdir()) == [path]
@@ -510,7 +417,7 @@ def test_c5_a_failing_last_sync_raises_and_something_complete_loads(
     """The new checkpoint is in place, but nobody may rely on it: the caller learns, both load."""
     save(tmp_path, existing)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_disk", Disk(failing("sync", errno.EIO, nth=6)))
+        patch.setattr(storage, "disk", Disk(failing("sync", errno.EIO, nth=6)))
         with pytest.raises(CheckpointError, match="simulated"):
             save(tmp_path, 2, mark=20)
     assert load_mark(tmp_path) == (2, 20)
@@ -523,7 +430,7 @@ def test_c5_an_undeletable_old_checkpoint_is_a_warning(
 ) -> None:
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_disk", Disk(failing("remove", errno.EACCES)))
+        patch.setattr(storage, "disk", Disk(failing("remove", errno.EACCES)))
         save(tmp_path, 2, keep=1)
     assert "could not delete the retired checkpoint" in caplog.text
     assert load_mark(tmp_path) == (2, 2)
@@ -546,8 +453,8 @@ def case_limit(root: Path) -> dict:
     return {"status": status, "loads": load_mark(root), "files": [p.name for p in root.iterdir()]}
 
 
-def test_c5_a_real_limit_of_the_kernel(tmp_path: Path) -> None:
-    result = in_script("limit", tmp_path)
+def test_c5_a_real_limit_of_the_kernel(in_script: InScript, tmp_path: Path) -> None:
+    result = in_script(case_limit, tmp_path)
     assert result == {"status": CRASHED, "loads": [1, 1], "files": ["step-00000001"]}
 
 
@@ -575,62 +482,12 @@ def case_read_only(root: Path) -> dict:
     return {"status": status, "loads": load_mark(root), "files": [p.name for p in root.iterdir()]}
 
 
-def test_c5_a_real_read_only_folder(tmp_path: Path) -> None:
+def test_c5_a_real_read_only_folder(in_script: InScript, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    result = in_script("read_only", folder)
+    result = in_script(case_read_only, folder)
     folder.chmod(0o755)
     assert result == {"status": CRASHED, "loads": [1, 1], "files": ["step-00000001"]}
-
-
-# --- C6: two writers ----------------------------------------------------------------------------
-
-
-def test_c6_the_second_writer_refuses(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "run"):
-        with (
-            pytest.raises(TrainingError, match=f"in use by process {os.getpid()}"),
-            RunLock(tmp_path / "run"),
-        ):
-            pytest.fail("two writers")
-        with RunLock(tmp_path / "other"):
-            pass
-    with RunLock(tmp_path / "run"):
-        pass
-
-
-def case_lock(root: Path) -> dict:
-    """C6 across processes: refused while another process lives, free once it was killed."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with RunLock(root):
-            os.write(writing, b"held")
-            time.sleep(300)
-    os.read(reading, 4)
-    try:
-        with RunLock(root):
-            refusal = ""
-    except TrainingError as error:
-        refusal = str(error)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with RunLock(root):
-        return {"child": child, "refusal": refusal}
-
-
-def test_c6_across_processes(tmp_path: Path) -> None:
-    result = in_script("lock", tmp_path)
-    assert f"in use by process {result['child']}" in result["refusal"]
-
-
-def test_c6_a_run_folder_that_cannot_be_one(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(TrainingError, match="cannot write to run folder"),
-        RunLock(tmp_path / "file"),
-    ):
-        pass
 
 
 # --- S2: hostile files --------------------------------------------------------------------------
@@ -657,7 +514,7 @@ def test_s2_a_disguised_pickle_is_rejected_and_not_run(tmp_path: Path, how: str)
         torch.save({"weight": Bomb(effect)}, model)
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         read_tensors(model)
-    files = {name: checkpoint.file_entry(path / name) for name in FILES[:3]}
+    files = {name: file_entry(path / name) for name in FILES[:3]}
     (path / "manifest.json").write_text(checkpoint._manifest_text(1, files))
     verify_checkpoint(path)  # an attacker writes a manifest that fits
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
@@ -692,156 +549,3 @@ def test_digest_depends_on_names_dtypes_shapes_and_bytes() -> None:
 def test_digest_takes_every_dtype() -> None:
     for dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64):
         assert len(parameter_digest([("x", torch.ones(3).to(dtype)), ("e", torch.empty(0))])) == 64
-
-
-# --- optimisers and random generators -----------------------------------------------------------
-
-
-class Net(nn.Module):
-    def __init__(self, *, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.body = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3), nn.Linear(16, 16))
-        self.norm = nn.LayerNorm(16)
-        self.register_parameter("unused", nn.Parameter(torch.zeros(2)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.body(x))
-
-
-def optimizers_of(net: Net, *, backwards: bool = False) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in net.parameters() if p.dim() == 2]
-    others = [p for p in net.parameters() if p.dim() != 2]
-    if backwards:
-        matrices, others = matrices[::-1], others[::-1]
-    result: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95),
-        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), amsgrad=True),
-        torch.optim.NAdam([nn.Parameter(torch.zeros(1))], lr=1e-3),
-    ]
-    net.register_parameter("extra", result[2].param_groups[0]["params"][0])
-    for optimizer in result:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return result
-
-
-def train(net: Net, optimizers: list[torch.optim.Optimizer], rng: random.Random) -> list[float]:
-    losses = []
-    for step in range(5):
-        rows = torch.randn(8, 16) * rng.uniform(0.5, 1.5) + float(np.random.rand())  # noqa: NPY002
-        loss = net(rows).square().mean() + net.get_parameter("extra").cos().sum()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["base_lr"] / (step + 1)
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def save_all(
-    folder: Path, net: Net, optimizers: list[torch.optim.Optimizer], rng: random.Random
-) -> None:
-    optimizer_tensors, optimizer_json = optimizer_state(optimizers, net.named_parameters())
-    rng_tensors, rng_json = rng_state({"data": rng})
-    tensors = {"model": net.state_dict(), "optimizer": optimizer_tensors, "rng": rng_tensors}
-    save_checkpoint(
-        folder, step=5, tensors=tensors, state={"optimizer": optimizer_json, "rng": rng_json}
-    )
-
-
-def test_training_goes_on_bit_exactly_from_a_checkpoint(tmp_path: Path) -> None:
-    net, rng = Net(seed=1), random.Random(5)
-    optimizers = optimizers_of(net)
-    train(net, optimizers, rng)
-    rng.gauss(0, 1)  # leaves a second value in the generator's state
-    save_all(tmp_path, net, optimizers, rng)
-    losses = train(net, optimizers, rng)
-    numbers = (rng.gauss(0, 1), random.random(), float(np.random.rand()))  # noqa: NPY002
-
-    loaded = load_checkpoint(tmp_path)
-    again, rng_again = Net(seed=2), random.Random(6)
-    optimizers_again = optimizers_of(again, backwards=True)
-    again.load_state_dict(loaded.tensors["model"])
-    load_optimizer_state(
-        optimizers_again,
-        again.named_parameters(),
-        tensors=loaded.tensors["optimizer"],
-        state=loaded.state["optimizer"],
-    )
-    digest = parameter_digest(loaded.tensors["optimizer"].items())
-    restore_rng_state({"data": rng_again}, tensors=loaded.tensors["rng"], state=loaded.state["rng"])
-    assert train(again, optimizers_again, rng_again) == losses
-    assert parameter_digest(again.named_parameters()) == parameter_digest(net.named_parameters())
-    assert optimizer_state(optimizers, net.named_parameters())[1]["optimizers"][0]["groups"][0][
-        "ns_coefficients"
-    ] == (3.4445, -4.775, 2.0315)
-    ended, _ = optimizer_state(optimizers, net.named_parameters())
-    ended_again, _ = optimizer_state(optimizers_again, again.named_parameters())
-    assert parameter_digest(ended.items()) == parameter_digest(ended_again.items())
-    assert parameter_digest(loaded.tensors["optimizer"].items()) == digest, "updated in place"
-    assert numbers == (rng_again.gauss(0, 1), random.random(), float(np.random.rand()))  # noqa: NPY002
-
-
-@pytest.mark.parametrize("change", ["kind", "number", "parameters", "groups", "unnamed"])
-def test_optimisers_of_another_run_are_refused_unchanged(change: str) -> None:
-    net = Net(seed=1)
-    optimizers = optimizers_of(net)
-    train(net, optimizers, random.Random(0))
-    tensors, state = optimizer_state(optimizers, net.named_parameters())
-    other = Net(seed=2)
-    fresh = optimizers_of(other)
-    named = list(other.named_parameters())
-    if change == "kind":
-        fresh[1] = torch.optim.Adam(fresh[1].param_groups[0]["params"])
-    elif change == "number":
-        fresh.pop()
-    elif change == "parameters":
-        fresh[1] = torch.optim.AdamW(fresh[1].param_groups[0]["params"][:-1])
-    elif change == "groups":
-        parameters = fresh[1].param_groups[0]["params"]
-        fresh[1] = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:]}])
-    else:
-        named = named[1:]
-    with pytest.raises(CheckpointError, match="optimiser"):
-        load_optimizer_state(fresh, named, tensors=tensors, state=state)
-    assert all(not optimizer.state for optimizer in fresh)
-    if change == "unnamed":
-        with pytest.raises(CheckpointError, match="not among the named parameters"):
-            optimizer_state(fresh, named)
-
-
-def test_random_generators_of_another_run_are_refused() -> None:
-    tensors, state = rng_state({"data": random.Random(1)})
-    with pytest.raises(CheckpointError, match=r"\['data'\].*\['order'\]"):
-        restore_rng_state({"order": random.Random(1)}, tensors=tensors, state=state)
-
-
-def test_other_number_of_devices_warns(caplog: pytest.LogCaptureFixture) -> None:
-    tensors, state = rng_state({})
-    extra = {f"cuda.{torch.cuda.device_count()}": tensors["cpu"]}
-    restore_rng_state({}, tensors={**tensors, **extra}, state=state)
-    assert "random numbers on them will differ" in caplog.text
-
-
-@pytest.mark.gpu
-def test_cuda_generators_round_trip(tmp_path: Path) -> None:
-    tensors, state = rng_state({})
-    save_checkpoint(tmp_path, step=1, tensors={"rng": tensors}, state=state)
-    drawn = torch.rand(8, device="cuda")
-    loaded = load_checkpoint(tmp_path)
-    restore_rng_state({}, tensors=loaded.tensors["rng"], state=loaded.state)
-    assert torch.equal(torch.rand(8, device="cuda"), drawn)
-
-
-@pytest.fixture(autouse=True)
-def _global_generators_as_before() -> Iterator[None]:
-    tensors, state = rng_state({})
-    yield
-    restore_rng_state({}, tensors=tensors, state=state)
-
-
-if __name__ == "__main__":
-    result = globals()[f"case_{sys.argv[1]}"](Path(sys.argv[2]))
-    sys.stdout.write(json.dumps(result))

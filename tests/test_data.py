@@ -107,6 +107,10 @@ _Q = ("data", 0, "paragraphs", 1, "qas", 1)
         (_edit((*_Q, "answers"), []), r"paragraph 1, question 1: no answers; .*is_impossible"),
         (_edit((*_Q, "answers", 2), "river"), r"question 1, answer 2: no 'text' \(found str\)"),
         (_edit((*_Q, "id"), "q0-1"), r"question 1: id 'q0-1' .*article 0, paragraph 0, question 1"),
+        (
+            _edit((*_Q[:4], "context"), "so \ud83d"),
+            r"'context' holds half of a surrogate .*character 3",
+        ),
         (_edit(("data",), []), r"holds no questions"),
         (lambda data: [data], r"found list"),
     ],
@@ -125,6 +129,9 @@ def test_unreadable_squad(tmp_path: Path) -> None:
         load_squad(path)
     path.write_bytes(b'{"data": "\xff"}')
     with pytest.raises(DataError, match=r"not UTF-8 .*byte 10"):
+        load_squad(path)
+    path.write_text("[" * 10**5)
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         load_squad(path)
     with pytest.raises(DataError, match="no such file"):
         load_squad(tmp_path / "none.json")

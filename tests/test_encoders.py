@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from latentwire_fast.config import EncoderConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder, pool_spans, rms_normalize
+from latentwire_fast.errors import DataError
 from latentwire_fast.interlingua import build_encoder
 from latentwire_fast.reader import Reader
 
@@ -45,6 +46,19 @@ def texts(examples: list[Example]) -> tuple[list[str], list[str]]:
 
 
 # --- one latent per text ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", [None, "Who?"], ids=["context", "pure"])
+def test_the_longest_text_that_is_read(encoder: Encoder, question: str | None) -> None:
+    if encoder.config.kind == "byte":
+        limit, unit = encoder.config.byte_max, "bytes"
+    else:
+        limit, unit = encoder.config.max_tokens, "tokens"
+    encoder.check_length("short", question)
+    with pytest.raises(
+        DataError, match=rf"the text has [\d,]+ {unit}, the encoder reads {limit:,}"
+    ):
+        encoder.check_length("long " * limit, question)
 
 
 @pytest.mark.parametrize("pure", [False, True], ids=["context", "pure"])

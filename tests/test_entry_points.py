@@ -8,24 +8,29 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from latentwire_fast import wire
-from latentwire_fast.checkpoint import RunLock
+from latentwire_fast.checkpoint import load_checkpoint
 from latentwire_fast.cli import parse_pairs, run_entry_point
 from latentwire_fast.config import StageConfig
 from latentwire_fast.data.sources import in_split
-from latentwire_fast.errors import ConfigError, TrainingError
+from latentwire_fast.errors import ConfigError, RunStopped, TrainingError
+from latentwire_fast.storage import RunLock
 from latentwire_fast.testbed.task import make_examples
-from runs import contents, model_digest, squad_file, tiny_config, train
+from runs import contents, model_digest, records, squad_file, tiny_config, train
 
+STEPS = 40
 WIDTHS = ["16", "8", "6", "4"]
 CONTEXT = "Nulnak is already 94 years old. The dog of Bakrim is named Fosvun."
 
@@ -38,21 +43,28 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def command(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def start(module: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """`python -m latentwire_fast.MODULE ARGUMENTS` in a process of its own."""
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", f"latentwire_fast.{module}", *map(str, arguments)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=1200,
-        check=False,
         env={
             **os.environ,
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(sys.path),
         },
+        **options,
     )
+
+
+def command(module: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The same, when it has ended."""
+    process = start(module, *arguments, **options)
+    output, errors = process.communicate(timeout=1200)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def done(module: str, *arguments: object) -> str:
@@ -198,6 +210,54 @@ def test_encode_and_generate_meet_over_a_file_of_bytes(run_dir: Path, tmp_path: 
         assert lines[1].startswith("answer: ")
         assert lines[2].startswith(f"{size} bytes, payload to prefix ")
         assert len(lines) == 3
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------
+
+
+def stop_training(process: subprocess.Popen[str], run_dir: Path, *, after: int, times: int) -> str:
+    """Send SIGINT once so many steps are logged, wait for the end; what stood on stderr."""
+    diagnostics = run_dir / "diagnostics.jsonl"
+    while not diagnostics.exists() or diagnostics.read_text().count("\n") <= after:
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        time.sleep(0.005)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)  # two that wait together would be one
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130, errors[-4000:]
+    assert "Traceback" not in errors
+    return errors.rsplit("\n", 2)[-2]
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """Also in a background job of a script, where SIGINT is ignored from the start."""
+    run_dir, plain = tmp_path / "stopped", tmp_path / "plain"
+    arguments = ("testbed_smoke", "--steps", STEPS, "--no-eval", "--run")
+    done("train", *arguments, plain)
+
+    process = start("train", *arguments, run_dir, preexec_fn=ignore_ctrl_c)
+    last = stop_training(process, run_dir, after=0, times=1)
+    saved = load_checkpoint(run_dir / "checkpoints").step
+    assert last == (
+        f"stopped by a signal after step {saved} of {STEPS}; everything is saved. "
+        "Run the same command to go on"
+    )
+    assert len(records(run_dir)) == saved
+
+    process = start("train", *arguments, run_dir)
+    last = stop_training(process, run_dir, after=saved, times=2)
+    assert last == "interrupted" or last.startswith("stopped by a signal")
+    again = load_checkpoint(run_dir / "checkpoints").step
+    assert again >= saved, "nothing that was saved is lost"
+
+    done("train", *arguments, run_dir)
+    assert records(run_dir) == records(plain)
+    assert model_digest(run_dir) == model_digest(plain)
+
+
+def ignore_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # --- mistakes -----------------------------------------------------------------------------------
@@ -387,7 +447,10 @@ def test_a_full_disk_is_one_line(
     out = tmp_path / "x.lwire"
     status, error = mistake("encode", "--run", run_dir, "--context", note, "--out", out)
     assert status == 2
-    assert error.splitlines() == ["error: [Errno 28] No space left on device"]
+    assert error.splitlines() == [
+        "error: [Errno 28] No space left on device; make room on that disk and run the same "
+        "command again"
+    ]
     assert not out.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["note.txt"]
 
@@ -414,6 +477,16 @@ def test_messages_of_several_lines_become_one(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit, match="2"):
         run_entry_point(fail)
     assert capsys.readouterr().err == "error: first second\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_no_error(capsys: pytest.CaptureFixture[str], number: int) -> None:
+    def stop() -> None:
+        raise RunStopped("stopped; run the same command", status=128 + number)
+
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        run_entry_point(stop)
+    assert capsys.readouterr().err == "stopped; run the same command\n"
 
 
 def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:

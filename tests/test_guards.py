@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentwire_fast.checkpoint import optimizer_state, parameter_digest
+from latentwire_fast.checkpoint import parameter_digest
 from latentwire_fast.errors import TrainingError
 from latentwire_fast.guards import (
     FrozenGuard,
@@ -22,6 +22,7 @@ from latentwire_fast.guards import (
     is_out_of_memory,
     run_accumulated,
 )
+from latentwire_fast.run_state import optimizer_state
 
 # --- N1 -----------------------------------------------------------------------------------------
 

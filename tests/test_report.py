@@ -20,6 +20,7 @@ from latentwire_fast.report import figures, write_report
 from latentwire_fast.report.checks import find_warnings
 from latentwire_fast.report.claims import hypothesis_row
 from latentwire_fast.report.figures import accuracy_figure, learning_figure
+from latentwire_fast.report.further import FURTHER, further_scores
 from latentwire_fast.report.samples import choose_examples
 from latentwire_fast.report.values import MISSING, Cell, cell, measured, number, percent, ratio
 from latentwire_fast.report.view import build_view, headline
@@ -357,7 +358,39 @@ def test_csv_holds_every_number(written: Path) -> None:
     assert float(found["joint", "", "oracle_f1"]["mean"]) == 0.971
     assert found["hypotheses", "H1", "fail"]["mean"] == "-0.05"
     assert ("hypotheses", "H7", "not measured") not in found
-    assert len(rows) == 2 * (9 * 8 + 4 * 2) + 4 + 6 + 6
+    assert float(found["llama", "latent", "accuracy"]["mean"]) == pytest.approx(51 / 60)
+    assert len(rows) == 2 * (9 * 8 + 4 * 2) + 4 + 6 + 6 + 2 * 7 * 4
+
+
+def test_further_scores_by_hand() -> None:
+    def record(prediction: str, answers: list[str], rank: float | None) -> dict[str, Any]:
+        entry: dict[str, Any] = {"prediction": prediction}
+        if rank is not None:
+            entry["first_token_reciprocal_rank"] = rank
+        methods = {"text": entry, "first_words": {"prediction": ""}, "latent_bits": {"4": entry}}
+        return {"answers": answers, "readers": {"llama": methods}}
+
+    records = [
+        record("the cat sat", ["the cat ran off", "a dog"], 0.5),
+        record(" B", ["b", "c"], 0.0),
+    ]
+    found = further_scores(records)
+    assert set(found) == {"llama"}
+    assert set(found["llama"]) == {"text", "first_words"}
+    text = found["llama"]["text"]
+    assert text["rouge1"] == pytest.approx((4 / 7 + 1) / 2)
+    assert text["rouge2"] == pytest.approx((2 / 5 + 0) / 2)
+    assert text["accuracy"] == 0.5
+    assert text["mrr_at_10"] == 0.25
+    assert "mrr_at_10" not in found["llama"]["first_words"], "it ranks nothing"
+    assert set(text) == set(FURTHER)
+
+
+@pytest.mark.parametrize("file", ["report.html", "report.md"])
+def test_further_scores_are_shown(written: Path, file: str) -> None:
+    text = (written / file).read_text()
+    for column in FURTHER.values():
+        assert column in text
 
 
 # --- missing and odd values -----------------------------------------------------------------------
@@ -415,7 +448,7 @@ def test_partial_records(tmp_path: Path, drop: str) -> None:
 def test_unknown_methods_are_shown(tmp_path: Path) -> None:
     metrics = make_metrics()
     metrics["readers"]["llama"]["pca_latent"] = {"f1": 0.5}
-    rows = build_view(metrics, [], [], {})["readers"][0]["rows"]
+    rows = build_view(metrics, [], [], {}, further={})["readers"][0]["rows"]
     assert rows[-1]["label"] == "pca latent"
     assert rows[-1]["cells"][0].text == "50.0"
 

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from latentwire_fast.checkpoint import latest_checkpoint, load_checkpoint
 from latentwire_fast.config import RunConfig, StageConfig
 from latentwire_fast.data.streams import TrainItem
-from latentwire_fast.errors import CheckpointError, TrainingError
+from latentwire_fast.errors import CheckpointError, RunStopped
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.objectives import Losses, Objectives
 from latentwire_fast.trainer import Trainer
@@ -227,10 +227,11 @@ def test_a_signal_saves_at_the_end_of_the_step(
     with pytest.MonkeyPatch.context() as patch:
         Watch(patch, send(number), at=2 * MICRO_BATCHES)
         with pytest.raises(
-            TrainingError,
+            RunStopped,
             match=r"by a signal after step 3 of 6; everything is saved. Run the same command",
-        ):
+        ) as stopped:
             train(config, tmp_path)
+    assert stopped.value.status == 128 + number
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert load_checkpoint(tmp_path / "checkpoints").step == 3
     assert len(records(tmp_path)) == 3
@@ -240,7 +241,7 @@ def test_a_signal_saves_at_the_end_of_the_step(
 def test_a_signal_in_the_last_step_loses_nothing(plain: Uninterrupted, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         Watch(patch, send(signal.SIGINT), at=5 * MICRO_BATCHES)
-        with pytest.raises(TrainingError, match="after step 6 of 6"):
+        with pytest.raises(RunStopped, match="after step 6 of 6"):
             train(plain.config, tmp_path)
     trainer = train(plain.config, tmp_path, process=1)
     assert trainer.finished

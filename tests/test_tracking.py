@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from latentwire_fast import checkpoint
+from latentwire_fast import storage
 from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
 
 
@@ -100,11 +100,11 @@ def test_a_failing_truncation_leaves_the_records(
         tracker.log(record(10))
         tracker.log(record(20))
 
-    class NoRename(checkpoint._Disk):
+    class NoRename(storage.Disk):
         def rename(self, source: Path, target: Path) -> None:
             raise OSError("simulated")
 
-    monkeypatch.setattr(checkpoint, "_disk", NoRename())
+    monkeypatch.setattr(storage, "disk", NoRename())
     with pytest.raises(OSError, match="simulated"):
         Tracker(tmp_path, resume_step=10)
     assert steps_in(tmp_path) == [10, 20]

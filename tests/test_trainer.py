@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,18 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from latentwire_fast.adapters import Adapter
-from latentwire_fast.checkpoint import (
-    RunLock,
-    load_checkpoint,
-    optimizer_state,
-    parameter_digest,
-)
+from latentwire_fast.checkpoint import load_checkpoint, parameter_digest
 from latentwire_fast.config import RunConfig, StageConfig
+from latentwire_fast.distributed import Reducer
 from latentwire_fast.errors import ConfigError, DataError, TrainingError
 from latentwire_fast.guards import NonFiniteGuard
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.objectives import Losses, Objectives
 from latentwire_fast.prompts import PromptBuilder
 from latentwire_fast.reader import Reader
+from latentwire_fast.run_state import optimizer_state
 from latentwire_fast.schedules import lr_factor
+from latentwire_fast.storage import RunLock
 from latentwire_fast.trainer import Trainer
 from runs import (
     changed,
@@ -166,7 +165,7 @@ def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Pat
     )
     trainer = train(saving, tmp_path / "saving")
     cores = [trainer.model.encoder.core, *(r.backbone for r in trainer.readers.values())]
-    assert all(layer.gradient_checkpointing for core in cores for layer in core.layers)
+    assert all(isinstance(layer.forward, partial) for core in cores for layer in core.layers)
     assert records(tmp_path / "saving") == records(tmp_path / "plain")
 
 
@@ -487,13 +486,14 @@ def test_two_processes_give_the_losses_of_one(
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
+def test_c3_two_processes_with_dropout_go_on_bit_exactly_from_a_signal_to_one(
     config: RunConfig, tmp_path: Path
 ) -> None:
+    """Each has its own random state, which the checkpoint holds: both draw on every step, and not
+    as many numbers (a batch of three is cut into two and one)."""
+    assert config.adapter.dropout > 0
     stages = (StageConfig("answer", steps=40),)
-    config = changed(
-        config, adapter={"dropout": 0.0}, optim={"muon_lr": None}, stages=stages, save_every=1000
-    )
+    config = changed(config, optim={"batch_size": 3}, stages=stages, save_every=1000)
     path, run_dir = store(config, tmp_path / "config.json"), tmp_path / "two"
     process = in_two_processes(path, run_dir)
     diagnostics = run_dir / "diagnostics.jsonl"
@@ -504,13 +504,27 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
     os.kill(int(children[-1]), signal.SIGTERM)
     output, _ = process.communicate(timeout=600)
     assert process.returncode != 0
-    assert "error: stopped by a signal after step" in output, output[-4000:]
+    assert "stopped by a signal after step" in output, output[-4000:]
     stopped = load_checkpoint(run_dir / "checkpoints").step
     assert 0 < stopped < 40
     assert len(records(run_dir)) == stopped
     process = in_two_processes(path, run_dir)
     output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output[-4000:]
-    train(config, tmp_path / "one")
-    assert_same_losses(records(run_dir)[:10], records(tmp_path / "one")[:10])
-    assert len(records(run_dir)) == 40
+    process = in_two_processes(path, tmp_path / "plain")
+    output, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, output[-4000:]
+    assert records(run_dir) == records(tmp_path / "plain")
+    assert model_digest(run_dir) == model_digest(tmp_path / "plain")
+
+
+def test_another_number_of_processes_is_a_warning(
+    config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_finish", lambda self: None)
+        patch.setattr(Reducer, "each", lambda self, value: [value, value])
+        train(config, tmp_path)
+    assert len(load_checkpoint(tmp_path / "checkpoints").state["rng"]) == 2
+    train(config, tmp_path)
+    assert "saved by 2 processes, resumed by 1" in caplog.text

@@ -34,6 +34,8 @@ def read_json(path: Path) -> Any:
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
             "is the download complete?"
         ) from None
+    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
 
 
 def load_squad(path: Path, *, no_answer: str = NO_ANSWER) -> list[Example]:
@@ -105,4 +107,12 @@ def _field(record: Any, key: str, kind: type, where: str) -> Any:
             f"{where}: {key!r} is {type(value).__name__}, expected {kind.__name__}; "
             f"a SQuAD file is {_EXPECTED}"
         )
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: {key!r} holds half of a surrogate pair (character {error.start}), which "
+                "is no text; repair the file"
+            ) from None
     return value

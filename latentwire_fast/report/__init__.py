@@ -1,9 +1,10 @@
 """The report of an evaluation: `report.html`, `report.md` with its figures, and `metrics.csv`.
 
-`metrics` is what `metrics.json` holds. Scores are shares of 1, each a number or
-`{"mean", "low", "high"}`; hypotheses that compare F1 (H1, H2, H4, H7) are differences of such
-shares, the others ratios. `run.vocab_sizes` (reader name to V), where present, lets the report
-check that the text baseline's NLL is below ln V. Whatever is missing prints as not measured.
+`metrics` is what `metrics.json` holds; `further.py` adds a few scores from the predictions. Scores
+are shares of 1, each a number or `{"mean", "low", "high"}`; hypotheses that compare F1 (H1, H2, H4,
+H7) are differences of such shares, the others ratios. `run.vocab_sizes` (reader name to V), where
+present, lets the report check that the text baseline's NLL is below ln V. Whatever is missing
+prints as not measured.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import base64
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from latentwire_fast.checkpoint import write_atomically
 from latentwire_fast.report.figures import accuracy_figure, learning_figure
+from latentwire_fast.report.further import Means, further_scores
 from latentwire_fast.report.values import measured
 from latentwire_fast.report.view import build_view
+from latentwire_fast.storage import write_atomically
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 _CSV_HEADER = ("part", "method", "metric", "mean", "low", "high")
@@ -47,7 +50,8 @@ def write_report(
     Raises:
         OSError: the disk refused; each file is the old one or the new one.
     """
-    view = build_view(metrics, predictions, diagnostics, config)
+    further = further_scores(predictions)
+    view = build_view(metrics, predictions, diagnostics, config, further=further)
     drawn = {"accuracy": accuracy_figure(metrics), "learning": learning_figure(diagnostics)}
     figures = {name: png for name, png in drawn.items() if png is not None}
     (eval_dir / "figures").mkdir(parents=True, exist_ok=True)
@@ -62,15 +66,16 @@ def write_report(
     for file, images in (("report.html", embedded), ("report.md", linked)):
         text = templates.get_template(f"{file}.j2").render(view, figures=images)
         write_atomically(eval_dir / file, text)
-    write_atomically(eval_dir / "metrics.csv", metrics_csv(metrics))
+    write_atomically(eval_dir / "metrics.csv", metrics_csv(metrics, further))
 
 
-def metrics_csv(metrics: Mapping[str, Any]) -> str:
-    """The scores, sizes and hypotheses of `metrics.json` as one tidy table."""
+def metrics_csv(metrics: Mapping[str, Any], further: Means) -> str:
+    """The scores, sizes and hypotheses of `metrics.json`, and the further scores, as one tidy
+    table."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV_HEADER)
-    for part, method, metric, value in _rows(metrics):
+    for part, method, metric, value in chain(_rows(metrics), _further_rows(further)):
         found = measured(value)
         if found is not None:
             writer.writerow(["" if v is None else v for v in (part, method, metric, *found)])
@@ -97,6 +102,13 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
     for name, found in (metrics.get("hypotheses") or {}).items():
         value = {"mean": found.get("value"), "low": found.get("low"), "high": found.get("high")}
         yield "hypotheses", name, str(found.get("verdict")), value
+
+
+def _further_rows(further: Means) -> Iterator[tuple[str, str, str, float]]:
+    for reader, methods in further.items():
+        for method, means in methods.items():
+            for metric, value in means.items():
+                yield reader, method, metric, value
 
 
 def _environment() -> jinja2.Environment:

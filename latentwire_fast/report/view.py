@@ -11,6 +11,7 @@ from typing import Any
 
 from latentwire_fast.report.checks import find_warnings
 from latentwire_fast.report.claims import HYPOTHESES, hypothesis_row, verdict
+from latentwire_fast.report.further import FURTHER, Means
 from latentwire_fast.report.samples import choose_examples
 from latentwire_fast.report.values import (
     MISSING,
@@ -32,6 +33,8 @@ def build_view(
     predictions: Records,
     diagnostics: Records,
     config: Mapping[str, Any],
+    *,
+    further: Means,
 ) -> dict[str, Any]:
     """Everything that the templates print, except the figures."""
     return {
@@ -49,6 +52,8 @@ def build_view(
         ],
         "widths": list(_width_rows(metrics)),
         "joint": _joint(metrics),
+        "further_columns": list(FURTHER.values()),
+        "further": list(_further_rows(further)),
         "samples": choose_examples(predictions, metrics),
         "facts": list(_facts(metrics)),
         "commands": _commands(metrics.get("run") or {}),
@@ -187,6 +192,17 @@ def _joint(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         for label, key, note in rows
         if joint.get(key) is not None
     ]
+
+
+def _further_rows(further: Means) -> Iterator[dict[str, Any]]:
+    for name, methods in further.items():
+        for method in METHODS:
+            if method in methods:
+                yield {
+                    "reader": name,
+                    "label": METHODS[method].label,
+                    "cells": [percent(methods[method].get(key)) for key in FURTHER],
+                }
 
 
 # --- the foot of the page -------------------------------------------------------------------------

@@ -37,10 +37,6 @@ from latentwire_fast.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    load_optimizer_state,
-    optimizer_state,
-    restore_rng_state,
-    rng_state,
     save_checkpoint,
 )
 from latentwire_fast.cli import quiet_libraries, run_entry_point
@@ -50,6 +46,12 @@ from latentwire_fast.metrics import exact_match, f1
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
 from latentwire_fast.prompts import Turn, full_text
 from latentwire_fast.reader import Reader
+from latentwire_fast.run_state import (
+    load_optimizer_state,
+    optimizer_state,
+    restore_rng_state,
+    rng_state,
+)
 from latentwire_fast.testbed import task
 from latentwire_fast.testbed.induction import add_induction_circuit
 from latentwire_fast.testbed.rows import DRILLS, RowMaker, collate, drill_rows

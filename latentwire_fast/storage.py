@@ -1,0 +1,127 @@
+"""Changes on disk that a crash cannot leave half done, and one writer per run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentwire_fast.errors import TrainingError
+
+
+class Disk:
+    """Every change that a save makes on disk, one method each: tests fail at any of them."""
+
+    def create(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+
+    def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        # safetensors makes files that only their owner may read; keep what the umask allows
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path)
+        path.chmod(mode)
+
+    def write_text(self, path: Path, text: str) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    def sync(self, path: Path) -> None:
+        """fsync a file or a folder."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.replace(target)
+
+    def remove(self, folder: Path) -> None:
+        shutil.rmtree(folder)
+
+
+disk = Disk()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file as a whole: after a crash it holds the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        disk.write_text(temporary, text)
+        disk.sync(temporary)
+        disk.rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    disk.sync(path.parent)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Rename a folder into place once all in it is on disk: after a crash `final` is complete or
+    absent."""
+    for path in sorted(temporary.rglob("*")):
+        disk.sync(path)
+    disk.sync(temporary)
+    disk.rename(temporary, final)
+    disk.sync(final.parent)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its length and sha256."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+class RunLock:
+    """One writer per run folder: `with RunLock(run_dir): ...`, released when the process ends.
+
+    Raises:
+        TrainingError: another process holds the folder (the message has its pid), or it cannot be
+            locked.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / ".lock"
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to run folder {self.path.parent}: {error}; check its permissions, "
+                "or choose another run folder"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read() or "unknown"
+            raise TrainingError(
+                f"run folder {self.path.parent} is in use by process {holder}; wait for it, or "
+                "choose another run folder"
+            ) from None
+        except OSError as error:
+            file.close()
+            raise TrainingError(f"cannot lock run folder {self.path.parent}: {error}") from error
+        self._file = file
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The file stays: deleting it would let two later writers lock two different files.
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
+            self._file = None

@@ -1,0 +1,86 @@
+"""Texts and folders that are old or new, never torn, and one writer per run folder.
+
+The ids in test names are those of the reliability requirements.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from crashes import STEPS, Disk, InScript, failing
+from latentwire_fast import storage
+from latentwire_fast.errors import TrainingError
+from latentwire_fast.storage import RunLock, write_atomically
+
+
+def test_disk_steps_are_all_known() -> None:
+    assert {name for name in vars(storage.Disk) if name[0] != "_"} == set(STEPS)
+
+
+@pytest.mark.parametrize("step", ["write_text", "sync", "rename"])
+def test_c5_a_failing_text_write_leaves_the_old_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = tmp_path / "report.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(storage, "disk", Disk(failing(step, errno.EIO)))
+    with pytest.raises(OSError, match="simulated"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- C6: two writers ----------------------------------------------------------------------------
+
+
+def test_c6_the_second_writer_refuses(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run"):
+        with (
+            pytest.raises(TrainingError, match=f"in use by process {os.getpid()}"),
+            RunLock(tmp_path / "run"),
+        ):
+            pytest.fail("two writers")
+        with RunLock(tmp_path / "other"):
+            pass
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+def case_lock(root: Path) -> dict:
+    """C6 across processes: refused while another process lives, free once it was killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with RunLock(root):
+            os.write(writing, b"held")
+            time.sleep(300)
+    os.read(reading, 4)
+    try:
+        with RunLock(root):
+            refusal = ""
+    except TrainingError as error:
+        refusal = str(error)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with RunLock(root):
+        return {"child": child, "refusal": refusal}
+
+
+def test_c6_across_processes(in_script: InScript, tmp_path: Path) -> None:
+    result = in_script(case_lock, tmp_path)
+    assert f"in use by process {result['child']}" in result["refusal"]
+
+
+def test_c6_a_run_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(TrainingError, match="cannot write to run folder"),
+        RunLock(tmp_path / "file"),
+    ):
+        pass
