@@ -20,6 +20,10 @@ first tile was not typical), the pass is repeated with the better centre; the ro
 again without cancellation: for |r| < 1/2 by a power series, else q - p itself. Losses and gradients
 carry tau^2. A student logit of -inf removes its token from both distributions.
 
+The gradient is made in the same launch, by a second walk over the row. It goes backwards: what the
+first walk read last is still in L2. `scale_rows` then multiplies it by the incoming gradient, and
+returns at once where that is 1.
+
 `linear_kd_kl` stacks [h_t ; h_s - h_t] (the difference in fp32) for one matmul with the shared
 head: the bf16 rounding of its result then is relative to the difference of the logits. Traffic of a
 chunk: the matmul's write, the statistics' read, the gradient's read and write (in place), the
@@ -31,15 +35,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from latentwire_fast.kernels.matmul import matmul_fp32
 from torch import Tensor
 
 # 16 elements per thread, times 4 lanewise sums and two inputs, stay in registers; a row of 128k
 # takes 63 tiles. Rows are independent programs: 1,024 of them fill 132 SMs more than 4 deep.
 BLOCK = 2048
 NUM_WARPS = 4
-# Entries of the gradient below fp16's smallest number would vanish, at a vocabulary of 128k nearly
-# all. |q - p| <= 1 leaves room for this factor, which is taken out again after the matmul, in fp32.
-FP16_FACTOR = 32768.0
 
 
 @triton.jit
@@ -61,7 +63,8 @@ def _tanh(x):
     """Exact to relative rounding for small x too."""
     y = 2.0 * x
     small = tl.abs(y) < 0.5
-    e = tl.where(small, y + _exp_less(tl.where(small, y, 0.0)), tl.exp(tl.minimum(y, 80.0)) - 1.0)
+    bounded = tl.where(y > 80.0, 80.0, y)
+    e = tl.where(small, y + _exp_less(tl.where(small, y, 0.0)), tl.exp(bounded) - 1.0)
     return e / (e + 2.0)
 
 
@@ -105,7 +108,10 @@ def _row_pass(
     t_ptr, other_ptr, scale, cap, centre,
     VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(log sum e^(t/tau), E_p[x], KL) about `centre`."""
+    """(log sum e^(t/tau), E_p[x], KL) about `centre`.
+
+    Bounds are `where`s, not minima and maxima: those drop NaN, and a NaN logit must show.
+    """
     lanes = tl.arange(0, BLOCK)
     t_max = float("-inf")
     s_max = float("-inf")
@@ -135,8 +141,8 @@ def _row_pass(
     mean = tl.sum(d, 0) / z_sum
     # log of what the far tokens add to E_p[e^x]; past 30 nothing else counts.
     far_log = tl.log(far) + s_max - t_max - centre - tl.log(z_sum)
-    bounded = tl.minimum(far_log, 30.0)
-    excess = tl.sum(g, 0) / z_sum + tl.where(far > 0, tl.exp(bounded), 0.0)
+    bounded = tl.where(far_log > 30.0, 30.0, far_log)
+    excess = tl.sum(g, 0) / z_sum + tl.where(far == 0, 0.0, tl.exp(bounded))
     b = excess + mean
     small = tl.abs(b) < 0.5
     b_small = tl.where(small, b, 0.0)
@@ -146,9 +152,10 @@ def _row_pass(
     tail = 1.0 / 7 + v2 * (1.0 / 9 + v2 * (1.0 / 11 + v2 * (1.0 / 13)))
     tail = 1.0 / 3 + v2 * (0.2 + v2 * tail)
     kl_small = excess + (2.0 * v * v2 * tail - v * b_small)
-    kl_large = tl.where(far_log > 30.0, far_log, tl.log(tl.maximum(1.0 + b, 1e-30))) - mean
+    total = tl.where(1.0 + b < 1e-30, 1e-30, 1.0 + b)
+    kl_large = tl.where(far_log > 30.0, far_log, tl.log(total)) - mean
     kl = tl.where(small, kl_small, kl_large)
-    return t_max + tl.log(z_sum), mean, tl.maximum(kl, 0.0)
+    return t_max + tl.log(z_sum), mean, tl.where(kl < 0, 0.0, kl)
 
 
 @triton.jit
@@ -189,53 +196,17 @@ def _gradient(t, s, delta, log_z, centre, kl):
 
 
 @triton.jit
-def _kd_kl_kernel(
-    student_ptr, teacher_ptr, loss_ptr, stats_ptr, rows, student_stride, teacher_stride, tau,
-    VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    log_z, centre, kl = _row_statistics(
-        teacher_ptr + row * teacher_stride, student_ptr + row * student_stride,
-        1.0 / tau, 1.0, VOCABULARY, False, False, BLOCK,
-    )  # fmt: skip
-    tl.store(loss_ptr + row, kl * tau * tau)
-    tl.store(stats_ptr + row, log_z)
-    tl.store(stats_ptr + rows + row, centre)
-    tl.store(stats_ptr + 2 * rows + row, kl)
-
-
-@triton.jit
-def _kd_kl_backward_kernel(
-    student_ptr, teacher_ptr, stats_ptr, row_grads_ptr, grad_ptr,
-    rows, student_stride, teacher_stride, tau, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    factor = tl.load(row_grads_ptr + row).to(tl.float32) * tau
-    out = grad_ptr + row * VOCABULARY + offsets
-    if factor == 0.0:  # a masked row may hold anything, NaN too
-        tl.store(out, tl.zeros((BLOCK,), grad_ptr.dtype.element_ty), mask=offsets < VOCABULARY)
-    else:
-        t, s, delta, _ = _load(
-            teacher_ptr + row * teacher_stride, student_ptr + row * student_stride,
-            offsets, 1.0 / tau, 1.0, VOCABULARY, False, False,
-        )  # fmt: skip
-        log_z = tl.load(stats_ptr + row)
-        centre = tl.load(stats_ptr + rows + row)
-        kl = tl.load(stats_ptr + 2 * rows + row)
-        grad = _gradient(t, s, delta, log_z, centre, kl) * factor
-        tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=offsets < VOCABULARY)
-
-
-@triton.jit
-def _chunk_kernel(
-    teacher_ptr, other_ptr, mask_ptr, loss_ptr, tau, cap, factor,
+def _kl_kernel(
+    teacher_ptr, other_ptr, mask_ptr, weight_ptr, loss_ptr, grad_ptr,
+    teacher_stride, other_stride, grad_stride, tau, cap,
     VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Losses of a chunk's rows; the gradient `factor * (q - p)` takes the place of `other`."""
+    """A row's loss, and its gradient times the one weight; `grad` may be `other`."""
+    LAST: tl.constexpr = (VOCABULARY - 1) // BLOCK * BLOCK
     row = tl.program_id(0).to(tl.int64)
-    t_row, o_row = teacher_ptr + row * VOCABULARY, other_ptr + row * VOCABULARY
+    t_row, o_row = teacher_ptr + row * teacher_stride, other_ptr + row * other_stride
+    grad_row = grad_ptr + row * grad_stride
     lanes = tl.arange(0, BLOCK)
     counts = True
     if MASKED:
@@ -246,21 +217,36 @@ def _chunk_kernel(
         )
         tl.store(loss_ptr + row, kl * tau * tau)
         if GRADIENT:
-            for start in range(0, VOCABULARY, BLOCK):
+            factor = tl.load(weight_ptr).to(tl.float32) * tau
+            for done in range(0, VOCABULARY, BLOCK):
+                offsets = LAST - done + lanes
                 t, s, delta, slope = _load(
-                    t_row, o_row, start + lanes, 1.0 / tau, cap, VOCABULARY, STACKED, SOFTCAP
+                    t_row, o_row, offsets, 1.0 / tau, cap, VOCABULARY, STACKED, SOFTCAP
                 )
                 grad = _gradient(t, s, delta, log_z, centre, kl) * slope * factor
-                tl.store(
-                    o_row + start + lanes, grad.to(other_ptr.dtype.element_ty),
-                    mask=start + lanes < VOCABULARY,
-                )  # fmt: skip
+                grad = grad.to(grad_ptr.dtype.element_ty)
+                tl.store(grad_row + offsets, grad, mask=offsets < VOCABULARY)
     else:
         tl.store(loss_ptr + row, 0.0)
         if GRADIENT:
+            nothing = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
             for start in range(0, VOCABULARY, BLOCK):
-                nothing = tl.zeros((BLOCK,), other_ptr.dtype.element_ty)
-                tl.store(o_row + start + lanes, nothing, mask=start + lanes < VOCABULARY)
+                tl.store(grad_row + start + lanes, nothing, mask=start + lanes < VOCABULARY)
+
+
+@triton.jit
+def _scale_rows_kernel(
+    x_ptr, factors_ptr, x_stride, factor_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factors_ptr + row * factor_stride).to(tl.float32)
+    if factor != 1.0:
+        for start in range(0, WIDTH, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            place = x_ptr + row * x_stride + offsets
+            x = tl.load(place, mask=offsets < WIDTH, other=0.0).to(tl.float32)
+            x = tl.where(factor == 0.0, 0.0, x * factor)
+            tl.store(place, x.to(x_ptr.dtype.element_ty), mask=offsets < WIDTH)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -268,47 +254,70 @@ def _unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def kd_kl(student: Tensor, teacher: Tensor, *, tau: float) -> tuple[Tensor, Tensor]:
-    """Losses `[N]` and statistics `[3, N]` in fp32, of logits `[N, V]`: one launch, one read."""
-    student, teacher = _unit_rows(student), _unit_rows(teacher)
-    rows, vocabulary = student.shape
-    losses = student.new_empty(rows, dtype=torch.float32)
-    stats = student.new_empty((3, rows), dtype=torch.float32)
-    if rows:
-        _kd_kl_kernel[(rows,)](
-            *(student, teacher, losses, stats, rows, student.stride(0), teacher.stride(0), tau),
-            VOCABULARY=vocabulary,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
-    return losses, stats
+def _losses(
+    teacher: Tensor,
+    other: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    losses: Tensor,
+    grad: Tensor | None,
+    *,
+    tau: float,
+    stacked: bool = False,
+    softcap: float = 0.0,
+) -> None:
+    """Fill losses `[N]` and, if given, grad `[N, V]`: one launch."""
+    rows, vocabulary = other.shape
+    if not rows:
+        return
+    absent = losses
+    _kl_kernel[(rows,)](
+        *(teacher, other, absent if mask is None else mask, absent if weight is None else weight),
+        *(losses, absent if grad is None else grad, teacher.stride(0), other.stride(0)),
+        *(0 if grad is None else grad.stride(0), tau, softcap),
+        VOCABULARY=vocabulary,
+        STACKED=stacked,
+        SOFTCAP=softcap > 0,
+        MASKED=mask is not None,
+        GRADIENT=grad is not None,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
 
 
-def kd_kl_backward(
-    student: Tensor, teacher: Tensor, stats: Tensor, row_grads: Tensor, *, tau: float
+def kd_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    grad: Tensor | None = None,
 ) -> Tensor:
-    """`row_grads * d loss / d student` `[N, V]` in student's dtype; one launch."""
-    student, teacher = _unit_rows(student), _unit_rows(teacher)
-    rows, vocabulary = student.shape
-    grad = student.new_empty((rows, vocabulary))
-    if rows:
-        _kd_kl_backward_kernel[(rows, triton.cdiv(vocabulary, BLOCK))](
-            *(student, teacher, stats, row_grads.contiguous(), grad, rows),
-            *(student.stride(0), teacher.stride(0), tau),
-            VOCABULARY=vocabulary,
+    """Losses `[N]` in fp32 of logits `[N, V]`, 0 where masked: one launch.
+
+    `grad` `[N, V]`, whose rows hold their numbers side by side, takes `weight` (0-dim) times each
+    loss's gradient; it may be `student`.
+    """
+    losses = student.new_empty(student.shape[0], dtype=torch.float32)
+    mask = None if mask is None else mask.contiguous()
+    _losses(_unit_rows(teacher), _unit_rows(student), mask, weight, losses, grad, tau=tau)
+    return losses
+
+
+def scale_rows(x: Tensor, factors: Tensor) -> None:
+    """x `[N, V]` times `factors` (0-dim, or `[N]`) in place; 0 where the factor is 0.
+
+    One launch, which moves nothing where the factor is 1.
+    """
+    rows, width = x.shape
+    if x.numel():
+        _scale_rows_kernel[(rows,)](
+            *(x, factors, x.stride(0), factors.stride(0) if factors.dim() else 0),
+            WIDTH=width,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
-    return grad
-
-
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`, accumulated and returned in fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def linear_kd_kl(
@@ -323,26 +332,30 @@ def linear_kd_kl(
     chunk_rows: int,
     needs_hidden: bool,
     needs_weight: bool,
+    unit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[N]`, their gradients for `student_hidden` `[N, d]`, their sum's for `weight` `[V,
     d]`, in fp32.
 
     Holds `[2 * chunk_rows, V]` in the head's dtype, whatever N; never synchronises with the host.
-    Gradients not needed are empty.
+    Gradients not needed are empty. `unit` is what q - p is multiplied by while it is stored in the
+    head's dtype.
     """
     rows, width = student_hidden.shape
     vocabulary, dtype = weight.shape[0], weight.dtype
     losses = student_hidden.new_empty(rows, dtype=torch.float32)
-    d_hidden = losses.new_empty((rows if needs_hidden else 0, width))
+    d_hidden = losses.new_empty((rows if needs_hidden else 0, width), dtype=torch.float32)
     d_weight = losses.new_zeros((vocabulary if needs_weight else 0, width))
     chunk_rows = max(min(chunk_rows, rows), 1)
-    logits = weight.new_empty((2, chunk_rows, vocabulary))
-    factor = FP16_FACTOR if dtype == torch.float16 else 1.0
+    logits = losses.new_empty((2, chunk_rows, vocabulary), dtype=dtype)
+    stored = losses.new_full((), unit / tau)
+    mask = None if mask is None else mask.contiguous()
     shared = teacher_weight is None
     head = weight if teacher_weight is None else teacher_weight[:vocabulary].to(dtype)
     for start in range(0, rows, chunk_rows):
         part = slice(start, start + chunk_rows)
         hidden, teacher = student_hidden[part], teacher_hidden[part]
+        counts = None if mask is None else mask[part]
         count = hidden.shape[0]
         # Both halves of a short last chunk lie together, as one output of the one matmul.
         both = logits.view(-1, vocabulary)[: 2 * count]
@@ -353,19 +366,17 @@ def linear_kd_kl(
         else:
             torch.mm(teacher.to(dtype), head.T, out=t)
             torch.mm(hidden.to(dtype), weight.T, out=other)
-        _chunk_kernel[(count,)](
-            *(t, other, losses if mask is None else mask[part], losses[part]),
-            *(tau, softcap, factor),
-            VOCABULARY=vocabulary,
-            STACKED=shared,
-            SOFTCAP=softcap > 0,
-            MASKED=mask is not None,
-            GRADIENT=needs_hidden or needs_weight,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+        grad = other if needs_hidden or needs_weight else None
+        _losses(
+            *(t, other, counts, stored, losses[part], grad),
+            tau=tau,
+            stacked=shared,
+            softcap=softcap,
         )
         if needs_hidden:
-            torch.mul(_matmul_fp32(other, weight), tau / factor, out=d_hidden[part])
+            torch.mul(matmul_fp32(other, weight), tau / unit, out=d_hidden[part])
         if needs_weight:
-            d_weight.add_(_matmul_fp32(other.T, hidden.to(dtype)), alpha=tau / factor)
+            if counts is not None:  # a masked row may hold NaN, which 0 does not cancel
+                hidden = torch.where(counts[:, None], hidden, 0.0)
+            d_weight.add_(matmul_fp32(other.T, hidden.to(dtype)), alpha=tau / unit)
     return losses, d_hidden, d_weight

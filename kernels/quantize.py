@@ -5,7 +5,8 @@ Per group of g in {16, 32, 64} consecutive values, b in {8, 6, 4} bits, qmax = 2
     scale = fp16(min(amax / qmax, 65504)),   code = clamp(round_half_even(z / scale), -qmax, qmax)
 
 with IEEE divisions, so that codes equal the CPU's bit for bit. A group with NaN or Inf gets the
-scale NaN.
+scale NaN. In the clipping mode the scale is amax / (qmax + 1/2).
+
 Bytes: groups follow one another; within a byte the first value has the lowest bits. 8 bits: one
 code per byte. 4 bits: two. 6 bits: a plane of low 4 bits, two per byte, then a plane of high 2
 bits, four per byte. The last group may be short; each of its planes is rounded up to a byte.
@@ -33,14 +34,15 @@ def _round_half_even(x):
 
 
 @triton.jit
-def _quantize_tile(z, BITS: tl.constexpr):
+def _quantize_tile(z, BITS: tl.constexpr, CLIP: tl.constexpr):
     """z `[GROUPS, g]` fp32 to codes (fp32, integral) and scales `[GROUPS]` fp16."""
     QMAX: tl.constexpr = float(2 ** (BITS - 1) - 1)
+    STEPS: tl.constexpr = QMAX + 0.5 if CLIP else QMAX  # of one scale up to amax
     magnitude = tl.abs(z)
     finite = magnitude < float("inf")  # false for NaN too
     amax = tl.max(tl.where(finite, magnitude, 0.0), axis=1)
     broken = tl.max(tl.where(finite, 0, 1), axis=1) > 0
-    scale = tl.minimum(tl.div_rn(amax, QMAX), 65504.0)
+    scale = tl.minimum(tl.div_rn(amax, STEPS), 65504.0)
     scale = tl.where(broken, float("nan"), scale).to(tl.float16)
     step = scale.to(tl.float32)[:, None]
     live = step > 0
@@ -59,21 +61,21 @@ def _pairs(codes, GROUPS: tl.constexpr, COUNT: tl.constexpr):
 def _place(n, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """This program's row, its groups `[GROUPS]` (int64), and how many values each holds."""
     tiles = tl.cdiv(n, GROUPS * GROUP)
-    program = tl.program_id(0)
-    group = (program % tiles).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    row = (program // tiles).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    group = program % tiles * GROUPS + tl.arange(0, GROUPS)
+    row = program // tiles
     return row, group, tl.minimum(tl.maximum(n - group * GROUP, 0), GROUP)
 
 
 @triton.jit
 def _quantize_pack_kernel(
     z_ptr, codes_ptr, scales_ptr, n, code_bytes, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     row, group, held = _place(n, GROUP, GROUPS)
     offsets = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     z = tl.load(z_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
-    codes, scale = _quantize_tile(z, BITS)
+    codes, scale = _quantize_tile(z, BITS, CLIP)
     tl.store(scales_ptr + row * groups + group, scale, mask=group < groups)
     codes = codes.to(tl.int32)
     codes_ptr += row * code_bytes
@@ -132,12 +134,13 @@ def _unpack_dequantize_kernel(
 
 @triton.jit
 def _fake_quantize_kernel(
-    z_ptr, out_ptr, n, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr
-):
+    z_ptr, out_ptr, n,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, CLIP: tl.constexpr,
+):  # fmt: skip
     row, group, _ = _place(n, GROUP, GROUPS)
     offsets = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     z = tl.load(z_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
-    codes, scale = _quantize_tile(z, BITS)
+    codes, scale = _quantize_tile(z, BITS, CLIP)
     z = codes * scale.to(tl.float32)[:, None]
     tl.store(out_ptr + row * n + offsets, z.to(out_ptr.dtype.element_ty), mask=offsets < n)
 
@@ -151,7 +154,7 @@ def _grid(batch: int, n: int, group_size: int) -> tuple[tuple[int], int, int]:
 
 
 def quantize_pack(
-    z_Bn: Tensor, *, bits: int, group_size: int, code_bytes: int
+    z_Bn: Tensor, *, bits: int, group_size: int, code_bytes: int, clip: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`(packed codes [B, code_bytes] uint8, scales [B, ceil(n / group_size)] fp16)`, one launch."""
     z_Bn = z_Bn.contiguous()
@@ -162,7 +165,7 @@ def quantize_pack(
         grid, row, groups = _grid(batch, n, group_size)
         _quantize_pack_kernel[grid](
             *(z_Bn, codes, scales, row, codes.numel() if row != n else code_bytes),
-            *(triton.cdiv(row, group_size), bits, group_size, groups),
+            *(triton.cdiv(row, group_size), bits, group_size, groups, clip),
             num_warps=NUM_WARPS,
         )
     return codes, scales
@@ -191,11 +194,13 @@ def unpack_dequantize(
     return z
 
 
-def fake_quantize(z_Bn: Tensor, *, bits: int, group_size: int) -> Tensor:
+def fake_quantize(z_Bn: Tensor, *, bits: int, group_size: int, clip: bool = False) -> Tensor:
     """Quantised and dequantised z, in its dtype; one launch, one read and one write."""
     z_Bn = z_Bn.contiguous()
-    out = torch.empty_like(z_Bn)
+    out = z_Bn.new_empty(z_Bn.shape, dtype=z_Bn.dtype)
     if out.numel():
         grid, row, groups = _grid(*z_Bn.shape, group_size)
-        _fake_quantize_kernel[grid](z_Bn, out, row, bits, group_size, groups, num_warps=NUM_WARPS)
+        _fake_quantize_kernel[grid](
+            *(z_Bn, out, row, bits, group_size, groups, clip), num_warps=NUM_WARPS
+        )
     return out

@@ -8,6 +8,9 @@ modules call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,22 +46,29 @@ def code_bytes(values: int, *, bits: int, group_size: int) -> int:
     return values // group_size * group(group_size) + group(values % group_size)
 
 
-def quantize(z_Bn: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def quantize(
+    z_Bn: Tensor, *, bits: int, group_size: int, clip: bool = False
+) -> tuple[Tensor, Tensor]:
     """Symmetric group quantisation: `(codes [B, G, g] int8, scales [B, G] fp16)`.
 
     `scale = fp16(min(amax / qmax, 65504))`, `code = clamp(round_half_even(z / scale), -qmax, qmax)`
     with the rounded scale and `qmax = 2**(bits - 1) - 1`; scale 0 gives codes 0. A short last group
     is filled up with zeros. A group that holds NaN or Inf gets the scale NaN.
 
-    Quantising what was dequantised gives the same codes and scales, except where fp16's subnormals
-    round the scale too coarsely for its largest code to be qmax: scales below qmax * 2**-24, that
-    is groups whose largest value is under qmax**2 * 2**-24 (1e-3 at 8 bits, 3e-6 at 4).
+    With `clip` the divisor is `qmax + 1/2` (7.5 at 4 bits): steps are finer, and the largest values
+    are clamped to a code half a step away, no further than rounding takes any other value.
+
+    Without clip, quantising what was dequantised gives the same again, except where fp16's
+    subnormals round the scale too coarsely for its largest code to be qmax: scales below qmax *
+    2**-24, that is groups whose largest value is under qmax**2 * 2**-24 (1e-3 at 8 bits, 3e-6 at
+    4).
     """
     qmax = 2 ** (bits - 1) - 1
     padding = -z_Bn.shape[-1] % group_size
     z = F.pad(z_Bn.float(), (0, padding)).unflatten(-1, (-1, group_size))
     amax = z.abs().amax(-1)
-    scale = (amax / qmax).clamp(max=LARGEST_FP16).masked_fill(~amax.isfinite(), torch.nan)
+    scale = (amax / (qmax + 0.5 if clip else qmax)).clamp(max=LARGEST_FP16)
+    scale = scale.masked_fill(~amax.isfinite(), torch.nan)
     scales = scale.to(torch.float16)
     step = scales.float().unsqueeze(-1)
     codes = torch.where(step > 0, z / step, 0.0).round().clamp(-qmax, qmax)
@@ -123,9 +133,11 @@ def unpack_codes(codes_Bb: Tensor, *, values: int, bits: int, group_size: int) -
     return (codes << (8 - bits)).view(torch.int8) >> (8 - bits)
 
 
-def quantize_pack(z_Bn: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def quantize_pack(
+    z_Bn: Tensor, *, bits: int, group_size: int, clip: bool = False
+) -> tuple[Tensor, Tensor]:
     """`(packed codes [B, code_bytes] uint8, scales [B, G] fp16)`."""
-    codes, scales = quantize(z_Bn, bits=bits, group_size=group_size)
+    codes, scales = quantize(z_Bn, bits=bits, group_size=group_size, clip=clip)
     return pack_codes(codes, values=z_Bn.shape[-1], bits=bits).contiguous(), scales
 
 
@@ -144,9 +156,9 @@ def unpack_dequantize(
     return (codes * steps).to(dtype)
 
 
-def fake_quantize(z_Bn: Tensor, *, bits: int, group_size: int) -> Tensor:
+def fake_quantize(z_Bn: Tensor, *, bits: int, group_size: int, clip: bool = False) -> Tensor:
     """`unpack_dequantize(quantize_pack(z))` in z's dtype; a group with NaN or Inf becomes NaN."""
-    codes, scales = quantize(z_Bn, bits=bits, group_size=group_size)
+    codes, scales = quantize(z_Bn, bits=bits, group_size=group_size, clip=clip)
     values = (codes.float() * scales.float().unsqueeze(-1)).flatten(-2)
     return values[..., : z_Bn.shape[-1]].to(z_Bn.dtype).contiguous()
 
@@ -219,6 +231,30 @@ def project_calibrate(
     return out.to(x.dtype), mean_square
 
 
+def dequantize_project_calibrate(
+    codes_Bb: Tensor,
+    scales_BG: Tensor,
+    bits: int,
+    group_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *projection: Any,
+) -> Tensor:
+    """`project_calibrate` of the latent, of a shape `[..., M, d]`, that the codes stand for.
+
+    Rounded to `dtype` once, at the end.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = unpack_dequantize(
+        *(codes_Bb, scales_BG),
+        bits=bits,
+        group_size=group_size,
+        values=shape[-2] * shape[-1],
+        dtype=wide,
+    )
+    return project_calibrate(x.view(*shape), *projection)[0].to(dtype)
+
+
 def project_calibrate_backward(
     grad: Tensor,
     x: Tensor,
@@ -284,8 +320,24 @@ def _expm1_less_x(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.5, 0.5 * x.square() * series, torch.expm1(x) - x)
 
 
-def kd_kl(student: Tensor, teacher: Tensor, *, tau: float) -> tuple[Tensor, Tensor]:
-    """`tau**2 * KL(softmax(teacher/tau) || softmax(student/tau))` per row of `[N, V]`.
+def gradient_unit(dtype: torch.dtype) -> float:
+    """What q - p is multiplied by while it is stored in `dtype`, to be taken out again in fp32.
+
+    |q - p| <= 1, and over a vocabulary of 128k nearly all of it is below fp16's smallest number.
+    """
+    return 32768.0 if dtype == torch.float16 else 1.0
+
+
+def kd_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    tau: float,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> Tensor:
+    """`tau**2 * KL(softmax(teacher/tau) || softmax(student/tau))` `[N]`, of the rows of `[N, V]`.
 
     With `Delta = (student - teacher) / tau`, `p = softmax(teacher/tau)`, `x = Delta - E_p[Delta]`:
     `KL = log E_p[e^x] = log1p(E_p[e^x - 1 - x])`, whose terms are all positive, so nothing cancels.
@@ -294,34 +346,38 @@ def kd_kl(student: Tensor, teacher: Tensor, *, tau: float) -> tuple[Tensor, Tens
     Teacher logits of -inf have probability 0. Student logits of -inf are tokens that the student
     does not have: both distributions are taken over the others.
 
-    Returns:
-        The losses `[N]`, and statistics `[3, N]`: logsumexp(teacher/tau), E_p[Delta], and the KL
-        without tau**2.
+    Args:
+        mask: `[N]` bool, True where a row counts; the losses and gradients of the others are 0,
+            whatever they hold.
+        grad: `[N, V]` in student's dtype, or `student` itself: takes the gradient of each row's
+            loss, times `weight` (0-dim) if given.
     """
     c = compute_dtype(student)
     losses = student.new_empty(student.shape[0], dtype=c)
-    stats = student.new_empty(3, student.shape[0], dtype=c)
     for rows in _row_blocks(student):
         s, t = student[rows].to(c), teacher[rows].to(c)
         t = t.masked_fill(s == -torch.inf, -torch.inf)
-        stats[:, rows] = _kl_statistics(t, s - t, s, tau)
-    torch.mul(stats[2], tau**2, out=losses)
-    return losses, stats
+        stats = _kl_statistics(t, s - t, s, tau)
+        losses[rows] = stats[2] * tau**2
+        if grad is not None:
+            block = _kl_gradient(t, s - t, s, stats, tau)
+            if weight is not None:
+                block.mul_(weight)
+            if mask is not None:
+                block.masked_fill_(~mask[rows, None], 0.0)
+            grad[rows] = block.to(grad.dtype)
+    return losses if mask is None else losses.masked_fill_(~mask, 0.0)
 
 
-def kd_kl_backward(
-    student: Tensor, teacher: Tensor, stats: Tensor, row_grads: Tensor, *, tau: float
-) -> Tensor:
-    """`row_grads * d loss / d student` in student's dtype; 0 in rows whose `row_grads` is 0."""
-    c = stats.dtype
-    grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-    for rows in _row_blocks(student):
-        s, t = student[rows].to(c), teacher[rows].to(c)
-        t = t.masked_fill(s == -torch.inf, -torch.inf)
-        factor = row_grads[rows, None].to(c)
-        block = _kl_gradient(t, s - t, s, stats[:, rows], tau).mul_(factor)
-        grad[rows] = block.masked_fill_(factor == 0, 0.0).to(grad.dtype)
-    return grad
+def scale_rows(x: Tensor, factors: Tensor) -> None:
+    """Multiply the rows of x `[N, V]` by `factors` (0-dim, or `[N]`), in place.
+
+    A factor of 0 leaves zeros, whatever the row holds.
+    """
+    factors = factors.expand(x.shape[0])
+    for rows in _row_blocks(x):
+        factor = factors[rows, None]
+        x[rows] = (x[rows] * factor).masked_fill_(factor == 0, 0.0).to(x.dtype)
 
 
 def _row_blocks(x: Tensor) -> list[slice]:
@@ -331,7 +387,7 @@ def _row_blocks(x: Tensor) -> list[slice]:
 
 
 def _kl_statistics(t: Tensor, delta: Tensor, s: Tensor, tau: float) -> Tensor:
-    """`[3, N]` of rows t (teacher), s (student), delta = s - t; `kd_kl` says which."""
+    """`[3, N]` of rows t, s and delta = s - t: logsumexp(t/tau), E_p[Delta], KL without tau**2."""
     log_z = torch.logsumexp(t / tau, -1)
     p = torch.exp(t / tau - log_z[:, None])
     live = p > 0
@@ -381,7 +437,8 @@ def linear_kd_kl(
     With one head for both, the difference of the logits is the head applied to the difference of
     the hidden states: rounding then is relative to the difference, not to the logits. A softcap c
     turns a logit z into `c*tanh(z/c)`, and the difference into `c*tanh(delta/c)*(1 -
-    tanh(t/c)*tanh(s/c))`. Holds three `[chunk_rows, V]` buffers at most.
+    tanh(t/c)*tanh(s/c))`. Holds two `[chunk_rows, V]` buffers, and the head once more in fp32 if it
+    is in a half precision.
 
     Returns:
         The losses `[N]` (0 where masked), their gradients with respect to `student_hidden` `[N, d]`

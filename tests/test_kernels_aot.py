@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles; the interpreter does not")
 
 SHARED_LIMIT = 232_448  # bytes per block on an H100 or H200
-VOCABULARY = 128_256
 BF16, FP16, FP32, BYTE = "*bf16", "*fp16", "*fp32", "*u8"
 
 
@@ -47,10 +46,11 @@ def quantize_cases() -> dict[str, Case]:
     for bits in (8, 6, 4):
         for group in (16, 32, 64):
             constants = {"BITS": bits, "GROUP": group, "GROUPS": 4096 // group}
+            clipped = {**constants, "CLIP": bits == 4}
             name = f"{bits} bits, groups of {group}"
             cases[f"pack, {name}"] = Case(
                 *("quantize", "_quantize_pack_kernel", (BF16, BYTE, FP16, "i32", "i32", "i32")),
-                *(constants, 4, 3, ("LDG.E.128",), (3, 4, 5)),
+                *(clipped, 4, 3, ("LDG.E.128",), (3, 4, 5)),
             )
             cases[f"unpack, {name}"] = Case(
                 *("quantize", "_unpack_dequantize_kernel", (BYTE, FP16, BF16, "i32", "i32", "i32")),
@@ -58,32 +58,29 @@ def quantize_cases() -> dict[str, Case]:
             )
             cases[f"fake, {name}"] = Case(
                 *("quantize", "_fake_quantize_kernel", (BF16, BF16, "i32")),
-                *(constants, 4, 3, ("LDG.E.128", "STG.E.128"), (2,)),
+                *(clipped, 4, 3, ("LDG.E.128", "STG.E.128"), (2,)),
             )
     return cases
 
 
 def distill_cases() -> dict[str, Case]:
-    common = {"VOCABULARY": VOCABULARY, "BLOCK": 2048}
-    cases = {
-        "kd_kl, logits": Case(
-            *("distill", "_kd_kl_kernel", (BF16, BF16, FP32, FP32, "i32", "i32", "i32", "fp32")),
-            *(common, 4, 3, ("LDG.E.128",), (4, 5, 6)),
-        ),
-        "kd_kl, backward": Case(
-            *("distill", "_kd_kl_backward_kernel"),
-            (BF16, BF16, FP32, FP32, BF16, "i32", "i32", "i32", "fp32"),
-            *(common, 4, 3, ("LDG.E.128", "STG.E.128"), (5, 6, 7)),
-        ),
-    }
-    for stacked, softcap in ((True, False), (False, False), (True, True), (False, True)):
-        name = (
-            f"kd_kl, {'stacked' if stacked else 'separate'} heads{', softcap' if softcap else ''}"
-        )
-        flags = {"STACKED": stacked, "SOFTCAP": softcap, "MASKED": True, "GRADIENT": True}
-        cases[name] = Case(
-            *("distill", "_chunk_kernel", (BF16, BF16, "*i1", FP32, "fp32", "fp32", "fp32")),
-            *({**common, **flags}, 4),
+    arguments = ("*i1", FP32, FP32, BF16, "i32", "i32", "i32", "fp32", "fp32")
+    cases = {}
+    for vocabulary in (128_256, 152_064):
+        common = {"VOCABULARY": vocabulary, "BLOCK": 2048}
+        for stacked, softcap, gradient in (
+            *((False, False, False), (False, False, True), (True, False, True)),
+            *((False, True, True), (True, True, True)),
+        ):
+            name = f"V {vocabulary}{', stacked' if stacked else ''}{', softcap' if softcap else ''}"
+            flags = {"STACKED": stacked, "SOFTCAP": softcap, "MASKED": True, "GRADIENT": gradient}
+            cases[f"KL{' and gradient' if gradient else ''}, {name}"] = Case(
+                *("distill", "_kl_kernel", (BF16, BF16, *arguments), {**common, **flags}, 4, 3),
+                *(("LDG.E.128", "STG.E.128") if gradient else ("LDG.E.128",), (6, 7, 8)),
+            )
+        cases[f"scale rows, V {vocabulary}"] = Case(
+            *("distill", "_scale_rows_kernel", (BF16, FP32, "i32", "i32")),
+            *({"WIDTH": vocabulary, "BLOCK": 2048}, 4, 3, ("LDG.E.128", "STG.E.128"), (2,)),
         )
     return cases
 

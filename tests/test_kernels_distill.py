@@ -2,54 +2,139 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import mmap
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernel_device import DEVICE, needs_kernels
-from latentwire_fast import ops, reference
+from kernel_device import DEVICE, INTERPRETED, assert_guards_hold, guard_outputs, needs_kernels
+from latentwire_fast import ops
 
+logger = logging.getLogger(__name__)
 # The interpreter computes lanes that a `where` then drops, and numpy warns of those.
 pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
+KLS = (1e-7, 1e-5, 5e-5, 1e-3, 1e-1, 1.0, 5.0)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# What the gradient's error may be, as a share of its norm. fp32: a shift of 1.5 between the logits
+# is kept to 6e-8, which their differences at KL 1e-7, 4e-4, notice. bf16: the interpreter cuts fp32
+# off instead of rounding it, by up to 2^-7.
+GRADIENT = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# What an error may exceed same-dtype eager's by.
+EPSILON = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+LOSS_SCALE = 4096.0  # as in mixed precision training: fp16 holds the small entries
+
 
 def textbook_kl(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """fp64 rows, from the definition."""
-    log_p = (teacher.double() / tau).log_softmax(-1)
-    log_q = (student.double() / tau).log_softmax(-1)
+    """Rows from the definition, in the dtype given."""
+    log_p = (teacher / tau).log_softmax(-1)
+    log_q = (student / tau).log_softmax(-1)
     terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
     return terms.sum(-1) * tau**2
 
 
+def with_gradient(rows: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows(x)` and the gradient of its sum, both in fp64."""
+    x = x.detach().clone().requires_grad_()
+    losses = rows(x)
+    (grad,) = torch.autograd.grad(losses.sum() * LOSS_SCALE, x)
+    return losses.detach().double().cpu(), grad.double().cpu() / LOSS_SCALE
+
+
 def triton_rows(student: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """(losses, gradient of their sum) through the kernels."""
-    student = student.clone().to(DEVICE).requires_grad_()
+    teacher = teacher.to(DEVICE)
     with ops.backend("triton"):
-        losses = ops.kd_kl(student, teacher.to(DEVICE), tau=tau, reduction="none")
-        (grad,) = torch.autograd.grad(losses.sum(), student)
-    return losses.detach().cpu(), grad.cpu()
+        return with_gradient(
+            lambda s: ops.kd_kl(s, teacher, tau=tau, reduction="none"), student.to(DEVICE)
+        )
 
 
-@pytest.mark.parametrize("tau", [0.5, 2.0])
-@pytest.mark.parametrize("kl", [1e-7, 1e-5, 1e-3, 1e-1, 5.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kl_over_its_range(kl: float, tau: float, dtype: torch.dtype) -> None:
-    """Within 5e-5 of fp64 on the same rounded inputs; the gradient by its own size."""
+def exact_rows(student: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """The same in fp64 from the definition, for the numbers as they are."""
+    return with_gradient(lambda s: textbook_kl(s, teacher.double(), tau), student.double())
+
+
+def share_of_norm(found: Tensor, truth: Tensor) -> Tensor:
+    """Per row, the error's norm by the truth's."""
+    return (found - truth).norm(dim=-1) / truth.norm(dim=-1)
+
+
+def logits_over(kls: tuple[float, ...], vocabulary: int, dtype: torch.dtype) -> list[Tensor]:
+    """(student, teacher), a row for each KL, from fp64 numbers rounded to `dtype`.
+
+    At a small KL only some tokens differ, by steps that the dtype can hold.
+    """
+    kl = torch.tensor(kls)[:, None]
+    spread = (2 * kl).sqrt().clamp(min=0.02)
+    moved = torch.rand(len(kls), vocabulary) < 2 * kl / spread**2
+    moved[:, 0] = True
+    teacher = (torch.randn(len(kls), vocabulary) * 3).to(dtype)
+    student = teacher.double() + moved * spread * torch.randn(len(kls), vocabulary)
+    return [student.to(dtype), teacher]
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("vocabulary", [1000, 5003])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kl_over_its_range(vocabulary: int, tau: float, dtype: torch.dtype) -> None:
+    """Within 5e-5 of fp64 on the same rounded logits, and no worse than eager in that dtype."""
+    student, teacher = logits_over(KLS, vocabulary, dtype)
+    losses, grad = triton_rows(student, teacher, tau)
+    truth, exact = exact_rows(student, teacher, tau)
+    assert truth.min() < 1e-5
+    assert truth.max() > 0.1
+    assert (losses > 0).all()
+    torch.testing.assert_close(losses, truth, rtol=5e-5, atol=1e-12)
+    eager, eager_grad = with_gradient(lambda s: textbook_kl(s, teacher, tau), student)
+    assert ((losses - truth).abs() <= (eager - truth).abs() + EPSILON[dtype] * truth).all()
+    error = share_of_norm(grad, exact)
+    assert (error[1:] < GRADIENT[dtype]).all()
+    assert error[0] < 2e-2  # KL 1e-7, where most of a gradient is denormal in fp16
+    allowed = share_of_norm(eager_grad, exact).nan_to_num(nan=math.inf)  # eager fp16 overflows
+    assert (error <= allowed + EPSILON[dtype]).all()
+
+
+@pytest.mark.parametrize("kl", [1e-7, 1e-3])
+def test_kl_of_logits_that_a_shift_separates(kl: float) -> None:
+    """1.5 everywhere is no divergence; subtracting it must not cost what the rest has."""
     teacher = torch.randn(4, 5003) * 3
     student = teacher + torch.randn(4, 5003) * (2 * kl) ** 0.5 + 1.5
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    losses, grad = triton_rows(student, teacher, tau)
-    truth = textbook_kl(student, teacher, tau)
-    torch.testing.assert_close(losses.double(), truth, rtol=5e-5, atol=1e-11)
-    exact = student.double().requires_grad_()
-    textbook_kl(exact, teacher, tau).sum().backward()
-    assert exact.grad is not None
-    # fp32: the shift of 1.5 is kept to 6e-8, which the differences of 4e-4 (KL 1e-7) notice.
-    tolerance = 1e-3 if dtype == torch.float32 else 5e-3
-    assert (grad.double() - exact.grad).norm() / exact.grad.norm() < tolerance
+    losses, grad = triton_rows(student, teacher, 2.0)
+    truth, exact = exact_rows(student, teacher, 2.0)
+    torch.testing.assert_close(losses, truth, rtol=5e-5, atol=1e-11)
+    assert (share_of_norm(grad, exact) < GRADIENT[torch.float32]).all()
+
+
+@pytest.mark.parametrize("vocabulary", [128_256, 152_064])
+def test_kl_at_a_real_vocabulary(vocabulary: int) -> None:
+    student, teacher = logits_over((5e-5, 1.0), vocabulary, torch.float32)
+    losses, grad = triton_rows(student, teacher, 2.0)
+    truth, exact = exact_rows(student, teacher, 2.0)
+    torch.testing.assert_close(losses, truth, rtol=5e-5, atol=0)
+    assert (share_of_norm(grad, exact) < GRADIENT[torch.float32]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kl_of_the_same_logits_is_exactly_zero(dtype: torch.dtype) -> None:
+    teacher = (torch.randn(3, 5003) * 10).to(dtype)
+    teacher[1, 100:200] = -torch.inf
+    losses, grad = triton_rows(teacher, teacher, 0.5)
+    assert (losses == 0).all()
+    assert (grad == 0).all()
+    hidden, head = torch.randn(3, 16).to(dtype), torch.randn(2100, 16).to(dtype)
+    source = hidden.to(DEVICE).requires_grad_()
+    with ops.backend("triton"):
+        loss = ops.linear_kd_kl(source, hidden.to(DEVICE), head.to(DEVICE))
+        loss.backward()
+    assert loss == 0
+    assert source.grad is not None
+    assert (source.grad == 0).all()
 
 
 def test_an_atypical_first_tile_costs_no_accuracy() -> None:
@@ -61,9 +146,9 @@ def test_an_atypical_first_tile_costs_no_accuracy() -> None:
     student[1, :2048] = -torch.inf
     teacher[2, :2048] = -torch.inf
     losses, _ = triton_rows(student, teacher, 1.0)
-    truth = textbook_kl(student, teacher, 1.0)
-    truth[1] = textbook_kl(student[1, 2048:], teacher[1, 2048:], 1.0)
-    torch.testing.assert_close(losses.double(), truth, rtol=5e-5, atol=1e-11)
+    truth, _ = exact_rows(student, teacher, 1.0)
+    truth[1] = textbook_kl(student[1, 2048:].double(), teacher[1, 2048:].double(), 1.0)
+    torch.testing.assert_close(losses, truth, rtol=5e-5, atol=1e-11)
 
 
 def test_infinite_and_distant_logits() -> None:
@@ -75,18 +160,41 @@ def test_infinite_and_distant_logits() -> None:
     teacher[4] = student[4]
     losses, grad = triton_rows(student, teacher, 1.5)
     with ops.backend("reference"):
-        expected = ops.kd_kl(student.requires_grad_(), teacher, tau=1.5, reduction="none")
-        (expected_grad,) = torch.autograd.grad(expected.sum(), student)
-    torch.testing.assert_close(losses, expected.detach(), rtol=2e-5, atol=0)
+        expected, expected_grad = with_gradient(
+            lambda s: ops.kd_kl(s, teacher, tau=1.5, reduction="none"), student
+        )
+    torch.testing.assert_close(losses, expected, rtol=2e-5, atol=0)
     torch.testing.assert_close(grad, expected_grad, rtol=2e-4, atol=1e-7)
-    assert losses[4] == 0
-    assert (grad[4] == 0).all()
+
+
+@pytest.mark.parametrize(("bad", "softcap"), [(math.nan, None), (math.nan, 3.0), (math.inf, None)])
+def test_a_broken_row_shows_and_stays_alone(bad: float, softcap: float | None) -> None:
+    """NaN must not be lost in a minimum or maximum, not even where the teacher has p = 0."""
+    student, teacher = torch.randn(4, 300), torch.randn(4, 300)
+    student[0, 5] = teacher[1, 6] = student[2, 7] = bad
+    teacher[2, 7] = -torch.inf
+    losses, grad = triton_rows(student, teacher, 1.0)
+    assert losses.isnan().tolist() == [True, True, True, False]
+    assert grad.isnan().any(-1).tolist() == [True, True, True, False]
+    hidden, head = torch.randn(3, 8), torch.randn(300, 8)
+    hidden[1, 3] = bad
+    with ops.backend("triton"):
+        rows = ops.linear_kd_kl(
+            hidden.to(DEVICE),
+            torch.randn(3, 8, device=DEVICE),
+            head.to(DEVICE),
+            reduction="none",
+            softcap=softcap,
+        )
+    assert rows.isnan().tolist() == [False, True, False]
 
 
 def test_strided_logits_and_masked_rows() -> None:
-    """Slices of a larger buffer; a masked row full of NaN."""
-    student = torch.randn(2, 3, 90)[:, 1:, :77]
-    teacher = torch.randn(2, 3, 90)[:, :2, 5:82]
+    """Slices of a larger buffer that holds NaN; a masked row full of it."""
+    wide = torch.full((2, 2, 3, 90), math.nan)
+    student, teacher = wide[0, :, 1:, :77], wide[1, :, :2, 5:82]
+    student.copy_(torch.randn(2, 2, 77))
+    teacher.copy_(torch.randn(2, 2, 77))
     student[0, 1] = math.nan
     mask = torch.tensor([[True, False], [True, True]])
     grads = []
@@ -95,83 +203,260 @@ def test_strided_logits_and_masked_rows() -> None:
         with ops.backend(name):
             loss = ops.kd_kl(leaf, teacher.to(device), tau=2.0, mask=mask.to(device))
             loss.backward()
+        assert leaf.grad is not None
         grads.append((loss.detach().cpu(), leaf.grad.cpu()))
     torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-4, atol=1e-8)
     assert (grads[0][1][0, 1] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.0, 300.0])
+def test_the_gradient_in_place_is_the_same(dtype: torch.dtype, factor: float) -> None:
+    """Whatever comes in from above; the logits become it, and a kept graph gives it again."""
+    student, teacher = torch.randn(3, 2100).to(dtype), torch.randn(3, 2100).to(dtype)
+    mask = torch.tensor([[True, False], [False, False], [True, False]])[:, 0]  # strided
+    grads = []
+    for in_place in (False, True):
+        leaf = student.clone().to(DEVICE).requires_grad_()
+        logits = leaf.clone()
+        with ops.backend("triton"):
+            loss = factor * ops.kd_kl(
+                logits, teacher.to(DEVICE), tau=2.0, mask=mask.to(DEVICE), in_place=in_place
+            )
+            grads += torch.autograd.grad(loss, leaf, retain_graph=True)
+            assert torch.equal(logits, leaf) is not in_place
+            grads += torch.autograd.grad(loss, leaf)
+    assert (grads[0][1] == 0).all()
+    assert (grads[0] != 0).any() == (factor != 0)
+    for other in grads[1:]:
+        assert torch.equal(other, grads[0])
+
+
+def linear_pair(
+    backend: str, inputs: dict[str, Tensor], leaves: list[str], **settings: Any
+) -> list[Tensor]:
+    """Loss and gradients of `leaves`, on the CPU."""
+    device = DEVICE if backend == "triton" else "cpu"
+    inputs = {name: x.detach().clone().to(device) for name, x in inputs.items()}
+    sources = [inputs[name].requires_grad_() for name in leaves]
+    with ops.backend(backend):
+        loss = ops.linear_kd_kl(**inputs, **settings)
+        grads = torch.autograd.grad(loss.sum() * LOSS_SCALE, sources)
+    return [x.detach().cpu().float() for x in (loss, *grads)]
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_linear_kl_equals_the_reference(
-    softcap: float | None, separate: bool, reduction: Any
+    softcap: float | None, separate: bool, reduction: Any, dtype: torch.dtype
 ) -> None:
-    """Shared and separate heads (the teacher's larger), chunks, a mask, both gradients."""
+    """Shared and separate heads (the teacher's larger), chunks, a masked row of NaN, gradients."""
     rows, width, vocabulary = 7, 16, 2100
     student = torch.randn(rows, width)
-    teacher = torch.randn(rows, 12) if separate else student + 0.01 * torch.randn(rows, width)
-    weight = torch.randn(vocabulary, width) * width**-0.5
-    other = torch.randn(vocabulary + 9, 12) * 0.3 if separate else None
-    mask = torch.arange(rows) != 4
-    results = []
-    for name, device in (("triton", DEVICE), ("reference", "cpu")):
-        hidden = student.clone().to(device).requires_grad_()
-        head = weight.clone().to(device).requires_grad_(reduction == "mean")
-        with ops.backend(name):
-            loss = ops.linear_kd_kl(
-                hidden,
-                teacher.to(device),
-                head,
-                teacher_weight=None if other is None else other.to(device),
-                tau=2.0,
-                mask=mask.to(device),
-                chunk_rows=3,
-                reduction=reduction,
-                softcap=softcap,
-            )
-            leaves = (hidden, head) if reduction == "mean" else (hidden,)
-            grads = torch.autograd.grad(loss.sum(), leaves)
-        results.append([t.detach().cpu() for t in (loss, *grads)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+    inputs = {
+        "student_hidden": student,
+        "teacher_hidden": student + 0.01 * torch.randn(rows, width),
+        "weight": torch.randn(vocabulary, width) * width**-0.5,
+    }
+    if separate:
+        inputs["teacher_hidden"] = torch.randn(rows, 12)
+        inputs["teacher_weight"] = torch.randn(vocabulary + 9, 12) * 0.3
+    student[4] = math.nan
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    inputs["mask"] = torch.arange(rows) != 4
+    leaves = ["student_hidden", "weight"] if reduction == "mean" else ["student_hidden"]
+    settings = {"tau": 2.0, "chunk_rows": 3, "reduction": reduction, "softcap": softcap}
+    ours = linear_pair("triton", inputs, leaves, **settings)
+    expected = linear_pair("reference", inputs, leaves, **settings)
+    # fp16: the kernel's logits are, too; the reference's are fp32.
+    loose = 1e-3 if dtype == torch.float32 else 1e-2
+    for found, wanted in zip(ours, expected, strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, wanted, rtol=loose, atol=loose * 0.1 * wanted.abs().max())
+    assert (ours[1][4] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_linear_kl_gradient_at_a_small_divergence(dtype: torch.dtype) -> None:
-    """KL 5e-5: the gradient within 2 % of fp64 on the same rounded hidden states."""
-    width, vocabulary, rows = 64, 3001, 4
+@pytest.mark.parametrize("separate", [False, True])
+def test_linear_kl_over_its_range(separate: bool) -> None:
+    """fp32 hidden states: the loss within 5e-5 of fp64, as `kd_kl`'s."""
+    width, vocabulary = 64, 2100
+    head = torch.randn(vocabulary, width) * width**-0.5
+    teacher = torch.randn(5, width) * 3
+    student = teacher + torch.randn(5, width) * (2 * torch.tensor(KLS[2:])[:, None]).sqrt()
+    truth = textbook_kl(student.double() @ head.double().T, teacher.double() @ head.double().T, 2.0)
+    with ops.backend("triton"):
+        losses = ops.linear_kd_kl(
+            student.to(DEVICE),
+            teacher.to(DEVICE),
+            head.to(DEVICE),
+            teacher_weight=head.to(DEVICE) if separate else None,
+            tau=2.0,
+            reduction="none",
+        )
+    # Separate matmuls round each logit for itself; what they differ by is that much off.
+    limit = 1e-3 if separate else 5e-5
+    torch.testing.assert_close(losses.cpu().double(), truth, rtol=limit, atol=0)
+
+
+@pytest.mark.parametrize("kl", [5e-5, 5e-3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_linear_kl_gradient_where_plain_logits_lose_it(dtype: torch.dtype, kl: float) -> None:
+    """Half precision hidden states and head: within 2 % of fp64 on the same numbers.
+
+    Through logits in that dtype, as a model's `lm_head` gives them, it is off by about its size.
+    """
+    width, vocabulary, rows = 128, 5003, 8
     weight = (torch.randn(vocabulary, width) * width**-0.5).to(dtype)
     teacher = torch.randn(rows, width).mul(3).to(dtype)
-    student = (teacher.float() + torch.randn(rows, width) * 1e-2).to(dtype)
+    student = (teacher.float() + torch.randn(rows, width) * (2 * kl) ** 0.5).to(dtype)
     head = weight.double()
-    exact = student.double().requires_grad_()
-    truth = textbook_kl(exact @ head.T, teacher.double() @ head.T, 1.0)
-    truth.sum().backward()
-    assert exact.grad is not None
-    hidden = student.clone().to(DEVICE).requires_grad_()
+    truth, exact = with_gradient(
+        lambda h: textbook_kl(h @ head.T, teacher.double() @ head.T, 1.0), student.double()
+    )
     with ops.backend("triton"):
-        loss = ops.linear_kd_kl(hidden, teacher.to(DEVICE), weight.to(DEVICE), reduction="sum")
-        loss.backward()
-    assert hidden.grad is not None
-    error = (hidden.grad.cpu().double() - exact.grad).norm() / exact.grad.norm()
+        losses, ours = with_gradient(
+            lambda h: ops.linear_kd_kl(h, teacher.to(DEVICE), weight.to(DEVICE), reduction="none"),
+            student.to(DEVICE),
+        )
+    _, naive = with_gradient(
+        lambda h: textbook_kl((h @ weight.T).float(), (teacher @ weight.T).float(), 1.0), student
+    )
+    error, naive_error = ((g - exact).norm() / exact.norm() for g in (ours, naive))
+    loss_error = ((losses - truth) / truth).abs().max()
+    logger.info(
+        "%s, KL %.1e: gradient off by %.3f %%, through plain logits %.0f %%; loss by %.3f %%",
+        *(dtype, truth.mean(), 100 * error, 100 * naive_error, 100 * loss_error),
+    )
+    assert (losses >= 0).all()
     assert error < 0.02
-    assert loss.item() == pytest.approx(truth.sum().item(), rel=5e-3)
+    assert loss_error < 0.02
+    if dtype == torch.bfloat16:
+        assert naive_error > (0.5 if kl == 5e-5 else 0.05)
 
 
-def test_no_rows() -> None:
+def test_no_rows_and_no_rows_that_count() -> None:
     weight = torch.randn(9, 4, device=DEVICE)
-    hidden = torch.randn(0, 4, device=DEVICE, requires_grad=True)
-    with ops.backend("triton"):
-        loss = ops.linear_kd_kl(hidden, hidden.detach(), weight)
-        loss.backward()
-        assert ops.kd_kl(hidden, hidden.detach()).item() == 0
-    assert loss.item() == 0
+    for rows in (0, 3):
+        hidden = torch.randn(rows, 4, device=DEVICE, requires_grad=True)
+        mask = torch.zeros(rows, dtype=torch.bool, device=DEVICE)
+        teacher = torch.randn(rows, 4, device=DEVICE)
+        with ops.backend("triton"):
+            for loss in (
+                ops.linear_kd_kl(hidden, teacher, weight, mask=mask),
+                ops.kd_kl(hidden, teacher, mask=mask),
+                ops.kd_kl(hidden * 1, teacher, mask=mask, in_place=True),
+            ):
+                (grad,) = torch.autograd.grad(loss, hidden)
+                assert loss == 0
+                assert (grad == 0).all()
 
 
-def test_reference_and_kernel_share_their_statistics() -> None:
-    student, teacher = torch.randn(3, 500), torch.randn(3, 500)
-    with ops.backend("triton"):
-        _, stats = torch.ops.latentwire_fast.kd_kl(student.to(DEVICE), teacher.to(DEVICE), 2.0)
-    _, expected = reference.kd_kl(student, teacher, tau=2.0)
-    torch.testing.assert_close(stats.cpu(), expected, rtol=1e-5, atol=1e-6)
+def test_nothing_is_written_outside_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentwire_fast.kernels import distill
+
+    student, teacher = torch.randn(3, 2101).to(DEVICE), torch.randn(3, 2101).to(DEVICE)
+    hidden, head = torch.randn(2, 5, 8).to(DEVICE), torch.randn(2101, 8).to(DEVICE)
+    one = torch.ones((), device=DEVICE)
+    buffers = guard_outputs(monkeypatch)
+    grad = student.new_empty((3, 2101), dtype=torch.float32)
+    distill.kd_kl(student, teacher, tau=1.0, weight=one, grad=grad)
+    distill.scale_rows(grad, torch.tensor([0.0, 1.0, 2.0], device=DEVICE))
+    assert grad.isfinite().all()
+    assert (grad[0] == 0).all()
+    distill.linear_kd_kl(
+        *(hidden[0], hidden[1], head, None, None),
+        **{"tau": 1.0, "softcap": 0.0, "chunk_rows": 2, "unit": 1.0},
+        **{"needs_hidden": True, "needs_weight": False},
+    )
+    assert len(buffers) == 5  # gradient and losses; losses, gradient and logits
+    assert_guards_hold(buffers)
+
+
+def rows_far_apart(rows: int, stride: int, width: int) -> Tensor:
+    """fp16 `[rows, width]`, `stride` numbers apart, in memory that takes no space in between."""
+    size = 2 * ((rows - 1) * stride + width)
+    no_reserve = 0x4000  # MAP_NORESERVE, which Python 3.11's mmap does not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.float16)
+    return memory.as_strided((rows, width), (stride, 1))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has the next test")
+def test_offsets_beyond_32_bits_interpreted() -> None:
+    """A row number of 32 bits times this stride would wrap round."""
+    from latentwire_fast.kernels import distill
+
+    student, teacher = (rows_far_apart(3, 2**30 + 16, 500) for _ in range(2))
+    student.copy_(torch.randn(3, 500))
+    teacher.copy_(torch.randn(3, 500))
+    expected = student.clone()
+    settings = {"tau": 2.0, "weight": torch.ones(())}
+    wanted = distill.kd_kl(expected, teacher.clone(), grad=expected, **settings)
+    losses = distill.kd_kl(student, teacher, grad=student, **settings)
+    assert torch.equal(losses, wanted)
+    assert torch.equal(student, expected)
+    distill.scale_rows(student, torch.tensor(2.0))
+    assert torch.equal(student, expected * 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [128_256, 152_064])
+def test_more_logits_than_32_bits_count(vocabulary: int) -> None:
+    rows = 2**31 // vocabulary + 2
+    teacher = torch.randn(rows, vocabulary, device="cuda", dtype=torch.bfloat16)
+    student = torch.randn_like(teacher).requires_grad_()
+    losses = ops.kd_kl(student * 1, teacher, tau=2.0, reduction="none", in_place=True)
+    (grad,) = torch.autograd.grad(losses.sum(), student)
+    with ops.backend("reference"):
+        last = student.detach()[-2:].requires_grad_()
+        expected = ops.kd_kl(last, teacher[-2:], tau=2.0, reduction="none")
+        (expected_grad,) = torch.autograd.grad(expected.sum(), last)
+    torch.testing.assert_close(losses[-2:], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad[-2:], expected_grad, rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [128_256, 152_064])
+def test_linear_kl_at_real_shapes(vocabulary: int) -> None:
+    """bf16, the shapes of an 8B model's head, against the reference's fp32."""
+    head = torch.randn(vocabulary, 4096, device="cuda", dtype=torch.bfloat16) * 4096**-0.5
+    teacher = torch.randn(600, 4096, device="cuda", dtype=torch.bfloat16) * 3
+    student = (teacher + 0.05 * torch.randn_like(teacher)).requires_grad_()
+    results = []
+    for name in ("triton", "reference"):
+        with ops.backend(name):
+            loss = ops.linear_kd_kl(student, teacher, head, tau=2.0, chunk_rows=256)
+            (grad,) = torch.autograd.grad(loss, student)
+        results.append((loss.detach(), grad.float()))
+    (loss, grad), (expected, expected_grad) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    assert (grad - expected_grad).norm() / expected_grad.norm() < 0.02
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu() -> None:
+    """Forward and backward without a host synchronisation; the first call compiles."""
+    logits = torch.randn(2, 4, 999, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(2, 4, 64, device="cuda", dtype=torch.bfloat16)
+    head = torch.randn(999, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.tensor([True, False, True, True], device="cuda")
+
+    def step() -> None:
+        student = logits[0].detach().requires_grad_()
+        for options in ({"mask": mask}, {"mask": mask, "in_place": True}, {"reduction": "sum"}):
+            (0.5 * ops.kd_kl(student * 1, logits[1], tau=2.0, **options)).backward()
+        source = hidden[0].detach().requires_grad_()
+        for other in (None, head.detach()):
+            loss = ops.linear_kd_kl(source, hidden[1], head, teacher_weight=other, mask=mask)
+            (0.5 * loss).backward()
+
+    step()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

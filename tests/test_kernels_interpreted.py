@@ -14,6 +14,7 @@ from kernel_device import INTERPRETED
 
 TESTS = Path(__file__).parent
 FILES = sorted(TESTS.glob("test_kernels_*.py"))
+COMMAND = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"]
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="they run directly")
@@ -23,7 +24,7 @@ def test_interpreted(path: Path) -> None:
     if path.stem in {"test_kernels_interpreted", "test_kernels_aot"}:
         return
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        [*COMMAND, str(path)],
         cwd=TESTS.parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from kernel_device import DEVICE, needs_kernels
+from kernel_device import DEVICE, assert_guards_hold, guard_outputs, needs_kernels
 from latentwire_fast import ops, reference
 from latentwire_fast.errors import PayloadError
 
@@ -71,33 +69,66 @@ def test_non_finite_values(bad: float) -> None:
     assert torch.equal(out.cpu().isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize(("bits", "group"), CODES)
+@pytest.mark.parametrize("clip", [False, True])
+def test_extreme_groups(bits: int, group: int, clip: bool) -> None:
+    """Zeros, fp32 denormals, scales that fp16 holds as a denormal or not at all; ends of ranges."""
+    z = torch.randn(8, group)
+    sizes = [0.0, 1e-40, 1e-9, 1e-6, 1e-3, 1.0, 1e7, 3e37]
+    z *= torch.tensor(sizes)[:, None] / z.abs().amax(-1, keepdim=True)
+    flat = z.reshape(1, -1)[:, :-3]  # the last group is short
+    settings = {"bits": bits, "group_size": group, "clip": clip}
+    packed, scales = reference.quantize_pack(flat, **settings)
+    with ops.backend("triton"):
+        found = ops.quantize_pack(flat[:, None].to(DEVICE), **settings)
+        fake = ops.fake_quantize(flat[:, None].to(DEVICE), **settings)
+    assert torch.equal(found[0].cpu(), packed)
+    assert torch.equal(found[1].cpu(), scales)
+    assert torch.equal(fake.cpu()[:, 0], reference.fake_quantize(flat, **settings))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8)])
+def test_nothing_to_quantise(shape: tuple[int, ...]) -> None:
+    z = torch.randn(shape, device=DEVICE)
+    with ops.backend("triton"):
+        codes, scales = ops.quantize_pack(z, bits=4, group_size=32)
+        out = ops.unpack_dequantize(codes, scales, bits=4, group_size=32, shape=shape)
+        fake = ops.fake_quantize(z, bits=4, group_size=32)
+    assert codes.numel() == scales.numel() == 0
+    assert out.shape == fake.shape == shape
+
+
 @pytest.mark.parametrize("bits", [8, 6, 4])
 def test_nothing_is_written_outside_the_outputs(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs are cut out of guarded buffers; the guards keep their bytes."""
-    guards: list[torch.Tensor] = []
-
-    new_empty = torch.Tensor.new_empty
-
-    def guarded(self: torch.Tensor, size: tuple[int, ...], **options: Any) -> torch.Tensor:
-        if "dtype" not in options:  # the interpreter's own
-            return new_empty(self, size, **options)
-        count = torch.Size(size).numel()
-        buffer = torch.full((count + 128,), 77, device=self.device, **options)
-        guards.append(buffer)
-        return buffer[64 : 64 + count].view(size)
-
-    z = torch.randn(3, 77)
-    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
     from latentwire_fast.kernels import quantize
 
+    z = torch.randn(3, 77).to(DEVICE)
+    buffers = guard_outputs(monkeypatch)
     length = reference.code_bytes(77, bits=bits, group_size=32)
-    codes, scales = quantize.quantize_pack(
-        z.to(DEVICE), bits=bits, group_size=32, code_bytes=length
-    )
+    codes, scales = quantize.quantize_pack(z, bits=bits, group_size=32, code_bytes=length)
     quantize.unpack_dequantize(
         codes, scales, bits=bits, group_size=32, values=77, dtype=torch.float32
     )
-    assert len(guards) == 3
-    for buffer in guards:
-        assert (buffer[:64] == 77).all()
-        assert (buffer[-64:] == 77).all()
+    quantize.fake_quantize(z, bits=bits, group_size=32)
+    assert len(buffers) == 4
+    assert_guards_hold(buffers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_more_values_than_32_bits_count(bits: int) -> None:
+    """Whole groups, which make one row of the batch, and a short group in each long row."""
+    for rows, values in ((2**10, 2**21 + 64), (3, 2**30 + 40)):
+        z = torch.randn(rows, values, device="cuda", dtype=torch.bfloat16)
+        codes, scales = ops.quantize_pack(z[:, None], bits=bits, group_size=64)
+        out = ops.unpack_dequantize(
+            codes, scales, bits=bits, group_size=64, shape=(rows, 1, values), dtype=torch.bfloat16
+        )
+        fake = ops.fake_quantize(z[:, None], bits=bits, group_size=64)
+        assert torch.equal(out, fake)
+        start = values // 64 * 64 - 640
+        end = z[-1:, start:]
+        packed, expected = reference.quantize_pack(end, bits=bits, group_size=64)
+        assert torch.equal(codes[-1:, -packed.shape[1] :], packed)
+        assert torch.equal(scales[-1:, -expected.shape[1] :], expected)
+        del z, codes, scales, out, fake

@@ -249,6 +249,85 @@ def test_linear_kl_gradients_in_fp64(softcap: float | None, separate: bool) -> N
         assert torch.autograd.gradcheck(lambda h, w: kl(h, w, "sum"), (student, weight))
 
 
+def test_kl_gradient_in_place_is_the_same_and_takes_the_logits_memory() -> None:
+    leaf, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    (expected,) = torch.autograd.grad(3 * ops.kd_kl(leaf, teacher, tau=2.0), leaf)
+    logits = leaf * 1
+    loss = 3 * ops.kd_kl(logits, teacher, tau=2.0, in_place=True)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(grad, expected)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_kept_kl_graph_gives_its_gradient_again(in_place: bool) -> None:
+    leaf, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    loss = ops.kd_kl(leaf * 1, teacher, in_place=in_place)
+    (first,) = torch.autograd.grad(loss, leaf, 5 * torch.ones(()), retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, leaf, -torch.ones(()))
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, kept / -5)
+
+
+def test_kl_in_place_leaves_logits_that_need_no_gradient() -> None:
+    leaf, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    logits = leaf.detach().clone()
+    with torch.no_grad():
+        assert ops.kd_kl(leaf, teacher, in_place=True) == ops.kd_kl(logits, teacher, in_place=True)
+    assert torch.equal(logits, leaf)
+
+
+def test_kl_in_place_of_logits_that_another_op_needs_is_noticed() -> None:
+    leaf = torch.randn(4, 9, requires_grad=True)
+    logits = leaf.tanh()  # its backward needs its result
+    loss = ops.kd_kl(logits, torch.randn(4, 9), in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_kl_gradient_of_fp16_logits_keeps_what_loss_scaling_saves() -> None:
+    """Divided by 1024 rows most of q - p is below fp16; the incoming gradient makes up for it."""
+    scale, rows = 2.0**15, 1024
+    student, teacher = torch.randn(rows, 2000).half(), torch.randn(rows, 2000).half()
+    teacher = (student + 0.05 * teacher).requires_grad_(False)
+    exact, leaf = student.double().requires_grad_(), student.clone().requires_grad_()
+    (scale * ops.kd_kl(exact, teacher.double())).backward()
+    (scale * ops.kd_kl(leaf, teacher)).backward()
+    assert exact.grad is not None
+    assert leaf.grad is not None
+    assert exact.grad.median().abs() / scale < 6e-8  # of fp16's smallest number
+    assert (leaf.grad.double() - exact.grad).norm() / exact.grad.norm() < 1e-3
+
+
+def test_a_row_whose_loss_is_left_out_gets_no_gradient_whatever_it_holds() -> None:
+    leaf = torch.randn(3, 9)
+    leaf[1] = math.nan
+    leaf.requires_grad_()
+    rows = ops.kd_kl(leaf, torch.randn(3, 9), reduction="none")
+    rows[torch.tensor([0, 2])].sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert (leaf.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("vocabulary", [128_256, 152_064])
+def test_kl_at_a_real_vocabulary(vocabulary: int) -> None:
+    teacher = torch.randn(2, vocabulary) * 3
+    student = (teacher + torch.tensor([[0.01], [1.0]]) * torch.randn(2, vocabulary)).bfloat16()
+    student.requires_grad_()
+    exact = student.detach().double().requires_grad_()
+    rows = ops.kd_kl(student, teacher, tau=2.0, reduction="none")
+    truth = ops.kd_kl(exact, teacher.double(), tau=2.0, reduction="none")
+    log_p = (teacher.double() / 2).log_softmax(-1)
+    textbook = (log_p.exp() * (log_p - (exact / 2).log_softmax(-1))).sum(-1) * 4
+    torch.testing.assert_close(truth, textbook, rtol=1e-9, atol=0)
+    torch.testing.assert_close(rows.double(), truth, rtol=5e-5, atol=0)
+    (grad,) = torch.autograd.grad(rows.sum(), student)
+    (wanted,) = torch.autograd.grad(truth.sum(), exact)
+    assert ((grad - wanted).norm(dim=-1) / wanted.norm(dim=-1) < 4e-3).all()  # bf16's rounding
+
+
 def test_linear_kl_does_not_depend_on_the_chunk() -> None:
     student, teacher = torch.randn(37, 16, requires_grad=True), torch.randn(37, 16)
     weight = torch.randn(301, 16)
@@ -304,19 +383,19 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
     affine = (x, weight, bias, norm, norm_bias, gamma)
     settings = (0.5, "example", True)
     _, squares = reference.project_calibrate(*affine, beta, gain, *settings)
-    _, stats = reference.kd_kl(student, teacher, tau=2.0)
     hidden, mask = (torch.randn(4, 5), torch.randn(4, 5)), torch.rand(4) > 0.3
     return {
-        "quantize_pack": (z, 6, 16),
+        "quantize_pack": (z, 6, 16, False),
         "unpack_dequantize": (codes, scales, 6, 16, 50, torch.bfloat16),
-        "fake_quantize": (z, 4, 32),
+        "fake_quantize": (z, 4, 32, True),
         "project_calibrate": (*affine, beta, gain, *settings),
         "project_calibrate_backward": (
             *(torch.randn(2, 3, 7), *affine, gain, squares, *settings),
             [True, False, True, True, False, True, True, True],
         ),
-        "kd_kl": (student, teacher, 2.0),
-        "kd_kl_backward": (student, teacher, stats, torch.rand(4), 2.0),
+        "kd_kl": (student, teacher, mask, torch.tensor(0.5), 2.0),
+        "kd_kl_in_place": (student, teacher, mask, torch.tensor(0.5), 2.0),
+        "scale_rows": (student, torch.rand(4)),
         "linear_kd_kl": (*hidden, torch.randn(9, 5), None, mask, 2.0, 0.0, 3, True, True),
     }
 
@@ -327,7 +406,9 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(op, op_calls()[name])
 
 
-@pytest.mark.parametrize("kind", ["fake_quantize", "project", "kd_kl", "linear_kd_kl"])
+@pytest.mark.parametrize(
+    "kind", ["fake_quantize", "project", "kd_kl", "kd_kl scaled", "linear_kd_kl"]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_fullgraph_compile_equals_eager(kind: str) -> None:
     parameters = {
@@ -339,6 +420,7 @@ def test_fullgraph_compile_equals_eager(kind: str) -> None:
         "fake_quantize": lambda x: ops.fake_quantize(x, bits=4, group_size=32).square().sum(),
         "project": lambda x: ops.project_calibrate(x, **parameters, target_rms=0.1).square().sum(),
         "kd_kl": lambda x: ops.kd_kl(x, teacher, tau=2.0, mask=mask),
+        "kd_kl scaled": lambda x: 3 * ops.kd_kl(x, teacher, tau=2.0, mask=mask),
         "linear_kd_kl": lambda x: ops.linear_kd_kl(x, teacher, head, tau=2.0, mask=mask),
     }
     call = calls[kind]
@@ -386,6 +468,28 @@ BAD_CALLS: dict[str, tuple[type[LatentWireError], str, Callable[[], object]]] = 
             shape=(2, 8),
         ),
     ),
+    "scales do not fit": (
+        KernelError,
+        r"unpack_dequantize: scales has shape \(2,\); expected \(1,\)",
+        lambda: ops.unpack_dequantize(
+            torch.zeros(8, dtype=torch.uint8),
+            torch.zeros(2, dtype=torch.float16),
+            bits=4,
+            group_size=16,
+            shape=(2, 8),
+        ),
+    ),
+    "shape to unpack": (
+        KernelError,
+        r"unpack_dequantize: shape is \(16,\); expected \(..., M, d\)",
+        lambda: ops.unpack_dequantize(
+            torch.zeros(8, dtype=torch.uint8),
+            torch.zeros(1, dtype=torch.float16),
+            bits=4,
+            group_size=16,
+            shape=(16,),
+        ),
+    ),
     "scales in fp32": (
         KernelError,
         "unpack_dequantize: codes, scales and result are torch.uint8, torch.float32",
@@ -427,6 +531,38 @@ BAD_CALLS: dict[str, tuple[type[LatentWireError], str, Callable[[], object]]] = 
         "kd_kl: tau is 0.0; expected a positive number",
         lambda: ops.kd_kl(LATENT, LATENT, tau=0.0),
     ),
+    "negative tau": (
+        ConfigError,
+        "linear_kd_kl: tau is -1.0; expected a positive number",
+        lambda: ops.linear_kd_kl(LATENT, LATENT, torch.zeros(5, 8), tau=-1.0),
+    ),
+    "tau without a value": (
+        ConfigError,
+        "kd_kl: tau is nan; expected a positive number",
+        lambda: ops.kd_kl(LATENT, LATENT, tau=math.nan),
+    ),
+    "integer logits": (
+        KernelError,
+        "kd_kl: teacher_logits is torch.int64; expected a floating-point tensor",
+        lambda: ops.kd_kl(LATENT, LATENT.long()),
+    ),
+    "no vocabulary": (
+        KernelError,
+        r"kd_kl: student_logits has shape \(2, 0\); expected at least one token",
+        lambda: ops.kd_kl(torch.zeros(2, 0), torch.zeros(2, 0)),
+    ),
+    "in place on a leaf": (
+        KernelError,
+        "kd_kl: in_place on a leaf would overwrite student_logits",
+        lambda: ops.kd_kl(torch.zeros(2, 8, requires_grad=True), torch.zeros(2, 8), in_place=True),
+    ),
+    "in place on strided logits": (
+        KernelError,
+        r"kd_kl: in_place on student_logits with strides \(1, 2\); expected contiguous",
+        lambda: ops.kd_kl(
+            (torch.zeros(8, 2, requires_grad=True) * 1).T, torch.zeros(2, 8), in_place=True
+        ),
+    ),
     "vocabulary": (
         KernelError,
         r"kd_kl: teacher_logits has shape \(2, 3, 9\); expected \(2, 3, 8\)",
@@ -451,6 +587,38 @@ BAD_CALLS: dict[str, tuple[type[LatentWireError], str, Callable[[], object]]] = 
         KernelError,
         r"linear_kd_kl: weight has shape \(5, 4\); expected \(5, 8\)",
         lambda: ops.linear_kd_kl(LATENT, LATENT, torch.zeros(5, 4)),
+    ),
+    "head without tokens": (
+        KernelError,
+        r"linear_kd_kl: weight has shape \(0, 8\); expected at least one token",
+        lambda: ops.linear_kd_kl(LATENT, LATENT, torch.zeros(0, 8)),
+    ),
+    "head in fp64": (
+        KernelError,
+        "linear_kd_kl: student_hidden is torch.float32 and weight torch.float64; expected both",
+        lambda: ops.linear_kd_kl(LATENT, LATENT, torch.zeros(5, 8).double()),
+    ),
+    "teacher's width": (
+        KernelError,
+        r"linear_kd_kl: teacher_hidden has shape \(2, 3, 9\); expected \(2, 3, 8\)",
+        lambda: ops.linear_kd_kl(LATENT, torch.zeros(2, 3, 9), torch.zeros(5, 8)),
+    ),
+    "teacher's head": (
+        KernelError,
+        r"linear_kd_kl: teacher_weight has shape \(6, 8\); expected \(6, 9\)",
+        lambda: ops.linear_kd_kl(
+            LATENT, torch.zeros(2, 3, 9), torch.zeros(5, 8), teacher_weight=torch.zeros(6, 8)
+        ),
+    ),
+    "another device": (
+        KernelError,
+        "linear_kd_kl: weight is on meta; expected cpu, like the input",
+        lambda: ops.linear_kd_kl(LATENT, LATENT, torch.zeros(5, 8, device="meta")),
+    ),
+    "softcap": (
+        ConfigError,
+        "linear_kd_kl: softcap is 0.0; expected a positive number, or None",
+        lambda: ops.linear_kd_kl(LATENT, LATENT, torch.zeros(5, 8), softcap=0.0),
     ),
     "smaller teacher": (
         KernelError,
@@ -477,9 +645,11 @@ BAD_CALLS: dict[str, tuple[type[LatentWireError], str, Callable[[], object]]] = 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_arguments_say_what_was_expected(name: str) -> None:
+    """And nothing is written."""
     error, message, call = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         call()
+    assert (LATENT == 0).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -499,7 +669,7 @@ from latentwire_fast import ops
 kind, rows = "{kind}", {rows}
 torch.manual_seed(0)
 student = torch.randn(rows, 512, requires_grad=True)
-teacher, weight = torch.randn(rows, 512), torch.randn(128256, 512) * 512**-0.5
+teacher, weight = torch.randn(rows, 512), torch.randn(128256, 512).mul_(512**-0.5)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if kind == "ours":
     loss = ops.linear_kd_kl(student, teacher, weight, tau=2.0, chunk_rows=64)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from latentwire_fast.ops.adapter import CALIBRATIONS, project_calibrate
 from latentwire_fast.ops.dispatch import backend
-from latentwire_fast.ops.distill import REDUCTIONS, kd_kl, linear_kd_kl
+from latentwire_fast.ops.distill import REDUCTIONS, kd_kl
+from latentwire_fast.ops.linear_distill import linear_kd_kl
 from latentwire_fast.ops.quantize import (
     BITS,
     GROUP_SIZES,

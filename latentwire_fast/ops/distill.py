@@ -1,4 +1,4 @@
-"""Distillation KL (K3): on logits, and on hidden states without ever holding `[N, V]`."""
+"""Distillation KL on logits (K3), with the student's gradient made in the forward call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _check_distillation(
+def check_distillation(
     op: str, tau: float, mask: Tensor | None, rows: Tensor, reduction: str
 ) -> None:
     if not 0 < tau < math.inf:
@@ -30,66 +30,149 @@ def _check_distillation(
     check_shape(op, "mask", mask, tuple(rows.shape[:-1]), rows)
 
 
-def _count(mask: Tensor | None, rows: int) -> Tensor | int:
-    """Rows that count, at least 1: without any the mean is 0, found without synchronising."""
-    return max(rows, 1) if mask is None else mask.sum().clamp(min=1)
+def check_vocabulary(op: str, argument: str, x: Tensor, dim: int) -> None:
+    if not x.shape[dim]:
+        raise KernelError(
+            f"{op}: {argument} has shape {tuple(x.shape)}; expected at least one token"
+        )
 
 
-def _kd_kl(student: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def _check_in_place(op: str, student: Tensor) -> None:
+    if student.is_leaf:
+        raise KernelError(
+            f"{op}: in_place on a leaf would overwrite student_logits with their gradient; "
+            "expected the output of another op"
+        )
+    if not student.is_contiguous():
+        raise KernelError(
+            f"{op}: in_place on student_logits with strides {student.stride()}; expected contiguous"
+        )
+
+
+def row_share(mask: Tensor | None, rows: Tensor, reduction: Reduction) -> Tensor:
+    """What a row's loss counts for in the result, 0-dim in the dtype computed in.
+
+    Without any row that counts the mean is 0. Found without synchronising with the host.
+    """
+    c = reference.compute_dtype(rows)
+    if reduction != "mean" or mask is None:
+        value = 1.0 / max(rows.shape[0], 1) if reduction == "mean" else 1.0
+        return rows.new_full((), value, dtype=c)
+    return 1.0 / mask.sum().clamp(min=1).to(c)
+
+
+def _losses(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    tau: float,
+    grad: Tensor | None,
+) -> Tensor:
+    rows_kl = reference.kd_kl
     if uses_triton("kd_kl", student, computes_in=reference.compute_dtype(student)):
         from latentwire_fast.kernels import distill as kernels
 
-        return kernels.kd_kl(student, teacher, tau=tau)
-    return reference.kd_kl(student, teacher, tau=tau)
+        rows_kl = kernels.kd_kl
+    return rows_kl(student, teacher, tau=tau, mask=mask, weight=weight, grad=grad)
 
 
-def _kd_kl_fake(student: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    c, n = reference.compute_dtype(student), student.shape[0]
-    return student.new_empty(n, dtype=c), student.new_empty((3, n), dtype=c)
+def _kd_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Tensor | None, tau: float
+) -> tuple[Tensor, Tensor]:
+    grad = student.new_empty((student.shape[0] if weight is not None else 0, student.shape[1]))
+    into = None if weight is None else grad
+    return _losses(student, teacher, mask, weight, tau, into), grad
 
 
-def _kd_kl_backward(
-    student: Tensor, teacher: Tensor, stats: Tensor, row_grads: Tensor, tau: float
+def _kd_kl_fake(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Tensor | None, tau: float
+) -> tuple[Tensor, Tensor]:
+    n, vocabulary = student.shape
+    losses = student.new_empty(n, dtype=reference.compute_dtype(student))
+    return losses, student.new_empty((n if weight is not None else 0, vocabulary))
+
+
+def _kd_kl_in_place(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Tensor, tau: float
 ) -> Tensor:
-    if uses_triton("kd_kl", student, computes_in=stats.dtype):
+    return _losses(student, teacher, mask, weight, tau, student)
+
+
+def _scale_rows(x: Tensor, factors: Tensor) -> None:
+    if uses_triton("kd_kl", x, computes_in=reference.compute_dtype(x)):
         from latentwire_fast.kernels import distill as kernels
 
-        return kernels.kd_kl_backward(student, teacher, stats, row_grads, tau=tau)
-    return reference.kd_kl_backward(student, teacher, stats, row_grads, tau=tau)
+        kernels.scale_rows(x, factors)
+    else:
+        reference.scale_rows(x, factors)
 
 
 register(
-    "kd_kl(Tensor student, Tensor teacher, float tau) -> (Tensor, Tensor)", _kd_kl, _kd_kl_fake
+    "kd_kl(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, float tau) "
+    "-> (Tensor, Tensor)",
+    _kd_kl,
+    _kd_kl_fake,
 )
 register(
-    "kd_kl_backward(Tensor student, Tensor teacher, Tensor stats, Tensor row_grads, float tau) "
+    "kd_kl_in_place(Tensor(a!) student, Tensor teacher, Tensor? mask, Tensor weight, float tau) "
     "-> Tensor",
-    _kd_kl_backward,
-    lambda student, teacher, stats, row_grads, tau: torch.empty_like(
-        student, memory_format=torch.contiguous_format
-    ),
+    _kd_kl_in_place,
+    lambda student, *_: student.new_empty(student.shape[0], dtype=reference.compute_dtype(student)),
 )
+register("scale_rows(Tensor(a!) x, Tensor factors) -> ()", _scale_rows, lambda x, factors: None)
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass leaves its graph for another (`retain_graph`), with what it saved.
+
+    A compiled backward scales out of place wherever that matters.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _KdKl(torch.autograd.Function):
-    """Saves the logits that exist anyway and three numbers per row."""
+    """The gradient of the result is made in the forward call, in a buffer of its own or in the
+    student's logits; backward scales it where it lies, by the incoming gradient.
+
+    Returns the row losses times `share`, summed, or with `per_row` the losses `[N]`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-        losses, stats = torch.ops.latentwire_fast.kd_kl(student, teacher, tau)
-        ctx.save_for_backward(student, teacher, stats)
-        ctx.tau = tau
-        return losses
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        share: Tensor,
+        tau: float,
+        per_row: bool,
+        in_place: bool,
+    ) -> Tensor:
+        unit = reference.gradient_unit(student.dtype)
+        # Where the stored gradient is the result's own, an incoming gradient of 1 costs nothing.
+        ctx.left = tau / unit if unit != 1.0 else None
+        weight = share if unit == 1.0 else torch.full_like(share, unit / tau)
+        if in_place:
+            grad = student.detach()
+            losses = torch.ops.latentwire_fast.kd_kl_in_place(grad, teacher, mask, weight, tau)
+            torch.autograd.graph.increment_version(student)
+        else:
+            losses, grad = torch.ops.latentwire_fast.kd_kl(student, teacher, mask, weight, tau)
+        ctx.save_for_backward(grad, share)
+        return losses if per_row else losses.sum() * share
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        student, teacher, stats = ctx.saved_tensors
-        return (
-            torch.ops.latentwire_fast.kd_kl_backward(student, teacher, stats, grad, ctx.tau),
-            None,
-            None,
-        )
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad, share = ctx.saved_tensors
+        factors = grad_output if ctx.left is None else grad_output * (share * ctx.left)
+        if _graph_is_kept():
+            grad = grad.clone()
+        torch.ops.latentwire_fast.scale_rows(grad, factors)
+        return grad, *[None] * 6
 
 
 def kd_kl(
@@ -99,12 +182,13 @@ def kd_kl(
     tau: float = 1.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    in_place: bool = False,
 ) -> Tensor:
     """`tau**2 * KL(softmax(teacher/tau) || softmax(student/tau))`, the distillation loss of Hinton
     et al.
 
     Accurate from a KL of 1e-7 up, never negative, exactly 0 for identical logits (`reference.kd_kl`
-    has the formula). Gradient to the student alone.
+    has the formula). Gradient to the student alone, made in the forward call.
 
     Args:
         student_logits: `[..., V]`. Tokens that it does not have are -inf, and leave both
@@ -113,212 +197,34 @@ def kd_kl(
         tau: temperature.
         mask: `[...]` bool, True where a row counts.
         reduction: `mean` over the rows that count (0 without any), their `sum`, or `none`: `[...]`.
+        in_place: the gradient, if one is needed, takes the place of `student_logits`, which are
+        lost; nothing else of their size is allocated. They must be contiguous and no leaf.
 
     Returns:
         The loss in fp32 (fp64 for fp64 logits).
 
     Raises:
-        ConfigError: tau or reduction; KernelError: shapes or dtypes that do not fit.
+        ConfigError: tau or reduction; KernelError: shapes, dtypes or layouts that do not fit.
     """
     op = "kd_kl"
     check_float(op, "student_logits", student_logits, dims=1)
     check_float(op, "teacher_logits", teacher_logits, dims=1)
     check_shape(op, "teacher_logits", teacher_logits, tuple(student_logits.shape), student_logits)
-    _check_distillation(op, tau, mask, student_logits, reduction)
+    check_distillation(op, tau, mask, student_logits, reduction)
+    check_vocabulary(op, "student_logits", student_logits, -1)
+    needs_grad = torch.is_grad_enabled() and student_logits.requires_grad
+    if in_place and needs_grad:
+        _check_in_place(op, student_logits)
     *lead, vocabulary = student_logits.shape
-    rows = math.prod(lead)
-    losses = _KdKl.apply(
-        student_logits.reshape(rows, vocabulary),
-        teacher_logits.detach().reshape(rows, vocabulary),
-        float(tau),
-    )
-    if mask is not None:
-        losses = torch.where(mask.reshape(rows), losses, 0.0)
-    if reduction == "none":
-        return losses.reshape(lead)
-    return losses.sum() if reduction == "sum" else losses.sum() / _count(mask, rows)
-
-
-def _linear_kd_kl(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    mask: Tensor | None,
-    tau: float,
-    softcap: float,
-    chunk_rows: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = reference.linear_kd_kl
-    if uses_triton(
-        "linear_kd_kl", student_hidden, computes_in=reference.compute_dtype(student_hidden)
-    ):
-        from latentwire_fast.kernels import distill as kernels
-
-        implementation = kernels.linear_kd_kl
-    return implementation(
-        student_hidden,
-        teacher_hidden,
-        weight,
-        teacher_weight,
-        mask,
-        tau=tau,
-        softcap=softcap,
-        chunk_rows=chunk_rows,
-        needs_hidden=needs_hidden,
-        needs_weight=needs_weight,
-    )
-
-
-def _linear_kd_kl_fake(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    mask: Tensor | None,
-    tau: float,
-    softcap: float,
-    chunk_rows: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    c, n = reference.compute_dtype(student_hidden), student_hidden.shape[0]
-    (vocabulary, width) = weight.shape
-    return (
-        student_hidden.new_empty(n, dtype=c),
-        student_hidden.new_empty((n if needs_hidden else 0, width), dtype=c),
-        student_hidden.new_empty((vocabulary if needs_weight else 0, width), dtype=c),
-    )
-
-
-register(
-    "linear_kd_kl(Tensor student_hidden, Tensor teacher_hidden, Tensor weight, "
-    "Tensor? teacher_weight, Tensor? mask, float tau, float softcap, int chunk_rows, "
-    "bool needs_hidden, bool needs_weight) -> (Tensor, Tensor, Tensor)",
-    _linear_kd_kl,
-    _linear_kd_kl_fake,
-)
-
-
-class _LinearKdKl(torch.autograd.Function):
-    """The gradients are made in the forward call, while a chunk's logits exist; backward scales
-    them.
-
-    Returns the sum of the row losses, or with `per_row` the losses `[N]`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,
-        teacher_hidden: Tensor,
-        weight: Tensor,
-        teacher_weight: Tensor | None,
-        mask: Tensor | None,
-        settings: tuple[float, float, int, bool, bool],
-        per_row: bool,
-    ) -> Tensor:
-        losses, d_hidden, d_weight = torch.ops.latentwire_fast.linear_kd_kl(
-            student_hidden, teacher_hidden, weight, teacher_weight, mask, *settings
-        )
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.dtypes = student_hidden.dtype, weight.dtype
-        return losses if per_row else losses.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        hidden = head = None
-        if ctx.needs_input_grad[0]:
-            hidden = (d_hidden * (grad[:, None] if grad.dim() else grad)).to(hidden_dtype)
-        if ctx.needs_input_grad[2]:
-            head = (d_weight * grad).to(weight_dtype)
-        return hidden, None, head, None, None, None, None
-
-
-def _check_heads(
-    op: str, student: Tensor, teacher: Tensor, weight: Tensor, teacher_weight: Tensor | None
-) -> None:
-    for name, x in (("student_hidden", student), ("teacher_hidden", teacher), ("weight", weight)):
-        check_float(op, name, x, dims=2 if name == "weight" else 1)
-    check_shape(op, "weight", weight, (weight.shape[0], student.shape[-1]), student)
-    if teacher_weight is None:
-        check_shape(op, "teacher_hidden", teacher, tuple(student.shape), student)
-        return
-    check_float(op, "teacher_weight", teacher_weight, dims=2)
-    check_shape(
-        op, "teacher_hidden", teacher, (*student.shape[:-1], teacher_weight.shape[1]), student
-    )
-    if teacher_weight.shape[0] < weight.shape[0]:
-        raise KernelError(
-            f"{op}: teacher_weight has {teacher_weight.shape[0]} rows (tokens); expected at least "
-            f"the student's {weight.shape[0]}"
-        )
-
-
-def linear_kd_kl(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    weight: Tensor,
-    *,
-    teacher_weight: Tensor | None = None,
-    tau: float = 1.0,
-    mask: Tensor | None = None,
-    chunk_rows: int = 1024,
-    reduction: Reduction = "mean",
-    softcap: float | None = None,
-) -> Tensor:
-    """`kd_kl` of two models' logits, from the hidden states before their heads: never holds `[N,
-    V]`.
-
-    Gradients go to `student_hidden`, and to `weight` if it requires one; they are made in the
-    forward call. Memory beyond inputs and gradients is a few times `chunk_rows * V` numbers,
-    whatever N.
-
-    Args:
-        student_hidden: `[..., d]`; teacher_hidden: `[..., d]`, or `[..., d_t]` with its own head.
-        weight: `[V, d]`, the student's head (and the teacher's, without `teacher_weight`).
-        teacher_weight: `[V_t, d_t]`, V_t >= V: the first V tokens are the student's, and only they
-        count. tau, mask, reduction: as in `kd_kl`.
-        chunk_rows: rows whose logits are held at a time.
-        softcap: logits are `softcap * tanh(logits / softcap)` first (Gemma 2).
-
-    Returns:
-        The loss in fp32 (fp64 for fp64 hidden states).
-
-    Raises:
-        ConfigError: tau, reduction, chunk_rows or softcap; reduction `none` with a trained head.
-        KernelError: shapes or dtypes that do not fit.
-    """
-    op = "linear_kd_kl"
-    _check_heads(op, student_hidden, teacher_hidden, weight, teacher_weight)
-    _check_distillation(op, tau, mask, student_hidden, reduction)
-    if chunk_rows < 1:
-        raise ConfigError(f"{op}: chunk_rows is {chunk_rows}; expected at least 1")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ConfigError(f"{op}: softcap is {softcap}; expected a positive number, or None")
-    trains = torch.is_grad_enabled()
-    needs_hidden = trains and student_hidden.requires_grad
-    needs_weight = trains and weight.requires_grad
-    if needs_weight and reduction == "none":
-        raise ConfigError(
-            f"{op}: reduction 'none' cannot give the head's gradient; freeze weight, or use 'mean'"
-        )
-    lead = student_hidden.shape[:-1]
-    rows = math.prod(lead)
-    loss = _LinearKdKl.apply(
-        student_hidden.reshape(rows, student_hidden.shape[-1]),
-        teacher_hidden.detach().reshape(rows, teacher_hidden.shape[-1]),
-        weight,
-        None if teacher_weight is None else teacher_weight.detach(),
-        None if mask is None else mask.reshape(rows),
-        (float(tau), float(softcap or 0.0), chunk_rows, needs_hidden, needs_weight),
-        reduction == "none",
-    )
-    if reduction == "none":
-        return loss.reshape(lead)
-    return loss if reduction == "sum" else loss / _count(mask, rows)
+    rows, tau = math.prod(lead), float(tau)
+    student = student_logits.reshape(rows, vocabulary)
+    teacher = teacher_logits.detach().reshape(rows, vocabulary)
+    mask = None if mask is None else mask.reshape(rows)
+    share = row_share(mask, student, reduction)
+    if needs_grad:
+        per_row = reduction == "none"
+        loss = _KdKl.apply(student, teacher, mask, share, tau, per_row, in_place)
+    else:
+        loss, _ = torch.ops.latentwire_fast.kd_kl(student, teacher, mask, None, tau)
+        loss = loss if reduction == "none" else loss.sum() * share
+    return loss.reshape(lead) if reduction == "none" else loss
