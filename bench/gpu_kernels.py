@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 520
 # A worker stops starting cases this long before it would be killed.
 MARGIN_SECONDS = 15
-# Sections: the worker's name, and the seconds it may take.
-BENCHMARKS = {"K1": 85, "K2": 85, "K3a": 60, "K3b": 85, "K4": 25}
+# The benchmarks' workers. What a section may take is a share of the whole run; together they are
+# more than it, because hardly one takes all of its own.
+BENCHMARKS = {"K1": 0.17, "K2": 0.17, "K3a": 0.13, "K3b": 0.17, "K4": 0.09}
+# Of the tests' time for the kernels' own; the rest is for the others.
+KERNEL_TESTS_SHARE = 0.75
 OK, FAILED = "done", "failed"
 OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 
@@ -46,6 +49,7 @@ class Run:
     Attributes:
         folder: where to; parts: scratch files of the workers.
         tiny: on a CPU, at small shapes.
+        seconds: of the whole run, from now on.
         results: the content of results.json.
     """
 
@@ -53,15 +57,16 @@ class Run:
     parts: Path
     tiny: bool
     commit: str | None
-    deadline: float
+    seconds: float
     results: dict[str, Any]
+    started: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        return self.deadline - time.monotonic()
+        return self.started + self.seconds - time.monotonic()
 
-    def section(self, name: str, seconds: float, work: Callable[[float], str]) -> None:
-        """One section within its limit and what is left of the whole run's."""
-        limit = min(seconds, self.left())
+    def section(self, name: str, share: float, work: Callable[[float], str]) -> None:
+        """One section within its share of the run's time, and what is left of that."""
+        limit = min(share * self.seconds, self.left())
         if limit < MARGIN_SECONDS:
             outcome, taken = "not run: out of time", 0.0
         else:
@@ -179,7 +184,7 @@ def device_tests(tiny: bool) -> tuple[list[Path], list[Path]]:
 
 def run_tests(run: Run, limit: float) -> str:
     """The kernels' files side by side (compiling takes most of their time), then the others."""
-    by = time.monotonic() + limit
+    started = time.monotonic()
     base = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     # tests/conftest.py imports what a bare machine lacks; device_suite is the part of it that is
     # needed here.
@@ -187,7 +192,9 @@ def run_tests(run: Run, limit: float) -> str:
     kernels, others = device_tests(run.tiny)
     logs = {path: run.parts / f"{path.stem}.log" for path in (*kernels, *others)}
     side_by_side = [start([*base, path], logs[path]) for path in kernels]
+    by = started + KERNEL_TESTS_SHARE * limit
     endings = [finish(process, by=by) for process in side_by_side]
+    by = started + limit
     endings += [finish(start([*base, "-m", "gpu", p], logs[p]), by=by) for p in others]
     reports = [
         report_of(path.name, logs[path].read_text(errors="replace"), ending)
@@ -303,16 +310,16 @@ def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> 
     with tempfile.TemporaryDirectory() as parts:
         empty: dict[str, Any] = {"about": {"device": "unknown"}, "ceilings": None, "targets": []}
         run = Run(
-            *(folder, Path(parts), tiny, commit, time.monotonic() + seconds),
+            *(folder, Path(parts), tiny, commit, seconds),
             results={**empty, "sections": [], "tests": [], "records": []},
         )
-        run.section("ceilings", 60, lambda limit: run_worker(run, "ceilings", limit))
+        run.section("ceilings", 0.12, lambda limit: run_worker(run, "ceilings", limit))
         if run.results["ceilings"] is None:
             return 1
-        run.section("extension", 90, lambda limit: build_extension(run, limit))
-        run.section("tests", 110, lambda limit: run_tests(run, limit))
-        for name, most in BENCHMARKS.items():
-            run.section(name, most, lambda limit, name=name: run_worker(run, name, limit))
+        run.section("extension", 0.17, lambda limit: build_extension(run, limit))
+        run.section("tests", 0.21, lambda limit: run_tests(run, limit))
+        for name, share in BENCHMARKS.items():
+            run.section(name, share, lambda limit, name=name: run_worker(run, name, limit))
     wrong = [r for r in run.results["records"] if (r["absent"] or "").startswith(("wrong", "fail"))]
     failed = [s for s in run.results["sections"] if s["outcome"].startswith((FAILED, "stopped"))]
     print((folder / "results.md").read_text())
@@ -326,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="on a CPU, at shapes that mean nothing")
     parser.add_argument("--predict", action="store_true", help="print floors and predicted times")
     parser.add_argument("--commit", help="of this tree, where git cannot tell")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of the whole run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     sys.path[:0] = [str(ROOT), str(ROOT / "bench")]

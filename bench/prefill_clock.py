@@ -1,0 +1,142 @@
+"""How long a prefill takes, phase by phase, and many of them side by side.
+
+A phase ends where `mark` is called. On the CPU that is a reading of the clock; on a GPU an event in
+the stream, which between prefills is idle, so that an event recorded there has the host's time, and
+the phases of host and device follow one another without a gap. Events are recorded inside captured
+graphs as well (`external`), where each replay renews them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+# In the order in which they happen; a graph records its own before the others of its first run.
+PHASES = (
+    *("load encoder", "encode", "tokenise", "parse", "dequantise", "adapter", "placement"),
+    *("reader", "token"),
+)
+START = "start"
+# A row that may not take more time gets at least so many runs.
+LEAST_WARM_UPS, LEAST_REPEATS = 2, 5
+# Of a row's time, what its warm-ups may take.
+WARM_UP_SHARE = 0.25
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Milliseconds of one prefill, from the request to the token on the host."""
+
+    total: float
+    phases: dict[str, float]
+
+
+class Clock:
+    """Times the prefills of one row. `mark` is what a `Receiver` calls."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device != "cpu"
+        self._marks: dict[str, Any] = {}
+        self._started = 0.0
+
+    def start(self) -> None:
+        """A request has arrived."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self._started = time.perf_counter()
+        self.mark(START)
+
+    def mark(self, phase: str) -> None:
+        """The phase is over, or queued."""
+        if not self._on_gpu:
+            self._marks[phase] = time.perf_counter()
+            return
+        if phase not in self._marks:
+            self._marks[phase] = torch.cuda.Event(enable_timing=True, external=True)
+        self._marks[phase].record()
+
+    def stop(self) -> Sample:
+        """The token is on the host."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        total = 1e3 * (time.perf_counter() - self._started)
+        order = [START, *(phase for phase in PHASES if phase in self._marks)]
+        return Sample(
+            total,
+            {phase: self._between(before, phase) for before, phase in pairwise(order)},
+        )
+
+    def _between(self, before: str, phase: str) -> float:
+        first, second = self._marks[before], self._marks[phase]
+        return first.elapsed_time(second) if self._on_gpu else 1e3 * (second - first)
+
+
+@dataclass
+class Timed:
+    """One row while it is measured."""
+
+    run: Callable[[], Sample]
+    samples: list[Sample] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def wants(self, repeats: int, seconds: float | None) -> bool:
+        """Whether it should run once more."""
+        enough = seconds is not None and self.seconds >= seconds
+        return len(self.samples) < (min(repeats, LEAST_REPEATS) if enough else repeats)
+
+    def once(self) -> Sample:
+        started = time.perf_counter()
+        sample = self.run()
+        self.seconds += time.perf_counter() - started
+        return sample
+
+
+def warm_up(row: Timed, *, runs: int, seconds: float | None) -> None:
+    """Run a row without keeping the times."""
+    for done in range(runs):
+        slow = seconds is not None and row.seconds >= WARM_UP_SHARE * seconds
+        if slow and done >= LEAST_WARM_UPS:
+            break
+        row.once()
+    row.seconds = 0.0
+
+
+def interleave(
+    rows: Sequence[Timed], *, repeats: int, seconds: float | None, deadline: float | None
+) -> Iterator[int]:
+    """Run every row once in each round, so that what disturbs the machine disturbs all of them.
+
+    Args:
+        repeats: samples of each row; fewer, but at least 5, where one takes longer than `seconds`.
+        deadline: of `time.monotonic`, after which nothing more is started.
+
+    Yields:
+        After each run, how many are done.
+    """
+    done = 0
+    while any(row.wants(repeats, seconds) for row in rows):
+        for row in rows:
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            if row.wants(repeats, seconds):
+                row.samples.append(row.once())
+                done += 1
+                yield done
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    return float(np.percentile(values, q))
+
+
+def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of the median."""
+    draws = np.random.default_rng(seed).choice(values, (RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(draws, 1), [2.5, 97.5])
+    return float(low), float(high)
