@@ -339,7 +339,7 @@ class TestRefusals:
             (lambda p: p[:-1], "payload 1: .* it was cut short"),
             (lambda p: p[:-1] + b"\x00", "payload 1: the CRC-32"),
             (lambda p: resealed(p, set_byte(10, p[10] ^ 1)), "written by model"),
-            (lambda p: resealed(p, set_first_code_to_minus_32), "payload 1: code byte"),
+            (lambda p: resealed(p, set_first_code_to_minus_32), "which no latent is packed to"),
             (lambda p: resealed(p, set_byte(len(p) - 1, 0x7C)), "payload 1: the scale"),
         ],
         ids=["nothing", "cut", "bytes", "another model", "code", "infinite scale"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import brotli
-
 
 def utf8_bytes(text: str) -> int:
     """Bytes of the text as UTF-8."""
@@ -12,4 +10,6 @@ def utf8_bytes(text: str) -> int:
 
 def brotli_bytes(text: str) -> int:
     """Bytes of the text compressed by itself: UTF-8 through Brotli at its best quality, 11."""
+    import brotli  # here, because who only reads payloads can do without it
+
     return len(brotli.compress(text.encode(), quality=11))
