@@ -138,7 +138,8 @@ class AdapterConfig(_Part):
             first.
         calibration: rescale to the reader's embedding RMS per token, per example or batch, or not.
         gain: factor on that RMS. tanh: squash the projection (the seeds' adapter).
-        expansion, dropout: of the MLPs. deep_width: width of the deep prefix's generator.
+        expansion, dropout: of the MLPs.
+        deep_width, deep_layers, deep_heads: the transformer that generates a deep prefix.
     """
 
     prefix: Literal["soft", "deep", "both"] = "soft"
@@ -149,12 +150,18 @@ class AdapterConfig(_Part):
     expansion: int = 4
     dropout: float = 0.0
     deep_width: int = 256
+    deep_layers: int = 2
+    deep_heads: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.gain > 0, f"gain={self.gain}, expected above 0")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
-        self._at_least_one("expansion", "deep_width")
+        self._at_least_one("expansion", "deep_width", "deep_layers", "deep_heads")
+        _require(
+            self.deep_width % self.deep_heads == 0,
+            f"deep_width={self.deep_width} does not divide among deep_heads={self.deep_heads}",
+        )
 
 
 @dataclass(frozen=True)

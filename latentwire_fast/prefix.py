@@ -38,7 +38,11 @@ class KVGeometry:
 
 
 class DeepPrefix(nn.Module):
-    """Norm, residual MLP, and one projection per layer to `H x D` keys and values.
+    """A transformer over the slots, then one projection per layer to `H x D` keys and values.
+
+    Its attention lets a slot say what several latents hold together, so the code may be spread over
+    them: on the testbed's context mode two such layers reached a loss of 1.0 where a residual MLP
+    on each latent alone stayed at 1.6 (2 facts, 300 steps).
 
     The keys are what the cache holds, rotary positions included, so each of the M slots has its own
     place among the reader's positions 0 to M - 1.
@@ -55,12 +59,21 @@ class DeepPrefix(nn.Module):
         self.geometry = geometry
         width = config.deep_width
         self.lift = nn.Linear(d_z, width)
-        self.slots = nn.Parameter(torch.randn(latents, width) * 0.02)
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, config.expansion * width)
-        self.down = nn.Linear(config.expansion * width, width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.out_norm = nn.LayerNorm(width)
+        self.slots = nn.Parameter(torch.randn(latents, width) * 0.5)
+        self.body = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(
+                width,
+                config.deep_heads,
+                config.expansion * width,
+                dropout=config.dropout,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            ),
+            config.deep_layers,
+            norm=nn.LayerNorm(width),
+            enable_nested_tensor=False,
+        )
         # All layers in one matmul; rows are (layer, key or value, head, channel).
         rows = geometry.layers * 2 * geometry.heads * geometry.head_width
         self.project = nn.Linear(width, rows)
@@ -75,10 +88,7 @@ class DeepPrefix(nn.Module):
             gain: multiplies the values (prefix gain); the keys, and so the attention, stay.
         """
         g = self.geometry
-        lifted_BMW = self.lift(latent_BMd) + self.slots
-        inner = nn.functional.silu(self.up(self.norm(lifted_BMW)))
-        hidden_BMW = lifted_BMW + self.dropout(self.down(inner))
-        flat = self.project(self.out_norm(hidden_BMW))
+        flat = self.project(self.body(self.lift(latent_BMd) + self.slots))
         made = flat.unflatten(-1, (g.layers, 2, g.heads, g.head_width))
         scale_L2 = self.gain * self.gain.new_tensor([1.0, gain])
         return made.permute(2, 3, 0, 4, 1, 5) * scale_L2[:, :, None, None, None, None]
