@@ -151,12 +151,12 @@ def logits_case(shape: tuple[int, int], dtype: torch.dtype, *, backward: bool) -
         return ops.kd_kl(student, teacher, tau=TAU)
 
     size = shape[0] * shape[1] * dtype.itemsize
-    read, gradient = Stage(2 * size), Stage(3 * size)
     return Case(
         *("K3", f"KL of logits, {'forward+backward' if backward else 'forward'}", shape, dtype),
-        # Both read, then both read again and the gradient written: a row does not fit on chip.
-        work=Stage(5 * size, launches=2) if backward else read,
-        design=(read, gradient) if backward else (read,),
+        # The gradient takes a second walk over the row. Not all of it is still on chip by then: the
+        # design counts that as read again, the floor does not.
+        work=Stage(3 * size) if backward else Stage(2 * size),
+        design=(Stage(5 * size), Stage(0.0, launches=5)) if backward else (Stage(2 * size),),
         inputs=inputs,
         truth=lambda inputs: exact(inputs, backward=backward),
         errors=errors,

@@ -275,7 +275,7 @@ class FakeGpu:
                 gpu.now += self.calls
 
         class Recording:
-            def __init__(self, graph: Graph) -> None:
+            def __init__(self, graph: Graph, stream: Stream) -> None:
                 self.graph = graph
 
             def __enter__(self) -> None:
