@@ -8,7 +8,7 @@
 #   TORCH_INDEX  where pip looks for torch. PyPI's Linux build brings several GB of CUDA libraries; without a
 #                GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu is the small one
 #   EXTRAS       dev, or dev,gpu for triton, flash-attn and bitsandbytes as well
-#   OUT          where gpu-kernels writes (runs/gpu-kernels)
+#   OUT          where gpu-kernels and gpu-prefill write (runs/gpu-kernels, runs/gpu-prefill)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench fuzz gpu gpu-kernels clean distclean
+.PHONY: help setup demo test check format bench fuzz gpu gpu-kernels gpu-prefill clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,8 @@ bench: $(VENV)/.installed  ## time the kernels into runs/bench (without a GPU: s
 	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=runs/bench/benchmark.json
 	$(BIN)/python bench/tables.py runs/bench/benchmark.json > runs/bench/results.md
 	$(BIN)/python bench/placement.py
+	$(BIN)/python bench/prefill_latency.py --readers testbed:llama testbed:qwen --encoder llama-tiny \
+	    --text-tokens 57 200 --latents 12 --batches 1 8 --out runs/bench/prefill
 
 fuzz: $(VENV)/.installed  ## the property and mutation tests with fresh random examples
 	$(BIN)/python tests/fuzz_wire.py --seconds 60
@@ -61,6 +63,10 @@ gpu: gpu-kernels  ## everything that needs a CUDA device
 
 gpu-kernels:  ## the kernels on a GPU: ceilings, tests, benchmarks, targets, into OUT (under 9 minutes)
 	$(GPU_PYTHON) bench/gpu_kernels.py $(OUT)
+
+gpu-prefill: OUT := runs/gpu-prefill
+gpu-prefill:  ## prefill of 8B and 7B readers on a GPU: tests and the paper's tables, into OUT (under 9 minutes)
+	$(GPU_PYTHON) bench/gpu_prefill.py $(OUT)
 
 clean:  ## remove build products and caches (keeps .venv and runs)
 	rm -rf build dist *.egg-info latentwire_fast/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

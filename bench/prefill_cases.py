@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from prefill_clock import Clock, Sample
@@ -38,6 +36,7 @@ class Bench:
 
     Attributes:
         dtype: of reader, adapters and encoder.
+        scratch: a folder for the encoder's weights.
         seed: of the latents that stand for encoded texts in rows without an encoder.
     """
 
@@ -46,8 +45,8 @@ class Bench:
     d_z: int
     dtype: torch.dtype
     device: str
+    scratch: Path
     seed: int = 0
-    _folder: Any = field(default_factory=TemporaryDirectory)
 
     def payloads(self, latent_BMd: Tensor, bits: int) -> list[bytes]:
         return wire.pack_batch(
@@ -108,7 +107,7 @@ class Bench:
 
     def weights_file(self, core: nn.Module) -> Path:
         """The encoder's weights as a file."""
-        path = Path(self._folder.name) / "encoder.safetensors"
+        path = self.scratch / "encoder.safetensors"
         if not path.exists():
             save_file({k: v.contiguous() for k, v in core.state_dict().items()}, path)
         return path

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -321,6 +322,11 @@ def share(weights: dict[tuple[str, int], float], source: str, batch: int) -> flo
 
 def measure(args: argparse.Namespace) -> Any:
     """Measure all rows, writing what there is after every group."""
+    with TemporaryDirectory() as scratch:
+        return _measure(args, Path(scratch))
+
+
+def _measure(args: argparse.Namespace, scratch: Path) -> Any:
     import torch
     from ceilings import REACHABLE, measure_ceilings
     from prefill_cases import Bench
@@ -357,7 +363,7 @@ def measure(args: argparse.Namespace) -> Any:
         if args.half_on_cpu:
             args.name = f"{source}, half on cpu"
             split_over_cpu(reader)
-        bench = Bench(reader, args.encoder, args.d_z, dtype, str(reader.device))
+        bench = Bench(reader, args.encoder, args.d_z, dtype, str(reader.device), scratch)
         for batch in args.batches:
             left = None if args.budget is None else args.budget - (time.monotonic() - started)
             group = Group(bench, plan_of(args), args, batch=batch)
