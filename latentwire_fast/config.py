@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -23,6 +24,18 @@ BITS = (16, 8, 6, 4)
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise unless a first token can be sampled with these (temperature 0 is greedy).
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+    _require(
+        0 <= temperature < math.inf, f"first_token_temperature={temperature}, expected 0 or above"
+    )
+    _require(0 < top_p <= 1, f"first_token_top_p={top_p}, expected in (0, 1]")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -169,7 +182,8 @@ class DataConfig(_Part):
     """Where examples come from.
 
     Attributes:
-        source: `testbed`, a SQuAD-format file, a saved `datasets` folder, or `hub:NAME`.
+        source: `testbed`, a SQuAD-format file, a saved `datasets` folder, `NAME=PATH` (rows of the
+            set NAME), `hub:NAME`, or several of these with commas between them, in equal shares.
         facts: testbed: facts per passage at the end of the curriculum.
         questions_per_context: context mode asks several questions of one latent per step.
         eval_examples, eval_seed: size and seed of the held-out set.
@@ -230,6 +244,8 @@ class StageConfig(_Part):
             self.quantize is None or self.quantize in BITS,
             f"stage {self.name!r}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
         )
+        for _, facts in self.facts:
+            _require(1 <= facts <= 18, f"stage {self.name!r}: facts={facts}, expected 1 to 18")
 
 
 @dataclass(frozen=True)
@@ -256,7 +272,16 @@ class OptimConfig(_Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least_one("batch_size", "micro_batch")
-        _require(self.clip > 0, f"clip={self.clip}, expected above 0")
+        for name in ("adamw_lr", "encoder_lr", "clip"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name}={value}, expected above 0")
+        _require(
+            self.muon_lr is None or self.muon_lr > 0,
+            f"muon_lr={self.muon_lr}, expected above 0, or none for AdamW alone",
+        )
+        for name in ("weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}={value}, expected at least 0")
         _require(0 <= self.decay_from <= 1, f"decay_from={self.decay_from}, expected in [0, 1]")
 
 
@@ -278,6 +303,7 @@ class EvalConfig(_Part):
         self._at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
         for bits in self.bits:
             _require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
+        check_sampling(self.first_token_temperature, self.first_token_top_p)
 
 
 @dataclass(frozen=True)
@@ -304,6 +330,7 @@ class RunConfig(_Part):
         _require(bool(self.readers), "readers: at least one reader is needed (NAME=PATH)")
         _require(bool(self.stages), "stages: at least one training stage is needed")
         self._at_least_one("log_every", "save_every", "threads")
+        _require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
 
     @property
     def total_steps(self) -> int:

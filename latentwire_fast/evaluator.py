@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,6 @@ from tqdm import tqdm
 
 from latentwire_fast import metrics as scores
 from latentwire_fast.baselines import MethodInput, Methods, unanswered
-from latentwire_fast.checkpoint import write_atomically
 from latentwire_fast.config import RunConfig, read_run_config, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import load_examples
@@ -32,10 +32,12 @@ from latentwire_fast.provenance import model_card, run_record
 from latentwire_fast.reader import DecodeOptions, Reader, load_readers
 from latentwire_fast.report import write_report
 from latentwire_fast.results import MethodResult
+from latentwire_fast.storage import RunLock, write_atomically
+from latentwire_fast.tracking import read_records
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 5
+TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
 LOGPROB_STEPS = 4
 
 
@@ -140,6 +142,7 @@ class Evaluator:
                 [unanswered(given.prompts[i]) for i in rows],
                 **given.received(rows),
                 options=self.options,
+                numbers=rows,
             )
             predictions += [reader.decode(row) for row in ids]
             self.bar.update()
@@ -154,7 +157,7 @@ class Evaluator:
             batch = reader.collate([given.prompts[i] for i in rows], **given.received(rows))
             logprobs_NV = reader.target_logprobs(batch)
             gold_N = logprobs_NV.gather(1, batch.labels_N[:, None])[:, 0].tolist()
-            ranked_NK = logprobs_NV.topk(TOP_K, -1).indices.tolist()
+            ranked_NK = logprobs_NV.topk(RANKED, -1).indices.tolist()
             labels = batch.labels_N.tolist()
             first = (batch.step_N == 0).nonzero()[:, 0].tolist()
             for start, stop in zip(first, [*first[1:], len(labels)], strict=True):
@@ -166,6 +169,7 @@ class Evaluator:
                 ranked = ranked_NK[start]
                 result.top1.append(scores.first_token_hit(ranked, labels[start], k=1))
                 result.top5.append(scores.first_token_hit(ranked, labels[start], k=TOP_K))
+                result.reciprocal_ranks.append(scores.reciprocal_rank(ranked, {labels[start]}))
         return result
 
     def _time(
@@ -258,15 +262,30 @@ def evaluate_run(
 
     Raises:
         CheckpointError: the run is not trained, or its readers have other weights than it was
-            trained for. ConfigError: there is no folder for `out`.
+            trained for. ConfigError: there is no folder for `out`. TrainingError: the run folder is
+            in use, or cannot be written to.
     """
     if not (run_dir / "model" / "config.json").exists():
         raise CheckpointError(
             f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
             "or resume it with the same command if it was stopped"
         )
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"cannot write {out}: {out.parent} is no folder; make it first")
+    if out is None:
+        with RunLock(run_dir):  # only the run's own report goes there
+            result, outcome = _evaluate(run_dir, fresh_seed, count, progress)
+            _write(run_dir, result, outcome)
+        return result
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise ConfigError(f"cannot write {out}: {out.parent} is no folder that can be written to")
+    result, _ = _evaluate(run_dir, fresh_seed, count, progress)
+    write_atomically(out, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _evaluate(
+    run_dir: Path, fresh_seed: int | None, count: int | None, progress: bool
+) -> tuple[dict[str, Any], Outcome]:
+    """The content of metrics.json, and what it was made from."""
     config = read_run_config(run_dir)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -281,16 +300,16 @@ def evaluate_run(
         facts=config.data.facts,
     )
     outcome = Evaluator(config, model, readers, examples, progress=progress).run()
-    diagnostics = _read_lines(run_dir / "diagnostics.jsonl")
+    diagnostics = read_records(run_dir / "diagnostics.jsonl")
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
-    run = run_record(config, name=run_dir.name, device=next(model.parameters()).device)
+    run = run_record(config, name=run_dir.resolve().name, device=next(model.parameters()).device)
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
-    result = {"schema_version": 1, "run": run, **outcome.metrics()}
-    text = json.dumps(result, indent=2) + "\n"
-    if out is not None:
-        write_atomically(out, text)
-        return result
+    return {"schema_version": 1, "run": run, **outcome.metrics()}, outcome
+
+
+def _write(run_dir: Path, result: dict[str, Any], outcome: Outcome) -> None:
+    """The files of `RUN/eval`; metrics.json is the last."""
     records = outcome.records()
     eval_dir = run_dir / "eval"
     eval_dir.mkdir(parents=True, exist_ok=True)
@@ -300,15 +319,8 @@ def evaluate_run(
         eval_dir,
         metrics=result,
         predictions=records,
-        diagnostics=diagnostics,
-        config=to_json(config),
+        diagnostics=read_records(run_dir / "diagnostics.jsonl"),
+        config=to_json(outcome.config),
     )
-    write_atomically(run_dir / "model" / "README.md", model_card(config, result))
-    write_atomically(eval_dir / "metrics.json", text)
-    return result
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    write_atomically(run_dir / "model" / "README.md", model_card(outcome.config, result))
+    write_atomically(eval_dir / "metrics.json", json.dumps(result, indent=2) + "\n")

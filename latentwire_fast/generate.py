@@ -1,6 +1,6 @@
 """Answer from a payload with one reader.
 
-    python -m latentwire_fast.generate --run runs/context --reader llama --payload note.lwire \
+    python -m latentwire_fast.generate --run runs/context --reader llama --payload note.lwire \\
         --question "Where does Nulnak live?"
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
         raise ConfigError(
             f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}"
         )
-    if model.mode == "context" and not args.question:
+    if model.mode == "context" and not args.question.strip():
         raise ConfigError("this model's latent holds the context only; give --question")
     reader = Reader.from_config(args.reader, config.readers[args.reader])
     model.check_reader(reader)
@@ -77,13 +77,13 @@ def main() -> None:
         seed=args.seed,
     )
     prompt = reader.prompts.build([Turn(args.question)], context="", latent=model.mode)
-    for payload in wire.read_payloads(args.payload):
+    for number, payload in enumerate(wire.read_payloads(args.payload)):
         start = time.perf_counter()
         with torch.no_grad():
             latent = model.decode_payloads([payload])
             given = model.received(reader.name, latent, gain=args.prefix_gain)
         received = time.perf_counter()
-        ids = reader.generate([prompt], **given, options=options)[0]
+        ids = reader.generate([prompt], **given, options=options, numbers=[number])[0]
         done = time.perf_counter()
         print(f"answer: {reader.decode(ids)}")
         print(

@@ -3,7 +3,7 @@
 model = Interlingua.from_pretrained("runs/demo/model")
 payload = model.encode_payloads(["Nulnak is already 94 years old."])[0]     # bytes
 prefix = model.prefix("llama", model.decode_payloads([payload]))            # [1, M, d_model]
-given = model.received("llama", model.decode_payloads([payload]))           # for Reader.generate
+given = model.received("llama", model.decode_payloads([payload]))           # for generate
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from latentwire_fast import ops, wire
 from latentwire_fast.adapters import Adapter, rms_of
-from latentwire_fast.checkpoint import file_entry, parameter_digest, read_tensors
+from latentwire_fast.checkpoint import parameter_digest, read_tensors
 from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
 from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
@@ -35,6 +35,7 @@ from latentwire_fast.reader import (
     load_tokenizer,
     load_weights,
 )
+from latentwire_fast.storage import file_entry
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -213,15 +214,12 @@ class Interlingua(nn.Module):
 
     def payloads(self, latent_BMd: Tensor, *, bits: int | None = None) -> list[bytes]:
         """One payload per latent."""
-        return [
-            wire.pack(
-                latent,
-                bits=bits or self.quantizer.bits,
-                group_size=self.quantizer.group_size,
-                fingerprint=self.fingerprint,
-            )
-            for latent in latent_BMd.detach().float().cpu()
-        ]
+        return wire.pack_batch(
+            latent_BMd.float().cpu(),
+            bits=bits or self.quantizer.bits,
+            group_size=self.quantizer.group_size,
+            fingerprint=self.fingerprint,
+        )
 
     @torch.no_grad()
     def encode_payloads(
@@ -235,26 +233,25 @@ class Interlingua(nn.Module):
         return self.payloads(self.encode(contexts, questions), bits=bits)
 
     def decode_payloads(self, payloads: Sequence[bytes]) -> Tensor:
-        """Latents `[B, M, d_z]` of payloads that this model's encoder wrote.
+        """Latents `[B, M, d_z]` of payloads of one width that this model's encoder wrote.
 
         Raises:
             PayloadError: damaged bytes, another shape, or another model's fingerprint.
         """
-        latents = []
-        expected = (self.encoder_config.latents, self.encoder_config.d_z)
-        for i, payload in enumerate(payloads):
-            latent, header = wire.unpack(payload)
+        latent_BMd, headers = wire.unpack_batch(payloads)
+        for i, header in enumerate(headers):
             if header.fingerprint != self.fingerprint:
                 raise PayloadError(
                     f"payload {i} was written by model {header.fingerprint:#06x}, this is "
                     f"{self.fingerprint:#06x}; decode it with the model that encoded it"
                 )
-            if tuple(latent.shape) != expected:
-                raise PayloadError(
-                    f"payload {i} holds a latent {tuple(latent.shape)}, this model's is {expected}"
-                )
-            latents.append(latent)
-        return torch.stack(latents).to(next(self.parameters()).device)
+        found, expected = headers[0], self.encoder_config
+        if (found.latents, found.d_z) != (expected.latents, expected.d_z):
+            raise PayloadError(
+                f"the payloads hold latents {(found.latents, found.d_z)}, this model's are "
+                f"{(expected.latents, expected.d_z)}"
+            )
+        return latent_BMd.to(next(self.parameters()).device)
 
     def check_reader(self, reader: Reader) -> None:
         """Raise unless this is the reader, weight for weight, that the adapter was trained for."""

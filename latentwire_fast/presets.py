@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 from latentwire_fast.config import (
@@ -151,7 +152,7 @@ def with_overrides(
     Args:
         readers: sources by name, instead of the configuration's; an LM encoder then starts from the
             first of them unless `encoder` says otherwise.
-        steps: total over all stages, which shrink or grow in proportion.
+        steps: total over all stages, which shrink or grow in proportion, to one step at least.
     """
     if readers:
         config = replace(config, readers={n: ReaderConfig(s) for n, s in readers.items()})
@@ -168,7 +169,11 @@ def with_overrides(
         if steps < 1:
             raise ConfigError(f"steps={steps}, expected at least 1")
         share = steps / config.total_steps
-        stages = tuple(replace(s, steps=max(1, round(s.steps * share))) for s in config.stages)
+        ends = [round(end * share) for end in accumulate(s.steps for s in config.stages)]
+        stages = tuple(
+            replace(stage, steps=max(1, end - start))
+            for stage, start, end in zip(config.stages, [0, *ends[:-1]], ends, strict=True)
+        )
         config = replace(config, stages=stages)
     if batch_size is not None:
         config = replace(config, optim=replace(config.optim, batch_size=batch_size))

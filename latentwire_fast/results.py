@@ -25,6 +25,7 @@ class MethodResult:
     first_token_ids: list[int | None] = field(default_factory=list)
     top1: list[float] = field(default_factory=list)
     top5: list[float] = field(default_factory=list)
+    reciprocal_ranks: list[float] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     gold_logprobs: list[list[float]] = field(default_factory=list)
@@ -65,5 +66,6 @@ class MethodResult:
             entry["positions"] = self.positions[i]
         if self.nll:
             entry["first_token_id"] = self.first_token_ids[i]
+            entry["first_token_reciprocal_rank"] = self.reciprocal_ranks[i]
             entry["gold_logprobs"] = self.gold_logprobs[i]
         return entry

@@ -33,8 +33,10 @@ class Tracker:
     def __init__(self, run_dir: Path, *, resume_step: int | None) -> None:
         self.path = run_dir / "diagnostics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
-        kept = [] if resume_step is None else _records_until(self.path, resume_step)
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
+        kept = []
+        if resume_step is not None:
+            kept = [r for r in read_records(self.path) if r["step"] <= resume_step]
+        write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
@@ -61,19 +63,22 @@ class Tracker:
         self.close()
 
 
-def _records_until(path: Path, step: int) -> list[str]:
-    """The lines up to a step; a torn line (a kill while writing) is dropped."""
-    kept, torn = [], 0
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a diagnostics file, if there is one; a torn line (a kill while writing) is
+    dropped."""
+    records: list[dict[str, Any]] = []
+    torn = 0
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            record = json.loads(line)
+            record["step"]  # what every record has
+            records.append(record)
         except (ValueError, KeyError, TypeError):
             torn += 1
     if torn:
         logger.warning("dropped %d unreadable lines of %s", torn, path)
-    return kept
+    return records
 
 
 def _plain(value: Any) -> Any:

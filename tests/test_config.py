@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,14 @@ def test_a_run_folder_gives_back_its_configuration(config: RunConfig, tmp_path: 
         (lambda: StageConfig("s", steps=1, kd_tau=0.0), "stage 's': kd_tau=0.0"),
         (lambda: StageConfig("s", steps=1, answer_tokens=0), "stage 's': answer_tokens=0"),
         (lambda: StageConfig("s", steps=1, quantize=5), "stage 's': quantize=5"),
+        (lambda: StageConfig("s", steps=1, facts=((1.0, 19),)), "stage 's': facts=19"),
+        (lambda: OptimConfig(adamw_lr=0.0), "adamw_lr=0.0, expected above 0"),
+        (lambda: OptimConfig(muon_lr=-1.0), "muon_lr=-1.0, expected above 0, or none"),
+        (lambda: OptimConfig(encoder_lr=math.nan), "encoder_lr=nan"),
+        (lambda: OptimConfig(weight_decay=-0.1), "weight_decay=-0.1, expected at least 0"),
+        (lambda: OptimConfig(warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: EvalConfig(first_token_temperature=math.nan), "first_token_temperature=nan"),
+        (lambda: EvalConfig(first_token_top_p=0.0), "first_token_top_p=0.0"),
         (lambda: OptimConfig(batch_size=0), "batch_size=0"),
         (lambda: OptimConfig(micro_batch=0), "micro_batch=0"),
         (lambda: OptimConfig(clip=0.0), "clip=0.0"),
@@ -256,7 +265,9 @@ def test_override_of_readers_brings_the_encoder_along(config: RunConfig) -> None
     assert with_overrides(config, encoder="z").readers == config.readers
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(12, [4, 4, 4]), (3, [1, 1, 1]), (1, [1, 1, 1])])
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(12, [4, 4, 4]), (40, [13, 14, 13]), (3, [1, 1, 1]), (1, [1, 1, 1])]
+)
 def test_override_of_steps_cuts_every_stage(
     config: RunConfig, steps: int, expected: list[int]
 ) -> None:

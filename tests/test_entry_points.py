@@ -30,7 +30,7 @@ from latentwire_fast.storage import RunLock
 from latentwire_fast.testbed.task import make_examples
 from runs import contents, model_digest, records, squad_file, tiny_config, train
 
-STEPS = 40
+STEPS = 30
 WIDTHS = ["16", "8", "6", "4"]
 CONTEXT = "Nulnak is already 94 years old. The dog of Bakrim is named Fosvun."
 

@@ -180,7 +180,8 @@ def check_records(records: list[dict[str, Any]], examples: list[Example]) -> Non
             assert set(methods) == METHODS | {"latent_bits"}
             for method in READING:
                 assert set(methods[method]) == {
-                    *("prediction", "em", "f1", "first_token_id", "gold_logprobs", "positions")
+                    *("prediction", "em", "f1", "positions", "gold_logprobs"),
+                    *("first_token_id", "first_token_reciprocal_rank"),
                 }
                 assert 1 < len(methods[method]["gold_logprobs"]) <= 4
             assert set(methods["first_words"]) == {"prediction", "em", "f1"}

@@ -299,8 +299,32 @@ def test_a_narrow_nucleus_and_no_temperature_are_greedy(
     assert reader.generate(prompts, options=narrow) == greedy
 
 
+def test_what_is_sampled_does_not_depend_on_the_batches(
+    reader: Reader, examples: list[Example]
+) -> None:
+    prompts = text_prompts(reader, examples, answered=False)
+    options = DecodeOptions(max_new_tokens=2, first_token_temperature=2.0)
+    together = reader.generate(prompts, options=options)
+    numbers = range(len(prompts))
+    for size in (1, 5):
+        batches = [numbers[i : i + size] for i in range(0, len(prompts), size)]
+        cut = [
+            reader.generate([prompts[i] for i in rows], options=options, numbers=rows)
+            for rows in batches
+        ]
+        assert [ids for batch in cut for ids in batch] == together
+    same = reader.generate(prompts[:1] * 8, options=options)
+    assert len({tuple(ids) for ids in same}) > 1, "every example has noise of its own"
+
+
 @pytest.mark.parametrize(
-    "options", [{"max_new_tokens": 0}, {"first_token_top_p": 0.0}, {"first_token_top_p": 1.1}]
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"first_token_top_p": 0.0},
+        {"first_token_top_p": 1.1},
+        {"first_token_temperature": -0.5},
+    ],
 )
 def test_impossible_decode_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
@@ -390,7 +414,13 @@ def cohere(vocab_size: int) -> PreTrainedModel:
     return CohereForCausalLM(CohereConfig(**small(vocab_size), logit_scale=0.0625))
 
 
-@pytest.mark.parametrize("build", [gemma2, granite, cohere])
+def weakly_capped(vocab_size: int) -> PreTrainedModel:
+    """The logits of one prompt do not show it."""
+    config = Gemma2Config(**small(vocab_size), head_dim=8, final_logit_softcapping=1e6)
+    return Gemma2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [gemma2, granite, cohere, weakly_capped])
 def test_a_model_that_transforms_its_logits_is_refused(
     llama_tokenizer: PreTrainedTokenizerFast, build: Callable[[int], PreTrainedModel]
 ) -> None:
