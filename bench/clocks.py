@@ -156,7 +156,7 @@ class GraphClock:
             try:
                 graphs[name] = self._record(call, copies)
             except RuntimeError as error:
-                print(f"    {name}: not recorded into a graph ({str(error).splitlines()[0]})")
+                print(f"    {name}: not recorded into a graph ({first_line(error)})")
         estimate = sum(self._once(graph) for graph, _ in graphs.values())
         rounds = rounds_for(estimate, budget=budget)
         recorded = len(copies) * _passes(copies)
@@ -193,6 +193,11 @@ class GraphClock:
         return start.elapsed_time(end) / 1e3
 
 
+def first_line(error: Exception) -> str:
+    """Of its message, which can be long, or empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def peak_bytes(call: Call, inputs: Inputs) -> int:
     """Device memory that a call needs at its peak beyond what was allocated before it."""
     torch.cuda.synchronize()
@@ -203,8 +208,8 @@ def peak_bytes(call: Call, inputs: Inputs) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def launches(call: Call, inputs: Inputs) -> int:
-    """Kernels, copies and fills that one call starts on the GPU."""
+def launches(call: Call, inputs: Inputs) -> int | None:
+    """Kernels, copies and fills that one call starts on the GPU; None where none can be traced."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -212,4 +217,4 @@ def launches(call: Call, inputs: Inputs) -> int:
         call(inputs)
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == on_gpu for event in found.events())
+    return sum(event.device_type == on_gpu for event in found.events()) or None

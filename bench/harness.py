@@ -26,6 +26,7 @@ from clocks import (
     GraphClock,
     Inputs,
     Timing,
+    first_line,
     launches,
     peak_bytes,
 )
@@ -204,7 +205,7 @@ def run_case(
             absent[name] = "out of memory"
             torch.cuda.empty_cache()
         except Exception as error:  # one row's failure is not the others'
-            absent[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+            absent[name] = f"failed: {type(error).__name__}: {first_line(error)}"
     del truth
     timings = _timings(case, calls, inputs, ceilings, budget)
     memory = {n: peak_bytes(c, inputs) for n, c in calls.items()} if DEVICE == "cuda" else {}
@@ -260,10 +261,6 @@ def _timings(
         timings = clock.times(calls, inputs, budget=budget)
     rest = {name: call for name, call in calls.items() if name not in timings}
     return {**timings, **(EventClock().times(rest, inputs, budget=budget) if rest else {})}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _release() -> None:

@@ -498,12 +498,14 @@ NOT_ON_A_BARE_MACHINE = (
 @pytest.mark.slow
 def test_a_bare_machine_is_enough() -> None:
     """The benchmarks, and the tests of every kernel, import none of the packages left out."""
-    modules = ["gpu_kernels", "tables", "targets", "latentwire_fast.provenance", "device_suite"]
+    modules = ["gpu_kernels", "tables", "targets", "latentwire_fast.provenance"]
     modules += [path.stem for path in sorted(BENCH.glob("bench_*.py"))]
     modules += [f"test_kernels_{name}" for name in ("quantize", "adapter", "distill")]
-    modules += ["test_placement"]
+    modules += ["readers", "test_placement"]
     code = (
-        f"import importlib, sys\nfor name in {NOT_ON_A_BARE_MACHINE}: sys.modules[name] = None\n"
+        f"import importlib, runpy, sys\nsys.path.append({str(gpu_kernels.ROOT / 'tests')!r})\n"
+        f"for name in {NOT_ON_A_BARE_MACHINE}: sys.modules[name] = None\n"
+        "runpy.run_path('tests/conftest.py')\n"
         f"for name in {modules}: importlib.import_module(name)\n"
     )
     done = subprocess.run(
