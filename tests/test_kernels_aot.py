@@ -85,26 +85,71 @@ def distill_cases() -> dict[str, Case]:
     return cases
 
 
+def adapter_rows_case(
+    mode: int, width: int, tile_rows: int, *, bits: int = 0, dtype: str = BF16
+) -> Case:
+    """A launch of the row kernel: 0 plain, 1 without calibration, 2 per row, 3 per program."""
+    constants = {"MODE": mode, "WIDTH": width, "OUTPUTS": 4096, "BITS": bits}
+    constants |= {"PADDED": width + 8 if mode else width, "GROUP": 32 if bits else 1}
+    constants |= dict.fromkeys(("HAS_NORM", "HAS_NORM_BIAS", "HAS_GAIN"), True)
+    constants |= {"PRECISION": "tf32x3" if dtype == FP32 else "bf16x3", "TILE": 64, "TILE_K": 32}
+    constants |= {"TILE_ROWS": tile_rows, "STEP": 64 if mode else 4096 // tile_rows}
+    source = (BYTE, FP16) if bits else (dtype, dtype)
+    pointers = (*source, BF16, BF16, FP32, BF16, FP32, dtype, FP32, FP32)
+    return Case(
+        *("adapter_rows", "_rows_kernel", (*pointers, *["i32"] * 6, *["fp32"] * 3), constants),
+        *(8 if tile_rows == 64 else 4, 3),
+        # Of a payload it reads bytes; the Gram matrix comes by asynchronous copies.
+        (
+            *(() if bits else ("LDG.E.128",)),
+            "STG.E.128",
+            *(("LDGSTS.E.BYPASS.128",) if mode > 1 else ()),
+        ),
+        (10,),
+    )
+
+
 def adapter_cases() -> dict[str, Case]:
-    norm = {"WIDTH": 256, "HAS_BIAS": True, "BLOCK": 256}
     cases = {
-        "layer norm": Case(
-            *("adapter", "_layer_norm_kernel", (BF16, BF16, BF16, BF16, FP32, FP32, "fp32")),
-            *(norm, 1, 3),
-        )
+        "rows 256, LayerNorm": adapter_rows_case(0, 256, 16),
+        "rows 4096, LayerNorm": adapter_rows_case(0, 4096, 1),
+        "rows 256, uncalibrated": adapter_rows_case(1, 256, 64),
     }
+    for tile_rows, width in ((16, 256), (64, 256), (16, 512), (64, 512), (16, 48)):
+        for dtype in (BF16, FP32):
+            name = f"rows {width}, tile {tile_rows}, {dtype[1:]}, Gram"
+            cases[name] = adapter_rows_case(2, width, tile_rows, dtype=dtype)
+    for bits in (8, 6, 4):
+        for tile_rows in (16, 32, 64):
+            name = f"rows 256, tile {tile_rows}, {bits} bits, Gram"
+            cases[name] = adapter_rows_case(3, 256, tile_rows, bits=bits)
+    for width in (256, 512):
+        folded = {"WIDTH": width, "PADDED": width + 8, "HAS_BIAS": True, "HAS_GAMMA": True}
+        cases[f"fold {width}"] = Case(
+            *("adapter", "_fold_kernel", (BF16,) * 5, {**folded, "BLOCK": 2 * width}, 1)
+        )
+        flags = ("CALIBRATED", "HAS_NORM", "HAS_NORM_BIAS", "HAS_GAIN")
+        shape = {"WIDTH": width, "PADDED": width + 8, "OUTPUTS": 4096}
+        shape |= {"BLOCK": width, "TILE_ROWS": 4096 // width, **dict.fromkeys(flags, True)}
+        for write, name in ((False, "dots"), (True, "write")):
+            cases[f"gradient rows {width}, {name}"] = Case(
+                *("adapter_backward", "_gradient_kernel"),
+                (*[BF16] * 4, *[FP32] * 3, BF16, BF16, FP32, FP32, "i32", "i32", *["fp32"] * 3),
+                *({**shape, "WRITE": write}, 4, 3, ("STG.E.128",) if write else ("LDG.E.128",)),
+            )
     parts = ("HAS_BIAS", "HAS_GAMMA", "HAS_BETA", "HAS_GAIN", "CALIBRATED")
     flags = dict.fromkeys(parts, True)
     tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_COLUMNS": 128, "TILE_K": 64}
     for mode, name in enumerate(("squares", "write", "dots", "gradient")):
-        for inner, width, tanh in ((256, 4096, False), (256, 3584, True), (4096, 4096, False)):
+        for inner, width, tanh in ((256, 4096, True), (256, 3584, True), (4096, 4096, False)):
             out = FP32 if mode in (0, 2) else BF16
             shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "TANH": tanh}
-            cases[f"project {inner} to {width}{', tanh' if tanh else ''}, {name}"] = Case(
-                *("adapter", "_project_kernel"),
-                (*[BF16] * 6, FP32, FP32, BF16, out, FP32, "i32", "i32", "fp32", "fp32"),
-                *({**shape, **flags, **tile}, 8, 3, ("LDGSTS.E.BYPASS.128",)),
-                (11,),
+            stored = inner > 256
+            cases[f"tiles {inner} to {width}{', tanh' if tanh else ''}, {name}"] = Case(
+                *("adapter_tiles", "_tiles_kernel"),
+                (*[BF16] * 7, FP32, FP32, BF16, out, FP32, "i32", "i32", "fp32", "fp32"),
+                {**shape, "HAS_Y": stored, **flags, **tile},
+                *(8, 3, ("LDG.E.128",) if stored else ("LDGSTS.E.BYPASS.128",), (12,)),
             )
     return cases
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,42 +12,57 @@ from torch.autograd.function import once_differentiable
 from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, KernelError
 from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register, uses_triton
+from latentwire_fast.ops.folds import folded
+from latentwire_fast.ops.quantize import check_packed, unpack_dequantize
+
+if TYPE_CHECKING:
+    from latentwire_fast.kernels.adapter import Projection
 
 CALIBRATIONS = ("none", "token", "example", "batch")
 
-_AFFINE = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gamma, "
-)
+_PARAMETERS = "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gamma"
+_SETTINGS = "float target_rms, str calibration, bool tanh"
 
 
-def _group_rows(x: Tensor, calibration: str) -> int:
-    """Rows of x, flattened to `[N, d]`, that share a mean square; 0 without calibration."""
-    if calibration == "example":
-        return x.shape[-2]
-    return {"none": 0, "token": 1, "batch": math.prod(x.shape[:-1])}[calibration]
-
-
-def _kernel_settings(x: Tensor, calibration: str, tanh: bool) -> dict[str, Any]:
-    return {
-        "group_rows": _group_rows(x, calibration),
-        "tanh": tanh,
-        "norm_eps": reference.LAYER_NORM_EPS,
-        "rms_eps": reference.RMS_EPS,
-    }
-
-
-def _project_calibrate(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if not uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)):
-        return reference.project_calibrate(x, weight, *arguments)
+def _projection(
+    shape: tuple[int, ...], dtype: torch.dtype, weight: Tensor, *arguments: Any
+) -> Projection:
+    """The kernels' arguments for rows x of a shape `[..., M, d]`."""
     from latentwire_fast.kernels import adapter as kernels
 
-    *tensors, target_rms, calibration, tanh = arguments
-    out, squares = kernels.project_calibrate(
-        x.reshape(-1, x.shape[-1]),
-        *(weight, *tensors, target_rms),
-        **_kernel_settings(x, calibration, tanh),
+    bias, norm_weight, norm_bias, gamma, gain, target_rms, calibration, tanh = arguments
+    group_rows = {"none": 0, "token": 1, "batch": math.prod(shape[:-1])}.get(calibration)
+    folds = kernels.is_folded(shape[-1], tanh=tanh)
+    return kernels.Projection(
+        *(weight, bias, gamma),
+        norm=kernels.Norm(norm_weight, norm_bias, reference.LAYER_NORM_EPS),
+        calibration=kernels.Calibration(
+            *(gain, target_rms, reference.RMS_EPS),
+            group_rows=shape[-2] if group_rows is None else group_rows,
+        ),
+        tanh=tanh,
+        folded=folded(weight, bias, gamma, dtype=dtype) if folds else None,
     )
-    shape = _mean_square_shape(x, calibration)
+
+
+def _project_calibrate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    parameters = (weight, bias, norm_weight, norm_bias, gamma)
+    if not uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)):
+        return reference.project_calibrate(x, *parameters, beta, *rest)
+    from latentwire_fast.kernels import adapter as kernels
+
+    projection = _projection(x.shape, x.dtype, *parameters, *rest)
+    out, squares = kernels.project_calibrate(x.reshape(-1, x.shape[-1]), projection, beta)
+    shape = _mean_square_shape(x, rest[-2])
     return out.view(*x.shape[:-1], weight.shape[0]), squares.reshape(shape)
 
 
@@ -68,19 +83,53 @@ def _project_calibrate_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple
 def _project_calibrate_backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
     needs = arguments[-1]
     if uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)) and x.numel():
-        from latentwire_fast.kernels import adapter as kernels
+        from latentwire_fast.kernels import adapter_backward as kernels
 
         *tensors, squares, target_rms, calibration, tanh, needs = arguments
+        settings = (target_rms, calibration, tanh)
         grads = kernels.project_calibrate_backward(
-            *(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])),
-            *(*tensors, squares.reshape(-1), target_rms),
-            **_kernel_settings(x, calibration, tanh),
-            needs=needs,
+            *(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), squares.reshape(-1)),
+            _projection(x.shape, x.dtype, *tensors, *settings),
+            needs,
         )
         grads[0] = None if grads[0] is None else grads[0].view(x.shape)
     else:
         grads = reference.project_calibrate_backward(grad, x, *arguments)
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
+
+
+def _dequantize_project_calibrate(
+    codes: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    computes_in = torch.float64 if dtype == torch.float64 else torch.float32
+    parameters = (weight, bias, norm_weight, norm_bias, gamma)
+    if not uses_triton("dequantize_project_calibrate", codes, computes_in=computes_in):
+        return reference.dequantize_project_calibrate(
+            *(codes, scales, bits, group_size, shape, dtype, *parameters, beta, *rest)
+        )
+    from latentwire_fast.kernels import adapter as kernels
+
+    packed = kernels.Packed(
+        *(codes.contiguous(), scales.contiguous(), bits, group_size),
+        latents=shape[-2],
+        width=shape[-1],
+        dtype=dtype,
+    )
+    projection = _projection(tuple(shape), dtype, *parameters, *rest)
+    out, _ = kernels.project_calibrate(packed, projection, beta)
+    return out.view(*shape[:-1], weight.shape[0])
 
 
 def _project_calibrate_backward_fake(
@@ -110,16 +159,25 @@ def _project_calibrate_backward_fake(
 
 
 register(
-    f"project_calibrate({_AFFINE}Tensor? beta, Tensor? gain, float target_rms, str calibration, "
-    "bool tanh) -> (Tensor, Tensor)",
+    f"project_calibrate(Tensor x, {_PARAMETERS}, Tensor? beta, Tensor? gain, {_SETTINGS}) "
+    "-> (Tensor, Tensor)",
     _project_calibrate,
     _project_calibrate_fake,
 )
 register(
-    f"project_calibrate_backward(Tensor grad, {_AFFINE}Tensor? gain, Tensor mean_square, "
-    "float target_rms, str calibration, bool tanh, bool[8] needs) -> Tensor[]",
+    f"project_calibrate_backward(Tensor grad, Tensor x, {_PARAMETERS}, Tensor? gain, "
+    f"Tensor mean_square, {_SETTINGS}, bool[8] needs) -> Tensor[]",
     _project_calibrate_backward,
     _project_calibrate_backward_fake,
+)
+register(
+    "dequantize_project_calibrate(Tensor codes, Tensor scales, int bits, int group_size, "
+    f"SymInt[] shape, ScalarType dtype, {_PARAMETERS}, Tensor? beta, Tensor? gain, {_SETTINGS}) "
+    "-> Tensor",
+    _dequantize_project_calibrate,
+    lambda codes, scales, bits, group_size, shape, dtype, weight, *rest: codes.new_empty(
+        (*shape[:-1], weight.shape[0]), dtype=dtype
+    ),
 )
 
 
@@ -170,6 +228,57 @@ class _ProjectCalibrate(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+def _checked(
+    op: str,
+    on: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    target_rms: float | None,
+    gain: float | Tensor,
+    calibration: str,
+) -> tuple[float, Tensor | None]:
+    """(target_rms times a gain that is a number, a gain that is a tensor), of arguments that fit.
+
+    Args:
+        on: the tensor whose device counts; shape: of the rows, `[..., M, d]`.
+    """
+    one_of(op, "calibration", calibration, CALIBRATIONS)
+    if calibration != "none" and not (target_rms is not None and 0 < target_rms < math.inf):
+        raise ConfigError(
+            f"{op}: target_rms is {target_rms}; calibration {calibration!r} needs a positive number"
+        )
+    check_float(op, "weight", weight, dims=2)
+    width, inner = weight.shape[0], shape[-1]
+    if norm_bias is not None and norm_weight is None:
+        raise KernelError(f"{op}: norm_bias without norm_weight; give both, or norm_weight alone")
+    shapes = {
+        "weight": (weight, (width, inner)),
+        "bias": (bias, (width,)),
+        "norm_weight": (norm_weight, (inner,)),
+        "norm_bias": (norm_bias, (inner,)),
+        "gamma": (gamma, (width,)),
+        "beta": (beta, (width,)),
+    }
+    for name, (tensor, expected) in shapes.items():
+        if tensor is not None:
+            check_float(op, name, tensor, dims=1)
+        check_shape(op, name, tensor, expected, on)
+    scale = 1.0 if calibration == "none" or target_rms is None else float(target_rms)
+    if not isinstance(gain, Tensor):
+        return scale * float(gain), None
+    if gain.numel() != 1:
+        raise KernelError(f"{op}: gain has shape {tuple(gain.shape)}; expected one element")
+    gain = gain.reshape(())
+    check_shape(op, "gain", gain, (), on)
+    return scale, gain
+
+
 def project_calibrate(
     x: Tensor,
     weight: Tensor,
@@ -207,45 +316,77 @@ def project_calibrate(
         ConfigError: an unknown calibration, or no positive target_rms for it.
         KernelError: shapes, dtypes or devices that do not fit.
     """
-    op = "project_calibrate"
-    one_of(op, "calibration", calibration, CALIBRATIONS)
-    if calibration != "none" and not (target_rms is not None and 0 < target_rms < math.inf):
-        raise ConfigError(
-            f"{op}: target_rms is {target_rms}; calibration {calibration!r} needs a positive number"
-        )
-    check_float(op, "x", x, dims=2 if calibration == "example" else 1)
-    check_float(op, "weight", weight, dims=2)
-    width, inner = weight.shape[0], x.shape[-1]
-    if norm_bias is not None and norm_weight is None:
-        raise KernelError(f"{op}: norm_bias without norm_weight; give both, or norm_weight alone")
-    shapes = {
-        "weight": (weight, (width, inner)),
-        "bias": (bias, (width,)),
-        "norm_weight": (norm_weight, (inner,)),
-        "norm_bias": (norm_bias, (inner,)),
-        "gamma": (gamma, (width,)),
-        "beta": (beta, (width,)),
-    }
-    for name, (tensor, shape) in shapes.items():
-        check_shape(op, name, tensor, shape, x)
-    scale = 1.0 if calibration == "none" or target_rms is None else float(target_rms)
-    gain_tensor: Tensor | None = None
-    if isinstance(gain, Tensor):
-        if gain.numel() != 1:
-            raise KernelError(f"{op}: gain has shape {tuple(gain.shape)}; expected one element")
-        gain_tensor = gain.reshape(())
-    else:
-        scale *= float(gain)
-    return _ProjectCalibrate.apply(
+    check_float("project_calibrate", "x", x, dims=2 if calibration == "example" else 1)
+    scale, gain_tensor = _checked(
+        "project_calibrate",
         x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        gamma,
-        beta,
-        gain_tensor,
-        scale,
-        calibration,
-        tanh,
+        tuple(x.shape),
+        *(weight, bias, norm_weight, norm_bias, gamma, beta),
+        target_rms=target_rms,
+        gain=gain,
+        calibration=calibration,
+    )
+    return _ProjectCalibrate.apply(
+        *(x, weight, bias, norm_weight, norm_bias, gamma, beta),
+        *(gain_tensor, scale, calibration, tanh),
+    )
+
+
+def dequantize_project_calibrate(
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    shape: tuple[int, ...],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    target_rms: float | None = None,
+    gain: float | Tensor = 1.0,
+    calibration: str = "token",
+    tanh: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`project_calibrate` of what `quantize_pack` packed: a payload's codes to prefix embeddings.
+
+    The same as `unpack_dequantize` to fp32 and `project_calibrate`, but on a GPU the unpacked
+    latent is never written. Where a parameter's gradient is asked for, the two are called one after
+    the other, because backward needs the latent.
+
+    Args:
+        codes: `[..., code_bytes(M*d)]` uint8; scales: `[..., ceil(M*d / group_size)]` fp16.
+        shape: of the latent, `(..., M, d)`.
+        dtype: of the result, and of the rows that are multiplied; the weight's unless given.
+        bits, group_size: as in `quantize_pack`; the rest: as in `project_calibrate`.
+
+    Returns:
+        `[..., M, D]`.
+
+    Raises:
+        ConfigError: bits, group size, calibration or target_rms.
+        KernelError: shapes, dtypes or devices that do not fit.
+    """
+    op = "dequantize_project_calibrate"
+    dtype = weight.dtype if dtype is None else dtype
+    check_packed(op, codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=dtype)
+    parameters = (weight, bias, norm_weight, norm_bias, gamma, beta)
+    scale, gain_tensor = _checked(
+        *(op, codes, shape, *parameters), target_rms=target_rms, gain=gain, calibration=calibration
+    )
+    settings = (gain_tensor, scale, calibration, tanh)
+    tensors = [t for t in (*parameters, gain_tensor) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        unpacked = torch.float64 if dtype == torch.float64 else torch.float32
+        x = unpack_dequantize(
+            codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=unpacked
+        )
+        return _ProjectCalibrate.apply(x, *parameters, *settings).to(dtype)
+    return torch.ops.latentwire_fast.dequantize_project_calibrate(
+        codes.reshape(-1, codes.shape[-1]),
+        scales.reshape(-1, scales.shape[-1]),
+        *(bits, group_size, shape, dtype, *parameters, *settings),
     )
