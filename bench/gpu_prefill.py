@@ -42,13 +42,13 @@ SECTIONS = (
     Section("tables", 330, "--readers llama-3.1-8b qwen2.5-7b --engines eager graph"),
     Section(
         "compile",
-        120,
+        100,
         "--readers llama-3.1-8b --engines eager compile --batches 1 --text-tokens 250 --latents 32 "
         "--methods text latent_cached",
     ),
     Section(
         "two_devices",
-        30,
+        35,
         "--readers llama-160m --half-on-cpu --batches 1 --text-tokens 250 --latents 32 "
         "--methods text latent_cached deep_prefix --warm-ups 3 --repeats 20",
     ),

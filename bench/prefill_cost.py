@@ -55,14 +55,19 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Pass:
-    """A decoder reading T new positions of B rows behind P others."""
+    """A decoder reading T new positions of B rows behind P others.
+
+    Attributes:
+        element: bytes of a weight.
+        decodes: it keeps its cache and gives logits; an encoder does neither.
+    """
 
     dims: Dims
     rows: int
     new: int
     past: int = 0
-    element: int = 2  # bytes
-    head: bool = True
+    element: int = 2
+    decodes: bool = True
 
     @property
     def tokens(self) -> int:
@@ -93,15 +98,21 @@ class Pass:
         """Matmuls and attention of all layers, and the head at the last position of each row."""
         d = self.dims
         body = 2 * self.tokens * self.layer_weights + self.attention_flops
-        return d.layers * body + (2 * self.rows * d.width * d.vocabulary if self.head else 0)
+        return d.layers * body + (2 * self.rows * d.width * d.vocabulary if self.decodes else 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all matmuls, the head with them."""
+        d = self.dims
+        head = d.width * d.vocabulary if self.decodes else 0
+        return (d.layers * self.layer_weights + head) * self.element
 
     @property
     def traffic(self) -> int:
         """Weights once; the tokens' embeddings; the cache read and written."""
-        d = self.dims
-        weights = d.layers * self.layer_weights + (d.width * d.vocabulary if self.head else 0)
-        embeddings = self.tokens * d.width
-        return (weights + embeddings) * self.element + self.rows * self.kv_bytes
+        embeddings = self.tokens * self.dims.width * self.element
+        cache = self.rows * self.kv_bytes if self.decodes else 0
+        return self.weight_bytes + embeddings + cache
 
     def kernels(self) -> Iterable[Kernels]:
         """What transformers launches."""
@@ -134,7 +145,7 @@ class Pass:
         for _ in range(d.layers):
             yield from layer
         yield Kernels(20, n * d.width * (6 * e + 11))
-        if self.head:
+        if self.decodes:
             weights = d.width * d.vocabulary
             yield Kernels(2, weights * e, 2 * self.rows * weights, MATMUL_SHARE)
 

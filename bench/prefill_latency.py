@@ -158,7 +158,8 @@ def split_over_cpu(reader: Any) -> None:
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {f"model.layers.{i}": "cpu" for i in range(layers // 2)}
     device_map |= {f"model.layers.{i}": "cuda:0" for i in range(layers // 2, layers)}
-    device_map |= {"model.norm": "cuda:0", "lm_head": "cuda:0"}
+    tied = reader.model.config.tie_word_embeddings
+    device_map |= {"model.norm": "cuda:0", "lm_head": "cpu" if tied else "cuda:0"}
     # With a GPU as the main device, accelerate would compute the CPU's layers there.
     dispatch_model(
         reader.model,
@@ -224,7 +225,7 @@ class Group:
                 case, peak = self._ready(row, expected)
             except Exception as error:  # a row that fails costs itself alone
                 absent.append([str(row), f"{type(error).__name__}: {error}"])
-                self._release()
+                release(self.bench.device)
                 continue
             timed = Timed(case.run)
             warm_up(timed, runs=self.args.warm_ups, seconds=each)
@@ -279,12 +280,14 @@ class Group:
         weights = self.bench.reader.model.get_memory_footprint()
         return case, torch.cuda.max_memory_allocated() - before + weights
 
-    def _release(self) -> None:
-        import torch
 
-        gc.collect()
-        if self.bench.device != "cpu":
-            torch.cuda.empty_cache()
+def release(device: str) -> None:
+    """Give memory back: graphs of rows that are gone hold theirs until it is asked for."""
+    import torch
+
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def check_gate(found: Any, expected: Any, dtype: str) -> None:
@@ -378,9 +381,8 @@ def _measure(args: argparse.Namespace, scratch: Path) -> Any:
             if args.out:
                 results.write(args.out)
             del group
-            gc.collect()
+            release(bench.device)
         del bench, reader
-        gc.collect()
     for row, reason in results.machine["absent"]:
         print(f"not measured: {row}: {reason}")
     return results

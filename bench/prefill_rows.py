@@ -136,11 +136,11 @@ class Sizes:
         if row.encoder:
             sender = Pass(
                 *(self.encoder, row.batch, row.text_tokens + (row.latents or 0), 0, self.element),
-                head=False,
+                decodes=False,
             )
             parts.insert(0, sender)
             if row.encoder == "cold":
-                link += sender.traffic
+                link += sender.weight_bytes
         tokens = row.batch * (self.template + (row.text_tokens if row.encoder else 0))
         return Work(tuple(parts), link, tokens=tokens, payloads=row.batch)
 

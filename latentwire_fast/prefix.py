@@ -90,5 +90,6 @@ class DeepPrefix(nn.Module):
         g = self.geometry
         flat = self.project(self.body(self.lift(latent_BMd) + self.slots))
         made = flat.unflatten(-1, (g.layers, 2, g.heads, g.head_width))
-        scale_L2 = self.gain * self.gain.new_tensor([1.0, gain])
+        # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
+        scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
         return made.permute(2, 3, 0, 4, 1, 5) * scale_L2[:, :, None, None, None, None]

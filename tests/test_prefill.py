@@ -646,8 +646,7 @@ def halves(model: PreTrainedModel, device: str) -> None:
     device_map: dict[str, Any] = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {f"model.layers.{i}": "cpu" for i in range(layers // 2)}
     device_map |= {f"model.layers.{i}": device for i in range(layers // 2, layers)}
-    device_map |= {"model.norm": device, "lm_head": device}
-    model.tie_weights = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    device_map |= {"model.norm": device, "lm_head": "cpu"}  # tied to the embeddings
     dispatch_model(
         model, device_map, main_device="cpu", skip_keys=model._skip_keys_device_placement
     )

@@ -467,7 +467,7 @@ def run_sections(
 
 def test_sections_fit_nine_minutes_and_their_options_parse() -> None:
     whole = gpu_prefill.TESTS_SECONDS + sum(s.seconds for s in gpu_prefill.SECTIONS)
-    assert whole <= 540
+    assert whole <= gpu_prefill.TOTAL_SECONDS < 540
     for section in gpu_prefill.SECTIONS:
         prefill_latency.parse(section.options.split())
     prefill_latency.parse(gpu_prefill.TINY.split())

@@ -40,7 +40,8 @@ class WriteThroughLayer(CacheLayerMixin):
 
     def __init__(self, target: StaticLayer, *, length: int) -> None:
         super().__init__()
-        self._target, self._length = target, length
+        self._target: Any = target
+        self._length = length
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -52,7 +53,7 @@ class WriteThroughLayer(CacheLayerMixin):
         """Keys and values `[B, H, length, d_head]` with these T positions at their end."""
         start, self._length = self._length, self._length + key_states.shape[2]
         keys, values = (
-            whole.narrow(2, 0, self._length) for whole in (self._target.keys, self._target.values)
+            whole[:, :, : self._length] for whole in (self._target.keys, self._target.values)
         )
         keys[:, :, start:].copy_(key_states)
         values[:, :, start:].copy_(value_states)
@@ -73,14 +74,19 @@ class WriteThroughLayer(CacheLayerMixin):
 
 def write_through(cache: StaticCache, *, length: int) -> Cache:
     """A cache for one forward pass that writes into `cache` behind its first `length` positions."""
-    return Cache(layers=[WriteThroughLayer(layer, length=length) for layer in cache.layers])
+    return Cache(layers=[WriteThroughLayer(layer, length=length) for layer in _layers(cache)])
 
 
 def set_length(cache: StaticCache, length: int) -> None:
     """Make a static cache hold its first `length` positions, whatever it held."""
-    counters = [layer.cumulative_length for layer in cache.layers]
+    counters = [layer.cumulative_length for layer in _layers(cache)]
     torch._foreach_zero_(counters)
     torch._foreach_add_(counters, length)
+
+
+def _layers(cache: StaticCache) -> list[Any]:
+    """Its layers, which are all static ones."""
+    return cache.layers
 
 
 class GraphMemory:

@@ -98,10 +98,10 @@ class InputBuffer:
         for dtype, shape in fields.values():
             offsets.append(end)
             end += -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
-        self._on_gpu = device.type == "cuda"
-        self._host = torch.empty(end, dtype=torch.uint8, pin_memory=self._on_gpu)
-        self._block = torch.empty_like(self._host, device=device) if self._on_gpu else self._host
-        self._sent: torch.cuda.Event | None = None
+        on_gpu = device.type == "cuda"
+        self._host = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
+        self._block = torch.empty_like(self._host, device=device) if on_gpu else self._host
+        self._sent = torch.cuda.Event() if on_gpu else None
 
         def views(block: Tensor) -> dict[str, Tensor]:
             return {
@@ -120,7 +120,6 @@ class InputBuffer:
             self._sent.synchronize()  # the last copy may still be reading
         for name, array in self._arrays.items():
             np.copyto(array, values[name])
-        if self._on_gpu:
+        if self._sent is not None:
             self._block.copy_(self._host, non_blocking=True)
-            self._sent = torch.cuda.Event()
             self._sent.record()
