@@ -6,14 +6,18 @@ some centre c:
 
     KL(p || q) = log E_p[e^x] - E_p[x] = E_p[e^x - 1 - x] + (log1p(B) - B),   B = E_p[e^x] - 1
 
-One online pass accumulates, relative to the running maximum m of t/tau, per lane and rescaled once
-per tile: z = sum w, d = sum w x, g = sum w (e^x - 1 - x), where w = e^(t/tau - m). For |x| < 1 the
-last is a power series, so nothing cancels; elsewhere w e^x is e^(s/tau), kept apart (f) relative to
-the running maximum of s/tau, so that a token with p = 0 counts, and nothing overflows. The textbook
-one-pass form is off by 4e-2 at KL 5e-5 and can go negative; this is good to 1e-6.
+One online pass accumulates, relative to the running maximum m of t/tau and per lane: z = sum w,
+d = sum w x, g = sum w (e^x - 1 - x), where w = e^(t/tau - m). For |x| < 1 the last is a power
+series, so nothing cancels; elsewhere w e^x is e^(s/tau), kept apart (f) relative to the running
+maximum of s/tau, so that a token with p = 0 counts, and nothing overflows. The textbook one-pass
+form is off by 4e-2 at KL 5e-5 and can go negative; this is good to 1e-6.
 
-c is the mean of Delta over the row's first tile. When E_p[x] turns out large against the KL (the
-first tile was not typical), the pass is repeated with the better centre; the row is in L2 by then.
+A tile that more than doubles e^m, or the student's (few do), rescales the sums and moves c to the
+mean of Delta so far, which the first token of a peaked teacher decides. With y = c - c':
+
+    g' = g + (e^y - 1 - y) (z + d + g) + y (d + g),   d' = d + y z
+
+Should E_p[x] still turn out large against the KL, the pass is repeated about the mean.
 
     d KL / d s = (q - p) / tau,   q - p = p expm1(r),   r = log(q/p) = Delta - (c + E_p[x]) - KL
 
@@ -42,52 +46,55 @@ from torch import Tensor
 # takes 63 tiles. Rows are independent programs: 1,024 of them fill 132 SMs more than 4 deep.
 BLOCK = 2048
 NUM_WARPS = 4
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _exp_less(x):
-    """e^x - 1 - x for |x| < 1 to fp32's precision: x^2/2 (1 + x/3 (1 + x/4 (... (1 + x/10))))."""
-    y = 1.0 + x * 0.1
-    y = 1.0 + x * (1.0 / 9) * y
-    y = 1.0 + x * 0.125 * y
-    y = 1.0 + x * (1.0 / 7) * y
-    y = 1.0 + x * (1.0 / 6) * y
-    y = 1.0 + x * 0.2 * y
-    y = 1.0 + x * 0.25 * y
-    y = 1.0 + x * (1.0 / 3) * y
-    return 0.5 * x * x * y
+def _exp_less(x, FAR: tl.constexpr):
+    """e^x - 1 - x by its series, to fp32's precision for |x| < 1 (FAR) or 1/2."""
+    y = 1.0 / 362880
+    if FAR:
+        y = x * (1.0 / 3628800) + y
+    y = y * x + 1.0 / 40320
+    y = y * x + 1.0 / 5040
+    y = y * x + 1.0 / 720
+    y = y * x + 1.0 / 120
+    y = y * x + 1.0 / 24
+    y = y * x + 1.0 / 6
+    y = y * x + 0.5
+    return x * x * y
 
 
 @triton.jit
 def _tanh(x):
     """Exact to relative rounding for small x too."""
     y = 2.0 * x
-    small = tl.abs(y) < 0.5
     bounded = tl.where(y > 80.0, 80.0, y)
-    e = tl.where(small, y + _exp_less(tl.where(small, y, 0.0)), tl.exp(bounded) - 1.0)
+    e = tl.where(tl.abs(y) < 0.5, y + _exp_less(y, False), tl.exp(bounded) - 1.0)
     return e / (e + 2.0)
 
 
 @triton.jit
 def _load(
-    t_ptr, other_ptr, offsets, scale, cap,
+    t_ptr, other_ptr, offsets, cap,
     VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Teacher and student logits over tau, their difference, and the cap's slope (1 without one).
+    """Logits of teacher and student, their difference, and the cap's slope (1 without one).
 
     `other` holds the difference if STACKED, else the student. Lanes past the vocabulary, and tokens
-    that the student lacks, get t = s = -inf and difference 0.
+    that the student lacks, get t = s = -inf; where t is -inf the difference may be anything.
     """
     inside = offsets < VOCABULARY
     t = tl.load(t_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-    other = tl.load(other_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    nothing: tl.constexpr = 0.0 if STACKED else float("-inf")
+    other = tl.load(other_ptr + offsets, mask=inside, other=nothing).to(tl.float32)
     if STACKED:
         delta = other
         s = t + other
     else:
-        s = tl.where(inside, other, float("-inf"))
+        s = other
         t = tl.where(s == float("-inf"), s, t)
-        delta = tl.where(t == float("-inf"), 0.0, s - t)
+        delta = s - t
     slope = 1.0
     if SOFTCAP:
         t_bent, s_bent = _tanh(t / cap), _tanh(s / cap)
@@ -95,7 +102,7 @@ def _load(
         slope = 1.0 - s_bent * s_bent
         t = tl.where(inside, cap * t_bent, float("-inf"))
         s = tl.where(inside, cap * s_bent, float("-inf"))
-    return t * scale, s * scale, delta * scale, slope
+    return t, s, delta, slope
 
 
 @triton.jit
@@ -105,42 +112,57 @@ def _finite(x):
 
 @triton.jit
 def _row_pass(
-    t_ptr, other_ptr, scale, cap, centre,
+    t_ptr, other_ptr, scale, cap, centre, moves,
     VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(log sum e^(t/tau), E_p[x], KL) about `centre`.
+    """(log2 sum e^(t/tau), centre, E_p[x], KL) about `centre`, which is bettered if `moves`.
 
     Bounds are `where`s, not minima and maxima: those drop NaN, and a NaN logit must show.
     """
+    k = scale * LOG2E
     lanes = tl.arange(0, BLOCK)
-    t_max = float("-inf")
-    s_max = float("-inf")
+    t_top = float("-inf")
+    s_top = float("-inf")
     z = tl.zeros((BLOCK,), tl.float32)
     d = tl.zeros((BLOCK,), tl.float32)
     g = tl.zeros((BLOCK,), tl.float32)
     f = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCABULARY, BLOCK):
-        t, s, delta, _ = _load(
-            t_ptr, other_ptr, start + lanes, scale, cap, VOCABULARY, STACKED, SOFTCAP
-        )
-        t_new = tl.maximum(t_max, tl.max(t, 0))
-        s_new = tl.maximum(s_max, tl.max(s, 0))
-        t_shift, s_shift = _finite(t_new), _finite(s_new)
-        shrink = tl.exp(t_max - t_shift)
-        w = tl.exp(t - t_shift)
-        u = tl.exp(s - s_shift)
-        x = tl.where(w > 0, delta - centre, 0.0)
+        t, s, delta, _ = _load(t_ptr, other_ptr, start + lanes, cap, VOCABULARY, STACKED, SOFTCAP)
+        w_log, u_log = t * k - _finite(t_top), s * k - _finite(s_top)
+        rise = tl.max(tl.maximum(w_log, u_log), 0)
+        if (rise > 1.0) | (t_top == float("-inf")) | (s_top == float("-inf")):
+            t_new = tl.maximum(t_top, tl.max(t, 0) * k)
+            s_new = tl.maximum(s_top, tl.max(s, 0) * k)
+            shrink = tl.exp2(t_top - _finite(t_new))
+            f *= tl.exp2(s_top - _finite(s_new))
+            t_top, s_top = t_new, s_new
+            w_log, u_log = t * k - _finite(t_top), s * k - _finite(s_top)
+            w = tl.exp2(w_log)
+            x = tl.where(w > 0, delta * scale - centre, 0.0)
+            z_old = tl.sum(z, 0) * shrink
+            z_new = z_old + tl.sum(w, 0)
+            y = -(tl.sum(d, 0) * shrink + tl.sum(w * x, 0)) / z_new
+            # Past 20 the sums so far could overflow.
+            y = tl.where(moves & (z_new > 0) & ((z_old == 0) | (tl.abs(y) < 20.0)), y, 0.0)
+            centre -= y
+            y = tl.where(z_old == 0, 0.0, y)
+            bend = tl.where(tl.abs(y) < 1.0, _exp_less(y, True), tl.exp(y) - 1.0 - y)
+            g = (g + bend * (z + d + g) + y * (d + g)) * shrink
+            d = (d + y * z) * shrink
+            z *= shrink
+        w, u = tl.exp2(w_log), tl.exp2(u_log)
+        x = tl.where(w > 0, delta * scale - centre, 0.0)
         near = (tl.abs(x) < 1.0) & (w > 0)
-        z = z * shrink + w
-        d = d * shrink + w * x
-        excess = tl.where(near, _exp_less(tl.where(near, x, 0.0)), -1.0 - x)
-        g = g * shrink + w * excess
-        f = f * tl.exp(s_max - s_shift) + tl.where(near, 0.0, u)
-        t_max, s_max = t_new, s_new
+        z += w
+        d += w * x
+        g += w * tl.where(near, _exp_less(x, True), -1.0 - x)
+        f += tl.where(near, 0.0, u)
     z_sum, far = tl.sum(z, 0), tl.sum(f, 0)
+    log_z = _finite(t_top) + tl.log2(z_sum)
     mean = tl.sum(d, 0) / z_sum
     # log of what the far tokens add to E_p[e^x]; past 30 nothing else counts.
-    far_log = tl.log(far) + s_max - t_max - centre - tl.log(z_sum)
+    far_log = (tl.log2(far) + _finite(s_top) - log_z) / LOG2E - centre
     bounded = tl.where(far_log > 30.0, 30.0, far_log)
     excess = tl.sum(g, 0) / z_sum + tl.where(far == 0, 0.0, tl.exp(bounded))
     b = excess + mean
@@ -155,7 +177,7 @@ def _row_pass(
     total = tl.where(1.0 + b < 1e-30, 1e-30, 1.0 + b)
     kl_large = tl.where(far_log > 30.0, far_log, tl.log(total)) - mean
     kl = tl.where(small, kl_small, kl_large)
-    return t_max + tl.log(z_sum), mean, tl.where(kl < 0, 0.0, kl)
+    return log_z, centre, mean, tl.where(kl < 0, 0.0, kl)
 
 
 @triton.jit
@@ -163,36 +185,30 @@ def _row_statistics(
     t_ptr, other_ptr, scale, cap,
     VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(log sum e^(t/tau), E_p[Delta], KL)."""
-    t, _, delta, _ = _load(
-        t_ptr, other_ptr, tl.arange(0, BLOCK), scale, cap, VOCABULARY, STACKED, SOFTCAP
-    )
-    w = tl.exp(t - _finite(tl.max(t, 0)))
-    total = tl.sum(w, 0)
-    centre = tl.where(total > 0, tl.sum(tl.where(w > 0, w * delta, 0.0), 0) / total, 0.0)
+    """(log2 sum e^(t/tau), E_p[Delta], KL)."""
     log_z = 0.0
     kl = 0.0
     mean = 0.0
     tries = 2
     while tries > 0:
-        log_z, mean, kl = _row_pass(
-            t_ptr, other_ptr, scale, cap, centre, VOCABULARY, STACKED, SOFTCAP, BLOCK
+        log_z, centre, x_mean, kl = _row_pass(
+            *(t_ptr, other_ptr, scale, cap, mean, tries == 2),
+            *(VOCABULARY, STACKED, SOFTCAP, BLOCK),
         )
-        tries = tl.where(mean * mean > 16.0 * kl, tries - 1, 0)
-        centre += tl.where(tries > 0, mean, 0.0)
-    return log_z, centre + mean, kl
+        mean = centre + x_mean
+        tries = tl.where(x_mean * x_mean > 16.0 * kl, tries - 1, 0)
+    return log_z, mean, kl
 
 
 @triton.jit
-def _gradient(t, s, delta, log_z, centre, kl):
-    """q - p."""
-    p = tl.exp(t - log_z)
-    shift = centre + kl
-    q = tl.exp(s - (log_z + shift))
-    r = delta - shift
+def _gradient(t, s, delta, scale, log_z, shift):
+    """q - p, where log(q/p) = Delta - shift."""
+    k = scale * LOG2E
+    p = tl.exp2(t * k - log_z)
+    q = tl.exp2(s * k - (log_z + shift * LOG2E))
+    r = delta * scale - shift
     near = (tl.abs(r) < 0.5) & (p > 0)
-    r = tl.where(near, r, 0.0)
-    return tl.where(near, p * (r + _exp_less(r)), q - p)
+    return tl.where(near, p * (r + _exp_less(r, False)), q - p)
 
 
 @triton.jit
@@ -212,18 +228,17 @@ def _kl_kernel(
     if MASKED:
         counts = tl.load(mask_ptr + row) != 0
     if counts:
-        log_z, centre, kl = _row_statistics(
-            t_row, o_row, 1.0 / tau, cap, VOCABULARY, STACKED, SOFTCAP, BLOCK
+        scale = 1.0 / tau
+        log_z, mean, kl = _row_statistics(
+            t_row, o_row, scale, cap, VOCABULARY, STACKED, SOFTCAP, BLOCK
         )
         tl.store(loss_ptr + row, kl * tau * tau)
         if GRADIENT:
             factor = tl.load(weight_ptr).to(tl.float32) * tau
             for done in range(0, VOCABULARY, BLOCK):
                 offsets = LAST - done + lanes
-                t, s, delta, slope = _load(
-                    t_row, o_row, offsets, 1.0 / tau, cap, VOCABULARY, STACKED, SOFTCAP
-                )
-                grad = _gradient(t, s, delta, log_z, centre, kl) * slope * factor
+                t, s, delta, slope = _load(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
+                grad = _gradient(t, s, delta, scale, log_z, mean + kl) * slope * factor
                 grad = grad.to(grad_ptr.dtype.element_ty)
                 tl.store(grad_row + offsets, grad, mask=offsets < VOCABULARY)
     else:

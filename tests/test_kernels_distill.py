@@ -151,6 +151,19 @@ def test_an_atypical_first_tile_costs_no_accuracy() -> None:
     torch.testing.assert_close(losses, truth, rtol=5e-5, atol=1e-11)
 
 
+@pytest.mark.parametrize("place", [3, 2047, 2048, 5000])
+def test_one_token_holds_nearly_all_of_the_teacher(place: int) -> None:
+    """p = 0.999, wherever in the row: the mean of Delta is that token's, the KL the others'."""
+    teacher = torch.randn(2, 5003)
+    teacher[:, place] = 16.0
+    student = teacher + torch.randn(2, 5003) * torch.tensor([[1e-2], [1.0]])
+    student[:, place] += torch.tensor([0.5, -3.0])
+    losses, grad = triton_rows(student, teacher, 1.0)
+    truth, exact = exact_rows(student, teacher, 1.0)
+    torch.testing.assert_close(losses, truth, rtol=5e-5, atol=0)
+    assert (share_of_norm(grad, exact) < GRADIENT[torch.float32]).all()
+
+
 def test_infinite_and_distant_logits() -> None:
     student, teacher = torch.randn(5, 300), torch.randn(5, 300) * 3
     teacher[0, :7] = -torch.inf
