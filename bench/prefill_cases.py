@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from prefill_clock import Clock, Sample
-from prefill_rows import ADAPTER_EXPANSION, COLD, DEEP_WIDTH, WARM, Row
+from prefill_rows import COLD, DEEP, SOFT, WARM, Row
 from prefill_shapes import Workload, build_encoder, text_prompts
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from transformers import DynamicCache
 
 from latentwire_fast import wire
 from latentwire_fast.adapters import Adapter
-from latentwire_fast.config import AdapterConfig
 from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.kv_cache import CacheFiller
 from latentwire_fast.prefill import Receiver
@@ -66,13 +65,10 @@ class Bench:
         prefix: nn.Module | None = None
         with torch.device(self.device):
             if deep:
-                config = AdapterConfig(
-                    prefix="deep", expansion=ADAPTER_EXPANSION, deep_width=DEEP_WIDTH
-                )
-                prefix = DeepPrefix(config, **shape, geometry=self.reader.kv_geometry)
+                prefix = DeepPrefix(DEEP, **shape, geometry=self.reader.kv_geometry)
             else:
                 adapter = Adapter(
-                    AdapterConfig(expansion=ADAPTER_EXPANSION),
+                    SOFT,
                     **shape,
                     d_model=self.reader.d_model,
                     target_rms=self.reader.embedding_rms,

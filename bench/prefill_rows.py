@@ -12,12 +12,15 @@ from typing import Literal
 from prefill_cost import Pass, Trained, Work
 from prefill_shapes import Dims
 
+from latentwire_fast.config import AdapterConfig
+
 Method = Literal["text", "latent", "latent_cached", "deep_prefix", "kv_reuse"]
 METHODS: tuple[Method, ...] = ("text", "latent", "latent_cached", "deep_prefix", "kv_reuse")
 ENGINES = ("eager", "compile", "graph")
 # `latent` is timed with the sender's encoder: its weights in a file, or on the device.
 COLD, WARM = "load encoder", "encode"
-ADAPTER_EXPANSION, DEEP_WIDTH = 4, 256
+# What adapters and deep prefixes are made like here: as by default.
+SOFT, DEEP = AdapterConfig(prefix="soft"), AdapterConfig(prefix="deep")
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,12 @@ class Sizes:
         return Work(tuple(parts), link, tokens=tokens, payloads=row.batch)
 
     def _trained(self, method: str, slots: int) -> Trained:
+        """The adapter or the deep prefix: all weights of its matmuls meet every slot."""
         d = self.dims
         if method == "deep_prefix":
-            rows = 2 * d.layers * d.kv_heads * d.head_width
-            weights = DEEP_WIDTH * (self.d_z + 2 * ADAPTER_EXPANSION * DEEP_WIDTH + rows)
-            return Trained(slots, weights, 25, self.element)
-        weights = d.width * (self.d_z + (2 * ADAPTER_EXPANSION + 1) * d.width)
+            width, made = DEEP.deep_width, 2 * d.layers * d.kv_heads * d.head_width
+            layer = (4 + 2 * DEEP.expansion) * width**2
+            weights = width * (self.d_z + made) + DEEP.deep_layers * layer
+            return Trained(slots, weights, 10 + 8 * DEEP.deep_layers, self.element)
+        weights = d.width * (self.d_z + (2 * SOFT.expansion + 1) * d.width)
         return Trained(slots, weights, 12, self.element)

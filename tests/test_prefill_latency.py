@@ -155,6 +155,20 @@ def test_the_floor_is_below_the_prediction_and_above_the_weights() -> None:
     assert 1e3 * text.floor(H200) == pytest.approx(4.0, abs=0.3)
 
 
+@pytest.mark.parametrize("method", ["latent_cached", "deep_prefix"])
+def test_costs_count_what_the_trained_parts_have(tiny: Reader, method: Any) -> None:
+    bench = prefill_cases.Bench(tiny, "llama-tiny", 8, torch.float32, "cpu", Path())
+    receiver = bench.receiver(
+        latents=4, engine="eager", deep=method == "deep_prefix", clock=Clock("cpu")
+    )
+    part = receiver._deep_prefix or receiver._adapter
+    weights = sum(p.numel() for name, p in part.named_parameters() if p.dim() == 2)
+    weights -= part.slots.numel() + (2 * TINY.layers if receiver._deep_prefix else 0)
+    sizes = replace(TINY_SIZES, dims=Dims.of(tiny.model.config))
+    counted = sizes.work(Row("r", method, "eager", 2, 0, 4, 6)).parts[0]
+    assert (counted.weights, counted.rows) == (weights, 8)
+
+
 def test_a_compiled_engine_keeps_fewer_launches() -> None:
     kernels = Kernels(10, traffic=1e6, fusible=True)
     rates = REACHABLE["H100"]
