@@ -26,18 +26,7 @@ from torch import Tensor
 
 from latentwire_fast import storage
 from latentwire_fast.errors import CheckpointError
-from latentwire_fast.run_state import (  # noqa: F401
-    load_optimizer_state,
-    optimizer_state,
-    restore_rng_state,
-    rng_state,
-)
-from latentwire_fast.storage import (  # noqa: F401
-    RunLock,
-    file_entry,
-    publish_folder,
-    write_atomically,
-)
+from latentwire_fast.storage import file_entry
 
 logger = logging.getLogger(__name__)
 

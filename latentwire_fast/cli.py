@@ -16,6 +16,9 @@ _ADVICE = {
     errno.EACCES: "check its permissions, or choose another place",
     errno.EPERM: "check its permissions, or choose another place",
     errno.EROFS: "choose a place that can be written to",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "give the path of a file",
 }
 
 
@@ -35,7 +38,7 @@ def run_entry_point(main: Callable[[], None]) -> None:
         sys.exit(stop.status)
     except (LatentWireError, OSError) as error:
         line = " ".join(part.strip() for part in str(error).splitlines())
-        advice = _ADVICE.get(error.errno) if isinstance(error, OSError) else None
+        advice = _ADVICE.get(error.errno or 0) if isinstance(error, OSError) else None
         print(f"error: {line}" + (f"; {advice}" if advice else ""), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -48,6 +51,20 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def check_question(question: str) -> None:
+    """Raise unless a question from the command line is text.
+
+    Raises:
+        ConfigError: empty, or bytes that are not UTF-8.
+    """
+    if not question.strip():
+        raise ConfigError("the question is empty; write one behind --question")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--question {question!r} is not UTF-8 text") from None
 
 
 def parse_pairs(pairs: Sequence[str], *, option: str) -> dict[str, str]:

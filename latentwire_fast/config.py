@@ -402,6 +402,6 @@ def read_run_config(run_dir: Path) -> RunConfig:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; is {run_dir} a run folder?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     return run_config_from_json(data)

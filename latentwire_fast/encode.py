@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from latentwire_fast.cli import quiet_libraries, run_entry_point
+from latentwire_fast.cli import check_question, quiet_libraries, run_entry_point
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,11 @@ def main() -> None:
     quiet_libraries()
     from latentwire_fast import wire
     from latentwire_fast.data.text import read_text
-    from latentwire_fast.errors import ConfigError
     from latentwire_fast.interlingua import Interlingua
 
     text = read_text(args.context)
-    if args.question is not None and not args.question.strip():
-        raise ConfigError("--question is empty; write a question, or leave the option out")
+    if args.question is not None:
+        check_question(args.question)
     start = time.perf_counter()
     model = Interlingua.from_pretrained(args.run / "model")
     loaded = time.perf_counter()

@@ -23,7 +23,7 @@ from latentwire_fast import metrics as scores
 from latentwire_fast.baselines import MethodInput, Methods, unanswered
 from latentwire_fast.config import RunConfig, read_run_config, to_json
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.sources import load_examples
+from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.outcome import Outcome
@@ -292,13 +292,7 @@ def _evaluate(
     start = time.perf_counter()
     model = Interlingua.from_pretrained(run_dir / "model")
     readers = load_readers(config.readers)
-    examples = load_examples(
-        config.data.source,
-        split="heldout",
-        count=config.data.eval_examples if count is None else count,
-        seed=config.data.eval_seed if fresh_seed is None else fresh_seed,
-        facts=config.data.facts,
-    )
+    examples = heldout_examples(config.data, count=count, seed=fresh_seed)
     outcome = Evaluator(config, model, readers, examples, progress=progress).run()
     diagnostics = read_records(run_dir / "diagnostics.jsonl")
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from latentwire_fast.cli import quiet_libraries, run_entry_point
+from latentwire_fast.cli import check_question, quiet_libraries, run_entry_point
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GenerateArguments:
     run: Path
     reader: str
     payload: Path
-    question: str = ""
+    question: str | None = None
     max_new_tokens: int = 32
     prefix_gain: float = 1.0
     temperature: float = 0.0
@@ -64,8 +65,12 @@ def main() -> None:
         raise ConfigError(
             f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}"
         )
-    if model.mode == "context" and not args.question.strip():
-        raise ConfigError("this model's latent holds the context only; give --question")
+    if model.mode == "context":
+        if args.question is None:
+            raise ConfigError("this model's latent holds the context only; give --question")
+        check_question(args.question)
+    if not 0 < args.prefix_gain < math.inf:
+        raise ConfigError(f"prefix_gain={args.prefix_gain}, expected above 0")
     reader = Reader.from_config(args.reader, config.readers[args.reader])
     model.check_reader(reader)
     print(f"load {(time.perf_counter() - start) * 1e3:.0f} ms")
@@ -76,7 +81,7 @@ def main() -> None:
         eos_ban_steps=args.eos_ban_steps,
         seed=args.seed,
     )
-    prompt = reader.prompts.build([Turn(args.question)], context="", latent=model.mode)
+    prompt = reader.prompts.build([Turn(args.question or "")], context="", latent=model.mode)
     for number, payload in enumerate(wire.read_payloads(args.payload)):
         start = time.perf_counter()
         with torch.no_grad():

@@ -304,11 +304,20 @@ class Interlingua(nn.Module):
         """Load what `save_pretrained` wrote.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: a file is missing or damaged, or another version wrote them.
         """
         folder = Path(folder)
         config = _read_config(folder)
-        encoder_config = EncoderConfig(**config["encoder"])
+        try:
+            encoder_config = EncoderConfig(**config["encoder"])
+            cards = {name: ReaderCard.from_json(card) for name, card in config["readers"].items()}
+            quantizer = QuantizerConfig(**config["quantizer"])
+            adapter = AdapterConfig(**config["adapter"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder} was saved by another version of latentwire-fast ({error!r}); train it "
+                "again, or use the version that saved it"
+            ) from None
         if encoder_config.kind == "lm":
             lm_config = AutoConfig.from_pretrained(folder / "encoder")
             # The configuration is the reader's, whose dtype may be shorter than what was trained.
@@ -319,10 +328,10 @@ class Interlingua(nn.Module):
             encoder = ByteEncoder(encoder_config)
         model = cls(
             encoder,
-            {name: ReaderCard.from_json(card) for name, card in config["readers"].items()},
+            cards,
             encoder_config=encoder_config,
-            quantizer=QuantizerConfig(**config["quantizer"]),
-            adapter=AdapterConfig(**config["adapter"]),
+            quantizer=quantizer,
+            adapter=adapter,
             mode=config["mode"],
         )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))

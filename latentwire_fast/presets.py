@@ -130,7 +130,7 @@ def load_preset(name: str) -> RunConfig:
         raise ConfigError(f"no preset {name!r}; presets are {', '.join(PRESETS)}, or give a .json")
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"configuration {path}: {error}") from None
     return run_config_from_json(data)
 

@@ -379,6 +379,11 @@ def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
         ConfigError: nothing to load there.
     """
     with _loading(source) as path:
+        if any(Path(path).glob("*.bin")) and not any(Path(path).glob("*.safetensors")):
+            raise ConfigError(
+                f"{path} holds weights as pickles (.bin), which are not read; load the model where "
+                "you trust it, save it with `save_pretrained`, and give that folder"
+            )
         return kind.from_pretrained(path, use_safetensors=True, **options)
 
 
@@ -407,7 +412,9 @@ def _loading(source: str | Path) -> Iterator[str]:
     except LatentWireError:
         raise
     except Exception as error:  # the libraries raise of all kinds on what they cannot read
-        reason = " ".join(str(error).strip().split("\n")[0].split()) or type(error).__name__
+        reason = " ".join(str(error).strip().split("\n")[0].split())
+        if not isinstance(error, OSError | ValueError):  # a KeyError says no more than the key
+            reason = f"{type(error).__name__} {reason}"
         raise ConfigError(
             f"cannot load {str(source)!r} (a local folder, a hub id or testbed:NAME): {reason}"
         ) from error

@@ -56,6 +56,7 @@ def main() -> None:
     """Parse, train, evaluate."""
     args = tyro.cli(TrainArguments, prog="latentwire_fast.train")
     quiet_libraries()
+    from latentwire_fast.data.sources import heldout_examples
     from latentwire_fast.presets import load_preset, with_overrides
     from latentwire_fast.trainer import Trainer
 
@@ -70,6 +71,8 @@ def main() -> None:
         batch_size=args.batch_size,
         eval_examples=args.eval_examples,
     )
+    if not args.no_eval:
+        heldout_examples(config.data)  # an error now, not after the training
     run_dir = args.run or Path("runs") / config.preset
     trainer = Trainer(config, run_dir)
     trainer.run()

@@ -132,7 +132,6 @@ class Trainer:
             RunStopped: by a signal, and saved; the same call goes on.
             TrainingError: non-finite values, a second writer, or readers that changed.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         lock = (
             RunLock(self.run_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
         )
@@ -155,7 +154,7 @@ class Trainer:
         if path.exists():
             try:
                 stored = json.loads(path.read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path} is not valid JSON: {error}") from None
             wanted = to_json(self.config)
             stored = stored if isinstance(stored, dict) else {}

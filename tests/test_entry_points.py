@@ -323,6 +323,27 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "no such file",
     ),
     "data is no JSON": ("train", "{config} --data {note} --run {tmp}/run", "not valid JSON"),
+    "seed that generators refuse": ("train", "{config} --run {tmp}/run --seed -1", "seed=-1"),
+    "data file without questions": (
+        "train",
+        "{config} --data {empty} --run {tmp}/run",
+        "holds no questions",
+    ),
+    "nothing held out": (
+        "train",
+        "{config} --data {one} --run {tmp}/run",
+        "no usable example in split 'heldout'",
+    ),
+    "reader with pickles only": (
+        "train",
+        "testbed_smoke --reader a={pickles} --run {tmp}/run",
+        r"holds weights as pickles \(\.bin\).*save_pretrained",
+    ),
+    "link to nowhere": (
+        "train",
+        "{config} --run {link} --no-eval",
+        "cannot write to run folder .*link",
+    ),
     "run folder is a file": ("train", "{config} --run {note}", "note.txt"),
     "run of another configuration": ("train", "{config} --run {run} --seed 8", "differs in seed"),
     "not a run folder": ("evaluate", "--run {tmp}", "holds no trained model"),
@@ -353,6 +374,17 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "--run {run} --context {note} --out {tmp}/x --question Who?",
         "reads no question",
     ),
+    "context without text": ("encode", "--run {run} --context {blank} --out {tmp}/x", "no text"),
+    "context too long": (
+        "encode",
+        "--run {run} --context {long} --out {tmp}/x",
+        r"the text has [\d,]+ tokens, the encoder reads 1,024",
+    ),
+    "payload over a folder": (
+        "encode",
+        "--run {run} --context {note} --out {tmp}",
+        "Is a directory.*; give the path of a file",
+    ),
     "odd width": (
         "encode",
         "--run {run} --context {note} --out {tmp}/x --bits 5",
@@ -372,6 +404,16 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "generate",
         "--run {run} --reader llama --payload {payload}",
         "give --question",
+    ),
+    "question of undecodable bytes": (
+        "generate",
+        "--run {run} --reader llama --payload {payload} --question \udcff",
+        "is not UTF-8 text",
+    ),
+    "impossible gain": (
+        "generate",
+        "--run {run} --reader llama --payload {payload} --question Who? --prefix-gain nan",
+        "prefix_gain=nan",
     ),
     "payload of another model": (
         "generate",
@@ -412,12 +454,21 @@ def test_a_mistake_is_one_line_and_status_2(
     message: str,
 ) -> None:
     """What is wrong and what to do, on stderr; files are as they were."""
-    binary = tmp_path / "binary"
-    binary.write_bytes(b"caf\xe9")
-    places = {
-        **{"run": run_dir, "note": note, "payload": payload, "binary": binary, "tmp": tmp_path},
-        "config": run_dir / "config.json",
+    files = {
+        "binary": b"caf\xe9",
+        "blank": b" \n",
+        "long": b"word " * 2000,
+        "empty": b'{"data": []}',
+        "pickles/pytorch_model.bin": b"",
     }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    squad_file(make_examples(1, seed=5, facts=2), tmp_path / "one")
+    places = {name: tmp_path / name for name in (*files, "pickles", "link", "one")}
+    places |= {"run": run_dir, "config": run_dir / "config.json"}
+    places |= {"note": note, "payload": payload, "tmp": tmp_path}
     before = contents(run_dir), contents(tmp_path)
     status, error = mistake(module, *arguments.format(**places).split())
     lines = [line for line in error.splitlines() if line.strip()]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire_fast import wire
+from latentwire_fast import interlingua, wire
 from latentwire_fast.config import ReaderConfig, RunConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.interlingua import Interlingua
@@ -185,6 +185,17 @@ def test_payloads_of_another_model_are_refused(
     payloads = [*model.encode_payloads(contexts[:1]), *stranger.encode_payloads(contexts[:1])]
     with pytest.raises(PayloadError, match=rf"payload 1 was written by .*{model.fingerprint:#06x}"):
         model.decode_payloads(payloads)
+
+
+def test_a_model_of_another_version_is_refused(model: Interlingua, tmp_path: Path) -> None:
+    folder = model.save_pretrained(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for card in config["readers"].values():
+        del card["kv"]
+    config["sha256"] = interlingua._digest(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"saved by another version .*'kv'.*train it again"):
+        Interlingua.from_pretrained(folder)
 
 
 def test_payloads_of_another_shape_are_refused(model: Interlingua) -> None:

@@ -383,7 +383,8 @@ def test_w7_a_huge_claim_costs_neither_time_nor_memory(
     assert len(payload) == 64
     path = tmp_path / "claim.lwire"
     path.write_bytes(payload)
-    monkeypatch.setattr(wire.payload, "_decode", None)  # makes tensors, which tracemalloc does not see
+    # It makes tensors, which tracemalloc does not see.
+    monkeypatch.setattr(wire.payload, "_decode", None)
 
     ways: list[Callable[[], object]] = [
         lambda: wire.unpack(payload),

@@ -22,6 +22,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from latentwire_fast.config import DataConfig
 from latentwire_fast.data import hub
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.hub import Split
@@ -63,6 +64,23 @@ def load_examples(
     if count is not None and len(examples) < count:
         logger.warning("%s (%s): %d examples, %d asked for", spec, split, len(examples), count)
     return examples[:count]
+
+
+def heldout_examples(
+    config: DataConfig, *, count: int | None = None, seed: int | None = None
+) -> list[Example]:
+    """What a run is scored on; `count` and `seed` replace the configuration's own.
+
+    Raises:
+        DataError: as `load_examples`.
+    """
+    return load_examples(
+        config.source,
+        split="heldout",
+        count=config.eval_examples if count is None else count,
+        seed=config.eval_seed if seed is None else seed,
+        facts=config.facts,
+    )
 
 
 def mix(sets: Mapping[str, Sequence[Example]], *, seed: int) -> list[Example]:
