@@ -345,6 +345,74 @@ def test_graphs_time_calls_over_copies_larger_than_the_cache(gpu: FakeGpu) -> No
     assert found["a"].p50 == pytest.approx(2e-3)
 
 
+@on_cpu
+@pytest.mark.parametrize(
+    ("traffic", "wall", "method"),
+    [(1e7, False, "graph replay"), (1e9, False, "events"), (1e7, True, "wall clock")],
+)
+def test_a_case_on_a_gpu_is_timed_by_what_suits_its_length(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, traffic: float, wall: bool, method: str
+) -> None:
+    def timed(milliseconds: float) -> Row:
+        def call(x: Tensor) -> Tensor:
+            gpu.now += milliseconds
+            return 2 * x
+
+        return row_of(call, values=1e-6)
+
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "EventClock", lambda: clocks.EventClock("cpu", flush_bytes=16))
+    monkeypatch.setattr(harness, "launches", lambda call, inputs: 3)
+    case = case_of(ours=timed(2), eager=timed(5))
+    records = measured(replace(case, work=Stage(traffic), wall=wall))
+    assert {r.timing.method for r in records.values() if r.timing} == {method}
+    assert {(r.peak_bytes, r.launches) for r in records.values()} == {(100, 3)}
+    if not wall:
+        assert records["eager"].against_ours == pytest.approx(2.5)
+
+
+@on_cpu
+def test_a_row_that_no_graph_records_is_not_compared(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits(x: Tensor) -> Tensor:
+        if recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        gpu.now += 1
+        return 2 * x
+
+    recording = False
+    graph = torch.cuda.graph
+
+    class Recording(graph):  # type: ignore[misc, valid-type]
+        def __enter__(self) -> None:
+            nonlocal recording
+            recording = True
+            super().__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            nonlocal recording
+            recording = False
+            super().__exit__(*error)
+
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "launches", lambda call, inputs: None)
+    monkeypatch.setattr(harness, "EventClock", lambda: clocks.EventClock("cpu", flush_bytes=16))
+
+    def records_well(x: Tensor) -> Tensor:
+        gpu.now += 2
+        return 2 * x
+
+    rows = {"ours": row_of(records_well, values=1e-6), "eager": row_of(waits, values=1e-6)}
+    case = case_of(**rows)
+    records = measured(replace(case, work=Stage(1e7)))
+    assert records["ours"].timing is not None
+    assert records["ours"].timing.method == "graph replay"
+    assert records["eager"].timing == clocks.Timing("events", 1e-3, 1e-3, 1e-3)
+    assert records["eager"].against_ours is None
+
+
 def test_rounds_and_percentiles() -> None:
     least, most = clocks.ROUNDS
     assert clocks.rounds_for(1e-9, budget=1.0) == most
