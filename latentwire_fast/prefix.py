@@ -38,11 +38,13 @@ class KVGeometry:
 
 
 class DeepPrefix(nn.Module):
-    """A transformer over the slots, then one projection per layer to `H x D` keys and values.
+    """Residual MLP on each latent, a transformer over the slots, then one projection per layer to
+    `H x D` keys and values.
 
-    Its attention lets a slot say what several latents hold together, so the code may be spread over
-    them: on the testbed's context mode two such layers reached a loss of 1.0 where a residual MLP
-    on each latent alone stayed at 1.6 (2 facts, 300 steps).
+    Attention over the slots lets one say what several latents hold together, so that the code may
+    be spread over them. Loss on the testbed's context mode (one seed, up to 2 facts) after 200 and
+    300 steps: 2.0 and 1.0 with both, 2.6 and 1.6 with the MLP alone, 2.7 after 200 with the
+    transformer alone.
 
     The keys are what the cache holds, rotary positions included, so each of the M slots has its own
     place among the reader's positions 0 to M - 1.
@@ -60,6 +62,10 @@ class DeepPrefix(nn.Module):
         width = config.deep_width
         self.lift = nn.Linear(d_z, width)
         self.slots = nn.Parameter(torch.randn(latents, width) * 0.5)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, config.expansion * width)
+        self.down = nn.Linear(config.expansion * width, width)
+        self.dropout = nn.Dropout(config.dropout)
         self.body = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(
                 width,
@@ -88,7 +94,10 @@ class DeepPrefix(nn.Module):
             gain: multiplies the values (prefix gain); the keys, and so the attention, stay.
         """
         g = self.geometry
-        flat = self.project(self.body(self.lift(latent_BMd) + self.slots))
+        lifted_BMW = self.lift(latent_BMd) + self.slots
+        inner = nn.functional.silu(self.up(self.norm(lifted_BMW)))
+        hidden_BMW = lifted_BMW + self.dropout(self.down(inner))
+        flat = self.project(self.body(hidden_BMW))
         made = flat.unflatten(-1, (g.layers, 2, g.heads, g.head_width))
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
