@@ -264,8 +264,8 @@ def _timings(
 
 
 def _release() -> None:
-    gc.collect()
     if DEVICE == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

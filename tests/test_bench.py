@@ -180,6 +180,8 @@ def test_large_cases_are_made_without_memory() -> None:
             assert case.predicted(REACHABLE[name]) >= datasheet.floor(case.work)
     page = tables.prediction_table(cases)
     assert page.count("\n") == len(cases) + 1
+    documents = (gpu_kernels.ROOT / "docs" / "kernels.md").read_text()
+    assert page in documents, "write anew what `python bench/gpu_kernels.py --predict` prints"
 
 
 # --- The gate -------------------------------------------------------------------------------------
