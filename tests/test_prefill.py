@@ -485,7 +485,8 @@ def test_a_layout_is_what_collate_makes(reader: Reader) -> None:
     assert np.array_equal(layout.ids_BT, batch.ids_BT.numpy())
     assert np.array_equal(layout.lengths_B, batch.lengths_B.numpy())
     rows, columns = batch.places_P2.unbind(1)
-    assert layout.places_P.tolist() == (rows * layout.width + columns).tolist()
+    assert np.array_equal(np.argwhere(layout.slots_BT >= 0), batch.places_P2.numpy())
+    assert layout.slots_BT[rows, columns].tolist() == [*range(LATENTS)] * 3
     wider = lay_out(prompts, soft_tokens=LATENTS, pad_id=reader.pad_id, multiple=64)
     assert wider.width == 64
     assert (wider.ids_BT[:, layout.width :] == reader.pad_id).all()

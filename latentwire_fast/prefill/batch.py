@@ -53,20 +53,28 @@ class Batch:
     @property
     def fields(self) -> Fields:
         """Dtypes and shapes of `values`."""
-        layout = self.layout
-        prompts: Fields = {
-            "ids": (torch.int64, layout.ids_BT.shape),
-            "places": (torch.int64, layout.places_P.shape),
-            "last": (torch.int64, layout.lengths_B.shape),
-        }
-        return prompts if self.parcel is None else {**prompts, **self.parcel.fields}
+        shape = self.layout.ids_BT.shape
+        fields: Fields = {"ids": (torch.int64, shape), "last": (torch.int64, shape[:1])}
+        if self.parcel is None:
+            return fields
+        return {**fields, "source": (torch.int64, shape), **self.parcel.fields}
 
     def values(self) -> dict[str, np.ndarray]:
-        """Everything that the device needs: ids, where soft tokens go and where prompts end, codes
-        and scales."""
+        """Everything that the device needs.
+
+        `ids` and `last`: token ids `[B, T]`, and where each prompt ends. With payloads also
+        `source` `[B, T]`: which of their soft tokens, counted over all of them, stands there, or
+        -1; and their `codes` and `scales`.
+        """
         layout = self.layout
-        prompts = {"ids": layout.ids_BT, "places": layout.places_P, "last": layout.lengths_B - 1}
-        return prompts if self.parcel is None else {**prompts, **self.parcel.values()}
+        values = {"ids": layout.ids_BT, "last": layout.lengths_B - 1}
+        if self.parcel is None:
+            return values
+        slots_BT = layout.slots_BT
+        per_payload = slots_BT.max() + 1
+        rows_B1 = np.arange(len(slots_BT))[:, None] if len(self.parcel.payloads) > 1 else 0
+        source_BT = np.where(slots_BT < 0, -1, slots_BT + per_payload * rows_B1)
+        return {**values, "source": source_BT, **self.parcel.values()}
 
     def verify(self) -> None:
         """Check the values of the payloads.

@@ -26,12 +26,12 @@ class Layout:
 
     Attributes:
         ids_BT: token ids; the pad id where a soft token will stand, and behind the prompt.
-        places_P: where the soft tokens go in the flattened `[B * T]`, row by row.
+        slots_BT: number of the soft token that stands there; -1 where a token id does.
         lengths_B: real positions of each row.
     """
 
     ids_BT: np.ndarray
-    places_P: np.ndarray
+    slots_BT: np.ndarray
     lengths_B: np.ndarray
 
     @property
@@ -73,12 +73,14 @@ def lay_out(
         raise ConfigError(f"prompt {int(lengths.argmin())} is empty; it needs at least one token")
     width = -(-int(lengths.max()) // multiple) * multiple
     ids_BT = np.full((len(prompts), width), pad_id, np.int64)
-    starts_B = np.array([prompt.latent_at or 0 for prompt in prompts])
-    for row, prompt, start in zip(ids_BT, prompts, starts_B, strict=True):
-        row[:start] = prompt.ids[:start]
-        row[start + soft : len(prompt.ids) + soft] = prompt.ids[start:]
-    places_BM = (np.arange(len(prompts)) * width + starts_B)[:, None] + np.arange(soft)
-    return Layout(ids_BT, places_BM.ravel(), lengths)
+    slots_BT = np.full_like(ids_BT, -1)
+    for ids_T, slots_T, prompt in zip(ids_BT, slots_BT, prompts, strict=True):
+        start, ids = prompt.latent_at or 0, prompt.ids
+        assert isinstance(start, int)
+        ids_T[:start] = ids[:start]
+        ids_T[start + soft : len(ids) + soft] = ids[start:]
+        slots_T[start : start + soft] = range(soft)
+    return Layout(ids_BT, slots_BT, lengths)
 
 
 Fields = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -284,7 +284,7 @@ class Receiver:
         if header is not None:
             latent_RMd = dequantize(inputs, header).to(self._dtype)
             self._mark("dequantise")
-            embeds_BTD = self._put_soft(embeds_BTD, latent_RMd, inputs["places"])
+            embeds_BTD = self._put_soft(embeds_BTD, latent_RMd, inputs["source"])
             deep_L2RHPd = None if self._deep_prefix is None else self._deep_prefix(latent_RMd)
             self._mark("adapter")
             if deep_L2RHPd is not None and self._filler is not None:
@@ -313,14 +313,13 @@ class Receiver:
         with mask_free(self.reader.model):
             return self._backbone(**arguments).last_hidden_state
 
-    def _put_soft(self, embeds_BTD: Tensor, latent_RMd: Tensor, places_P: Tensor) -> Tensor:
-        """The embeddings with soft tokens in their places, in place."""
+    def _put_soft(self, embeds_BTD: Tensor, latent_RMd: Tensor, source_BT: Tensor) -> Tensor:
+        """The embeddings with soft tokens in their places."""
         if self._adapter is None:
             return embeds_BTD
-        soft_RMD = self._adapter(latent_RMd).to(embeds_BTD.dtype)
-        soft_BMD = soft_RMD.expand(len(embeds_BTD), -1, -1)
-        embeds_BTD.flatten(0, 1).index_copy_(0, places_P, soft_BMD.flatten(0, 1))
-        return embeds_BTD
+        soft_ND = self._adapter(latent_RMd).to(embeds_BTD.dtype).flatten(0, 1)
+        picked_ND = soft_ND.index_select(0, source_BT.clamp(min=0).flatten())
+        return torch.where(source_BT[..., None] < 0, embeds_BTD, picked_ND.view_as(embeds_BTD))
 
     def _capture(self, batch: Batch, *, deep: int, capacity: int) -> CapturedPass:
         model = self.reader.model
