@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from torch import Tensor
 
 from latentwire_fast.adapters import Adapter
 from latentwire_fast.checkpoint import load_checkpoint, parameter_digest
 from latentwire_fast.config import RunConfig, StageConfig
 from latentwire_fast.distributed import Reducer
-from latentwire_fast.errors import ConfigError, DataError, TrainingError
+from latentwire_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from latentwire_fast.guards import NonFiniteGuard
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.objectives import Losses, Objectives
@@ -355,6 +356,25 @@ def test_o1_one_item_that_does_not_fit_ends_the_run(config: RunConfig, tmp_path:
         Memory(patch, fits=0)
         with pytest.raises(TrainingError, match="out of memory with one example"):
             train(config, tmp_path)
+
+
+# --- C5 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
+def test_c5_a_model_that_cannot_be_saved_costs_nothing_but_the_saving(
+    config: RunConfig, plain: tuple[Path, dict, list], tmp_path: Path, error: Exception
+) -> None:
+    def refuse(model: Interlingua, folder: Path) -> Path:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interlingua, "save_pretrained", refuse)
+        with pytest.raises(CheckpointError, match=r"not save the model .*No space left.*same"):
+            train(config, tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoints").step == 6
+    assert train(config, tmp_path).finished
+    assert model_digest(tmp_path) == model_digest(plain[0])
 
 
 # --- run folders --------------------------------------------------------------------------------
