@@ -1,5 +1,4 @@
-"""Distillation KL on logits, and on hidden states through the model's head, with the student's
-gradient.
+"""Distillation KL on logits with the student's gradient; `linear_distill` goes through the head.
 
 Per row, with Delta = (s - t)/tau, p = softmax(t/tau), q = softmax(s/tau), and x = Delta - c for
 some centre c:
@@ -27,11 +26,6 @@ carry tau^2. A student logit of -inf removes its token from both distributions.
 The gradient is made in the same launch, by a second walk over the row. It goes backwards: what the
 first walk read last is still in L2. `scale_rows` then multiplies it by the incoming gradient, and
 returns at once where that is 1.
-
-`linear_kd_kl` stacks [h_t ; h_s - h_t] (the difference in fp32) for one matmul with the shared
-head: the bf16 rounding of its result then is relative to the difference of the logits. Traffic of a
-chunk: the matmul's write, the statistics' read, the gradient's read and write (in place), the
-second matmul's read.
 """
 
 from __future__ import annotations
@@ -39,13 +33,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from latentwire_fast.kernels.matmul import matmul_fp32
 from torch import Tensor
 
-# 16 elements per thread, times 4 lanewise sums and two inputs, stay in registers; a row of 128k
-# takes 63 tiles. Rows are independent programs: 1,024 of them fill 132 SMs more than 4 deep.
+# A row is a program: 63 tiles at a vocabulary of 128k. 8 elements per thread keep it at about 115
+# registers, two programs per SM; 4 warps would need 168 to 250, and spill. Two tiles are on their
+# way while one is summed: 32 KB per SM, about bandwidth times latency.
 BLOCK = 2048
-NUM_WARPS = 4
+NUM_WARPS = 8
+STAGES = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -85,14 +80,13 @@ def _load(
     that the student lacks, get t = s = -inf; where t is -inf the difference may be anything.
     """
     inside = offsets < VOCABULARY
-    t = tl.load(t_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-    nothing: tl.constexpr = 0.0 if STACKED else float("-inf")
-    other = tl.load(other_ptr + offsets, mask=inside, other=nothing).to(tl.float32)
     if STACKED:
-        delta = other
-        s = t + other
+        t = tl.load(t_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+        delta = tl.load(other_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        s = t + delta
     else:
-        s = other
+        t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(other_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
         t = tl.where(s == float("-inf"), s, t)
         delta = s - t
     slope = 1.0
@@ -127,7 +121,7 @@ def _row_pass(
     d = tl.zeros((BLOCK,), tl.float32)
     g = tl.zeros((BLOCK,), tl.float32)
     f = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, VOCABULARY, BLOCK):
+    for start in tl.range(0, VOCABULARY, BLOCK, num_stages=STAGES):
         t, s, delta, _ = _load(t_ptr, other_ptr, start + lanes, cap, VOCABULARY, STACKED, SOFTCAP)
         w_log, u_log = t * k - _finite(t_top), s * k - _finite(s_top)
         rise = tl.max(tl.maximum(w_log, u_log), 0)
@@ -235,7 +229,7 @@ def _kl_kernel(
         tl.store(loss_ptr + row, kl * tau * tau)
         if GRADIENT:
             factor = tl.load(weight_ptr).to(tl.float32) * tau
-            for done in range(0, VOCABULARY, BLOCK):
+            for done in tl.range(0, VOCABULARY, BLOCK, num_stages=STAGES):
                 offsets = LAST - done + lanes
                 t, s, delta, slope = _load(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
                 grad = _gradient(t, s, delta, scale, log_z, mean + kl) * slope * factor
@@ -269,7 +263,7 @@ def _unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _losses(
+def row_losses(
     teacher: Tensor,
     other: Tensor,
     mask: Tensor | None,
@@ -316,7 +310,7 @@ def kd_kl(
     """
     losses = student.new_empty(student.shape[0], dtype=torch.float32)
     mask = None if mask is None else mask.contiguous()
-    _losses(_unit_rows(teacher), _unit_rows(student), mask, weight, losses, grad, tau=tau)
+    row_losses(_unit_rows(teacher), _unit_rows(student), mask, weight, losses, grad, tau=tau)
     return losses
 
 
@@ -333,65 +327,3 @@ def scale_rows(x: Tensor, factors: Tensor) -> None:
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
-
-
-def linear_kd_kl(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    mask: Tensor | None,
-    *,
-    tau: float,
-    softcap: float,
-    chunk_rows: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    unit: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses `[N]`, their gradients for `student_hidden` `[N, d]`, their sum's for `weight` `[V,
-    d]`, in fp32.
-
-    Holds `[2 * chunk_rows, V]` in the head's dtype, whatever N; never synchronises with the host.
-    Gradients not needed are empty. `unit` is what q - p is multiplied by while it is stored in the
-    head's dtype.
-    """
-    rows, width = student_hidden.shape
-    vocabulary, dtype = weight.shape[0], weight.dtype
-    losses = student_hidden.new_empty(rows, dtype=torch.float32)
-    d_hidden = losses.new_empty((rows if needs_hidden else 0, width), dtype=torch.float32)
-    d_weight = losses.new_zeros((vocabulary if needs_weight else 0, width))
-    chunk_rows = max(min(chunk_rows, rows), 1)
-    logits = losses.new_empty((2, chunk_rows, vocabulary), dtype=dtype)
-    stored = losses.new_full((), unit / tau)
-    mask = None if mask is None else mask.contiguous()
-    shared = teacher_weight is None
-    head = weight if teacher_weight is None else teacher_weight[:vocabulary].to(dtype)
-    for start in range(0, rows, chunk_rows):
-        part = slice(start, start + chunk_rows)
-        hidden, teacher = student_hidden[part], teacher_hidden[part]
-        counts = None if mask is None else mask[part]
-        count = hidden.shape[0]
-        # Both halves of a short last chunk lie together, as one output of the one matmul.
-        both = logits.view(-1, vocabulary)[: 2 * count]
-        t, other = both[:count], both[count:]
-        if shared:
-            difference = (hidden.float() - teacher.float()).to(dtype)
-            torch.mm(torch.cat((teacher.to(dtype), difference)), weight.T, out=both)
-        else:
-            torch.mm(teacher.to(dtype), head.T, out=t)
-            torch.mm(hidden.to(dtype), weight.T, out=other)
-        grad = other if needs_hidden or needs_weight else None
-        _losses(
-            *(t, other, counts, stored, losses[part], grad),
-            tau=tau,
-            stacked=shared,
-            softcap=softcap,
-        )
-        if needs_hidden:
-            torch.mul(matmul_fp32(other, weight), tau / unit, out=d_hidden[part])
-        if needs_weight:
-            if counts is not None:  # a masked row may hold NaN, which 0 does not cancel
-                hidden = torch.where(counts[:, None], hidden, 0.0)
-            d_weight.add_(matmul_fp32(other.T, hidden.to(dtype)), alpha=tau / unit)
-    return losses, d_hidden, d_weight

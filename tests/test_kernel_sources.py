@@ -108,7 +108,7 @@ def test_autograd_reads_nothing(without_data: None, reduction: Any, dtype: torch
 
 def test_launchers_read_nothing(without_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from latentwire_fast.kernels import distill, quantize
+    from latentwire_fast.kernels import distill, linear_distill, quantize
 
     kernels = {}
     for module in (distill, quantize):
@@ -122,7 +122,7 @@ def test_launchers_read_nothing(without_data: None, monkeypatch: pytest.MonkeyPa
     distill.scale_rows(grad, weight)
     head = torch.empty(9, 9)
     for teacher_head in (None, torch.empty(11, 9)):
-        distill.linear_kd_kl(
+        linear_distill.linear_kd_kl(
             *(student, teacher, head, teacher_head, mask),
             **{"tau": 2.0, "softcap": 0.0, "chunk_rows": 2, "unit": 1.0},
             **{"needs_hidden": True, "needs_weight": True},

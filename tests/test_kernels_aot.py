@@ -74,14 +74,21 @@ def distill_cases() -> dict[str, Case]:
         ):
             name = f"V {vocabulary}{', stacked' if stacked else ''}{', softcap' if softcap else ''}"
             flags = {"STACKED": stacked, "SOFTCAP": softcap, "MASKED": True, "GRADIENT": gradient}
+            wide = ("LDGSTS.E.BYPASS.128", *(("STG.E.128",) if gradient else ()))
             cases[f"KL{' and gradient' if gradient else ''}, {name}"] = Case(
-                *("distill", "_kl_kernel", (BF16, BF16, *arguments), {**common, **flags}, 4, 3),
-                *(("LDG.E.128", "STG.E.128") if gradient else ("LDG.E.128",), (6, 7, 8)),
+                *("distill", "_kl_kernel", (BF16, BF16, *arguments), {**common, **flags}, 8, 3),
+                *(wide, (6, 7, 8)),
             )
         cases[f"scale rows, V {vocabulary}"] = Case(
             *("distill", "_scale_rows_kernel", (BF16, FP32, "i32", "i32")),
-            *({"WIDTH": vocabulary, "BLOCK": 2048}, 4, 3, ("LDG.E.128", "STG.E.128"), (2,)),
+            *({"WIDTH": vocabulary, "BLOCK": 2048}, 8, 3, ("LDG.E.128", "STG.E.128"), (2,)),
         )
+    # GPT-2's vocabulary is odd: nothing is aligned, nothing 16 bytes wide.
+    flags = {"STACKED": False, "SOFTCAP": False, "MASKED": True, "GRADIENT": True}
+    cases["KL and gradient, V 50257"] = Case(
+        *("distill", "_kl_kernel", (BF16, BF16, *arguments)),
+        *({"VOCABULARY": 50_257, "BLOCK": 2048, **flags}, 8, 3, ()),
+    )
     return cases
 
 
@@ -126,7 +133,8 @@ def adapter_cases() -> dict[str, Case]:
     for width in (256, 512):
         folded = {"WIDTH": width, "PADDED": width + 8, "HAS_BIAS": True, "HAS_GAMMA": True}
         cases[f"fold {width}"] = Case(
-            *("adapter", "_fold_kernel", (BF16,) * 5, {**folded, "BLOCK": 2 * width}, 1)
+            *("adapter", "_fold_kernel", (*[BF16] * 5, "i32")),
+            *({**folded, "TILE_ROWS": 8, "BLOCK": 2 * width}, 4),
         )
         flags = ("CALIBRATED", "HAS_NORM", "HAS_NORM_BIAS", "HAS_GAIN")
         shape = {"WIDTH": width, "PADDED": width + 8, "OUTPUTS": 4096}

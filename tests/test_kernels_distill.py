@@ -368,7 +368,7 @@ def test_no_rows_and_no_rows_that_count() -> None:
 
 
 def test_nothing_is_written_outside_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentwire_fast.kernels import distill
+    from latentwire_fast.kernels import distill, linear_distill
 
     student, teacher = torch.randn(3, 2101).to(DEVICE), torch.randn(3, 2101).to(DEVICE)
     hidden, head = torch.randn(2, 5, 8).to(DEVICE), torch.randn(2101, 8).to(DEVICE)
@@ -379,7 +379,7 @@ def test_nothing_is_written_outside_the_outputs(monkeypatch: pytest.MonkeyPatch)
     distill.scale_rows(grad, torch.tensor([0.0, 1.0, 2.0], device=DEVICE))
     assert grad.isfinite().all()
     assert (grad[0] == 0).all()
-    distill.linear_kd_kl(
+    linear_distill.linear_kd_kl(
         *(hidden[0], hidden[1], head, None, None),
         **{"tau": 1.0, "softcap": 0.0, "chunk_rows": 2, "unit": 1.0},
         **{"needs_hidden": True, "needs_weight": False},

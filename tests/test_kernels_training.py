@@ -39,12 +39,12 @@ def test_training_with_distillation_matches_the_reference(
             train(config, tmp_path / name)
         lines[name] = records(tmp_path / name)
 
-    from latentwire_fast.kernels import distill
+    from latentwire_fast.kernels import linear_distill
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("reached")
 
-    monkeypatch.setattr(distill, "linear_kd_kl", fail)
+    monkeypatch.setattr(linear_distill, "linear_kd_kl", fail)
     with ops.backend("triton"), pytest.raises(AssertionError, match="reached"):
         train(config, tmp_path / "again")
 

@@ -38,7 +38,7 @@ def _linear_kd_kl(
     if uses_triton(
         "linear_kd_kl", student_hidden, computes_in=reference.compute_dtype(student_hidden)
     ):
-        from latentwire_fast.kernels import distill as kernels
+        from latentwire_fast.kernels import linear_distill as kernels
 
         unit = reference.gradient_unit(weight.dtype)
         return kernels.linear_kd_kl(*inputs, **settings, unit=unit)
