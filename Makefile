@@ -59,7 +59,8 @@ fuzz: $(VENV)/.installed  ## the property and mutation tests with fresh random e
 	$(BIN)/python tests/fuzz_wire.py --seconds 60
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_wire.py
 
-gpu: gpu-kernels  ## everything that needs a CUDA device
+gpu:  ## everything that needs a CUDA device
+	$(MAKE) --keep-going gpu-kernels gpu-prefill
 
 gpu-kernels:  ## the kernels on a GPU: ceilings, tests, benchmarks, targets, into OUT (under 9 minutes)
 	$(GPU_PYTHON) bench/gpu_kernels.py $(OUT)

@@ -195,7 +195,7 @@ def hidden_case(shape: tuple[int, int, int], dtype: torch.dtype, *, backward: bo
 
 
 def chunk_stages(shape: tuple[int, int, int], element: int, *, backward: bool) -> tuple[Stage, ...]:
-    """Launches of `kernels/distill.py`: per chunk stack, multiply, statistics, multiply back."""
+    """Launches of `linear_kd_kl`: per chunk stack, multiply, statistics, multiply back."""
     rows, width, vocabulary = shape
     stages: list[Stage] = []
     for start in range(0, rows, CHUNK_ROWS):
