@@ -41,6 +41,8 @@ from torch import Tensor
 
 # The widest x whose Gram matrix is used.
 GRAM_WIDTH = 512
+# Outputs that a program folds.
+FOLDED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,26 @@ def is_folded(width: int, *, tanh: bool) -> bool:
 
 @triton.jit
 def _fold_kernel(
-    weight_ptr, bias_ptr, gamma_ptr, plain_ptr, scaled_ptr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+    weight_ptr, bias_ptr, gamma_ptr, plain_ptr, scaled_ptr, outputs, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    output = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    plain = tl.load(weight_ptr + output * WIDTH + column, mask=column < WIDTH, other=0.0)
-    plain = plain.to(tl.float32)
+    output = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    live = output < outputs
+    plain = tl.load(
+        weight_ptr + output[:, None] * WIDTH + column,
+        mask=live[:, None] & (column < WIDTH),
+        other=0.0,
+    ).to(tl.float32)
     if HAS_BIAS:
-        plain = tl.where(column == WIDTH, tl.load(bias_ptr + output).to(tl.float32), plain)
+        bias = tl.load(bias_ptr + output, mask=live, other=0.0).to(tl.float32)
+        plain = tl.where(column == WIDTH, bias[:, None], plain)
     scaled = plain
     if HAS_GAMMA:
-        scaled *= tl.load(gamma_ptr + output).to(tl.float32)
-    place = output * PADDED + column
-    inside = column < PADDED
+        scaled *= tl.load(gamma_ptr + output, mask=live, other=0.0).to(tl.float32)[:, None]
+    place = output[:, None] * PADDED + column
+    inside = live[:, None] & (column < PADDED)
     tl.store(plain_ptr + place, plain.to(plain_ptr.dtype.element_ty), mask=inside)
     tl.store(scaled_ptr + place, scaled.to(scaled_ptr.dtype.element_ty), mask=inside)
 
@@ -100,18 +108,20 @@ def fold(
 ) -> Folded:
     """Two launches. `dtype` is the rows'."""
     weight = weight.contiguous()
+    bias, gamma = (None if t is None else t.contiguous() for t in (bias, gamma))
     outputs, width = weight.shape
     padded = -(-(width + 2) // 8) * 8
     plain = weight.new_empty((outputs, padded), dtype=weight.dtype)
     scaled = weight.new_empty((outputs, padded), dtype=dtype)
-    _fold_kernel[(outputs,)](
-        *(weight, *(plain if t is None else t for t in (bias, gamma)), plain, scaled),
+    _fold_kernel[(triton.cdiv(outputs, FOLDED_ROWS),)](
+        *(weight, *(plain if t is None else t for t in (bias, gamma)), plain, scaled, outputs),
         WIDTH=width,
         PADDED=padded,
         HAS_BIAS=bias is not None,
         HAS_GAMMA=gamma is not None,
+        TILE_ROWS=FOLDED_ROWS,
         BLOCK=triton.next_power_of_2(padded),
-        num_warps=1,
+        num_warps=4,
     )
     return Folded(plain, scaled, matmul_fp32(plain.T, plain))
 

@@ -153,7 +153,7 @@ def _folded_gradients(
         if calibrated:
             along -= matmul_fp32(weighted, folded.gram.to(weighted.dtype))
         s = unit if p.calibration.gain is None else unit * p.calibration.gain.float()
-        s = s.repeat_interleave(group_rows)[:, None] if calibrated else s
+        s = s[:, None].expand(-1, group_rows).reshape(-1, 1) if calibrated else s
         _norm_gradients(found, (along * s)[:, :width], x, mean, rstd, p)
     if any(needs[i] for i in (WEIGHT, BIAS, GAMMA, BETA)):
         outer = matmul_fp32(grad.T, scaled)

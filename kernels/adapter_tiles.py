@@ -157,7 +157,7 @@ class Tiles:
         calibration: Calibration,
         tanh: bool,
     ) -> None:
-        self.x, self.weight = x, weight.contiguous()
+        self.x, self.weight = x, weight
         self.bias, self.gamma, self.beta = bias, gamma, beta
         self.calibration = calibration
         self.tanh = tanh

@@ -24,6 +24,11 @@ _PARAMETERS = "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bi
 _SETTINGS = "float target_rms, str calibration, bool tanh"
 
 
+def _dense(vector: Tensor | None) -> Tensor | None:
+    """As the kernels index it."""
+    return None if vector is None else vector.contiguous()
+
+
 def _projection(
     shape: tuple[int, ...], dtype: torch.dtype, weight: Tensor, *arguments: Any
 ) -> Projection:
@@ -34,8 +39,8 @@ def _projection(
     group_rows = {"none": 0, "token": 1, "batch": math.prod(shape[:-1])}.get(calibration)
     folds = kernels.is_folded(shape[-1], tanh=tanh)
     return kernels.Projection(
-        *(weight, bias, gamma),
-        norm=kernels.Norm(norm_weight, norm_bias, reference.LAYER_NORM_EPS),
+        *(weight.contiguous(), _dense(bias), _dense(gamma)),
+        norm=kernels.Norm(_dense(norm_weight), _dense(norm_bias), reference.LAYER_NORM_EPS),
         calibration=kernels.Calibration(
             *(gain, target_rms, reference.RMS_EPS),
             group_rows=shape[-2] if group_rows is None else group_rows,
@@ -61,7 +66,7 @@ def _project_calibrate(
     from latentwire_fast.kernels import adapter as kernels
 
     projection = _projection(x.shape, x.dtype, *parameters, *rest)
-    out, squares = kernels.project_calibrate(x.reshape(-1, x.shape[-1]), projection, beta)
+    out, squares = kernels.project_calibrate(x.reshape(-1, x.shape[-1]), projection, _dense(beta))
     shape = _mean_square_shape(x, rest[-2])
     return out.view(*x.shape[:-1], weight.shape[0]), squares.reshape(shape)
 
@@ -128,7 +133,7 @@ def _dequantize_project_calibrate(
         dtype=dtype,
     )
     projection = _projection(tuple(shape), dtype, *parameters, *rest)
-    out, _ = kernels.project_calibrate(packed, projection, beta)
+    out, _ = kernels.project_calibrate(packed, projection, _dense(beta))
     return out.view(*shape[:-1], weight.shape[0])
 
 
@@ -385,8 +390,9 @@ def dequantize_project_calibrate(
             codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=unpacked
         )
         return _ProjectCalibrate.apply(x, *parameters, *settings).to(dtype)
+    batch = math.prod(shape[:-2])
     return torch.ops.latentwire_fast.dequantize_project_calibrate(
-        codes.reshape(-1, codes.shape[-1]),
-        scales.reshape(-1, scales.shape[-1]),
+        codes.reshape(batch, codes.shape[-1]),
+        scales.reshape(batch, scales.shape[-1]),
         *(bits, group_size, shape, dtype, *parameters, *settings),
     )
