@@ -370,14 +370,15 @@ def _measure(args: argparse.Namespace, scratch: Path) -> Any:
         for batch in args.batches:
             left = None if args.budget is None else args.budget - (time.monotonic() - started)
             group = Group(bench, plan_of(args), args, batch=batch)
-            found = group.measure(
+            results.results += group.measure(
                 ceilings=ceilings,
                 rates=rates,
                 absent=results.machine["absent"],
                 seconds=None if left is None else max(left, 0) * share(weights, source, batch),
             )
-            results.results += found
-            print(f"\n{args.name}, batch {batch}\n{short_table(results, found)}", flush=True)
+            title = (args.name, batch)
+            shown = [r for r in results.ordered() if (r.row.reader, r.row.batch) == title]
+            print(f"\n{args.name}, batch {batch}\n{short_table(results, shown)}", flush=True)
             if args.out:
                 results.write(args.out)
             del group

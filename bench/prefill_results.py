@@ -296,6 +296,11 @@ COLUMNS = (
     Column("predicted / measured", _ratio, in_paper=False),
     Column("peak memory", lambda _, r: _bytes(r.peak_bytes), in_paper=False),
     Column("phases, ms", _phases, in_paper=False),
+    Column(
+        "phases / total",
+        lambda _, r: f"{r.sum_of_phases:.2f}" if r.samples else "-",
+        in_paper=False,
+    ),
 )
 
 
@@ -351,10 +356,13 @@ def _draw(results: Results, folder: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         here = [r for r in measured if (r.row.reader, r.row.batch) == panel]
         engine = next(e for e in reversed(ENGINES) if any(r.row.engine == e for r in here))
+        bits = next((r.row.bits for r in here if r.row.bits), None)
         lines: dict[str, list[Result]] = {}
         for result in here:
             row = result.row
             if row.engine != engine or row.method not in ("text", "latent_cached"):
+                continue
+            if row.bits not in (None, bits):
                 continue
             name = "text" if row.method == "text" else f"latent, M = {row.latents}"
             lines.setdefault(name, []).append(result)
@@ -369,6 +377,9 @@ def _draw(results: Results, folder: Path) -> None:
             title=f"{panel[0]}, B={panel[1]}",
         )
         axis.set_ylabel(f"ms to the first token ({engine})")
+        lengths = sorted({r.row.text_tokens for r in here})
+        axis.set_xticks(lengths, list(map(str, lengths)))
+        axis.minorticks_off()
         axis.legend(fontsize="small")
     for suffix in ("png", "pdf"):
         figure.savefig(folder / f"latency.{suffix}", dpi=150)

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
+import torch
 from prefill_cost import Pass, Trained, Work
 from prefill_shapes import Dims
+from torch import nn
 
+from latentwire_fast.adapters import Adapter
 from latentwire_fast.config import AdapterConfig
+from latentwire_fast.prefix import DeepPrefix, KVGeometry
 
 Method = Literal["text", "latent", "latent_cached", "deep_prefix", "kv_reuse"]
 METHODS: tuple[Method, ...] = ("text", "latent", "latent_cached", "deep_prefix", "kv_reuse")
@@ -149,11 +154,24 @@ class Sizes:
 
     def _trained(self, method: str, slots: int) -> Trained:
         """The adapter or the deep prefix: all weights of its matmuls meet every slot."""
-        d = self.dims
-        if method == "deep_prefix":
-            width, made = DEEP.deep_width, 2 * d.layers * d.kv_heads * d.head_width
-            layer = (4 + 2 * DEEP.expansion) * width**2
-            weights = width * (self.d_z + made) + DEEP.deep_layers * layer
-            return Trained(slots, weights, 10 + 8 * DEEP.deep_layers, self.element)
-        weights = d.width * (self.d_z + (2 * SOFT.expansion + 1) * d.width)
-        return Trained(slots, weights, 12, self.element)
+        deep = method == "deep_prefix"
+        weights, launches = _matmuls_of(self.dims, self.d_z, deep=deep)
+        return Trained(slots, weights, launches, self.element)
+
+
+@cache
+def _matmuls_of(dims: Dims, d_z: int, *, deep: bool) -> tuple[int, int]:
+    """Weights of a trained part's matmuls, and about how many launches it takes."""
+    with torch.device("meta"):
+        if deep:
+            rms = ((1.0, 1.0),) * dims.layers
+            geometry = KVGeometry(dims.layers, dims.kv_heads, dims.head_width, rms)
+            part: nn.Module = DeepPrefix(DEEP, latents=1, d_z=d_z, geometry=geometry)
+        else:
+            part = Adapter(SOFT, latents=1, d_z=d_z, d_model=dims.width, target_rms=1.0)
+    matrices = [
+        weight.numel()
+        for name, weight in part.named_parameters()
+        if weight.dim() == 2 and name not in ("slots", "gain")
+    ]
+    return sum(matrices), 3 * len(matrices)

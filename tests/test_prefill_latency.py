@@ -29,7 +29,7 @@ from ceilings import DATASHEETS, REACHABLE
 from prefill_clock import Clock, Sample, Timed, interleave, interval, warm_up
 from prefill_cost import Kernels, Pass, cpu_ceilings
 from prefill_results import Results, for_text, result_of
-from prefill_rows import METHODS, Plan, Row, Sizes
+from prefill_rows import DEEP, METHODS, Plan, Row, Sizes
 from prefill_shapes import SHAPES, Dims, Workload, build_reader, synthetic_workload, text_prompts
 
 from latentwire_fast.errors import ConfigError
@@ -155,18 +155,17 @@ def test_the_floor_is_below_the_prediction_and_above_the_weights() -> None:
     assert 1e3 * text.floor(H200) == pytest.approx(4.0, abs=0.3)
 
 
-@pytest.mark.parametrize("method", ["latent_cached", "deep_prefix"])
-def test_costs_count_what_the_trained_parts_have(tiny: Reader, method: Any) -> None:
-    bench = prefill_cases.Bench(tiny, "llama-tiny", 8, torch.float32, "cpu", Path())
-    receiver = bench.receiver(
-        latents=4, engine="eager", deep=method == "deep_prefix", clock=Clock("cpu")
+def test_costs_count_what_the_trained_parts_have() -> None:
+    dims = Dims.of(SHAPES["llama-3.1-8b"])
+    sizes = replace(TINY_SIZES, dims=dims, d_z=32)
+    adapter, deep = (
+        sizes.work(Row("r", method, "eager", 2, 0, 4, 6)).parts[0]
+        for method in ("latent_cached", "deep_prefix")
     )
-    part = receiver._deep_prefix or receiver._adapter
-    weights = sum(p.numel() for name, p in part.named_parameters() if p.dim() == 2)
-    weights -= part.slots.numel() + (2 * TINY.layers if receiver._deep_prefix else 0)
-    sizes = replace(TINY_SIZES, dims=Dims.of(tiny.model.config))
-    counted = sizes.work(Row("r", method, "eager", 2, 0, 4, 6)).parts[0]
-    assert (counted.weights, counted.rows) == (weights, 8)
+    assert adapter.weights == 4096 * (32 + 9 * 4096)
+    assert adapter.rows == deep.rows == 8
+    made = 2 * 32 * 8 * 128
+    assert DEEP.deep_width * made < deep.weights < 1.5 * DEEP.deep_width * made
 
 
 def test_a_compiled_engine_keeps_fewer_launches() -> None:
