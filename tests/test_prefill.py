@@ -27,9 +27,6 @@ from latentwire_fast.prompts import Prompt, Turn
 from latentwire_fast.reader import Reader
 from readers import tiny_model
 
-# Also where conftest.py is left out, as on a bare GPU machine.
-pytest_plugins = ["readers"]
-
 LATENTS, D_Z, NEW = 4, 8, 32
 CONTEXTS = ["Nulnak lives in Bakrim.", "Fosvun has a red lamp and is 94.", "Selpon is a baker."]
 QUESTIONS = ["Where does Nulnak live?", "What?", "What is the job of Selpon, if any?"]
