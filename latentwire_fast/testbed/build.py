@@ -142,6 +142,8 @@ RECIPES = {
             (4101, 0.9),
             (4800, 0.9),
             (5600, 0.0),
+            (5620, 0.7),
+            (6700, 0.0),
         ),
         final_from=3000,
     ),
@@ -329,7 +331,7 @@ On {record["examples"]} held-out prompts:
 exact match {record["text_em"]:.3f}, F1 {record["text_f1"]:.3f};
 cut to 12 tokens, F1 {record["token_budget_f1"]:.3f}.
 
-Built in {record["cpu_seconds"]:.0f} CPU-seconds of one core by
+Built by
 
     python -m latentwire_fast.testbed.build --reader {name} --out DIR
 
