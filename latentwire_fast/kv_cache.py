@@ -71,6 +71,8 @@ class ReadOnlyLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, H, P + T, D]` for these T positions."""
+        assert self.keys is not None  # filled before any layer runs
+        assert self.values is not None
         return (
             torch.cat([self.keys, key_states], dim=-2),
             torch.cat([self.values, value_states], dim=-2),
