@@ -4,7 +4,7 @@
     python -m latentwire_fast.evaluate --run runs/demo --fresh-seed 7 --examples 200 --out new.json
     python -m latentwire_fast.evaluate score --data squad.json --predictions predictions.json
 
-The first scores a run's own held-out examples again, the second new ones, the third any predictions.
+The first scores the held-out examples of the run again, the second new ones.
 """
 
 from __future__ import annotations
