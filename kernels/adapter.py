@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from latentwire_fast.kernels.adapter_rows import (
     Calibration,
     Norm,
@@ -37,7 +39,6 @@ from latentwire_fast.kernels.adapter_rows import (
 )
 from latentwire_fast.kernels.adapter_tiles import Tiles
 from latentwire_fast.kernels.matmul import matmul_fp32
-from torch import Tensor
 
 # The widest x whose Gram matrix is used.
 GRAM_WIDTH = 512

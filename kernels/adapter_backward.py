@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from latentwire_fast.kernels.adapter import Folded, Projection
 from latentwire_fast.kernels.adapter_rows import (
     _moments,
@@ -32,7 +34,6 @@ from latentwire_fast.kernels.adapter_rows import (
 )
 from latentwire_fast.kernels.adapter_tiles import Tiles
 from latentwire_fast.kernels.matmul import matmul_fp32
-from torch import Tensor
 
 # Gradients, in the order in which they are asked for and returned.
 X, WEIGHT, BIAS, NORM_WEIGHT, NORM_BIAS, GAMMA, BETA, GAIN = range(8)

@@ -18,8 +18,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from latentwire_fast.kernels.adapter_rows import Calibration
 from torch import Tensor
+
+from latentwire_fast.kernels.adapter_rows import Calibration
 
 RECOMPUTED = 256
 # Tiles of 128 x 128 with K in steps of 64 and 8 warps: 64 accumulators per thread.

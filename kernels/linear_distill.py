@@ -9,9 +9,10 @@ read.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from latentwire_fast.kernels.distill import row_losses
 from latentwire_fast.kernels.matmul import matmul_fp32
-from torch import Tensor
 
 
 def linear_kd_kl(
