@@ -185,12 +185,15 @@ class DataConfig(_Part):
         source: `testbed`, a SQuAD-format file, a saved `datasets` folder, `NAME=PATH` (rows of the
             set NAME), `hub:NAME`, or several of these with commas between them, in equal shares.
         facts: testbed: facts per passage at the end of the curriculum.
+        similar: testbed: share of training passages with only two kinds of facts, which have to
+            be told apart.
         questions_per_context: context mode asks several questions of one latent per step.
         eval_examples, eval_seed: size and seed of the held-out set.
     """
 
     source: str = "testbed"
     facts: int = 4
+    similar: float = 0.0
     questions_per_context: int = 4
     eval_examples: int = 500
     eval_seed: int = 99
@@ -198,6 +201,7 @@ class DataConfig(_Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(1 <= self.facts <= 18, f"facts={self.facts}, expected 1 to 18")
+        _require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
         self._at_least_one("questions_per_context", "eval_examples")
 
 

@@ -70,9 +70,11 @@ def testbed_context() -> RunConfig:
         preset="testbed_context",
         mode="context",
         readers=TESTBED_READERS,
+        adapter=AdapterConfig(prefix="deep"),
+        data=DataConfig(similar=0.5),
         stages=(
-            StageConfig("answer", steps=1300, facts=((0.15, 1), (0.4, 2), (1.0, 4))),
-            StageConfig("quantized", steps=1500, quantize=6),
+            StageConfig("answer", steps=2000, facts=((0.1, 1), (0.25, 2), (1.0, 4))),
+            StageConfig("quantized", steps=1200, quantize=6),
         ),
         optim=OptimConfig(
             batch_size=24,
@@ -80,7 +82,7 @@ def testbed_context() -> RunConfig:
             adamw_lr=3e-3,
             encoder_lr=0.3,
             warmup_steps=20,
-            decay_from=0.5,
+            decay_from=0.45,
         ),
     )
 

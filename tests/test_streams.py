@@ -82,6 +82,24 @@ def test_a_fifth_of_the_passages_may_be_easier_and_none_is_harder(facts: int) ->
     assert levels[facts] > 0.75 * len(items)
 
 
+def test_similar_passages_are_mixed_in_as_asked() -> None:
+    """Two of the six kinds of facts: "... years" and the like tell them apart."""
+    signs = ["live|moved", "dog", "orders|manager|reports", "job|works|profession|know", "year|age"]
+
+    def kinds(item: TrainItem) -> int:
+        facts = item.context.rstrip(".").split(". ")
+        found = {next((s for s in signs if re.search(s, f)), "thing") for f in facts}
+        return len(found)
+
+    shares = {}
+    for share in (0.0, 1.0):
+        stream = TestbedStream(replace(config(), similar=share), mode="context", seed=0)
+        items = [item for item in stream.batch(0, 200, facts=4) if item.context.count(".") == 4]
+        shares[share] = sum(kinds(item) <= 2 for item in items) / len(items)
+    assert shares[1.0] == 1.0
+    assert shares[0.0] < 0.5
+
+
 def test_testbed_answers_are_in_their_contexts() -> None:
     for mode in ("context", "pure"):
         for item in make_stream("testbed", mode=mode).batch(3, 50, facts=4):

@@ -180,6 +180,24 @@ def test_an_impossible_number_of_facts_is_refused(facts: int) -> None:
         make_passage(random.Random(0), facts=facts)
 
 
+@pytest.mark.parametrize("facts", [2, 4, 6])
+def test_passages_of_few_relations_have_facts_to_tell_apart(facts: int) -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        passage = make_passage(rng, facts=facts, relations=2)
+        questions = {question for question, _ in passage.questions}
+        kinds = [
+            name
+            for name, relation in RELATIONS.items()
+            for template in relation.questions
+            if any(re.fullmatch(template.replace("{name}", ".*"), q) for q in questions)
+        ]
+        assert len(set(kinds)) <= 2
+        assert len(questions) == facts
+    with pytest.raises(ValueError, match="facts=7, expected 1 to 6"):
+        make_passage(rng, facts=7, relations=2)
+
+
 def test_examples_follow_their_seed_alone() -> None:
     first = make_examples(20, seed=4)
     random.seed(99)

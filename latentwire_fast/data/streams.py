@@ -49,7 +49,10 @@ class TestbedStream:
         items: list[TrainItem] = []
         while len(items) < size:
             level = facts if rng.random() < 0.8 else rng.choice(easier)
-            passage = make_passage(rng, facts=level, split="train")
+            similar = level > 1 and rng.random() < self.config.similar
+            passage = make_passage(
+                rng, facts=level, split="train", relations=2 if similar else None
+            )
             turns = [Turn(question, answer) for question, answer in passage.questions]
             turns = turns[: self.config.questions_per_context]
             # Pure mode asks one question per latent; questions on one passage teach the difference.

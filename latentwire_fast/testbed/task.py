@@ -139,7 +139,9 @@ def _value(rng: random.Random, relation: str, split: Split, used_starts: set[str
     return f"{rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
 
 
-def make_passage(rng: random.Random, *, facts: int = 4, split: Split = "train") -> Passage:
+def make_passage(
+    rng: random.Random, *, facts: int = 4, split: Split = "train", relations: int | None = None
+) -> Passage:
     """Draw one passage.
 
     Args:
@@ -147,13 +149,17 @@ def make_passage(rng: random.Random, *, facts: int = 4, split: Split = "train") 
         facts: facts in the passage, 1 to 18. People: one per fact up to 3, then 3 (4 above 4
             facts).
         split: `train` or `heldout` names.
+        relations: draw from only so many of the six, so that facts of one kind have to be told
+            apart; None draws from all.
     """
-    if not 1 <= facts <= 18:
-        raise ValueError(f"make_passage: facts={facts}, expected 1 to 18")
+    names = list(RELATIONS)
+    if relations is not None:
+        names = rng.sample(names, relations)
+    if not 1 <= facts <= 3 * len(names):
+        raise ValueError(f"make_passage: facts={facts}, expected 1 to {3 * len(names)}")
     used_starts: set[str] = set()
     n_people = min(facts, 3) if facts <= 4 else 4
     people = [_new_name(rng, split, used_starts) for _ in range(n_people)]
-    names = list(RELATIONS)
     pairs = [(person, rng.choice(names)) for person in people]
     rest = [(p, r) for p in people for r in names if (p, r) not in pairs]
     rng.shuffle(rest)
