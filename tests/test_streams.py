@@ -14,7 +14,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream, TrainItem
 from latentwire_fast.errors import DataError
 from latentwire_fast.prompts import Turn
-from latentwire_fast.testbed.task import SYLLABLES, is_heldout
+from latentwire_fast.testbed.task import RELATIONS, SYLLABLES, is_heldout
 
 PER_CONTEXT = 3
 NAMES = {(first + second).capitalize() for first in SYLLABLES for second in SYLLABLES}
@@ -83,13 +83,15 @@ def test_a_fifth_of_the_passages_may_be_easier_and_none_is_harder(facts: int) ->
 
 
 def test_similar_passages_are_mixed_in_as_asked() -> None:
-    """Two of the six kinds of facts: "... years" and the like tell them apart."""
-    signs = ["live|moved", "dog", "orders|manager|reports", "job|works|profession|know", "year|age"]
+    """Similar ones hold two of the six kinds of facts."""
+    patterns = {
+        name: "|".join(t.format(name=".*", value=".*") for t in relation.statements)
+        for name, relation in RELATIONS.items()
+    }
 
     def kinds(item: TrainItem) -> int:
-        facts = item.context.rstrip(".").split(". ")
-        found = {next((s for s in signs if re.search(s, f)), "thing") for f in facts}
-        return len(found)
+        facts = [f"{fact}." for fact in item.context.removesuffix(".").split(". ")]
+        return len({n for n, p in patterns.items() for fact in facts if re.fullmatch(p, fact)})
 
     shares = {}
     for share in (0.0, 1.0):
