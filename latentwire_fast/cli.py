@@ -47,10 +47,11 @@ def run_entry_point(main: Callable[[], None]) -> None:
 
 
 def quiet_libraries() -> None:
-    """No progress bars but our own. Call after parsing: it imports transformers."""
+    """No progress bars and notices but our own. Call after parsing: it imports transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score names its tokenizer there
 
 
 def check_question(question: str) -> None:
