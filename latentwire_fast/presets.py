@@ -67,8 +67,9 @@ def testbed_context() -> RunConfig:
     the time (one fact, one seed).
 
     Deep prefixes, because soft tokens learn the same more slowly (`prefix.py` has figures). Half of
-    the passages hold two kinds of facts only: what the encoder cannot do yet is to keep facts of one
-    kind apart. That has not cured it; F1 is near 0.56 with them (3,200 steps) and without (2,200).
+    the passages hold two kinds of facts only: what the encoder cannot do yet is to keep facts of
+    one kind apart. That has not cured it: F1 is near 0.56 with them (3,200 steps) and without
+    (2,200).
     """
     return RunConfig(
         preset="testbed_context",
