@@ -34,6 +34,7 @@ from latentwire_fast.report import write_report
 from latentwire_fast.results import MethodResult
 from latentwire_fast.storage import RunLock, write_atomically
 from latentwire_fast.tracking import read_records
+from latentwire_fast.truncation import measure_truncation
 
 logger = logging.getLogger(__name__)
 
@@ -293,13 +294,28 @@ def _evaluate(
     model = Interlingua.from_pretrained(run_dir / "model")
     readers = load_readers(config.readers)
     examples = heldout_examples(config.data, count=count, seed=fresh_seed)
-    outcome = Evaluator(config, model, readers, examples, progress=progress).run()
+    evaluator = Evaluator(config, model, readers, examples, progress=progress)
+    measured = _truncated(evaluator)
+    outcome = evaluator.run()
+    measured |= outcome.metrics()
     diagnostics = read_records(run_dir / "diagnostics.jsonl")
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     run = run_record(config, name=run_dir.resolve().name, device=next(model.parameters()).device)
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
-    return {"schema_version": 1, "run": run, **outcome.metrics()}, outcome
+    return {"schema_version": 1, "run": run, **measured}, outcome
+
+
+def _truncated(evaluator: Evaluator) -> dict[str, Any]:
+    """The `truncated` entry of metrics.json: how much of the text no latent holds. There is none
+    where the encoder reads all of it."""
+    texts = ((e.context, e.question) for e in evaluator.examples)
+    model = evaluator.model
+    truncation = measure_truncation(model.encoder, texts, mode=model.mode)
+    if not truncation.cut:
+        return {}
+    logger.warning("held-out data: %s; scores and text sizes are of the whole text", truncation)
+    return {"truncated": {"examples": truncation.cut, "text_share": truncation.share}}
 
 
 def _write(run_dir: Path, result: dict[str, Any], outcome: Outcome) -> None:

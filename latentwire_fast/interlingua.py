@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -229,7 +230,13 @@ class Interlingua(nn.Module):
         *,
         bits: int | None = None,
     ) -> list[bytes]:
-        """Text to payload bytes."""
+        """Text to payload bytes.
+
+        Raises:
+            ConfigError: as `encode`. DataError: a text is longer than the encoder reads.
+        """
+        for text, question in zip(contexts, questions or repeat(None), strict=False):
+            self.encoder.check_length(text, question)
         return self.payloads(self.encode(contexts, questions), bits=bits)
 
     def decode_payloads(self, payloads: Sequence[bytes]) -> Tensor:

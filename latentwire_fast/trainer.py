@@ -30,10 +30,11 @@ from latentwire_fast.checkpoint import (
     parameter_digest,
     save_checkpoint,
 )
-from latentwire_fast.config import RunConfig, StageConfig, to_json
+from latentwire_fast.config import Mode, RunConfig, StageConfig, to_json
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
 from latentwire_fast.distributed import Reducer
+from latentwire_fast.encoders import Encoder
 from latentwire_fast.errors import CheckpointError, ConfigError, RunStopped
 from latentwire_fast.guards import (
     FrozenGuard,
@@ -57,6 +58,7 @@ from latentwire_fast.signals import StopSignals
 from latentwire_fast.storage import RunLock, publish_folder, write_atomically
 from latentwire_fast.teacher import TeacherCache
 from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
+from latentwire_fast.truncation import measure_truncation
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,15 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
                 "token ends"
             )
     return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+
+
+def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:
+    """Say once how much of a finite data set training will not see."""
+    if isinstance(stream, ExampleStream):
+        texts = ((item.context, turn.question) for item in stream.items for turn in item.turns)
+        truncation = measure_truncation(encoder, texts, mode=mode)
+        if truncation.cut:
+            logger.warning("training data: %s. Raise that limit, or split the passages", truncation)
 
 
 class Trainer:
@@ -195,6 +206,8 @@ class Trainer:
             teacher = TeacherCache(self.run_dir / "teacher", rank=rank)
         self.objectives = Objectives(self.model, self.readers, teacher=teacher)
         self.stream = build_stream(config, self.readers)
+        if self.accelerator.is_main_process:
+            warn_of_truncation(self.model.encoder, self.stream, config.mode)
         self.nonfinite = NonFiniteGuard(self.run_dir)
         self.spikes = SpikeGuard()
         self.step = 0

@@ -23,7 +23,7 @@ FLOORS = [
     "errors reference",
     "ops placement optim",
     "storage run_state wire config presets checkpoint distributed cli",
-    "prompts batching encoders adapters prefix kv_cache",
+    "prompts batching encoders adapters prefix kv_cache truncation",
     "reader",
     "interlingua teacher objectives schedules baselines metrics data testbed",
     "results hypotheses outcome guards signals tracking provenance",

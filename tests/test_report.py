@@ -553,6 +553,10 @@ def _broken(*path: str, value: Any) -> dict[str, Any]:
     [
         (make_metrics(examples=40), "Only 40 examples"),
         (
+            _broken("truncated", value={"examples": 12, "text_share": 0.0341}),
+            "12 of 500 texts are longer than the encoder reads: 3.41% of all text",
+        ),
+        (
             _broken("bytes", "payload_mean", "6", value=16384),
             "16,384 bytes) is larger than the text",
         ),

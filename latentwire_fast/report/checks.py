@@ -34,6 +34,13 @@ def _about_size(metrics: Mapping[str, Any]) -> Iterator[str]:
     count = metrics.get("examples") or 0
     if count < FEW_EXAMPLES:
         yield f"Only {count} examples were evaluated: read the intervals, not the means."
+    truncated = metrics.get("truncated")
+    if truncated:
+        yield (
+            f"{truncated['examples']} of {count} texts are longer than the encoder reads: "
+            f"{number(100 * truncated['text_share'], digits=2)}% of all text is in no latent, yet "
+            "counts in the text's sizes and for what the text baseline reads."
+        )
     sizes = metrics.get("bytes") or {}
     bits = str((metrics.get("latent") or {}).get("bits"))
     payload = (sizes.get("payload_mean") or {}).get(bits)
