@@ -21,8 +21,9 @@ from latentwire_fast.config import EncoderConfig
 from latentwire_fast.data.squad import load_squad
 from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.pretrained import load_tokenizer, resolve_source
 from latentwire_fast.prompts import Prompt, PromptBuilder, Turn, context_text, full_text
-from latentwire_fast.reader import Reader, load_tokenizer, resolve_source
+from latentwire_fast.reader import Reader
 from latentwire_fast.testbed.task import make_examples
 
 LLAMA_3_ROPE = {

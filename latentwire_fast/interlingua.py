@@ -30,12 +30,8 @@ from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, Quantizer
 from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.prefix import DeepPrefix, KVGeometry
-from latentwire_fast.reader import (
-    Reader,
-    checkpoint_activations,
-    load_tokenizer,
-    load_weights,
-)
+from latentwire_fast.pretrained import load_tokenizer, load_weights
+from latentwire_fast.reader import Reader, checkpoint_activations
 from latentwire_fast.storage import file_entry
 
 Task = Literal["autoencode", "continue"]

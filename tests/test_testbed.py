@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from latentwire_fast.checkpoint import parameter_digest
 from latentwire_fast.errors import CheckpointError
+from latentwire_fast.pretrained import resolve_source
 from latentwire_fast.prompts import ANCHOR, PromptBuilder, Turn
-from latentwire_fast.reader import Reader, resolve_source
+from latentwire_fast.reader import Reader
 from latentwire_fast.testbed import build
 from latentwire_fast.testbed.rows import DRILLS, RowMaker, collate, drill_rows
 from latentwire_fast.testbed.task import (

@@ -1,0 +1,90 @@
+"""Pretrained weights and tokenizers: of a local folder, the hub, or a reader in the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from latentwire_fast.errors import ConfigError, LatentWireError
+
+
+def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
+    """A model of an `AutoModel` kind from its safetensors; weights that are pickles are not read.
+
+    Raises:
+        ConfigError: nothing to load there.
+    """
+    with _loading(source) as path:
+        if any(Path(path).glob("*.bin")) and not any(Path(path).glob("*.safetensors")):
+            raise ConfigError(
+                f"{path} holds weights as pickles (.bin), which are not read; load the model where "
+                "you trust it, save it with `save_pretrained`, and give that folder"
+            )
+        return kind.from_pretrained(path, use_safetensors=True, **options)
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a source, as it was saved.
+
+    `AutoTokenizer` prefers the class that goes with the model type, which puts that family's own
+    pre-tokenizer in the place of the saved one; a tokenizer saved under the generic class is
+    therefore loaded as such.
+
+    Raises:
+        ConfigError: nothing to load there.
+    """
+    with _loading(source) as path:
+        declared = get_tokenizer_config(path).get("tokenizer_class")
+        if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _loading(source: str | Path) -> Iterator[str]:
+    path = resolve_source(source)
+    try:
+        yield path
+    except LatentWireError:
+        raise
+    except Exception as error:  # the libraries raise of all kinds on what they cannot read
+        reason = " ".join(str(error).strip().split("\n")[0].split())
+        if not isinstance(error, OSError | ValueError):  # a KeyError says no more than the key
+            reason = f"{type(error).__name__} {reason}"
+        raise ConfigError(
+            f"cannot load {str(source)!r} (a local folder, a hub id or testbed:NAME): {reason}"
+        ) from error
+
+
+def resolve_source(source: str | Path) -> str:
+    """`testbed:NAME` to the shipped folder; anything else as it is."""
+    text = str(source)
+    if not text.startswith("testbed:"):
+        return text
+    folder = Path(__file__).parent / "testbed" / "readers" / text.removeprefix("testbed:")
+    if not (folder / "config.json").exists():
+        known = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+        raise ConfigError(
+            f"no shipped reader {text!r}; there are {[f'testbed:{k}' for k in known]}"
+        )
+    return str(folder)
+
+
+def nf4_config(dtype: torch.dtype) -> Any:
+    """bitsandbytes NF4 settings; a clear error where it is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ConfigError("load_in_4bit needs `pip install latentwire-fast[gpu]`") from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
