@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging as transformers_logging
 
 from latentwire_fast.errors import ConfigError, LatentWireError
+
+logger = logging.getLogger(__name__)
+
+NAMED = 3  # tensors that a message names
 
 
 def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
     """A model of an `AutoModel` kind from its safetensors; weights that are pickles are not read.
 
     Raises:
-        ConfigError: nothing to load there.
+        ConfigError: nothing to load there, or not all weights of the model.
     """
     with _loading(source) as path:
         if any(Path(path).glob("*.bin")) and not any(Path(path).glob("*.safetensors")):
@@ -27,7 +33,51 @@ def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
                 f"{path} holds weights as pickles (.bin), which are not read; load the model where "
                 "you trust it, save it with `save_pretrained`, and give that folder"
             )
-        return kind.from_pretrained(path, use_safetensors=True, **options)
+        with _quiet_transformers():
+            model, found = kind.from_pretrained(
+                path,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that `found` lists them
+                output_loading_info=True,
+                **options,
+            )
+    _check_complete(model, found, source)
+    return model
+
+
+def _check_complete(model: PreTrainedModel, found: Mapping[str, Any], source: str | Path) -> None:
+    """Raise unless every weight came from the files: transformers draws the others at random."""
+    name = type(model).__name__
+    wrong = sorted(f"{key} is missing" for key in found["missing_keys"])
+    wrong += sorted(
+        f"{key} is {tuple(saved)}, not {tuple(wanted)}"
+        for key, saved, wanted in found["mismatched_keys"]
+    )
+    if wrong:
+        raise ConfigError(
+            f"{str(source)!r} does not hold the weights of a {name}: {_first(wrong)}; save the "
+            "model again with `save_pretrained`, or correct its config.json"
+        )
+    unused = sorted(found["unexpected_keys"])
+    if unused and model.base_model is not model:  # a model without a head leaves out the head's
+        logger.warning("%s: left out, not part of a %s: %s", source, name, _first(unused))
+
+
+def _first(items: Sequence[str]) -> str:
+    """A few of them, and how many there are."""
+    rest = f", ... ({len(items)} in all)" if len(items) > NAMED else ""
+    return ", ".join(items[:NAMED]) + rest
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own table of what it did not find; `_check_complete` says it."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

@@ -159,6 +159,11 @@ class Reader:
         ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
         logits = self.model(input_ids=ids, use_cache=False).logits
         ours = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
+        if not bool(logits.isfinite().all()):
+            raise ConfigError(
+                f"reader {self.name!r} ({self.model.config.model_type}) computes NaN or infinity: "
+                f"its weights are damaged, or overflow in {self.model.dtype}; another dtype may do"
+            )
         if declared or not torch.allclose(logits.float(), ours.float(), rtol=1e-2, atol=1e-2):
             raise ConfigError(
                 f"reader {self.name!r} ({self.model.config.model_type}) transforms its logits "

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from latentwire_fast import wire
 from latentwire_fast.checkpoint import load_checkpoint
@@ -486,6 +488,20 @@ def test_a_run_folder_in_use_is_refused(run_dir: Path) -> None:
     assert status == 2
     assert f"is in use by process {os.getpid()}" in error
     assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("option", ["--reader=a={}", "--encoder={}"], ids=["reader", "encoder"])
+def test_a_model_without_all_of_its_weights_is_refused(
+    llama_folder: Path, tmp_path: Path, option: str
+) -> None:
+    broken = shutil.copytree(llama_folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("testbed_smoke", "--reader", f"b={llama_folder}", option.format(broken))
+    status, error = mistake("train", *arguments, "--no-eval", "--run", tmp_path / "run")
+    assert status == 2
+    assert re.fullmatch(r"error: '.*broken' does not .*norm\.weight is missing; save .*\n", error)
 
 
 def test_a_full_disk_is_one_line(
