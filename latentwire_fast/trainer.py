@@ -30,7 +30,7 @@ from latentwire_fast.checkpoint import (
     parameter_digest,
     save_checkpoint,
 )
-from latentwire_fast.config import Mode, RunConfig, StageConfig, to_json
+from latentwire_fast.config import Mode, RunConfig, StageConfig, run_config_from_json, to_json
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
 from latentwire_fast.distributed import Reducer
@@ -44,6 +44,7 @@ from latentwire_fast.guards import (
     run_accumulated,
 )
 from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
+from latentwire_fast.local_paths import absolute_paths
 from latentwire_fast.objectives import Objectives, Work
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
 from latentwire_fast.reader import Reader, load_readers
@@ -111,13 +112,14 @@ class Trainer:
     """One run in one folder.
 
     Args:
-        config: the run; must equal the folder's own `config.json` when that exists.
+        config: the run; must equal the folder's own `config.json` when that exists. Its local
+            paths are made absolute.
         run_dir: made if missing. An unfinished run there is resumed, a finished one is left alone.
         progress: show a progress bar.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, *, progress: bool = True) -> None:
-        self.config = config
+        self.config = absolute_paths(config)
         self.run_dir = run_dir
         precision = config.optim.mixed_precision
         self.accelerator = Accelerator(mixed_precision=precision)
@@ -167,6 +169,8 @@ class Trainer:
                 stored = json.loads(path.read_text())
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path} is not valid JSON: {error}") from None
+            with contextlib.suppress(ConfigError):  # another version's is compared as it is
+                stored = to_json(absolute_paths(run_config_from_json(stored)))
             wanted = to_json(self.config)
             stored = stored if isinstance(stored, dict) else {}
             differ = sorted(k for k in wanted | stored if stored.get(k) != wanted.get(k))

@@ -25,7 +25,7 @@ FLOORS = [
     "storage run_state wire config presets checkpoint distributed cli pretrained",
     "prompts batching encoders adapters prefix kv_cache truncation",
     "reader",
-    "interlingua teacher objectives schedules baselines metrics data testbed",
+    "interlingua teacher objectives schedules baselines metrics data testbed local_paths",
     "results hypotheses outcome guards signals tracking provenance",
     "trainer evaluator score report summary prefill",
     "train evaluate encode generate",

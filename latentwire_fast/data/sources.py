@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -53,7 +53,7 @@ def load_examples(
     """
     if count is not None and count < 1:
         raise DataError(f"count={count}, expected at least 1, or None for all")
-    parts = [part.strip() for part in spec.split(",") if part.strip()]
+    parts = _parts(spec)
     if not parts:
         raise DataError("no data source given; the simplest is: testbed")
     share = None if count is None else -(-count // len(parts))
@@ -81,6 +81,25 @@ def heldout_examples(
         seed=config.eval_seed if seed is None else seed,
         facts=config.facts,
     )
+
+
+def map_paths(spec: str, change: Callable[[str], str]) -> str:
+    """A source with its local paths changed; names of sets stay.
+
+    Raises:
+        DataError: a changed path holds a comma, which separates sources.
+    """
+    changed = []
+    for part in _parts(spec):
+        name, path = _named(part)
+        is_path = part != "testbed" and not part.startswith("hub:")
+        changed.append(part if not is_path else f"{name}={change(path)}" if name else change(path))
+        if "," in changed[-1]:
+            raise DataError(
+                f"data source {changed[-1]!r}: a comma separates sources; rename the folder, or "
+                "link to it from a place without one"
+            )
+    return ",".join(changed)
 
 
 def mix(sets: Mapping[str, Sequence[Example]], *, seed: int) -> list[Example]:
@@ -126,6 +145,16 @@ def _load_one(spec: str, split: Split, count: int | None, seed: int, facts: int)
     return chosen
 
 
+def _parts(spec: str) -> list[str]:
+    return [part.strip() for part in spec.split(",") if part.strip()]
+
+
+def _named(spec: str) -> tuple[str, str]:
+    """(set name, path) of NAME=PATH; ("", the whole) where that is a path itself."""
+    name, equals, path = spec.partition("=")
+    return (name, path) if equals and not Path(spec).exists() else ("", spec)
+
+
 def _label(spec: str) -> str:
     """A short name that tells one source of a mixture from the others."""
     return Path(spec.removeprefix("hub:").rpartition("=")[2]).stem
@@ -135,9 +164,7 @@ def _parse(spec: str) -> tuple[str, Path | None]:
     """(set name, path): a SQuAD file has no set name (""), the hub no path."""
     if spec.startswith("hub:"):
         return spec.removeprefix("hub:"), None
-    name, is_named, rest = spec.partition("=")
-    if not is_named or Path(spec).exists():
-        name, rest = "", spec
+    name, rest = _named(spec)
     path = Path(rest)
     if not path.exists():
         raise DataError(
