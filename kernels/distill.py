@@ -37,7 +37,7 @@ from torch import Tensor
 
 # A row is a program: 63 tiles at a vocabulary of 128k. 8 elements per thread keep it at about 115
 # registers, two programs per SM; 4 warps would need 168 to 250, and spill. Two tiles are on their
-# way while one is summed: 32 KB per SM, about bandwidth times latency.
+# way while one is summed: of bf16 32 KB per SM, about bandwidth times latency.
 BLOCK = 2048
 NUM_WARPS = 8
 STAGES = tl.constexpr(3)

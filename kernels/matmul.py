@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of two matrices of one dtype, accumulated and returned in fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def matmul_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`a @ b` of two matrices of one dtype, accumulated and returned in fp32, in `out` if given."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)

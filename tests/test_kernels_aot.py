@@ -1,15 +1,17 @@
 """Compiles every kernel for sm_90 at its real shapes, on any machine, and reads what came out.
 
 No kernel may spill or use local memory, all must fit Hopper's shared memory, and where a kernel
-streams tensors it must do so 16 bytes at a time. Prints its table with `--log-cli-level=INFO`.
+streams tensors it must do so 16 bytes at a time. Prints a table of what was found.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ import pytest
 from kernel_device import INTERPRETED
 
 triton = pytest.importorskip("triton")
-logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles; the interpreter does not")
 
 SHARED_LIMIT = 232_448  # bytes per block on an H100 or H200
@@ -36,7 +37,8 @@ class Case:
     constants: dict[str, Any]
     warps: int
     stages: int = 3
-    wide: tuple[str, ...] = ("LDG.E.128", "STG.E.128")
+    # Instructions that must be there in a form of 16 bytes.
+    wide: tuple[str, ...] = ("LDG", "STG")
     # Positions in `arguments` of integers that are divisible by 16 at the real shapes.
     aligned: tuple[int, ...] = field(default=())
 
@@ -50,44 +52,54 @@ def quantize_cases() -> dict[str, Case]:
             name = f"{bits} bits, groups of {group}"
             cases[f"pack, {name}"] = Case(
                 *("quantize", "_quantize_pack_kernel", (BF16, BYTE, FP16, "i32", "i32", "i32")),
-                *(clipped, 4, 3, ("LDG.E.128",), (3, 4, 5)),
+                *(clipped, 4, 3, ("LDG",), (3, 4, 5)),
             )
             cases[f"unpack, {name}"] = Case(
                 *("quantize", "_unpack_dequantize_kernel", (BYTE, FP16, BF16, "i32", "i32", "i32")),
-                *(constants, 4, 3, ("STG.E.128",), (3, 4, 5)),
+                *(constants, 4, 3, ("STG",), (3, 4, 5)),
             )
             cases[f"fake, {name}"] = Case(
                 *("quantize", "_fake_quantize_kernel", (BF16, BF16, "i32")),
-                *(clipped, 4, 3, ("LDG.E.128", "STG.E.128"), (2,)),
+                *(clipped, 4, 3, ("LDG", "STG"), (2,)),
             )
     return cases
 
 
+def distill_case(
+    vocabulary: int, *, logits: str = BF16, wide: bool = True, gradient: bool = True, **flags: bool
+) -> Case:
+    """A launch of the KL kernel: of logits in bf16, or in fp32 as they come from a head."""
+    constants = {"VOCABULARY": vocabulary, "BLOCK": 2048, "MASKED": True, "GRADIENT": gradient}
+    arguments = (logits, logits, "*i1", FP32, FP32, BF16, *["i32"] * 3, "fp32", "fp32")
+    accesses = ("LDGSTS", *(("STG",) if gradient else ()))
+    return Case(
+        *("distill", "_kl_kernel", arguments),
+        {"STACKED": False, "SOFTCAP": False, **constants, **flags},
+        *(8, 3, accesses if wide else (), (6, 7, 8) if wide else ()),
+    )
+
+
 def distill_cases() -> dict[str, Case]:
-    arguments = ("*i1", FP32, FP32, BF16, "i32", "i32", "i32", "fp32", "fp32")
     cases = {}
     for vocabulary in (128_256, 152_064):
-        common = {"VOCABULARY": vocabulary, "BLOCK": 2048}
-        for stacked, softcap, gradient in (
-            *((False, False, False), (False, False, True), (True, False, True)),
-            *((False, True, True), (True, True, True)),
+        cases[f"KL, V {vocabulary}"] = distill_case(vocabulary, gradient=False)
+        cases[f"KL and gradient, V {vocabulary}"] = distill_case(vocabulary)
+        for name, flags in (
+            ("", {}),
+            (", stacked", {"STACKED": True}),
+            (", softcap", {"SOFTCAP": True}),
+            (", stacked, softcap", {"STACKED": True, "SOFTCAP": True}),
         ):
-            name = f"V {vocabulary}{', stacked' if stacked else ''}{', softcap' if softcap else ''}"
-            flags = {"STACKED": stacked, "SOFTCAP": softcap, "MASKED": True, "GRADIENT": gradient}
-            wide = ("LDGSTS.E.BYPASS.128", *(("STG.E.128",) if gradient else ()))
-            cases[f"KL{' and gradient' if gradient else ''}, {name}"] = Case(
-                *("distill", "_kl_kernel", (BF16, BF16, *arguments), {**common, **flags}, 8, 3),
-                *(wide, (6, 7, 8)),
-            )
+            name = f"KL and gradient, V {vocabulary}, fp32{name}"
+            cases[name] = distill_case(vocabulary, logits=FP32, **flags)
         cases[f"scale rows, V {vocabulary}"] = Case(
             *("distill", "_scale_rows_kernel", (BF16, FP32, "i32", "i32")),
-            *({"WIDTH": vocabulary, "BLOCK": 2048}, 8, 3, ("LDG.E.128", "STG.E.128"), (2,)),
+            *({"WIDTH": vocabulary, "BLOCK": 2048}, 8, 3, ("LDG", "STG"), (2,)),
         )
     # GPT-2's vocabulary is odd: nothing is aligned, nothing 16 bytes wide.
-    flags = {"STACKED": False, "SOFTCAP": False, "MASKED": True, "GRADIENT": True}
-    cases["KL and gradient, V 50257"] = Case(
-        *("distill", "_kl_kernel", (BF16, BF16, *arguments)),
-        *({"VOCABULARY": 50_257, "BLOCK": 2048, **flags}, 8, 3, ()),
+    cases["KL and gradient, V 50257"] = distill_case(50_257, wide=False)
+    cases["KL and gradient, V 50257, fp32, stacked"] = distill_case(
+        50_257, logits=FP32, wide=False, STACKED=True
     )
     return cases
 
@@ -108,9 +120,9 @@ def adapter_rows_case(
         *(8 if tile_rows == 64 else 4, 3),
         # Of a payload it reads bytes; the Gram matrix comes by asynchronous copies.
         (
-            *(() if bits else ("LDG.E.128",)),
-            "STG.E.128",
-            *(("LDGSTS.E.BYPASS.128",) if mode > 1 else ()),
+            *(() if bits else ("LDG",)),
+            "STG",
+            *(("LDGSTS",) if mode > 1 else ()),
         ),
         (10,),
     )
@@ -143,7 +155,7 @@ def adapter_cases() -> dict[str, Case]:
             cases[f"gradient rows {width}, {name}"] = Case(
                 *("adapter_backward", "_gradient_kernel"),
                 (*[BF16] * 4, *[FP32] * 3, BF16, BF16, FP32, FP32, "i32", "i32", *["fp32"] * 3),
-                *({**shape, "WRITE": write}, 4, 3, ("STG.E.128",) if write else ("LDG.E.128",)),
+                *({**shape, "WRITE": write}, 4, 3, ("STG",) if write else ("LDG",)),
             )
     parts = ("HAS_BIAS", "HAS_GAMMA", "HAS_BETA", "HAS_GAIN", "CALIBRATED")
     flags = dict.fromkeys(parts, True)
@@ -157,7 +169,7 @@ def adapter_cases() -> dict[str, Case]:
                 *("adapter_tiles", "_tiles_kernel"),
                 (*[BF16] * 7, FP32, FP32, BF16, out, FP32, "i32", "i32", "fp32", "fp32"),
                 {**shape, "HAS_Y": stored, **flags, **tile},
-                *(8, 3, ("LDG.E.128",) if stored else ("LDGSTS.E.BYPASS.128",), (12,)),
+                *(8, 3, ("LDG",) if stored else ("LDGSTS",), (12,)),
             )
     return cases
 
@@ -205,8 +217,39 @@ def run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+# Loads, asynchronous copies to shared memory, stores, atomics; what follows may tell their width.
+ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|ATOMG|RED)((?:\.\w+)+)")
+WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+HEAD = ("kernel", "registers", "shared", "stack", "local", "global accesses: bytes x count")
+
+
+def global_accesses(assembly: str) -> Counter[tuple[str, int]]:
+    """How many instructions of each kind and width, in bytes per thread."""
+    found: Counter[tuple[str, int]] = Counter()
+    for kind, suffixes in ACCESS.findall(assembly):
+        widths = [WIDTHS[part] for part in suffixes.split(".") if part in WIDTHS]
+        found[kind, widths[-1] if widths else 4] += 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[list[tuple[Any, ...]]]:
+    """Rows under HEAD; printed at the end, whatever pytest captures."""
+    rows: list[tuple[Any, ...]] = []
+    yield rows
+    width = max((len(row[0]) for row in rows), default=0)
+    lines = [
+        "  ".join((f"{name:<{width}}", *(f"{x:>9}" for x in numbers), accesses))
+        for name, *numbers, accesses in (HEAD, *rows)
+    ]
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        sys.stdout.write("\n".join(("", *lines, "")))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_compiles_for_hopper_without_spills(name: str, tmp_path: Path) -> None:
+def test_compiles_for_hopper_without_spills(
+    name: str, tmp_path: Path, table: list[tuple[Any, ...]]
+) -> None:
     case = CASES[name]
     kernel = compiled(case)
     cubin = tmp_path / "kernel.cubin"
@@ -214,15 +257,24 @@ def test_compiles_for_hopper_without_spills(name: str, tmp_path: Path) -> None:
     usage = run(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     assembly = run(tool("nvdisasm"), str(cubin))
-    widths = {width: len(re.findall(re.escape(width), assembly)) for width in case.wide}
-    shared = kernel.metadata.shared
-    logger.info(
-        "%-36s registers %3d  shared %6d  stack %d  %s", name, found["REG"], shared, found["STACK"],
-        "  ".join(f"{width} x{count}" for width, count in widths.items()),
-    )  # fmt: skip
+    accesses, shared = global_accesses(assembly), kernel.metadata.shared
+    listed = ", ".join(f"{kind} {width}x{n}" for (kind, width), n in sorted(accesses.items()))
+    table.append((name, found["REG"], shared, found["STACK"], found["LOCAL"], listed))
     assert found["STACK"] == 0
-    assert found.get("LOCAL", 0) == 0
+    assert found["LOCAL"] == 0
     assert not re.search(r"\b(LDL|STL)\b", assembly)
     assert shared <= SHARED_LIMIT
-    for width, count in widths.items():
-        assert count, f"no {width}: the accesses are narrower than 16 bytes"
+    for kind in case.wide:
+        assert accesses[kind, 16], f"no {kind} of 16 bytes: the accesses are narrower"
+
+
+def test_widths_are_read_from_the_assembly() -> None:
+    lines = (
+        "LDG.E.128 R4, desc[UR4][R2.64] ;",
+        "@!P0 LDG.E.U16.CONSTANT R1, desc[UR4][R2.64+0x10] ;",
+        "LDGSTS.E.BYPASS.LTC128B.128 [R9], desc[UR4][R2.64] ;",
+        "STG.E desc[UR4][R2.64], R5 ;",
+        "STS.128 [R0], R4 ;",
+    )
+    found = global_accesses("\n".join(lines))
+    assert found == {("LDG", 16): 1, ("LDG", 2): 1, ("LDGSTS", 16): 1, ("STG", 4): 1}

@@ -27,7 +27,6 @@ def _linear_kd_kl(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (student_hidden, teacher_hidden, weight, teacher_weight, mask)
     settings: dict[str, Any] = {
         "tau": tau,
         "softcap": softcap,
@@ -40,9 +39,17 @@ def _linear_kd_kl(
     ):
         from latentwire_fast.kernels import linear_distill as kernels
 
-        unit = reference.gradient_unit(weight.dtype)
-        return kernels.linear_kd_kl(*inputs, **settings, unit=unit)
-    return reference.linear_kd_kl(*inputs, **settings)
+        tensors = (student_hidden, teacher_hidden, weight, teacher_weight)
+        same = all(t is None or t.dtype == weight.dtype for t in tensors)
+        dtype = weight.dtype if same else torch.float32
+        heads = (weight.to(dtype), None if teacher_weight is None else teacher_weight.to(dtype))
+        unit = reference.gradient_unit(dtype)
+        return kernels.linear_kd_kl(
+            student_hidden, teacher_hidden, *heads, mask, **settings, unit=unit
+        )
+    return reference.linear_kd_kl(
+        student_hidden, teacher_hidden, weight, teacher_weight, mask, **settings
+    )
 
 
 def _linear_kd_kl_fake(
@@ -155,8 +162,9 @@ def linear_kd_kl(
     V]`.
 
     Gradients go to `student_hidden`, and to `weight` if it requires one; they are made in the
-    forward call. Memory beyond inputs and gradients is a few times `chunk_rows * V` numbers,
-    whatever N.
+    forward call. Memory beyond inputs and gradients is 8 bytes per `chunk_rows * V`, whatever N,
+    and with a half precision head 2 more on a GPU, where hidden states and heads that are not all
+    of one dtype are multiplied in fp32, with a copy of the head.
 
     Args:
         student_hidden: `[..., d]`; teacher_hidden: `[..., d]`, or `[..., d_t]` with its own head.
