@@ -4,6 +4,9 @@
     python bench/placement.py --device cuda:0    # prefix on the CPU, reader on a GPU
 
 Every row is checked against the loop, bit for bit, before it is timed; runs of all rows interleave.
+Two times are taken: until the cache holds the prefix, and until every layer has taken a token as
+well, which is where a `DynamicCache` copies everything once more. What placement leaves to that
+copy (a broadcast batch of one, a prefix's layout as its generator made it) shows there.
 """
 
 from __future__ import annotations
@@ -26,22 +29,38 @@ WARM_UPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One placement: a prefix of `rows` for a batch of `batch`, from its dtype to the cache's."""
+    """One placement: a prefix of `rows` for a batch of `batch`, from its dtype to the cache's.
+
+    Attributes:
+        generated: laid out in memory as `DeepPrefix` makes it, rows and positions first; otherwise
+            contiguous.
+    """
 
     rows: int
     batch: int
     prefix_dtype: torch.dtype
     cache_dtype: torch.dtype
+    generated: bool = False
 
     def __str__(self) -> str:
         names = [str(t).removeprefix("torch.") for t in (self.prefix_dtype, self.cache_dtype)]
-        return f"rows {self.rows}, batch {self.batch}, {names[0]} -> {names[1]}"
+        layout = "as generated" if self.generated else "contiguous"
+        return f"rows {self.rows}, batch {self.batch}, {names[0]} -> {names[1]}, {layout}"
+
+    def prefix(self) -> torch.Tensor:
+        """Random values `[L, 2, rows, H, P, D]`."""
+        if self.generated:
+            made = torch.randn(self.rows, POSITIONS, LAYERS, 2, HEADS, WIDTH)
+            return made.to(self.prefix_dtype).permute(2, 3, 0, 4, 1, 5)
+        shape = (LAYERS, 2, self.rows, HEADS, POSITIONS, WIDTH)
+        return torch.randn(shape).to(self.prefix_dtype)
 
 
 CASES = [
-    Case(rows, batch, torch.float32, cache_dtype)
+    Case(rows, batch, torch.float32, cache_dtype, generated)
     for rows, batch in ((1, 1), (1, 8), (8, 8))
     for cache_dtype in (torch.bfloat16, torch.float32)
+    for generated in (False, True)
 ]
 
 
@@ -82,18 +101,40 @@ def methods(case: Case, device: str) -> dict[str, Callable[[torch.Tensor], Cache
     return rows
 
 
-def milliseconds(run: Callable[[torch.Tensor], Cache], prefix: torch.Tensor, device: str) -> float:
+def milliseconds(
+    run: Callable[[torch.Tensor], Cache], prefix: torch.Tensor, token: torch.Tensor
+) -> tuple[float, float]:
+    """Until the prefix is in the cache, and until a token `[B, H, 1, D]` of each layer is too."""
     started = time.perf_counter()
-    run(prefix)
-    if device != "cpu":
-        torch.accelerator.synchronize(torch.device(device))
-    return 1e3 * (time.perf_counter() - started)
+    cache = run(prefix)
+    if not token.is_cpu:
+        torch.accelerator.synchronize(token.device)
+    placed = time.perf_counter()
+    for layer in range(LAYERS):
+        cache.update(token, token, layer)
+    if not token.is_cpu:
+        torch.accelerator.synchronize(token.device)
+    return 1e3 * (placed - started), 1e3 * (time.perf_counter() - started)
 
 
 def assert_equal(one: Cache, other: Cache) -> None:
     for mine, theirs in zip(one.layers, other.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys)
         assert torch.equal(mine.values, theirs.values)
+
+
+def report(case: Case, times: dict[str, list[tuple[float, float]]]) -> None:
+    """Medians, 20th and 80th percentiles, and how many times faster than the loop."""
+    print(case)
+    base = [statistics.median(column) for column in zip(*times["loop over layers"], strict=True)]
+    for name, taken in times.items():
+        cells = []
+        for column, loop in zip(zip(*taken, strict=True), base, strict=True):
+            low, *_, high = statistics.quantiles(column, n=5)
+            middle = statistics.median(column)
+            figures = f"{middle:8.3f} ms (p20 {low:.3f}, p80 {high:.3f})"
+            cells.append(f"{figures:40} {loop / middle:6.1f}x")
+        print(f"  {name:17} placed {cells[0]}   first token {cells[1]}")
 
 
 def main(device: str = "cpu", repeats: int = 20) -> None:
@@ -105,27 +146,21 @@ def main(device: str = "cpu", repeats: int = 20) -> None:
     """
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     for case in CASES:
-        shape = (LAYERS, 2, case.rows, HEADS, POSITIONS, WIDTH)
-        prefix = torch.randn(shape).to(case.prefix_dtype)
+        prefix = case.prefix()
+        token = torch.randn(case.batch, HEADS, 1, WIDTH).to(device, case.cache_dtype)
         rows = methods(case, device)
         expected = rows["loop over layers"](prefix)
         for run in rows.values():
             assert_equal(run(prefix), expected)
+        del expected
+        for run in rows.values():
             for _ in range(WARM_UPS):
-                run(prefix)
-        times: dict[str, list[float]] = {name: [] for name in rows}
+                milliseconds(run, prefix, token)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
         for _ in range(repeats):
             for name, run in rows.items():
-                times[name].append(milliseconds(run, prefix, device))
-        base = statistics.median(times["loop over layers"])
-        print(case)
-        for name, taken in times.items():
-            low, *_, high = statistics.quantiles(taken, n=5)
-            middle = statistics.median(taken)
-            print(
-                f"  {name:17} {middle:9.3f} ms (p20 {low:.3f}, p80 {high:.3f})  "
-                f"{base / middle:6.1f}x"
-            )
+                times[name].append(milliseconds(run, prefix, token))
+        report(case, times)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #include "placement.h"
 
 #include <ATen/ATen.h>
+#include <ATen/TensorUtils.h>
 #include <ATen/core/CachingHostAllocator.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/StreamGuard.h>
@@ -46,6 +47,27 @@ void order_after(const c10::Stream& stream, const c10::Stream& earlier) {
 void keep_alive_on(const at::Tensor& tensor, const c10::Stream& stream) {
   VirtualGuardImpl(stream.device_type())
       .recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
+}
+
+bool is_odd(const std::vector<DeviceRuns>& devices) {
+  return std::any_of(
+      devices.begin(), devices.end(), [](const DeviceRuns& entry) { return entry.runs.size() > 1; });
+}
+
+// Whether layers, keys and values are one dimension, as they must be for views to show them.
+bool has_flat_layers(const at::Tensor& prefix) {
+  return prefix.stride(0) == 2 * prefix.stride(1);
+}
+
+// The parts of a prefix in the order of the devices.
+std::vector<at::Tensor> runs_of(const at::Tensor& prefix, const std::vector<DeviceRuns>& devices) {
+  std::vector<at::Tensor> runs;
+  for (const auto& entry : devices) {
+    for (const auto& run : entry.runs) {
+      runs.push_back(prefix.narrow(0, run.first, run.count));
+    }
+  }
+  return runs;
 }
 
 std::vector<int64_t> layers_of(const DeviceRuns& entry) {
@@ -146,6 +168,7 @@ void Placement::wait(size_t index) {
 
 Placer::Placer(const std::vector<std::string>& layer_devices, at::ScalarType dtype)
     : devices_(plan(layer_devices)),
+      pool_(std::make_shared<HostPool>()),
       layers_(static_cast<int64_t>(layer_devices.size())),
       dtype_(dtype) {
   TORCH_CHECK_VALUE(at::isFloatingType(dtype), "the cache's dtype is ", dtype, ", not a float");
@@ -182,35 +205,58 @@ void Placer::check(const at::Tensor& prefix, int64_t batch) const {
       "a prefix is a dense tensor of floats with memory; this one is ", prefix.toString());
 }
 
-at::Tensor Placer::prepare(const at::Tensor& prefix, bool training, Copies& copies) const {
-  at::Tensor ready = prefix;
-  const bool odd = std::any_of(devices_.begin(), devices_.end(), [](const DeviceRuns& entry) {
-    return entry.runs.size() > 1;
+bool Placer::stays_in_place(const at::Tensor& prefix) const {
+  return std::all_of(devices_.begin(), devices_.end(), [&](const DeviceRuns& entry) {
+    return entry.device == prefix.device();
   });
-  if (odd) {
-    std::vector<at::Tensor> runs;
-    for (const auto& entry : devices_) {
-      for (const auto& run : entry.runs) {
-        runs.push_back(prefix.narrow(0, run.first, run.count));
-      }
-    }
-    ready = at::cat(runs, 0);
-    ++copies.prepare;
-  }
+}
+
+bool Placer::is_ready(const at::Tensor& prefix) const {
+  const bool fits = stays_in_place(prefix) ? has_flat_layers(prefix) : prefix.is_contiguous();
+  return fits && prefix.scalar_type() == dtype_ && !is_odd(devices_);
+}
+
+bool Placer::keeps_layout(const at::Tensor& prefix) const {
+  return stays_in_place(prefix) && has_flat_layers(prefix) && prefix.is_non_overlapping_and_dense();
+}
+
+at::Tensor Placer::prepare(const at::Tensor& prefix, Copies& copies) const {
   // A copy from pageable memory is staged by the driver at a fraction of the link's speed.
-  const bool pin = !training && prefix.is_cpu() &&
-      std::any_of(devices_.begin(), devices_.end(), [&](const DeviceRuns& entry) {
+  const bool pinned = prefix.is_cpu() &&
+      std::any_of(devices_.begin(), devices_.end(), [](const DeviceRuns& entry) {
         const auto type = entry.device.type();
-        return type != c10::kCPU && at::getHostAllocator(type) != nullptr && !ready.is_pinned();
+        return type != c10::kCPU && at::getHostAllocator(type) != nullptr;
       });
-  if (ready.scalar_type() == dtype_ && ready.is_contiguous() && !pin) {
-    return ready;
+  if (is_ready(prefix) && (!pinned || prefix.is_pinned())) {
+    return prefix;
   }
   ++copies.prepare;
-  if (training) {
-    return ready.to(dtype_).contiguous();
+  const auto sizes = prefix.sizes();
+  const auto strides =
+      keeps_layout(prefix) ? prefix.strides().vec() : at::detail::defaultStrides(sizes);
+  at::Tensor ready = prefix.is_cpu() && !pinned
+      ? pool_->empty_strided(sizes, strides, dtype_)
+      : at::empty_strided(sizes, strides, prefix.options().dtype(dtype_).pinned_memory(pinned));
+  if (is_odd(devices_)) {
+    return at::cat_out(ready, runs_of(prefix, devices_), 0);
   }
-  return at::empty(ready.sizes(), ready.options().dtype(dtype_).pinned_memory(pin)).copy_(ready);
+  return ready.copy_(prefix);
+}
+
+at::Tensor Placer::prepare_with_gradients(const at::Tensor& prefix, Copies& copies) const {
+  at::Tensor ready = prefix;
+  if (is_odd(devices_)) {
+    ready = at::cat(runs_of(prefix, devices_), 0);
+    ++copies.prepare;
+    if (ready.scalar_type() == dtype_) {
+      return ready;
+    }
+  } else if (is_ready(prefix)) {
+    return prefix;
+  }
+  ++copies.prepare;
+  return ready.to(
+      dtype_, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
 }
 
 void Placer::send(Slab& slab) const {
@@ -231,11 +277,15 @@ void Placer::send(Slab& slab) const {
   slab.ready->record(*slab.side);
 }
 
-Placement Placer::place(const at::Tensor& prefix, int64_t batch) const {
-  check(prefix, batch);
+Placement Placer::place(const at::Tensor& given, int64_t batch) const {
+  check(given, batch);
+  // One row that the caller broadcast already is still one row to copy.
+  const bool broadcast = given.stride(2) == 0;
+  const at::Tensor prefix = broadcast ? given.narrow(2, 0, 1) : given;
   const bool training = c10::GradMode::is_enabled() && prefix.requires_grad();
   Copies copies;
-  const at::Tensor source = prepare(prefix, training, copies);
+  const at::Tensor source =
+      training ? prepare_with_gradients(prefix, copies) : prepare(prefix, copies);
   std::vector<Slab> slabs;
   int64_t first = 0;
   for (size_t i = 0; i < devices_.size(); ++i) {

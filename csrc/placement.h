@@ -14,10 +14,13 @@
 #include <c10/core/Stream.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "host_pool.h"
 
 namespace latentwire {
 
@@ -39,7 +42,7 @@ struct DeviceRuns {
 std::vector<DeviceRuns> plan(const std::vector<std::string>& layer_devices);
 
 // How often K/V data was copied: while it was made ready where it was produced (gathered by device, cast,
-// pinned), over a link, and into a static cache.
+// pinned: one pass for all), over a link, and into a static cache.
 struct Copies {
   int64_t prepare = 0;
   int64_t link = 0;
@@ -86,18 +89,24 @@ class Placer {
  public:
   Placer(const std::vector<std::string>& layer_devices, at::ScalarType dtype);
 
-  // Sends `prefix` off: gathered by device if the map is odd, cast before the link, then one copy for each
-  // device that it is not on, on a side stream. Slabs on the prefix's own device are views of it. With
-  // gradients (grad mode, and a prefix that requires them) everything runs on the current streams.
-  Placement place(const at::Tensor& prefix, int64_t batch) const;
+  // Sends a prefix off: gathered by device if the map is odd, cast before the link, then one copy for each
+  // device that it is not on, on a side stream. Slabs on the prefix's own device are views of it; where it
+  // is cast there, its layout stays if it can: a transposition would cost three times what a cast does.
+  // With gradients (grad mode, and a prefix that requires them) everything runs on the current streams.
+  Placement place(const at::Tensor& given, int64_t batch) const;
 
  private:
   void check(const at::Tensor& prefix, int64_t batch) const;
-  at::Tensor prepare(const at::Tensor& prefix, bool training, Copies& copies) const;
+  bool stays_in_place(const at::Tensor& prefix) const;
+  bool is_ready(const at::Tensor& prefix) const;
+  bool keeps_layout(const at::Tensor& prefix) const;
+  at::Tensor prepare(const at::Tensor& prefix, Copies& copies) const;
+  at::Tensor prepare_with_gradients(const at::Tensor& prefix, Copies& copies) const;
   void send(Slab& slab) const;
 
   std::vector<DeviceRuns> devices_;
   std::vector<std::optional<c10::Stream>> sides_;  // one for each accelerator in devices_
+  std::shared_ptr<HostPool> pool_;
   int64_t layers_;
   at::ScalarType dtype_;
 };

@@ -53,7 +53,8 @@ class Copies(NamedTuple):
     """How often K/V data was copied.
 
     Attributes:
-        prepare: where it was produced: gathered by device, cast, pinned. At most 2 in all.
+        prepare: where it was produced: gathered by device, cast, pinned. 1 for all of that; with
+            gradients, 2 where an odd map is cast as well.
         link: to another device. 1 for each device that the prefix is not on.
         scatter: into a static cache. 1 for each device.
     """
@@ -147,7 +148,8 @@ class Placer:
 
         Args:
             prefix_L2BHPD: floating-point, on any device. Where it has the cache's dtype and device,
-                what is placed are views of it: do not write to it afterwards.
+                what is placed are views of it: do not write to it afterwards. Where it is cast on
+                the CPU, into memory that an earlier placement had and that nothing refers to now.
             batch_size: B, or any number when B is 1.
 
         With gradients (grad mode, and a prefix that requires them) everything runs on the current
@@ -259,16 +261,11 @@ class _TorchPlacer:
 
     def place(self, prefix: torch.Tensor, batch_size: int) -> _TorchPlacement:
         self.check(prefix, batch_size)
+        if prefix.stride(2) == 0:  # one row that the caller broadcast already
+            prefix = prefix.narrow(2, 0, 1)
         order = [DeviceRuns(str(device), runs).layers for device, runs in self.devices]
-        prepare = link = 0
-        source = prefix
-        if any(len(runs) > 1 for _, runs in self.devices):
-            flat = [run for _, runs in self.devices for run in runs]
-            source = torch.cat([prefix.narrow(0, first, count) for first, count in flat])
-            prepare += 1
-        if source.dtype != self.dtype or not source.is_contiguous():
-            source = source.to(self.dtype).contiguous()
-            prepare += 1
+        source, prepare = self.prepare(prefix)
+        link = 0
         slabs = []
         parts = source.split([len(numbers) for numbers in order])
         for (device, _), part in zip(self.devices, parts, strict=True):
@@ -276,6 +273,31 @@ class _TorchPlacer:
             slabs.append(part.to(device))
         copies = Copies(prepare, link, 0)
         return _TorchPlacement(slabs, order=order, batch_size=batch_size, copies=copies)
+
+    def prepare(self, prefix: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The prefix gathered and cast, and the copies that this took."""
+        runs = [run for _, runs in self.devices for run in runs]
+        is_odd = len(runs) > len(self.devices)
+        parts = [prefix.narrow(0, first, count) for first, count in runs]
+        if torch.is_grad_enabled() and prefix.requires_grad:
+            source = torch.cat(parts) if is_odd else prefix
+            if source.dtype == self.dtype and (is_odd or self.fits(source)):
+                return source, int(is_odd)
+            layout = torch.contiguous_format
+            return source.to(self.dtype, copy=True, memory_format=layout), int(is_odd) + 1
+        if prefix.dtype == self.dtype and not is_odd and self.fits(prefix):
+            return prefix, 0
+        source = torch.empty_like(prefix, dtype=self.dtype)  # laid out as the prefix
+        if not self.fits(source):
+            source = prefix.new_empty(prefix.shape, dtype=self.dtype)
+        return (torch.cat(parts, out=source) if is_odd else source.copy_(prefix)), 1
+
+    def fits(self, prefix: torch.Tensor) -> bool:
+        """What stays is seen through views, to which layers, keys and values are one dimension;
+        what crosses a link is one block."""
+        if any(device != prefix.device for device, _ in self.devices):
+            return prefix.is_contiguous()
+        return prefix.stride(0) == 2 * prefix.stride(1)
 
     def check(self, prefix: torch.Tensor, batch_size: int) -> None:
         shape = list(prefix.shape)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,61 @@ class TestPlace:
         assert placed.keys[0].shape[0] == 8
         assert placed.keys[0].stride(0) == 0
 
-    def test_non_contiguous_prefix(self) -> None:
-        prefix = make_prefix().transpose(3, 4).contiguous().transpose(3, 4)
-        placed = make_placer().place(prefix, batch_size=2)
-        assert_same(placed, layer_by_layer(prefix, batch=2, dtype=torch.float32))
-        assert placed.copies.prepare == 1
+    @pytest.mark.parametrize(
+        ("order", "copies"),
+        [("L2BPHD", 0), ("BPL2HD", 0), ("2LBHPD", 1), ("BL2PHD", 0), ("LB2HPD", 1)],
+    )
+    def test_a_prefix_with_strides_is_copied_only_where_views_cannot_show_it(
+        self, order: str, copies: int
+    ) -> None:
+        """`order` is that in memory; a deep prefix comes as BPL2HD."""
+        prefix = make_prefix()
+        inner = ["L2BHPD".index(dim) for dim in order]
+        outer = [order.index(dim) for dim in "L2BHPD"]
+        prefix = prefix.permute(inner).contiguous().permute(outer)
+        assert not prefix.is_contiguous()
+        for dtype, made in ((torch.float32, copies), (torch.bfloat16, 1)):
+            placed = make_placer(dtype).place(prefix, batch_size=2)
+            assert_same(placed, layer_by_layer(prefix, batch=2, dtype=dtype))
+            assert placed.copies.prepare == made
+            assert copies or placed.keys[0].stride() == prefix[0, 0].stride()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_row_that_was_broadcast_before_is_one_row(self, dtype: torch.dtype) -> None:
+        prefix = make_prefix(batch=1)
+        placed = make_placer(dtype).place(prefix.expand(-1, -1, 8, -1, -1, -1), batch_size=8)
+        assert_same(placed, layer_by_layer(prefix, batch=8, dtype=dtype))
+        assert placed.keys[0].untyped_storage().nbytes() == prefix.numel() * dtype.itemsize
+        assert placed.copies.prepare == int(dtype != torch.float32)
+
+    @pytest.mark.parametrize(("rows", "batch"), [(1, 4), (4, 4)])
+    def test_a_placement_never_writes_where_an_earlier_one_lives(
+        self, rows: int, batch: int
+    ) -> None:
+        placer = make_placer(torch.bfloat16)
+        expected, living = [], []
+        for number in range(12):
+            prefix = make_prefix(rows)
+            placed = placer.place(prefix, batch_size=batch)
+            # One view of it outlives the placement.
+            living.append(placed.values[number % LAYERS])
+            expected.append(prefix[number % LAYERS, 1].bfloat16().expand(batch, -1, -1, -1))
+            del placed, prefix
+            if number % 3 == 2:
+                del living[0], expected[0]
+            assert all(map(torch.equal, living, expected))
+
+    def test_threads_share_a_placer(self) -> None:
+        placer = make_placer(torch.bfloat16)
+
+        def place(number: int) -> bool:
+            prefix = torch.full((LAYERS, 2, 2, HEADS, 4, WIDTH), float(number))
+            first, second = (placer.place(prefix, batch_size=2) for _ in range(2))
+            parts = [*first.keys, *first.values, *second.keys, *second.values]
+            return all(bool((part == number).all()) for part in parts)
+
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(place, range(200)))
 
     @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
     def test_gradients_flow_back(self, cache_dtype: torch.dtype) -> None:
@@ -149,7 +200,7 @@ class TestPlace:
             (torch.zeros(LAYERS, 2, 1, HEADS, 9, WIDTH), r"the cache is \[5, 2, 1, 3, 9, 7\] of"),
             (
                 torch.zeros(LAYERS, 2, 2, HEADS, 9, WIDTH).double(),
-                r"the cache is .* of .*[dD]ouble|",
+                "the cache is .* of .*([dD]ouble|float64)",
             ),
             (torch.zeros(3), "holds 0 positions"),
         ],
@@ -187,6 +238,21 @@ class TestPlace:
             Placer(["cpu", "cuda:99"], dtype=torch.float32)
 
 
+@needs_extension
+def test_a_cast_reuses_the_memory_of_what_is_gone() -> None:
+    placer = make_placer(torch.bfloat16)
+    addresses = []
+    for _ in range(3):
+        placed = placer.place(make_prefix(), batch_size=2)
+        addresses.append(placed.keys[0].data_ptr())
+        del placed
+    assert len(set(addresses)) == 1
+    prefix = make_prefix()
+    keys = placer.place(prefix, batch_size=2).keys[0]
+    del placer  # what it placed outlives it
+    assert torch.equal(keys, prefix[0, 0].bfloat16())
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("source", ["cpu", "cuda:0"])
@@ -211,6 +277,8 @@ CPP_TESTS = [
     "from_the_host",
     "odd_map",
     "static_cache",
+    "layout_stays",
+    "host_pool",
     "a_missing_wait_shows",
     "consumer_on_another_stream",
 ]

@@ -231,16 +231,9 @@ inline at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, 
   return target;
 }
 
-inline at::Tensor cat(const at::ITensorListRef& tensors, int64_t dim) {
-  std::vector<at::Tensor> parts(tensors.begin(), tensors.end());
-  auto shape = parts.front().sizes().vec();
-  shape[dim] = 0;
-  for (const auto& part : parts) {
-    shape[dim] += part.size(dim);
-  }
-  const at::Tensor result = at::empty(shape, parts.front().options());
+inline at::Tensor& cat_out(const at::ITensorListRef& tensors, int64_t dim, at::Tensor& result) {
   int64_t first = 0;
-  for (const auto& part : parts) {
+  for (const at::Tensor& part : tensors) {
     result.narrow(dim, first, part.size(dim)).copy_(part);
     first += part.size(dim);
   }
@@ -271,7 +264,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("view", view);
   m.impl("_reshape_alias", reshape_alias);
   m.impl("_copy_from", copy_from);
-  m.impl("cat", cat);
+  m.impl("cat.out", cat_out);
 }
 
 }  // namespace fake

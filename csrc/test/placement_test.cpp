@@ -66,6 +66,7 @@ struct Scenario {
   c10::Device producer;
   bool waits = true;
   bool into_static_cache = false;
+  bool positions_first = false;  // the prefix's layout in memory, as its generator makes it
 };
 
 // What a consumer read, and what it should have.
@@ -81,8 +82,13 @@ at::Tensor prefix_values(int64_t layers, unsigned seed) {
       {layers, 2, 1, kHeads, kPositions, kWidth});
 }
 
-at::Tensor produce(const at::Tensor& values, c10::Device device) {
-  const at::Tensor prefix = at::empty(values.sizes(), at::TensorOptions(device).dtype(at::kFloat));
+at::Tensor produce(const at::Tensor& values, const Scenario& scenario) {
+  const c10::Device device = scenario.producer;
+  const auto strides = scenario.positions_first
+      ? values.permute({2, 4, 0, 1, 3, 5}).contiguous().permute({2, 3, 0, 4, 1, 5}).strides()
+      : values.strides();
+  const at::Tensor prefix =
+      at::empty_strided(values.sizes(), strides, at::TensorOptions(device).dtype(at::kFloat));
   if (device.is_cpu()) {
     return prefix.copy_(values);
   }
@@ -127,7 +133,7 @@ latentwire::Copies send_all(
   }
   // The prefix is freed when it has been placed, and the placement at the end of this function: both
   // while all of the work is still to run.
-  Placement placement = placer.place(produce(values, scenario.producer), 1);
+  Placement placement = placer.place(produce(values, scenario), 1);
   const auto keys = placement.layers().first;
   for (size_t i = 0; i < plan.size(); ++i) {
     if (scenario.into_static_cache) {
@@ -183,12 +189,37 @@ void test_from_the_host() {
 }
 
 void test_odd_map() {
-  check_all_orders({kOddMap, kFirst}, 2, 1, 0);
+  check_all_orders({kOddMap, kFirst}, 1, 1, 0);
 }
 
 void test_static_cache() {
   check_all_orders({kTwoDevices, kFirst, true, true}, 1, 1, 2);
   check_all_orders({kTwoDevices, kHost, true, true}, 1, 2, 2);
+}
+
+// Cast where it is: the views have the prefix's own layout.
+void test_layout_stays() {
+  const std::vector<std::string> one_device(3, "fake:0");
+  check_all_orders({one_device, kFirst, true, false, true}, 1, 0, 0);
+  check_all_orders({kTwoDevices, kFirst, true, false, true}, 1, 1, 0);
+  const Scenario scenario{one_device, kFirst, true, false, true};
+  const at::Tensor prefix = produce(prefix_values(3, 0), scenario);
+  const auto keys = Placer(one_device, at::kBFloat16).place(prefix, 1).layers().first;
+  fake::drain(0);
+  check(keys[1].stride(2) == prefix.stride(4) && keys[1].stride(1) == kWidth, "the layout changed");
+}
+
+void test_host_pool() {
+  const auto pool = std::make_shared<latentwire::HostPool>();
+  const auto make = [&](int64_t count) { return pool->empty_strided({count}, {1}, at::kFloat); };
+  at::Tensor view = make(100).narrow(0, 40, 2);
+  const void* const first = view.storage().data();
+  check(make(60).data_ptr() != first, "a view keeps its memory");
+  view.reset();
+  check(make(50).data_ptr() == first, "what is gone serves again, if half of it is needed");
+  check(make(49).data_ptr() != first, "what needs less leaves it");
+  const at::Tensor large = make(100), small = make(60);
+  check(large.data_ptr() == first && small.data_ptr() != first, "a block is given out once");
 }
 
 // The control: these tests are able to see a missing wait.
@@ -217,6 +248,8 @@ int main(int argc, char** argv) {
       {"from_the_host", test_from_the_host},
       {"odd_map", test_odd_map},
       {"static_cache", test_static_cache},
+      {"layout_stays", test_layout_stays},
+      {"host_pool", test_host_pool},
       {"a_missing_wait_shows", test_a_missing_wait_shows},
       {"consumer_on_another_stream", test_consumer_on_another_stream},
   };
