@@ -93,6 +93,17 @@ def step(forward: Forward, *, backward: bool) -> Call:
     return call
 
 
+class InPlace:
+    """`kd_kl` whose gradient takes the place of the logits: those are a copy, new for each call."""
+
+    def before(self, inputs: Inputs) -> None:
+        self._logits = inputs[0] * 1
+
+    def __call__(self, inputs: Inputs) -> list[Tensor]:
+        loss = ops.kd_kl(self._logits, inputs[1], tau=TAU, in_place=True)
+        return [loss.detach(), *torch.autograd.grad(loss, self._logits)]
+
+
 def exact(inputs: Inputs, *, backward: bool) -> list[Tensor]:
     """fp64 on the same rounded inputs, a few rows at a time: the loss, the student's gradient."""
     student, teacher, *head = (t.detach() for t in inputs)
@@ -150,6 +161,9 @@ def logits_case(shape: tuple[int, int], dtype: torch.dtype, *, backward: bool) -
     def ours(student: Tensor, teacher: Tensor) -> Tensor:
         return ops.kd_kl(student, teacher, tau=TAU)
 
+    rows = rows_of(ours, eager_kl, liger_kl, {"loss": LOSS_LIMIT}, backward=backward)
+    if backward:
+        rows["ours in place"] = Row(InPlace, {"loss": LOSS_LIMIT})
     size = shape[0] * shape[1] * dtype.itemsize
     return Case(
         *("K3", f"KL of logits, {'forward+backward' if backward else 'forward'}", shape, dtype),
@@ -160,7 +174,7 @@ def logits_case(shape: tuple[int, int], dtype: torch.dtype, *, backward: bool) -
         inputs=inputs,
         truth=lambda inputs: exact(inputs, backward=backward),
         errors=errors,
-        rows=rows_of(ours, eager_kl, liger_kl, {"loss": LOSS_LIMIT}, backward=backward),
+        rows=rows,
     )
 
 

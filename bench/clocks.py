@@ -50,6 +50,16 @@ class Timing:
         return cls(method, *quantiles.tolist())
 
 
+def make_ready(call: Call, inputs: Inputs) -> None:
+    """What a call that uses its inputs up, and says so by a method `before`, needs before it.
+
+    Not timed, nor counted.
+    """
+    before = getattr(call, "before", None)
+    if before is not None:
+        before(inputs)
+
+
 def copies_for(inputs: Inputs, *, traffic: float, l2_bytes: int) -> list[Inputs]:
     """As many copies of the inputs as move `ROTATE_L2` times the cache, the original first."""
     count = max(1, -int(-ROTATE_L2 * l2_bytes // max(traffic, 1)))
@@ -94,6 +104,7 @@ class CpuClock:
         return {name: Timing.of(self.method, taken) for name, taken in seconds.items()}
 
     def _once(self, call: Call, inputs: Inputs) -> float:
+        make_ready(call, inputs)
         self._synchronize()
         started = time.perf_counter()
         call(inputs)
@@ -114,7 +125,7 @@ class EventClock:
     ) -> dict[str, Timing]:
         """Every call on the same inputs, interleaved."""
         for call in calls.values():  # a first call compiles
-            call(inputs)
+            self._once(call, inputs)
         estimate = sum(self._seconds([self._once(c, inputs) for c in calls.values()]))
         rounds = rounds_for(estimate, budget=budget)
         marks: dict[str, list[Any]] = {name: [] for name in calls}
@@ -124,6 +135,7 @@ class EventClock:
         return {name: Timing.of(self.method, self._seconds(m)) for name, m in marks.items()}
 
     def _once(self, call: Call, inputs: Inputs) -> tuple[Any, Any]:
+        make_ready(call, inputs)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         torch.cuda._sleep(HEAD_START_CYCLES)
@@ -169,6 +181,8 @@ class GraphClock:
     @staticmethod
     def _record(call: Call, copies: list[Inputs]) -> tuple[Any, Any]:
         """The graph and its outputs, kept so that no call writes where another just did."""
+        if hasattr(call, "before"):
+            raise RuntimeError("a graph cannot make its inputs anew")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -200,6 +214,7 @@ def first_line(error: Exception) -> str:
 
 def peak_bytes(call: Call, inputs: Inputs) -> int:
     """Device memory that a call needs at its peak beyond what was allocated before it."""
+    make_ready(call, inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -212,6 +227,7 @@ def launches(call: Call, inputs: Inputs) -> int | None:
     """Kernels, copies and fills that one call starts on the GPU; None where none can be traced."""
     from torch.profiler import ProfilerActivity, profile
 
+    make_ready(call, inputs)
     torch.cuda.synchronize()
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as found:

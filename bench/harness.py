@@ -28,6 +28,7 @@ from clocks import (
     Timing,
     first_line,
     launches,
+    make_ready,
     peak_bytes,
 )
 from torch import Tensor
@@ -236,6 +237,7 @@ def run_case(
 def _gate(case: Case, name: str, call: Call, inputs: Inputs, truth: Any, eager: Errors) -> Errors:
     """The errors of a row's result; raises Absent where one is over its limit."""
     row = case.rows[name]
+    make_ready(call, inputs)
     errors = (row.errors or case.errors)(call(inputs), inputs, truth)
     for what, error in errors.items():
         limit = row.limits.get(what, eager.get(what, 0.0) + EPSILON[case.dtype])
@@ -313,7 +315,7 @@ def report_row(benchmark: Any, case: Case, row: str) -> None:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(timed, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(timed, setup=lambda: make_ready(call, inputs), rounds=3, warmup_rounds=1)
 
 
 def run_cases(

@@ -120,7 +120,8 @@ def targets(ceilings: Ceilings) -> list[Target]:
     bandwidth, matmul = of_bandwidth(ceilings), of_matmul(ceilings)
     # The work counts one read of both logits and one write; the row is walked twice.
     two_reads = of_bandwidth(ceilings, times=5 / 3)
-    forward, both = "*, forward", "*backward"
+    forward, both = "project*, forward", "project*backward"
+    tanh, payload = "tanh*, forward", "from a payload*"
     logits, head = "KL of logits*backward", "KL through*backward"
     return [
         Target("K1", "*", "share of copy bandwidth, 256 MB", 0.85, "ours", bandwidth, large),
@@ -135,6 +136,11 @@ def targets(ceilings: Ceilings) -> list[Target]:
         Target("K2", forward, "times faster than eager, forward", 3, "eager", ratio),
         Target("K2", forward, "times faster than torch.compile, forward", 1.2, "compile", ratio),
         Target("K2", both, "times faster than eager, forward+backward", 1.5, "eager", ratio),
+        Target("K2", payload, "from a payload: times faster than eager", 3, "eager", ratio),
+        Target("K2", payload, "from a payload: times faster than compile", 1.2, "compile", ratio),
+        Target("K2", tanh, "with tanh: times faster than eager, forward", 3, "eager", ratio),
+        Target("K2", tanh, "with tanh: times faster than compile", 1.2, "compile", ratio),
+        Target("K2", "tanh*backward", "with tanh: times faster than eager", 1.5, "eager", ratio),
         Target("K3", logits, "on logits: share of the floor of two reads", 0.80, "ours", two_reads),
         Target("K3", logits, "on logits: times faster than Liger", 2, "liger", ratio),
         Target("K3", logits, "on logits: times faster than eager", 3, "eager", ratio),
