@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from transformers import DynamicCache
 from latentwire_fast import wire
 from latentwire_fast.adapters import Adapter
 from latentwire_fast.encoders import LMEncoder
-from latentwire_fast.kv_cache import CacheFiller
 from latentwire_fast.prefill import Receiver
 from latentwire_fast.prefill.inputs import lay_out
 from latentwire_fast.prefix import DeepPrefix
@@ -96,10 +94,6 @@ class Bench:
             dtype=self.dtype,
             device=self.device,
         )
-
-    @cached_property
-    def filler(self) -> CacheFiller:
-        return CacheFiller.for_model(self.reader.model)
 
     def weights_file(self, core: nn.Module) -> Path:
         """The encoder's weights as a file."""
@@ -263,7 +257,7 @@ def _kv_reuse(bench: Bench, row: Row, workload: Workload) -> Case:
         last_B = torch.from_numpy(layout.lengths_B - 1).to(reader.device)
         clock.mark("parse")
         cache = DynamicCache(config=reader.model.config)
-        bench.filler.fill(cache, prefix_L2BHPD=held, batch_size=row.batch)
+        reader.filler.fill(cache, prefix_L2BHPD=held, batch_size=row.batch)
         clock.mark("placement")
         positions = torch.arange(past, past + layout.width, device=reader.device)[None]
         hidden_BTD = reader.backbone(

@@ -224,7 +224,8 @@ class Reader:
         return KVGeometry(len(sides), heads, width, cast(Any, tuple(rms)))
 
     @cached_property
-    def _filler(self) -> CacheFiller:
+    def filler(self) -> CacheFiller:
+        """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
         return CacheFiller.for_model(self.model)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -259,7 +260,7 @@ class Reader:
         cache = None
         if batch.deep is not None:
             cache = training_cache(batch.deep.shape[0])
-            self._filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
+            self.filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
         output = self.backbone(**batch.model_inputs(), past_key_values=cache, use_cache=False)
         hidden_BTD = output.last_hidden_state
         rows = batch.rows_N.to(hidden_BTD.device)
@@ -338,7 +339,7 @@ class Reader:
         """A cache to decode with, holding the batch's deep prefix."""
         cache = DynamicCache(config=self.model.config)
         if batch.deep is not None:
-            self._filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
+            self.filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
         return cache
 
     def _pick(

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 from latentwire_fast.config import Mode
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.interlingua import Interlingua
-from latentwire_fast.kv_cache import CacheFiller, layer_devices
+from latentwire_fast.kv_cache import layer_devices
 from latentwire_fast.placement import plan
 from latentwire_fast.prefill.attention import causal_mask, mask_free
 from latentwire_fast.prefill.batch import Batch
@@ -95,7 +95,6 @@ class Receiver:
         self._config = reader.model.config.get_text_config(decoder=True)
         self.engine = self._choose(engine)
         self._dtype = self._check_parts()
-        self._filler = CacheFiller.for_model(reader.model) if deep_prefix is not None else None
         self._backbone: Callable[..., Any] = reader.backbone
         if self.engine == "compile":
             self._backbone = torch.compile(reader.backbone, dynamic=False)
@@ -287,9 +286,9 @@ class Receiver:
             embeds_BTD = self._put_soft(embeds_BTD, latent_RMd, inputs["source"])
             deep_L2RHPd = None if self._deep_prefix is None else self._deep_prefix(latent_RMd)
             self._mark("adapter")
-            if deep_L2RHPd is not None and self._filler is not None:
+            if deep_L2RHPd is not None:
                 first = deep_L2RHPd.shape[4]
-                self._filler.fill(target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT))
+                self.reader.filler.fill(target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT))
             self._mark("placement")
         positions_1T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
         hidden_BTD = self._call_backbone(
@@ -308,8 +307,8 @@ class Receiver:
     def _call_backbone(self, **arguments: Any) -> Tensor:
         if self.engine != "compile":
             return self._backbone(**arguments).last_hidden_state
-        if self._filler is not None:
-            self._filler.wait()  # its hooks are not for compiled code
+        if self._deep_prefix is not None:
+            self.reader.filler.wait()  # its hooks are not for compiled code
         with mask_free(self.reader.model):
             return self._backbone(**arguments).last_hidden_state
 
