@@ -101,14 +101,14 @@ def train(config: RunConfig, run_dir: Path, *, process: int = 0) -> Trainer:
 
 def training_state(trainer: Trainer) -> dict[str, Any]:
     """Weights, optimisers, random generators and guards; `==` compares them bit by bit."""
-    tensors, options = optimizer_state(trainer.optimizers, trainer.named)
+    tensors, options = optimizer_state(trainer.state.optimizers, trainer.state.named)
     rng_tensors, rng_json = rng_state({})
     return {
-        "step": trainer.step,
+        "step": trainer.state.step,
         "model": parameter_digest(trainer.model.trained_state().items()),
         "optimizer": (parameter_digest(tensors.items()), options),
         "rng": (parameter_digest(rng_tensors.items()), rng_json),
-        "spikes": trainer.spikes.state,
+        "spikes": trainer.state.spikes.state,
     }
 
 

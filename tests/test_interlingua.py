@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from latentwire_fast import interlingua, wire
+from latentwire_fast.assembly import build_model
 from latentwire_fast.config import ReaderConfig, RunConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.reader import Reader, load_readers
-from latentwire_fast.trainer import build_model
 from readers import tiny_model
 from runs import tiny_config
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentwire_fast.assembly import build_model
 from latentwire_fast.config import StageConfig
 from latentwire_fast.data.streams import TestbedStream, TrainItem
 from latentwire_fast.interlingua import TASKS, Interlingua
@@ -19,7 +20,6 @@ from latentwire_fast.objectives import Key, Losses, Objectives, Work, halves
 from latentwire_fast.prompts import Prompt, full_text
 from latentwire_fast.reader import Reader, load_readers
 from latentwire_fast.teacher import TeacherCache
-from latentwire_fast.trainer import build_model
 from runs import tiny_config
 
 NAMES = ("llama", "qwen2")

@@ -202,7 +202,7 @@ def test_weights_that_are_not_the_saved_ones_are_refused(
         next(iter(checkpoint.tensors["model"].values())).flatten()[0] += 1
         return checkpoint
 
-    monkeypatch.setattr("latentwire_fast.trainer.load_checkpoint", other)
+    monkeypatch.setattr("latentwire_fast.training_state.load_checkpoint", other)
     with pytest.raises(CheckpointError, match="do not match their digest"):
         train(plain.config, tmp_path)
 
@@ -300,13 +300,13 @@ def reporting(descriptor: int) -> None:
 
     def reported_step(trainer: Trainer) -> Any:
         record = step(trainer)
-        report(f"step {trainer.step + 1}")
+        report(f"step {trainer.state.step + 1}")
         return record
 
     def reported_save(trainer: Trainer) -> None:
-        report(f"saving {trainer.step}")
+        report(f"saving {trainer.state.step}")
         save(trainer)
-        report(f"saved {trainer.step}")
+        report(f"saved {trainer.state.step}")
 
     Trainer._train_step, Trainer.save = reported_step, reported_save  # type: ignore[method-assign]
 

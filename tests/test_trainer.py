@@ -207,7 +207,7 @@ def poison(
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         output = original(self, *args, **kwargs)
-        if trainer.step != step:
+        if trainer.state.step != step:
             return output
         mask = torch.zeros_like(output, dtype=torch.bool)
         mask.view(-1)[-1] = True
@@ -242,7 +242,7 @@ def test_n1_a_nan_stops_the_run_before_the_optimiser(
     assert report["parameters_with_nonfinite_gradients"]
     before = load_checkpoint(tmp_path / "checkpoints")  # saved at the end of the step before
     assert before.step == 3
-    now, _ = optimizer_state(trainer.optimizers, trainer.named)
+    now, _ = optimizer_state(trainer.state.optimizers, trainer.state.named)
     assert parameter_digest(now.items()) == parameter_digest(before.tensors["optimizer"].items())
     assert parameter_digest(trainer.model.trained_state().items()) == before.state["model_digest"]
     assert len(records(tmp_path)) == 3, "the poisoned step was logged"
@@ -329,7 +329,7 @@ def test_o1_out_of_memory_is_retried_with_the_same_gradient(
             memories[room] = Memory(patch, fits=room, free=free)
             now = changed(config, optim={"micro_batch": micro})
             trainer = train(now, tmp_path / str(room))
-        assert trainer.micro_batch == room
+        assert trainer.state.micro_batch == room
     assert memories[8].sizes == [8] * 6
     assert memories[fits].sizes == first + [fits] * (5 * 8 // fits), "tried once, remembered"
     expected, found = memories[8].gradients[0], memories[fits].gradients[0]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from latentwire_fast.assembly import warn_of_truncation
 from latentwire_fast.config import DataConfig, EncoderConfig, Mode, RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import ExampleStream, TestbedStream
@@ -21,7 +22,6 @@ from latentwire_fast.evaluator import evaluate_run
 from latentwire_fast.interlingua import build_encoder
 from latentwire_fast.prompts import context_text, full_text
 from latentwire_fast.reader import Reader
-from latentwire_fast.trainer import warn_of_truncation
 from latentwire_fast.truncation import Truncation, measure_truncation
 from readers import tiny_interlingua
 from runs import squad_file, tiny_config, train

@@ -1,0 +1,60 @@
+"""What a run is made of: the model and the stream of its data, built from the configuration."""
+
+from __future__ import annotations
+
+import logging
+
+from latentwire_fast.config import Mode, RunConfig
+from latentwire_fast.data.sources import load_examples
+from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
+from latentwire_fast.encoders import Encoder
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
+from latentwire_fast.reader import Reader
+from latentwire_fast.truncation import measure_truncation
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
+    """A fresh model for these readers."""
+    return Interlingua(
+        build_encoder(config.encoder, readers),
+        {name: ReaderCard.of(reader) for name, reader in readers.items()},
+        encoder_config=config.encoder,
+        quantizer=config.quantizer,
+        adapter=config.adapter,
+        mode=config.mode,
+    )
+
+
+def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
+    """Training data; a finite set is checked for answers that tokenise differently after the
+    anchor.
+
+    Raises:
+        ConfigError: prompt + answer would not tokenise to prompt ids + answer ids.
+    """
+    if config.data.source == "testbed":
+        return TestbedStream(config.data, mode=config.mode, seed=config.seed)
+    examples = load_examples(config.data.source, split="train", count=None, seed=config.seed)
+    answers = sorted({e.answers[0] for e in examples if e.answers})
+    for reader in readers.values():
+        wrong = reader.prompts.check_alignment(answers)
+        if wrong:
+            raise ConfigError(
+                f"{len(wrong)} of {len(answers)} answers of {config.data.source} tokenise "
+                f"differently after the anchor {reader.prompts.anchor!r} for reader "
+                f"{reader.name!r}, for example {wrong[0]!r}; choose an anchor that ends where a "
+                "token ends"
+            )
+    return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+
+
+def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:
+    """Say once how much of a finite data set training will not see."""
+    if isinstance(stream, ExampleStream):
+        texts = ((item.context, turn.question) for item in stream.items for turn in item.turns)
+        truncation = measure_truncation(encoder, texts, mode=mode)
+        if truncation.cut:
+            logger.warning("training data: %s. Raise that limit, or split the passages", truncation)
