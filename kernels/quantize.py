@@ -58,6 +58,17 @@ def _pairs(codes, GROUPS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _bytes_inside(column, held, group, groups, PER_BYTE: tl.constexpr, WHOLE: tl.constexpr):
+    """Which of a plane's bytes, PER_BYTE values each, there are. Of whole groups all or none: the
+    compiler sees that, and moves 16 at a time."""
+    if WHOLE:
+        inside = (group < groups)[:, None] & (column >= 0)
+    else:
+        inside = PER_BYTE * column < held[:, None]
+    return inside
+
+
+@triton.jit
 def _place(n, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """This program's row, its groups `[GROUPS]` (int64), and how many values each holds."""
     tiles = tl.cdiv(n, GROUPS * GROUP)
@@ -70,7 +81,8 @@ def _place(n, GROUP: tl.constexpr, GROUPS: tl.constexpr):
 @triton.jit
 def _quantize_pack_kernel(
     z_ptr, codes_ptr, scales_ptr, n, code_bytes, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, CLIP: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    CLIP: tl.constexpr,
 ):  # fmt: skip
     row, group, held = _place(n, GROUP, GROUPS)
     offsets = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -87,25 +99,25 @@ def _quantize_pack_kernel(
         low, high = _pairs(codes & 15, GROUPS, GROUP // 2)
         tl.store(
             codes_ptr + start + column, (low | (high << 4)).to(tl.uint8),
-            mask=2 * column < held[:, None],
+            mask=_bytes_inside(column, held, group, groups, 2, WHOLE),
         )  # fmt: skip
         if BITS == 6:
             even, odd = _pairs((codes >> 4) & 3, GROUPS, GROUP // 2)
             first, third = _pairs(even, GROUPS, GROUP // 4)
             second, fourth = _pairs(odd, GROUPS, GROUP // 4)
             column = tl.arange(0, GROUP // 4)[None, :]
-            plane = start + (held[:, None] + 1) // 2
+            plane = start + (GROUP // 2 if WHOLE else (held[:, None] + 1) // 2)
             tl.store(
                 codes_ptr + plane + column,
                 (first | (second << 2) | (third << 4) | (fourth << 6)).to(tl.uint8),
-                mask=4 * column < held[:, None],
+                mask=_bytes_inside(column, held, group, groups, 4, WHOLE),
             )
 
 
 @triton.jit
 def _unpack_dequantize_kernel(
     codes_ptr, scales_ptr, z_ptr, n, code_bytes, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row, group, held = _place(n, GROUP, GROUPS)
     offsets = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -115,13 +127,15 @@ def _unpack_dequantize_kernel(
     else:
         start = group[:, None] * (GROUP * BITS // 8)
         column = tl.arange(0, GROUP // 2)[None, :]
-        low = tl.load(codes_ptr + start + column, mask=2 * column < held[:, None], other=0)
+        inside = _bytes_inside(column, held, group, groups, 2, WHOLE)
+        low = tl.load(codes_ptr + start + column, mask=inside, other=0)
         low = low.to(tl.int32)
         codes = tl.reshape(tl.join(low & 15, low >> 4), (GROUPS, GROUP))
         if BITS == 6:
             column = tl.arange(0, GROUP // 4)[None, :]
-            plane = start + (held[:, None] + 1) // 2
-            high = tl.load(codes_ptr + plane + column, mask=4 * column < held[:, None], other=0)
+            plane = start + (GROUP // 2 if WHOLE else (held[:, None] + 1) // 2)
+            inside = _bytes_inside(column, held, group, groups, 4, WHOLE)
+            high = tl.load(codes_ptr + plane + column, mask=inside, other=0)
             high = high.to(tl.int32)
             even = tl.join(high & 3, (high >> 4) & 3)
             odd = tl.join((high >> 2) & 3, high >> 6)
@@ -165,7 +179,7 @@ def quantize_pack(
         grid, row, groups = _grid(batch, n, group_size)
         _quantize_pack_kernel[grid](
             *(z_Bn, codes, scales, row, codes.numel() if row != n else code_bytes),
-            *(triton.cdiv(row, group_size), bits, group_size, groups, clip),
+            *(triton.cdiv(row, group_size), bits, group_size, groups, row % group_size == 0, clip),
             num_warps=NUM_WARPS,
         )
     return codes, scales
@@ -188,7 +202,7 @@ def unpack_dequantize(
         grid, row, groups = _grid(batch, values, group_size)
         _unpack_dequantize_kernel[grid](
             *(codes_Bb, scales_BG, z, row, codes_Bb.numel() if row != values else code_bytes),
-            *(triton.cdiv(row, group_size), bits, group_size, groups),
+            *(triton.cdiv(row, group_size), bits, group_size, groups, row % group_size == 0),
             num_warps=NUM_WARPS,
         )
     return z

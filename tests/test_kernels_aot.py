@@ -48,19 +48,26 @@ def quantize_cases() -> dict[str, Case]:
     for bits in (8, 6, 4):
         for group in (16, 32, 64):
             constants = {"BITS": bits, "GROUP": group, "GROUPS": 4096 // group}
-            clipped = {**constants, "CLIP": bits == 4}
+            clip = {"CLIP": bits == 4}
+            # A group's codes are 16 bytes or more; of 6 bits the shorter of their two planes.
+            long = group * (2 if bits == 6 else bits) // 8 >= 16
             name = f"{bits} bits, groups of {group}"
-            cases[f"pack, {name}"] = Case(
-                *("quantize", "_quantize_pack_kernel", (BF16, BYTE, FP16, "i32", "i32", "i32")),
-                *(clipped, 4, 3, ("LDG",), (3, 4, 5)),
-            )
-            cases[f"unpack, {name}"] = Case(
-                *("quantize", "_unpack_dequantize_kernel", (BYTE, FP16, BF16, "i32", "i32", "i32")),
-                *(constants, 4, 3, ("STG",), (3, 4, 5)),
-            )
+            for whole in (True, False) if group == 32 else (True,):
+                shape = {**constants, "WHOLE": whole}
+                aligned = (3, 4, 5) if whole else ()
+                both = ("LDG", "STG") if whole and long else ()
+                tail = "" if whole else ", a short one"
+                cases[f"pack, {name}{tail}"] = Case(
+                    *("quantize", "_quantize_pack_kernel", (BF16, BYTE, FP16, *["i32"] * 3)),
+                    *({**shape, **clip}, 4, 3, both or ("LDG",) * whole, aligned),
+                )
+                cases[f"unpack, {name}{tail}"] = Case(
+                    *("quantize", "_unpack_dequantize_kernel", (BYTE, FP16, BF16, *["i32"] * 3)),
+                    *(shape, 4, 3, both or ("STG",) * whole, aligned),
+                )
             cases[f"fake, {name}"] = Case(
                 *("quantize", "_fake_quantize_kernel", (BF16, BF16, "i32")),
-                *(clipped, 4, 3, ("LDG", "STG"), (2,)),
+                *({**constants, **clip}, 4, 3, ("LDG", "STG"), (2,)),
             )
     return cases
 
