@@ -98,15 +98,25 @@ class Trainer:
             self._check_config()
             if self.finished:
                 logger.info("%s is trained already", self.run_dir)
-                return
-            self._setup()
-            # Only now: a run that cannot start may be corrected and started in the same folder.
-            if self.accelerator.is_main_process:
-                text = json.dumps(to_json(self.config), indent=2) + "\n"
-                write_atomically(self.run_dir / "config.json", text)
-            with self.signals, self._tracker() as tracker:
-                self._loop(tracker)
-            self._finish()
+            else:
+                self._train()
+            self._part()
+
+    def _train(self) -> None:
+        self._setup()
+        # Only now: a run that cannot start may be corrected and started in the same folder.
+        if self.accelerator.is_main_process:
+            text = json.dumps(to_json(self.config), indent=2) + "\n"
+            write_atomically(self.run_dir / "config.json", text)
+        with self.signals, self._tracker() as tracker:
+            self._loop(tracker)
+        self._finish()
+
+    def _part(self) -> None:
+        """Leave the other processes together with them: a launcher ends those that are left when
+        one has ended, and one that ends with its connections open may crash at that."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def _check_config(self) -> None:
         path = self.run_dir / "config.json"
@@ -207,7 +217,7 @@ class Trainer:
 
     def _save_and_stop(self) -> None:
         self.save()
-        self.accelerator.wait_for_everyone()  # a launcher ends the others once one has ended
+        self._part()
         raise RunStopped(
             f"stopped by a signal after step {self.state.step} of {self.config.total_steps}; "
             "everything is saved. Run the same command to go on",
