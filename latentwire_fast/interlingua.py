@@ -9,8 +9,6 @@ given = model.received("llama", model.decode_payloads([payload]))           # fo
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from latentwire_fast import ops, wire
+from latentwire_fast import model_folder, ops, wire
 from latentwire_fast.adapters import Adapter, rms_of
 from latentwire_fast.checkpoint import parameter_digest, read_tensors
 from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
@@ -32,11 +30,9 @@ from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.prefix import DeepPrefix, KVGeometry
 from latentwire_fast.pretrained import load_tokenizer, load_weights
 from latentwire_fast.reader import Reader, checkpoint_activations
-from latentwire_fast.storage import file_entry
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -288,18 +284,15 @@ class Interlingua(nn.Module):
             self.encoder.tokenizer.save_pretrained(folder / "encoder")
             files += [f"encoder/{path.name}" for path in sorted((folder / "encoder").iterdir())]
         trained = self.trained_parameters()
-        config: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+        values = {
             "mode": self.mode,
             "encoder": asdict(self.encoder_config),
             "quantizer": asdict(self.quantizer),
             "adapter": asdict(self.adapter_config),
             "readers": {name: asdict(card) for name, card in self.cards.items()},
             "trained_parameters": sum(p.numel() for _, p in trained),
-            "files": {name: file_entry(folder / name) for name in files},
         }
-        config["sha256"] = _digest(config)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        model_folder.write_config(folder, values, files=files)
         return folder
 
     @classmethod
@@ -310,7 +303,7 @@ class Interlingua(nn.Module):
             CheckpointError: a file is missing or damaged, or another version wrote them.
         """
         folder = Path(folder)
-        config = _read_config(folder)
+        config = model_folder.read_config(folder)
         try:
             encoder_config = EncoderConfig(**config["encoder"])
             cards = {name: ReaderCard.from_json(card) for name, card in config["readers"].items()}
@@ -339,34 +332,6 @@ class Interlingua(nn.Module):
         )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
         return model.eval()
-
-
-def _digest(config: Mapping[str, Any]) -> str:
-    """sha256 of a config.json's values but this one."""
-    values = {key: value for key, value in config.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json, once it and the files that it lists are known to be undamaged."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {folder} a saved model?") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} is no saved model of format version {FORMAT_VERSION}")
-    if config.get("sha256") != _digest(config):
-        raise CheckpointError(f"{path} was changed after it was written; copy the folder again")
-    for name, entry in config["files"].items():
-        file = folder / name
-        if not file.is_file() or file_entry(file) != entry:
-            raise CheckpointError(
-                f"{file} is missing or damaged (config.json has its sha256); copy the folder again"
-            )
-    return config
 
 
 def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encoder:

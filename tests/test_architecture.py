@@ -22,7 +22,7 @@ FLOORS = [
     "_C kernels",
     "errors reference",
     "ops placement optim",
-    "storage run_state wire config presets checkpoint distributed cli pretrained",
+    "storage run_state wire config presets checkpoint distributed cli pretrained model_folder",
     "prompts batching encoders adapters prefix kv_cache truncation",
     "reader",
     "interlingua teacher objectives schedules baselines metrics data testbed local_paths",

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire_fast import interlingua, wire
+from latentwire_fast import wire
 from latentwire_fast.assembly import build_model
 from latentwire_fast.config import ReaderConfig, RunConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.interlingua import Interlingua
+from latentwire_fast.model_folder import config_digest
 from latentwire_fast.reader import Reader, load_readers
 from readers import tiny_model
 from runs import tiny_config
@@ -192,7 +193,7 @@ def test_a_model_of_another_version_is_refused(model: Interlingua, tmp_path: Pat
     config = json.loads((folder / "config.json").read_text())
     for card in config["readers"].values():
         del card["kv"]
-    config["sha256"] = interlingua._digest(config)
+    config["sha256"] = config_digest(config)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"saved by another version .*'kv'.*train it again"):
         Interlingua.from_pretrained(folder)
