@@ -24,12 +24,13 @@ from latentwire_fast.baselines import MethodInput, Methods, unanswered
 from latentwire_fast.config import RunConfig, read_run_config, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import heldout_examples
+from latentwire_fast.decoding import DecodeOptions
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.outcome import Outcome
 from latentwire_fast.prompts import Prompt, Turn
 from latentwire_fast.provenance import model_card, run_record
-from latentwire_fast.reader import DecodeOptions, Reader, load_readers
+from latentwire_fast.reader import Reader, load_readers
 from latentwire_fast.report import write_report
 from latentwire_fast.results import MethodResult
 from latentwire_fast.storage import RunLock, write_atomically

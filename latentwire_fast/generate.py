@@ -53,10 +53,11 @@ def main() -> None:
 
     from latentwire_fast import wire
     from latentwire_fast.config import read_run_config
+    from latentwire_fast.decoding import DecodeOptions
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.interlingua import Interlingua
     from latentwire_fast.prompts import Turn
-    from latentwire_fast.reader import DecodeOptions, Reader
+    from latentwire_fast.reader import Reader
 
     start = time.perf_counter()
     config = read_run_config(args.run)

@@ -11,9 +11,7 @@ a deep prefix is `[L, 2, B or 1, H, P, d_head]` (see `prefix.py`).
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +24,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from latentwire_fast.batching import PaddingSide, PromptBatch, collate
 from latentwire_fast.checkpoint import parameter_digest
-from latentwire_fast.config import ReaderConfig, check_sampling
+from latentwire_fast.config import ReaderConfig
+from latentwire_fast.decoding import DecodeOptions, pick_tokens
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.kv_cache import CacheFiller, decoder_layers, training_cache
 from latentwire_fast.prefix import KVGeometry
@@ -43,30 +42,6 @@ _LOGIT_TRANSFORMS = (
     "logits_scaling",
     "lm_head_multiplier",
 )
-
-
-@dataclass(frozen=True)
-class DecodeOptions:
-    """Greedy decoding and its few exceptions.
-
-    Attributes:
-        max_new_tokens: stop after so many tokens.
-        first_token_temperature: above 0, the first token is sampled.
-        first_token_top_p: nucleus for that sample.
-        eos_ban_steps: forbid EOS for the first steps. Forces babbling on short answers: default 0.
-        seed: decides the first-token samples, together with each example's number.
-    """
-
-    max_new_tokens: int = 12
-    first_token_temperature: float = 0.0
-    first_token_top_p: float = 1.0
-    eos_ban_steps: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}, expected at least 1")
-        check_sampling(self.first_token_temperature, self.first_token_top_p)
 
 
 class Reader:
@@ -287,7 +262,8 @@ class Reader:
             numbers: of the examples, so that what is sampled for one does not depend on how a data
                 set is cut into batches; 0, 1, ... if not given.
         """
-        options = options or DecodeOptions()
+        options, eos = options or DecodeOptions(), self.prompts.eos_id
+        numbers = numbers or range(len(prompts))
         batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
         mask = batch.attention_mask()
         lengths = batch.lengths_B
@@ -301,9 +277,9 @@ class Reader:
         new_ids: list[Tensor] = []
         done = torch.zeros_like(rows, dtype=torch.bool)
         for step in range(options.max_new_tokens):
-            token_B = self._pick(logits_BV, step, options, numbers or range(len(prompts)))
-            done |= token_B == self.prompts.eos_id
-            new_ids.append(torch.where(done, self.prompts.eos_id, token_B))
+            token_B = pick_tokens(logits_BV, step, options, numbers=numbers, eos_id=eos)
+            done |= token_B == eos
+            new_ids.append(torch.where(done, eos, token_B))
             if step + 1 == options.max_new_tokens or bool(done.all()):
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -316,7 +292,6 @@ class Reader:
             )
             logits_BV = self.head(output.last_hidden_state[:, -1]).float()
         ids = torch.stack(new_ids, 1).tolist()
-        eos = self.prompts.eos_id
         return [row[: row.index(eos)] if eos in row else row for row in ids]
 
     @torch.no_grad()
@@ -341,23 +316,6 @@ class Reader:
         if batch.deep is not None:
             self.filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
         return cache
-
-    def _pick(
-        self, logits_BV: Tensor, step: int, options: DecodeOptions, numbers: Sequence[int]
-    ) -> Tensor:
-        if step < options.eos_ban_steps:
-            logits_BV = logits_BV.clone()
-            logits_BV[:, self.prompts.eos_id] = -torch.inf
-        if step > 0 or options.first_token_temperature <= 0:
-            return logits_BV.argmax(-1)
-        probs = (logits_BV / options.first_token_temperature).softmax(-1)
-        sorted_probs, order = probs.sort(-1, descending=True)
-        outside = sorted_probs.cumsum(-1) - sorted_probs >= options.first_token_top_p
-        cumulative = sorted_probs.masked_fill(outside, 0.0).double().cumsum(-1)
-        uniform = [random.Random(f"{options.seed}:{number}").random() for number in numbers]
-        level = cumulative.new_tensor(uniform)[:, None] * cumulative[:, -1:]
-        rank = torch.minimum((cumulative <= level).sum(-1), (~outside).sum(-1) - 1)
-        return order.gather(1, rank[:, None])[:, 0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Answer text of generated ids."""

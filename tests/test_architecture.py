@@ -23,7 +23,7 @@ FLOORS = [
     "errors reference",
     "ops placement optim",
     "storage run_state wire config presets checkpoint distributed cli pretrained model_folder",
-    "prompts batching encoders adapters prefix kv_cache truncation",
+    "prompts batching encoders adapters prefix kv_cache truncation decoding",
     "reader",
     "interlingua teacher objectives schedules baselines metrics data testbed local_paths",
     "results hypotheses outcome guards signals tracking provenance",

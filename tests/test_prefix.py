@@ -16,11 +16,12 @@ from latentwire_fast.baselines import unanswered
 from latentwire_fast.batching import PaddingSide
 from latentwire_fast.config import AdapterConfig, RunConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.decoding import DecodeOptions
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.interlingua import Interlingua, ReaderCard
 from latentwire_fast.prefix import DeepPrefix, KVGeometry
 from latentwire_fast.prompts import Prompt, Turn
-from latentwire_fast.reader import DecodeOptions, Reader
+from latentwire_fast.reader import Reader
 from readers import tiny_interlingua
 from runs import changed, records, tiny_config, train
 

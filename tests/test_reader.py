@@ -24,10 +24,11 @@ from transformers import (
 from latentwire_fast.batching import PaddingSide
 from latentwire_fast.config import ReaderConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.decoding import DecodeOptions
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.pretrained import resolve_source
 from latentwire_fast.prompts import Prompt, Turn, full_text
-from latentwire_fast.reader import DecodeOptions, Reader, load_readers
+from latentwire_fast.reader import Reader, load_readers
 from readers import tiny_model
 
 NEW_TOKENS = 6
