@@ -1,10 +1,12 @@
 """Latent `[B, M, d_z]` to one reader's input embeddings `[B, M, D]`.
 
 Both kinds end in `ops.project_calibrate`: a projection whose output has the root mean square of the
-reader's own embeddings.
+reader's own embeddings. The linear kind is nothing else, and can take a payload's codes too.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,20 +62,53 @@ class Adapter(nn.Module):
             gain: multiplies the calibrated RMS (prefix gain).
             calibration: instead of the configured one (diagnostics look at `none`).
         """
-        linear = self.config.kind == "linear"
         return ops.project_calibrate(
-            self.hidden(latent),
-            self.weight,
-            self.bias,
-            norm_weight=self.norm.weight if linear else None,
-            norm_bias=self.norm.bias if linear else None,
-            gamma=self.gamma,
-            beta=self.beta,
-            target_rms=self.target_rms,
-            gain=self.config.gain * gain,
-            calibration=calibration or self.config.calibration,
-            tanh=self.config.tanh,
+            self.hidden(latent), **self._projection(gain=gain, calibration=calibration)
         )
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether `of_codes` is there: nothing comes before the projection."""
+        return self.config.kind == "linear"
+
+    def of_codes(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        shape: tuple[int, int, int],
+    ) -> Tensor:
+        """`forward` of a latent that `ops.quantize_pack` packed, in the weights' dtype.
+
+        On a GPU the unpacked latent is never written.
+
+        Args:
+            codes, scales, bits, group_size: of `ops.dequantize_project_calibrate`.
+            shape: of the latent, `(B, M, d_z)`.
+        """
+        assert self.reads_codes
+        packing: dict[str, Any] = {"bits": bits, "group_size": group_size, "shape": shape}
+        return ops.dequantize_project_calibrate(codes, scales, **packing, **self._projection())
+
+    def _projection(
+        self, *, gain: float = 1.0, calibration: Calibration | None = None
+    ) -> dict[str, Any]:
+        """Parameters and settings of the projection."""
+        linear = self.config.kind == "linear"
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "norm_weight": self.norm.weight if linear else None,
+            "norm_bias": self.norm.bias if linear else None,
+            "gamma": self.gamma,
+            "beta": self.beta,
+            "target_rms": self.target_rms,
+            "gain": self.config.gain * gain,
+            "calibration": calibration or self.config.calibration,
+            "tanh": self.config.tanh,
+        }
 
     @torch.no_grad()
     def rms(self, latent: Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from latentwire_fast import wire
+from latentwire_fast import ops, wire
 from latentwire_fast.config import AdapterConfig, EncoderConfig, QuantizerConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
@@ -39,7 +39,10 @@ ATTENTION = ["eager", "sdpa", pytest.param("flash_attention_2", marks=needs_flas
 
 
 def make_model(
-    reader: Reader, prefix: Any = "soft", mode: Literal["context", "pure"] = "context"
+    reader: Reader,
+    prefix: Any = "soft",
+    mode: Literal["context", "pure"] = "context",
+    **adapter: Any,
 ) -> Interlingua:
     """An untrained model whose prefixes are far from one another."""
     encoder = EncoderConfig(
@@ -51,7 +54,7 @@ def make_model(
         {reader.name: ReaderCard.of(reader)},
         encoder_config=encoder,
         quantizer=QuantizerConfig(bits=6, group_size=16),
-        adapter=AdapterConfig(prefix=prefix, expansion=2, deep_width=16),
+        adapter=AdapterConfig(prefix=prefix, expansion=2, deep_width=16, **adapter),
         mode=mode,
     )
     return model.eval()
@@ -177,6 +180,35 @@ def test_every_precision_and_a_batch_of_one(reader: Reader, bits: int) -> None:
     receiver = Receiver.of(model, reader)
     payloads, prompts = random_payloads(model, 1, bits), receiver.prompts(QUESTIONS[:1])
     assert_plain(receiver.prefill(payloads, prompts), model, payloads, prompts)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("bits", [16, 8, 6, 4])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("prefix", ["soft", "both"])
+def test_codes_go_straight_to_soft_tokens_where_nothing_else_wants_the_latent(
+    readers: dict[str, Reader],
+    prefix: str,
+    kind: str,
+    bits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, phases = readers["qwen"], []
+    model = make_model(reader, prefix, kind=kind, calibration="example", gain=1.5)
+    receiver = Receiver.of(model, reader, mark=phases.append)
+    payloads, prompts = random_payloads(model, 3, bits), receiver.prompts(QUESTIONS)
+    calls: list[str] = []
+    for name in ("project_calibrate", "dequantize_project_calibrate"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *a, name=name, op=op, **k: calls.append(name) or op(*a, **k)
+        )
+    first = receiver.prefill(payloads, prompts)
+    fused = prefix == "soft" and kind == "linear" and bits != 16
+    assert set(calls) == {"dequantize_project_calibrate" if fused else "project_calibrate"}
+    assert ("dequantise" in phases) == (not fused)
+    monkeypatch.undo()
+    assert_plain(first, model, payloads, prompts)
 
 
 @pytest.mark.usefixtures("engine")
@@ -555,8 +587,10 @@ def on_gpu(llama_folder: Path, qwen_folder: Path) -> Iterator[Callable[..., Read
     torch.cuda.empty_cache()
 
 
-def eager_and_graph(reader: Reader, prefix: str) -> tuple[Interlingua, Receiver, Receiver]:
-    model = make_model(reader, prefix).to(reader.device)
+def eager_and_graph(
+    reader: Reader, prefix: str, **adapter: Any
+) -> tuple[Interlingua, Receiver, Receiver]:
+    model = make_model(reader, prefix, **adapter).to(reader.device)
     engines = [Receiver.of(model, reader, engine=engine) for engine in ("eager", "graph")]
     return model, engines[0], engines[1]
 
@@ -570,14 +604,16 @@ def assert_same(found: Prefilled, expected: Prefilled, tokens: int = NEW) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(
+    ("prefix", "kind"), [("soft", "linear"), *((prefix, "mlp") for prefix in PREFIXES)]
+)
 @pytest.mark.parametrize("name", ["llama", "qwen"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_graph_equals_eager(
-    on_gpu: Callable[..., Reader], name: str, prefix: str, implementation: str
+    on_gpu: Callable[..., Reader], name: str, prefix: str, kind: str, implementation: str
 ) -> None:
     reader = on_gpu(name, attn_implementation=implementation)
-    model, eager, graph = eager_and_graph(reader, prefix)
+    model, eager, graph = eager_and_graph(reader, prefix, kind=kind)
     assert Receiver.of(model, reader).engine == "graph"
     prompts = graph.prompts(QUESTIONS)
     for _ in range(3):

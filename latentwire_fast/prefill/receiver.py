@@ -33,7 +33,8 @@ from latentwire_fast.prefill.batch import Batch
 from latentwire_fast.prefill.graphs import CapturedPass, GraphMemory, PassCache, write_through
 from latentwire_fast.prefill.inputs import InputBuffer, Layout, lay_out
 from latentwire_fast.prefill.outcome import Prefilled
-from latentwire_fast.prefill.payloads import Parcel, PayloadKind, dequantize
+from latentwire_fast.prefill.parts import TrainedParts, put_soft
+from latentwire_fast.prefill.payloads import Parcel, PayloadKind
 from latentwire_fast.prompts import Prompt, Turn, context_text, question_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.wire import Header
@@ -62,8 +63,9 @@ class Receiver:
             `compile` is `torch.compile` of the backbone.
         new_tokens: how many tokens a cache made by a graph has room for behind the prompt.
         max_graphs: how many shapes of batch are kept captured.
-        mark: called with the name of each phase when it has been queued: `parse`, `dequantise`,
-            `adapter`, `placement`, `reader`.
+        mark: called with the name of each phase when it has been queued: `parse`, `dequantise`
+            (where it is not part of the adapter, see `TrainedParts`), `adapter`, `placement`,
+            `reader`.
 
     Raises:
         ConfigError: neither adapter nor deep prefix; parts on different devices; a reader that
@@ -86,7 +88,6 @@ class Receiver:
         mark: Mark = unmarked,
     ) -> None:
         self.reader, self.mode = reader, mode
-        self._adapter, self._deep_prefix = adapter, deep_prefix
         self._kind = PayloadKind(latents, d_z, fingerprint)
         self._soft_tokens = latents if adapter is not None else 0
         self._deep_positions = latents if deep_prefix is not None else 0
@@ -94,7 +95,7 @@ class Receiver:
         self._mark = mark
         self._config = reader.model.config.get_text_config(decoder=True)
         self.engine = self._choose(engine)
-        self._dtype = self._check_parts()
+        self._parts = TrainedParts(adapter, deep_prefix, reader=reader)
         self._backbone: Callable[..., Any] = reader.backbone
         if self.engine == "compile":
             self._backbone = torch.compile(reader.backbone, dynamic=False)
@@ -198,20 +199,6 @@ class Receiver:
             )
         return ("graph" if on_one_gpu else "eager") if engine == "auto" else engine
 
-    def _check_parts(self) -> torch.dtype:
-        """The dtype that the trained parts compute in."""
-        parts = [part for part in (self._adapter, self._deep_prefix) if part is not None]
-        weights = [weight for part in parts for weight in part.parameters()]
-        if not weights:
-            raise ConfigError("a receiver needs an adapter, a deep prefix, or both")
-        devices = {weight.device for weight in weights} - {self.reader.device}
-        if devices:
-            raise ConfigError(
-                f"the adapter is on {devices.pop()}, the reader's embeddings on "
-                f"{self.reader.device}; move the adapter there"
-            )
-        return weights[0].dtype
-
     def _capacity(self, layout: Layout, deep: int) -> int:
         """Positions that a cache for this batch may hold."""
         limit = getattr(self._config, "max_position_embeddings", None)
@@ -281,11 +268,9 @@ class Receiver:
         embeds_BTD = self.reader.embedding(ids_BT)
         first = 0
         if header is not None:
-            latent_RMd = dequantize(inputs, header).to(self._dtype)
-            self._mark("dequantise")
-            embeds_BTD = self._put_soft(embeds_BTD, latent_RMd, inputs["source"])
-            deep_L2RHPd = None if self._deep_prefix is None else self._deep_prefix(latent_RMd)
-            self._mark("adapter")
+            soft_RMD, deep_L2RHPd = self._parts(inputs, header, mark=self._mark)
+            if soft_RMD is not None:
+                embeds_BTD = put_soft(embeds_BTD, soft_RMD, inputs["source"])
             if deep_L2RHPd is not None:
                 first = deep_L2RHPd.shape[4]
                 self.reader.filler.fill(target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT))
@@ -307,18 +292,10 @@ class Receiver:
     def _call_backbone(self, **arguments: Any) -> Tensor:
         if self.engine != "compile":
             return self._backbone(**arguments).last_hidden_state
-        if self._deep_prefix is not None:
+        if self._deep_positions:
             self.reader.filler.wait()  # its hooks are not for compiled code
         with mask_free(self.reader.model):
             return self._backbone(**arguments).last_hidden_state
-
-    def _put_soft(self, embeds_BTD: Tensor, latent_RMd: Tensor, source_BT: Tensor) -> Tensor:
-        """The embeddings with soft tokens in their places."""
-        if self._adapter is None:
-            return embeds_BTD
-        soft_ND = self._adapter(latent_RMd).to(embeds_BTD.dtype).flatten(0, 1)
-        picked_ND = soft_ND.index_select(0, source_BT.clamp(min=0).flatten())
-        return torch.where(source_BT[..., None] < 0, embeds_BTD, picked_ND.view_as(embeds_BTD))
 
     def _capture(self, batch: Batch, *, deep: int, capacity: int) -> CapturedPass:
         model = self.reader.model
