@@ -23,15 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from latentwire_fast.kernels.adapter import Folded, Projection
-from latentwire_fast.kernels.adapter_rows import (
-    _moments,
-    _scale,
-    _store_rows,
-    _store_tail,
-    _tile,
-    normalised_rows,
+from latentwire_fast.kernels.adapter_pieces import (
     plain_tiling,
+    row_moments,
+    row_scale,
+    row_tile,
+    store_rows,
+    store_tail,
 )
+from latentwire_fast.kernels.adapter_rows import normalised_rows
 from latentwire_fast.kernels.adapter_tiles import Tiles
 from latentwire_fast.kernels.matmul import matmul_fp32
 
@@ -56,13 +56,13 @@ def _gradient_kernel(
     mean = tl.zeros((TILE_ROWS,), tl.float32)
     rstd = mean
     if HAS_NORM:
-        mean, rstd = _moments(
+        mean, rstd = row_moments(
             x_ptr, x_ptr, row, live_row, 1, 1, 1, norm_eps, WIDTH, 0, 1, TILE_ROWS, BLOCK
         )
         if not WRITE:
             tl.store(mean_ptr + row, mean, mask=live_row)
             tl.store(rstd_ptr + row, rstd, mask=live_row)
-    x = _tile(
+    x = row_tile(
         x_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, row, column, live_row, mean, rstd,
         1, 1, 1, WIDTH, 0, 1, HAS_NORM, HAS_NORM_BIAS,
     )  # fmt: skip
@@ -73,11 +73,11 @@ def _gradient_kernel(
             square = tl.load(squares_ptr + group, mask=live_row, other=1.0)
             dots = tl.load(dots_ptr + group, mask=live_row, other=0.0)
             weight = dots / (1.0 * rows_per_group * OUTPUTS * (square + eps))
-            _store_rows(weighted_ptr, x * weight[:, None], row, column, live_row, WIDTH, PADDED)
-            _store_tail(weighted_ptr, weight, 0.0, row, live_row, WIDTH, PADDED)
-        s = _scale(square, gain_ptr, target_rms, eps, CALIBRATED, HAS_GAIN)
-        _store_rows(scaled_ptr, x * s[:, None], row, column, live_row, WIDTH, PADDED)
-        _store_tail(scaled_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
+            store_rows(weighted_ptr, x * weight[:, None], row, column, live_row, WIDTH, PADDED)
+            store_tail(weighted_ptr, weight, 0.0, row, live_row, WIDTH, PADDED)
+        s = row_scale(square, gain_ptr, target_rms, eps, CALIBRATED, HAS_GAIN)
+        store_rows(scaled_ptr, x * s[:, None], row, column, live_row, WIDTH, PADDED)
+        store_tail(scaled_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
     else:
         along = tl.load(
             along_ptr + row[:, None] * PADDED + column[None, :],

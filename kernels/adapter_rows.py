@@ -22,6 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from latentwire_fast.kernels.adapter_pieces import (
+    plain_tiling,
+    row_moments,
+    row_scale,
+    row_tile,
+    store_rows,
+    store_tail,
+)
+
 # What a launch of `_rows_kernel` makes.
 PLAIN, CONSTANT, ROW, PROGRAM, SQUARES, GIVEN = range(6)
 # The Gram matrix' tiles, [TILE_K, TILE]. With 64 x 64 the operands spill.
@@ -30,8 +39,6 @@ TILE, TILE_K = 64, 32
 # example of up to 64 is one program, and its calibration one launch.
 LARGEST_TILE = 64
 FEW_ROWS = 16 * 132
-# Numbers that a program of 4 warps reads and writes at a time: 32 per thread.
-TILE_VALUES = 4096
 
 
 @dataclass(frozen=True)
@@ -79,103 +86,6 @@ class Calibration:
 
 
 @triton.jit
-def _load_rows(
-    x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Rows `[R]` (int64) and columns `[C]` in fp32; BITS 0: x lies there as it is.
-
-    Codes are read byte by byte, as often as the values in a byte: with 1/32 and less of the
-    output's bytes that costs nothing, and needs no tile to fall on a group's boundary.
-    """
-    if BITS == 0:
-        x_rows = x_ptr + row[:, None] * WIDTH
-        x = tl.load(x_rows + column[None, :], mask=live, other=0.0).to(tl.float32)
-    else:
-        example = (row // latents)[:, None]
-        value = (row % latents).to(tl.int32)[:, None] * WIDTH + column[None, :]
-        codes_ptr = x_ptr + example * code_bytes
-        group = value // GROUP
-        if BITS == 8:
-            code = tl.load(codes_ptr + value, mask=live, other=0).to(tl.int32)
-        elif BITS == 4:
-            code = tl.load(codes_ptr + value // 2, mask=live, other=0).to(tl.int32)
-            code = code >> (value % 2 * 4)
-        else:
-            place = value % GROUP
-            start = group * (GROUP * 6 // 8)
-            held = tl.minimum(latents * WIDTH - group * GROUP, GROUP)
-            low = tl.load(codes_ptr + (start + place // 2), mask=live, other=0).to(tl.int32)
-            start += (held + 1) // 2
-            high = tl.load(codes_ptr + (start + place // 4), mask=live, other=0).to(tl.int32)
-            code = ((low >> (place % 2 * 4)) & 15) | ((high >> (place % 4 * 2)) << 4)
-        code = (code << (32 - BITS)) >> (32 - BITS)  # sign extension
-        scale = tl.load(scales_ptr + example * groups + group, mask=live, other=0.0)
-        x = code.to(tl.float32) * scale.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _moments(
-    x_ptr, scales_ptr, row, live_row, latents, code_bytes, groups, norm_eps,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TILE_ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-):  # fmt: skip
-    """Mean and 1/deviation `[R]`."""
-    mean = tl.zeros((TILE_ROWS,), tl.float32)
-    for start in range(0, WIDTH, STEP):
-        column = start + tl.arange(0, STEP)
-        live = live_row[:, None] & (column < WIDTH)[None, :]
-        x = _load_rows(
-            x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups, WIDTH, BITS, GROUP
-        )
-        mean += tl.sum(x, 1)
-    mean /= WIDTH
-    variance = tl.zeros((TILE_ROWS,), tl.float32)
-    for start in range(0, WIDTH, STEP):
-        column = start + tl.arange(0, STEP)
-        live = live_row[:, None] & (column < WIDTH)[None, :]
-        x = _load_rows(
-            x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups, WIDTH, BITS, GROUP
-        )
-        centred = tl.where((column < WIDTH)[None, :], x - mean[:, None], 0.0)
-        variance += tl.sum(centred * centred, 1)
-    return mean, 1.0 / tl.sqrt(variance / WIDTH + norm_eps)
-
-
-@triton.jit
-def _normalise(
-    x, mean, rstd, norm_weight_ptr, norm_bias_ptr, column,
-    WIDTH: tl.constexpr, HAS_NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-):  # fmt: skip
-    """LayerNorm of some columns, given the rows' moments. Columns past the width become 0."""
-    if HAS_NORM:
-        inside = column < WIDTH
-        weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        x = (x - mean[:, None]) * rstd[:, None] * weight[None, :]
-        if HAS_NORM_BIAS:
-            bias = tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            x += bias[None, :]
-    return x
-
-
-@triton.jit
-def _tile(
-    x_ptr, scales_ptr, norm_weight_ptr, norm_bias_ptr, row, column, live_row, mean, rstd,
-    latents, code_bytes, groups, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Some columns of normalised rows."""
-    live = live_row[:, None] & (column < WIDTH)[None, :]
-    x = _load_rows(
-        x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups, WIDTH, BITS, GROUP
-    )
-    return _normalise(
-        x, mean, rstd, norm_weight_ptr, norm_bias_ptr, column, WIDTH, HAS_NORM, HAS_NORM_BIAS
-    )
-
-
-@triton.jit
 def _gram_squares(
     x_ptr, scales_ptr, norm_weight_ptr, norm_bias_ptr, gram_ptr, row, live_row, mean, rstd,
     latents, code_bytes, groups, WIDTH: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
@@ -192,7 +102,7 @@ def _gram_squares(
         cross = tl.zeros((TILE_ROWS, TILE), tl.float32)
         for k in range(0, j + TILE, TILE_K):
             column_k = k + tl.arange(0, TILE_K)
-            x_k = _tile(
+            x_k = row_tile(
                 x_ptr, scales_ptr, norm_weight_ptr, norm_bias_ptr, row, column_k, live_row, mean,
                 rstd, latents, code_bytes, groups, WIDTH, BITS, GROUP, HAS_NORM, HAS_NORM_BIAS,
             )  # fmt: skip
@@ -200,7 +110,7 @@ def _gram_squares(
             gram = tl.load(gram_j + column_k[:, None], mask=inside, other=0.0)
             x_k *= tl.where(k < j, 2.0, 1.0)
             cross = tl.dot(x_k, gram, cross, input_precision=PRECISION)
-        x_j = _tile(
+        x_j = row_tile(
             x_ptr, scales_ptr, norm_weight_ptr, norm_bias_ptr, row, column_j, live_row, mean, rstd,
             latents, code_bytes, groups, WIDTH, BITS, GROUP, HAS_NORM, HAS_NORM_BIAS,
         )  # fmt: skip
@@ -208,42 +118,6 @@ def _gram_squares(
         square += tl.sum((cross + 2.0 * bias[None, :]) * x_j, 1)
     square += tl.load(gram_ptr + WIDTH * PADDED + WIDTH)
     return tl.maximum(square, 0.0)  # rounding may leave less where W x and b cancel
-
-
-@triton.jit
-def _store_rows(out_ptr, x, row, column, live_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Some columns of rows PADDED wide."""
-    live = live_row[:, None] & (column < WIDTH)[None, :]
-    place = out_ptr + row[:, None] * PADDED + column[None, :]
-    tl.store(place, x.to(out_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def _store_tail(out_ptr, factor, unit, row, live_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """`factor, unit, 0 ...` after a padded row's x.
-
-    fp16 cannot hold an s past 65504, which only rows with y near 0 and a target RMS above 6 have.
-    """
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    if dtype == tl.float16:
-        factor = tl.minimum(tl.maximum(factor, -65504.0), 65504.0)
-    extra = tl.arange(0, 16)[None, :]
-    tail = tl.where(extra == 0, factor[:, None], tl.where(extra == 1, unit, 0.0))
-    live = live_row[:, None] & (extra < PADDED - WIDTH)
-    tl.store(out_ptr + row[:, None] * PADDED + (WIDTH + extra), tail.to(dtype), mask=live)
-
-
-@triton.jit
-def _scale(
-    mean_square, gain_ptr, target_rms, eps, CALIBRATED: tl.constexpr, HAS_GAIN: tl.constexpr
-):
-    """s `[R]`."""
-    s = tl.zeros_like(mean_square) + target_rms
-    if HAS_GAIN:
-        s *= tl.load(gain_ptr).to(tl.float32)
-    if CALIBRATED:
-        s /= tl.sqrt(mean_square + eps)
-    return s
 
 
 @triton.jit
@@ -270,7 +144,7 @@ def _rows_kernel(
     mean = tl.zeros((TILE_ROWS,), tl.float32)
     rstd = mean
     if HAS_NORM:
-        mean, rstd = _moments(
+        mean, rstd = row_moments(
             x_ptr, scales_ptr, row, live_row, latents, code_bytes, groups, norm_eps, WIDTH, BITS,
             GROUP, TILE_ROWS, STEP,
         )  # fmt: skip
@@ -297,22 +171,16 @@ def _rows_kernel(
     if MODE != 4:
         s = tl.full((TILE_ROWS,), 1.0, tl.float32)
         if MODE != 0:
-            s = _scale(square, gain_ptr, target_rms, eps, MODE != 1, HAS_GAIN)
+            s = row_scale(square, gain_ptr, target_rms, eps, MODE != 1, HAS_GAIN)
         for start in range(0, WIDTH, STEP):
             part = start + tl.arange(0, STEP)
-            x = _tile(
+            x = row_tile(
                 x_ptr, scales_ptr, norm_weight_ptr, norm_bias_ptr, row, part, live_row, mean, rstd,
                 latents, code_bytes, groups, WIDTH, BITS, GROUP, HAS_NORM, HAS_NORM_BIAS,
             )  # fmt: skip
-            _store_rows(out_ptr, x * s[:, None], row, part, live_row, WIDTH, PADDED)
+            store_rows(out_ptr, x * s[:, None], row, part, live_row, WIDTH, PADDED)
         if MODE != 0:
-            _store_tail(out_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
-
-
-def plain_tiling(width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of a launch that only reads and writes: whole rows if they fit."""
-    columns = min(triton.next_power_of_2(width), TILE_VALUES)
-    return TILE_VALUES // columns, columns
+            store_tail(out_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
 
 
 def gram_precision(dtype: torch.dtype) -> str:

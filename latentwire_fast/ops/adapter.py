@@ -13,23 +13,22 @@ from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, KernelError
 from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register, uses_triton
 from latentwire_fast.ops.folds import folded
-from latentwire_fast.ops.quantize import check_packed, unpack_dequantize
 
 if TYPE_CHECKING:
     from latentwire_fast.kernels.adapter import Projection
 
 CALIBRATIONS = ("none", "token", "example", "batch")
 
-_PARAMETERS = "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gamma"
-_SETTINGS = "float target_rms, str calibration, bool tanh"
+PARAMETERS = "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gamma"
+SETTINGS = "float target_rms, str calibration, bool tanh"
 
 
-def _dense(vector: Tensor | None) -> Tensor | None:
+def dense(vector: Tensor | None) -> Tensor | None:
     """As the kernels index it."""
     return None if vector is None else vector.contiguous()
 
 
-def _projection(
+def projection_of(
     shape: tuple[int, ...], dtype: torch.dtype, weight: Tensor, *arguments: Any
 ) -> Projection:
     """The kernels' arguments for rows x of a shape `[..., M, d]`."""
@@ -39,8 +38,8 @@ def _projection(
     group_rows = {"none": 0, "token": 1, "batch": math.prod(shape[:-1])}.get(calibration)
     folds = kernels.is_folded(shape[-1], tanh=tanh)
     return kernels.Projection(
-        *(weight.contiguous(), _dense(bias), _dense(gamma)),
-        norm=kernels.Norm(_dense(norm_weight), _dense(norm_bias), reference.LAYER_NORM_EPS),
+        *(weight.contiguous(), dense(bias), dense(gamma)),
+        norm=kernels.Norm(dense(norm_weight), dense(norm_bias), reference.LAYER_NORM_EPS),
         calibration=kernels.Calibration(
             *(gain, target_rms, reference.RMS_EPS),
             group_rows=shape[-2] if group_rows is None else group_rows,
@@ -65,8 +64,8 @@ def _project_calibrate(
         return reference.project_calibrate(x, *parameters, beta, *rest)
     from latentwire_fast.kernels import adapter as kernels
 
-    projection = _projection(x.shape, x.dtype, *parameters, *rest)
-    out, squares = kernels.project_calibrate(x.reshape(-1, x.shape[-1]), projection, _dense(beta))
+    projection = projection_of(x.shape, x.dtype, *parameters, *rest)
+    out, squares = kernels.project_calibrate(x.reshape(-1, x.shape[-1]), projection, dense(beta))
     shape = _mean_square_shape(x, rest[-2])
     return out.view(*x.shape[:-1], weight.shape[0]), squares.reshape(shape)
 
@@ -94,47 +93,13 @@ def _project_calibrate_backward(grad: Tensor, x: Tensor, *arguments: Any) -> lis
         settings = (target_rms, calibration, tanh)
         grads = kernels.project_calibrate_backward(
             *(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), squares.reshape(-1)),
-            _projection(x.shape, x.dtype, *tensors, *settings),
+            projection_of(x.shape, x.dtype, *tensors, *settings),
             needs,
         )
         grads[0] = None if grads[0] is None else grads[0].view(x.shape)
     else:
         grads = reference.project_calibrate_backward(grad, x, *arguments)
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
-
-
-def _dequantize_project_calibrate(
-    codes: Tensor,
-    scales: Tensor,
-    bits: int,
-    group_size: int,
-    shape: list[int],
-    dtype: torch.dtype,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    computes_in = torch.float64 if dtype == torch.float64 else torch.float32
-    parameters = (weight, bias, norm_weight, norm_bias, gamma)
-    if not uses_triton("dequantize_project_calibrate", codes, computes_in=computes_in):
-        return reference.dequantize_project_calibrate(
-            *(codes, scales, bits, group_size, shape, dtype, *parameters, beta, *rest)
-        )
-    from latentwire_fast.kernels import adapter as kernels
-
-    packed = kernels.Packed(
-        *(codes.contiguous(), scales.contiguous(), bits, group_size),
-        latents=shape[-2],
-        width=shape[-1],
-        dtype=dtype,
-    )
-    projection = _projection(tuple(shape), dtype, *parameters, *rest)
-    out, _ = kernels.project_calibrate(packed, projection, _dense(beta))
-    return out.view(*shape[:-1], weight.shape[0])
 
 
 def _project_calibrate_backward_fake(
@@ -164,29 +129,20 @@ def _project_calibrate_backward_fake(
 
 
 register(
-    f"project_calibrate(Tensor x, {_PARAMETERS}, Tensor? beta, Tensor? gain, {_SETTINGS}) "
+    f"project_calibrate(Tensor x, {PARAMETERS}, Tensor? beta, Tensor? gain, {SETTINGS}) "
     "-> (Tensor, Tensor)",
     _project_calibrate,
     _project_calibrate_fake,
 )
 register(
-    f"project_calibrate_backward(Tensor grad, Tensor x, {_PARAMETERS}, Tensor? gain, "
-    f"Tensor mean_square, {_SETTINGS}, bool[8] needs) -> Tensor[]",
+    f"project_calibrate_backward(Tensor grad, Tensor x, {PARAMETERS}, Tensor? gain, "
+    f"Tensor mean_square, {SETTINGS}, bool[8] needs) -> Tensor[]",
     _project_calibrate_backward,
     _project_calibrate_backward_fake,
 )
-register(
-    "dequantize_project_calibrate(Tensor codes, Tensor scales, int bits, int group_size, "
-    f"SymInt[] shape, ScalarType dtype, {_PARAMETERS}, Tensor? beta, Tensor? gain, {_SETTINGS}) "
-    "-> Tensor",
-    _dequantize_project_calibrate,
-    lambda codes, scales, bits, group_size, shape, dtype, weight, *rest: codes.new_empty(
-        (*shape[:-1], weight.shape[0]), dtype=dtype
-    ),
-)
 
 
-class _ProjectCalibrate(torch.autograd.Function):
+class ProjectCalibrate(torch.autograd.Function):
     """Saves x, the mean squares and the parameters; y is made again, or not needed, in backward."""
 
     @staticmethod
@@ -233,7 +189,7 @@ class _ProjectCalibrate(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _checked(
+def checked(
     op: str,
     on: Tensor,
     shape: tuple[int, ...],
@@ -322,7 +278,7 @@ def project_calibrate(
         KernelError: shapes, dtypes or devices that do not fit.
     """
     check_float("project_calibrate", "x", x, dims=2 if calibration == "example" else 1)
-    scale, gain_tensor = _checked(
+    scale, gain_tensor = checked(
         "project_calibrate",
         x,
         tuple(x.shape),
@@ -331,68 +287,7 @@ def project_calibrate(
         gain=gain,
         calibration=calibration,
     )
-    return _ProjectCalibrate.apply(
+    return ProjectCalibrate.apply(
         *(x, weight, bias, norm_weight, norm_bias, gamma, beta),
         *(gain_tensor, scale, calibration, tanh),
-    )
-
-
-def dequantize_project_calibrate(
-    codes: Tensor,
-    scales: Tensor,
-    *,
-    bits: int,
-    group_size: int,
-    shape: tuple[int, ...],
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    target_rms: float | None = None,
-    gain: float | Tensor = 1.0,
-    calibration: str = "token",
-    tanh: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`project_calibrate` of what `quantize_pack` packed: a payload's codes to prefix embeddings.
-
-    The same as `unpack_dequantize` to fp32 and `project_calibrate`, but on a GPU the unpacked
-    latent is never written. Where a parameter's gradient is asked for, the two are called one after
-    the other, because backward needs the latent.
-
-    Args:
-        codes: `[..., code_bytes(M*d)]` uint8; scales: `[..., ceil(M*d / group_size)]` fp16.
-        shape: of the latent, `(..., M, d)`.
-        dtype: of the result, and of the rows that are multiplied; the weight's unless given.
-        bits, group_size: as in `quantize_pack`; the rest: as in `project_calibrate`.
-
-    Returns:
-        `[..., M, D]`.
-
-    Raises:
-        ConfigError: bits, group size, calibration or target_rms.
-        KernelError: shapes, dtypes or devices that do not fit.
-    """
-    op = "dequantize_project_calibrate"
-    dtype = weight.dtype if dtype is None else dtype
-    check_packed(op, codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=dtype)
-    parameters = (weight, bias, norm_weight, norm_bias, gamma, beta)
-    scale, gain_tensor = _checked(
-        *(op, codes, shape, *parameters), target_rms=target_rms, gain=gain, calibration=calibration
-    )
-    settings = (gain_tensor, scale, calibration, tanh)
-    tensors = [t for t in (*parameters, gain_tensor) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        unpacked = torch.float64 if dtype == torch.float64 else torch.float32
-        x = unpack_dequantize(
-            codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=unpacked
-        )
-        return _ProjectCalibrate.apply(x, *parameters, *settings).to(dtype)
-    batch = math.prod(shape[:-2])
-    return torch.ops.latentwire_fast.dequantize_project_calibrate(
-        codes.reshape(batch, codes.shape[-1]),
-        scales.reshape(batch, scales.shape[-1]),
-        *(bits, group_size, shape, dtype, *parameters, *settings),
     )
