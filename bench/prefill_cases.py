@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from prefill_clock import Clock, Sample
-from prefill_rows import COLD, DEEP, SOFT, WARM, Row
+from prefill_rows import COLD, DEEP, WARM, Row
 from prefill_shapes import Workload, build_encoder, text_prompts
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from latentwire_fast import wire
 from latentwire_fast.adapters import Adapter
+from latentwire_fast.config import AdapterConfig
 from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.prefill import Receiver
 from latentwire_fast.prefill.inputs import lay_out
@@ -32,6 +33,7 @@ class Bench:
     """One reader with everything that its rows share.
 
     Attributes:
+        adapter: latent to soft tokens; freshly drawn, as the deep prefix is.
         dtype: of reader, adapters and encoder.
         scratch: a folder for the encoder's weights.
         seed: of the latents that stand for encoded texts in rows without an encoder.
@@ -39,6 +41,7 @@ class Bench:
 
     reader: Reader
     encoder_source: str
+    adapter: AdapterConfig
     d_z: int
     dtype: torch.dtype
     device: str
@@ -66,7 +69,7 @@ class Bench:
                 prefix = DeepPrefix(DEEP, **shape, geometry=self.reader.kv_geometry)
             else:
                 adapter = Adapter(
-                    SOFT,
+                    self.adapter,
                     **shape,
                     d_model=self.reader.d_model,
                     target_rms=self.reader.embedding_rms,

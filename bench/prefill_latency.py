@@ -15,11 +15,11 @@ matplotlib is installed, and shows progress where tqdm is. `docs/prefill.md` exp
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +27,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prefill_rows import ENGINES, METHODS, Plan, Row, Sizes  # noqa: E402
+from prefill_rows import ENGINES, METHODS, SOFT, Plan, Sizes  # noqa: E402
+
+from latentwire_fast.config import AdapterConfig  # noqa: E402
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DEFAULT_READERS = ("llama-3.1-8b", "qwen2.5-7b")
@@ -35,8 +37,6 @@ DEFAULT_READERS = ("llama-3.1-8b", "qwen2.5-7b")
 TEMPLATE_POSITIONS = 32
 # What a group needs whatever its rows, in seconds; runs that every row gets; FLOP/s of a slow GPU.
 GROUP_SECONDS, RUNS_OF_A_SLOW_ROW, ROUGH_FLOPS = 8.0, 12, 5e14
-# A gate compares logits with the eager path's; random readers in half precision differ by this.
-GATE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,6 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batches", nargs="+", type=int, default=[1, 8, 32])
     add("--bits", nargs="+", type=int, default=[6], choices=(16, 8, 6, 4))
     add("--d-z", type=int, default=32, help="width of a latent")
+    add("--adapter", default="mlp", choices=("mlp", "linear"), help="latent to soft tokens")
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     add("--engines", nargs="+", choices=ENGINES, help="eager, and graph on a GPU, if not given")
     add("--encoder", default="llama-160m", help="shape of the sender's encoder")
@@ -85,6 +86,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
+def adapter_of(args: argparse.Namespace) -> AdapterConfig:
+    return replace(SOFT, kind=args.adapter)
+
+
 # --- prediction -----------------------------------------------------------------------------------
 
 
@@ -93,6 +98,7 @@ def predict(args: argparse.Namespace) -> None:
     from ceilings import DATASHEETS, REACHABLE
     from prefill_results import Results, for_text, result_of
     from prefill_shapes import Dims, config_of
+    from prefill_tables import markdown
 
     args.engines = args.engines or ["eager", "graph"]
     plan, element = plan_of(args), DTYPES[args.dtype or "bfloat16"]
@@ -100,7 +106,7 @@ def predict(args: argparse.Namespace) -> None:
         results = Results({"gpu": DATASHEETS[gpu].name, "rates": REACHABLE[gpu].to_json()})
         for reader in args.readers:
             dims, encoder = Dims.of(config_of(reader)), Dims.of(config_of(args.encoder))
-            sizes = Sizes(dims, encoder, args.d_z, TEMPLATE_POSITIONS, element)
+            sizes = Sizes(dims, encoder, args.d_z, TEMPLATE_POSITIONS, element, adapter_of(args))
             for batch in args.batches:
                 for row in plan.rows(reader, batch, dims, element=element):
                     size = payload_bytes(row.latents, args.d_z, row.bits)
@@ -112,10 +118,10 @@ def predict(args: argparse.Namespace) -> None:
                     )
                     for tokens in [row.text_tokens] if row.text_tokens else plan.text_tokens:
                         results.results.append(for_text(result, tokens, None))
-        print(f"## {DATASHEETS[gpu].name}: predicted, nothing measured\n\n{results.markdown()}")
+        print(f"## {DATASHEETS[gpu].name}: predicted, nothing measured\n\n{markdown(results)}")
         if args.out:
             (args.out / gpu).mkdir(parents=True, exist_ok=True)
-            (args.out / gpu / "predicted.md").write_text(results.markdown())
+            (args.out / gpu / "predicted.md").write_text(markdown(results))
 
 
 def payload_bytes(latents: int | None, d_z: int, bits: int | None) -> int | None:
@@ -169,150 +175,14 @@ def split_over_cpu(reader: Any) -> None:
     )
 
 
-class Group:
-    """The rows of one reader and batch, measured side by side.
-
-    Args:
-        seconds: that it may take; None for as long as it needs.
-    """
-
-    def __init__(self, bench: Any, plan: Plan, args: argparse.Namespace, *, batch: int) -> None:
-        from prefill_shapes import (
-            Dims,
-            config_of,
-            synthetic_workload,
-            text_prompts,
-            workload_from_file,
-        )
-
-        self.bench, self.args, self.batch = bench, args, batch
-        builder = bench.reader.prompts
-        if args.data:
-            work = workload_from_file(builder, args.data, rows=batch)
-            self.workloads = {work.tokens: work}
-        else:
-            self.workloads = {
-                tokens: synthetic_workload(builder, rows=batch, tokens=tokens, seed=tokens)
-                for tokens in plan.text_tokens
-            }
-        self.plan = Plan(**{**plan.__dict__, "text_tokens": tuple(self.workloads)})
-        self.dims = Dims.of(bench.reader.model.config)
-        first = next(iter(self.workloads.values()))
-        longest = max(len(prompt.ids) for prompt in text_prompts(builder, first))
-        encoder = Dims.of(config_of(args.encoder))
-        element = bench.dtype.itemsize
-        self.sizes = Sizes(self.dims, encoder, args.d_z, longest - first.tokens, element)
-        rows = self.plan.rows(args.name, batch, self.dims, element=element)
-        # Cheap ones first: what a time limit cuts off is then little.
-        self.rows = sorted(rows, key=lambda row: self.sizes.work(row).flops)
-
-    def measure(
-        self, *, ceilings: Any, rates: Any, absent: list[Any], seconds: float | None
-    ) -> list[Any]:
-        """Results of all rows; what could not be measured is told in `absent`."""
-        from prefill_clock import Timed, interleave, warm_up
-        from prefill_results import for_text, result_of
-
-        deadline = None if seconds is None else time.monotonic() + seconds
-        each = None if seconds is None else 0.7 * seconds / len(self.rows)
-        built: list[tuple[Any, Timed, int | None]] = []
-        expected: dict[Row, Any] = {}
-        for row in self.rows:
-            if deadline is not None and time.monotonic() > deadline - 0.5 * (seconds or 0):
-                absent.append([str(row), "out of time"])
-                continue
-            try:
-                case, peak = self._ready(row, expected)
-            except Exception as error:  # a row that fails costs itself alone
-                absent.append([str(row), f"{type(error).__name__}: {error}"])
-                release(self.bench.device)
-                continue
-            timed = Timed(case.run)
-            warm_up(timed, runs=self.args.warm_ups, seconds=each)
-            built.append((case, timed, peak))
-        runs = interleave(
-            [timed for _, timed, _ in built],
-            repeats=self.args.repeats,
-            seconds=each,
-            deadline=deadline,
-        )
-        title = f"{self.args.name}, batch {self.batch}"
-        for _ in progress(runs, total=len(built) * self.args.repeats, title=title):
-            pass
-        results = []
-        for case, timed, peak in built:
-            if not timed.samples:
-                absent.append([str(case.row), "out of time"])
-                continue
-            result = result_of(
-                *(case.row, self.sizes),
-                ceilings=ceilings,
-                rates=rates,
-                samples=timed.samples,
-                payload_bytes=case.payload_bytes,
-                peak_bytes=peak,
-            )
-            for tokens in [case.row.text_tokens] if case.row.text_tokens else self.workloads:
-                results.append(for_text(result, tokens, self.workloads[tokens].text_bytes))
-        return results
-
-    def _ready(self, row: Row, expected: dict[Row, Any]) -> tuple[Any, int | None]:
-        """A case that passed its gate, and the peak of memory in making and running it once."""
-        import torch
-        from prefill_cases import build_case
-
-        on_gpu = self.bench.device != "cpu"
-        if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        workload = self.workloads.get(row.text_tokens) or next(iter(self.workloads.values()))
-        case = build_case(self.bench, row, workload)
-        logits = case.logits().float().cpu()
-        expected.setdefault(row, logits)
-        if (same := case.reference) is not None:
-            if same not in expected:
-                expected[same] = build_case(self.bench, same, workload).logits().float().cpu()
-            check_gate(logits, expected[same], self.args.dtype)
-        if not on_gpu:
-            return case, None
-        torch.cuda.synchronize()
-        weights = self.bench.reader.model.get_memory_footprint()
-        return case, torch.cuda.max_memory_allocated() - before + weights
-
-
-def release(device: str) -> None:
-    """Give memory back: graphs of rows that are gone hold theirs until it is asked for."""
-    import torch
-
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
-
-
-def check_gate(found: Any, expected: Any, dtype: str) -> None:
-    """Raise unless logits are the eager path's, as a share of the largest of them."""
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if not error <= GATE[dtype]:
-        raise AssertionError(f"the gate: logits off by {error:.1e}, allowed {GATE[dtype]:.0e}")
-
-
-def progress(runs: Iterator[int], *, total: int, title: str) -> Iterator[int]:
-    """The runs, with a bar where tqdm is installed and somebody watches."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return runs
-    return iter(tqdm(runs, total=total, desc=title, disable=None, leave=False))
-
-
 def group_weight(args: argparse.Namespace, source: str) -> float:
     """Seconds that the rows of a group take per row of its batch, roughly and on a GPU: its share
     of the budget goes by this."""
     from prefill_shapes import Dims, config_of
 
     dims = Dims.of(config_of(source))
-    sizes = Sizes(dims, Dims.of(config_of(args.encoder)), args.d_z, TEMPLATE_POSITIONS, 2)
+    encoder = Dims.of(config_of(args.encoder))
+    sizes = Sizes(dims, encoder, args.d_z, TEMPLATE_POSITIONS, 2, adapter_of(args))
     rows = plan_of(args).rows(source, 1, dims, element=2)
     return RUNS_OF_A_SLOW_ROW * sum(sizes.work(row).flops for row in rows) / ROUGH_FLOPS
 
@@ -334,8 +204,11 @@ def _measure(args: argparse.Namespace, scratch: Path) -> Any:
     from ceilings import REACHABLE, measure_ceilings
     from prefill_cases import Bench
     from prefill_cost import cpu_ceilings
-    from prefill_results import Results, short_table
+    from prefill_files import write
+    from prefill_group import Group, release
+    from prefill_results import Results
     from prefill_shapes import build_reader
+    from prefill_tables import short_table
 
     on_gpu = torch.cuda.is_available() if args.device is None else args.device != "cpu"
     args.device = args.device or ("cuda:0" if on_gpu else "cpu")
@@ -366,7 +239,12 @@ def _measure(args: argparse.Namespace, scratch: Path) -> Any:
         if args.half_on_cpu:
             args.name = f"{source}, half on cpu"
             split_over_cpu(reader)
-        bench = Bench(reader, args.encoder, args.d_z, dtype, str(reader.device), scratch)
+        bench = Bench(
+            *(reader, args.encoder, adapter_of(args), args.d_z),
+            dtype=dtype,
+            device=str(reader.device),
+            scratch=scratch,
+        )
         for batch in args.batches:
             left = None if args.budget is None else args.budget - (time.monotonic() - started)
             group = Group(bench, plan_of(args), args, batch=batch)
@@ -380,7 +258,7 @@ def _measure(args: argparse.Namespace, scratch: Path) -> Any:
             shown = [r for r in results.ordered() if (r.row.reader, r.row.batch) == title]
             print(f"\n{args.name}, batch {batch}\n{short_table(results, shown)}", flush=True)
             if args.out:
-                results.write(args.out)
+                write(results, args.out)
             del group
             release(bench.device)
         del bench, reader

@@ -111,6 +111,7 @@ class Sizes:
     Attributes:
         template: positions of a prompt besides context or latent: template, question, anchor.
         element: bytes of a weight.
+        adapter: latent to soft tokens.
     """
 
     dims: Dims
@@ -118,6 +119,7 @@ class Sizes:
     d_z: int
     template: int
     element: int
+    adapter: AdapterConfig = SOFT
 
     def positions(self, row: Row) -> int:
         """Positions that the reader's forward pass computes, per row of the batch."""
@@ -154,21 +156,21 @@ class Sizes:
 
     def _trained(self, method: str, slots: int) -> Trained:
         """The adapter or the deep prefix: all weights of its matmuls meet every slot."""
-        deep = method == "deep_prefix"
-        weights, launches = _matmuls_of(self.dims, self.d_z, deep=deep)
+        config = DEEP if method == "deep_prefix" else self.adapter
+        weights, launches = _matmuls_of(self.dims, self.d_z, config)
         return Trained(slots, weights, launches, self.element)
 
 
 @cache
-def _matmuls_of(dims: Dims, d_z: int, *, deep: bool) -> tuple[int, int]:
+def _matmuls_of(dims: Dims, d_z: int, config: AdapterConfig) -> tuple[int, int]:
     """Weights of a trained part's matmuls, and about how many launches it takes."""
     with torch.device("meta"):
-        if deep:
+        if config.prefix == "deep":
             rms = ((1.0, 1.0),) * dims.layers
             geometry = KVGeometry(dims.layers, dims.kv_heads, dims.head_width, rms)
-            part: nn.Module = DeepPrefix(DEEP, latents=1, d_z=d_z, geometry=geometry)
+            part: nn.Module = DeepPrefix(config, latents=1, d_z=d_z, geometry=geometry)
         else:
-            part = Adapter(SOFT, latents=1, d_z=d_z, d_model=dims.width, target_rms=1.0)
+            part = Adapter(config, latents=1, d_z=d_z, d_model=dims.width, target_rms=1.0)
     matrices = [
         weight.numel()
         for name, weight in part.named_parameters()

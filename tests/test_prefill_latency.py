@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import gpu_prefill
 import prefill_cases
 import prefill_clock
+import prefill_group
 import prefill_latency
 from ceilings import DATASHEETS, REACHABLE
 from prefill_clock import Clock, Sample, Timed, interleave, interval, warm_up
@@ -31,7 +32,9 @@ from prefill_cost import Kernels, Pass, cpu_ceilings
 from prefill_results import Results, for_text, result_of
 from prefill_rows import DEEP, METHODS, Plan, Row, Sizes
 from prefill_shapes import SHAPES, Dims, Workload, build_reader, synthetic_workload, text_prompts
+from prefill_tables import latex, markdown
 
+from latentwire_fast.config import AdapterConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts import Turn
 from latentwire_fast.reader import Reader
@@ -158,6 +161,9 @@ def test_the_floor_is_below_the_prediction_and_above_the_weights() -> None:
 def test_costs_count_what_the_trained_parts_have() -> None:
     dims = Dims.of(SHAPES["llama-3.1-8b"])
     sizes = replace(TINY_SIZES, dims=dims, d_z=32)
+    linear = replace(sizes, adapter=AdapterConfig(kind="linear"))
+    cached = Row("r", "latent_cached", "eager", 2, 0, 4, 6)
+    assert linear.work(cached).parts[0].weights == 4096 * 32
     adapter, deep = (
         sizes.work(Row("r", method, "eager", 2, 0, 4, 6)).parts[0]
         for method in ("latent_cached", "deep_prefix")
@@ -283,14 +289,14 @@ def test_results_have_the_schema() -> None:
 
 def test_tables_show_every_row() -> None:
     results = some_results()
-    markdown, latex = results.markdown(), results.latex()
-    assert markdown.count("| latent, cached payload | graph |") == 2
-    assert "### a_reader, batch 2" in markdown
-    assert r"\emph{a\_reader, batch 2}" in latex
-    assert latex.count(r"latent, cached payload & graph") == 2
-    assert latex.startswith(r"\begin{tabular}")
-    assert r"\toprule" in latex
-    assert r"\bottomrule" in latex
+    shown, printed = markdown(results), latex(results)
+    assert shown.count("| latent, cached payload | graph |") == 2
+    assert "### a_reader, batch 2" in shown
+    assert r"\emph{a\_reader, batch 2}" in printed
+    assert printed.count(r"latent, cached payload & graph") == 2
+    assert printed.startswith(r"\begin{tabular}")
+    assert r"\toprule" in printed
+    assert r"\bottomrule" in printed
 
 
 def test_a_text_that_was_not_measured_gives_no_speedup() -> None:
@@ -361,6 +367,20 @@ def test_the_senders_encoder_is_three_lines(tmp_path: Path) -> None:
     assert not results.machine["absent"]
 
 
+def test_dequantising_is_a_part_of_a_linear_adapter(tmp_path: Path) -> None:
+    arguments = tiny_arguments(tmp_path, "--adapter", "linear", "--bits", "16", "4")
+    arguments.engines, arguments.methods = ["eager"], ["latent_cached", "deep_prefix"]
+    results = prefill_latency.measure(arguments)
+    assert not results.machine["absent"]
+    unpacks = {(r.row.method, r.row.bits): "dequantise" in r.phases for r in results.results}
+    assert unpacks == {
+        ("latent_cached", 16): True,
+        ("latent_cached", 4): False,
+        ("deep_prefix", 16): True,
+        ("deep_prefix", 4): True,
+    }
+
+
 def test_a_row_that_fails_its_gate_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,7 +392,7 @@ def test_a_row_that_fails_its_gate_is_not_timed(
             case.logits = lambda: torch.zeros(2, SHAPES["llama-tiny"].vocab_size)
         return case
 
-    monkeypatch.setattr(prefill_cases, "build_case", wrong)
+    monkeypatch.setattr(prefill_group, "build_case", wrong)
     arguments = tiny_arguments(tmp_path, "--methods", "text", "kv_reuse", "--engines", "eager")
     results = prefill_latency.measure(arguments)
     assert {r.row.method for r in results.results} == {"text"}

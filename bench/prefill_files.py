@@ -1,0 +1,92 @@
+"""What a run of the prefill benchmark leaves in its folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from prefill_clock import PHASES
+from prefill_results import Result, Results
+from prefill_rows import ENGINES
+from prefill_tables import latex, markdown
+
+
+def write(results: Results, folder: Path) -> None:
+    """All files, each replaced as a whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "results.json", json.dumps(results.to_json(), indent=1) + "\n")
+    _replace(folder / "table.md", markdown(results))
+    _replace(folder / "table.tex", latex(results))
+    _write_samples(results, folder / "samples.csv")
+    _draw(results, folder)
+
+
+def _write_samples(results: Results, path: Path) -> None:
+    names = ("reader", "method", "encoder", "engine", "batch", "text_tokens", "M", "bits")
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, "run", "total_ms", *(f"{p} ms" for p in PHASES)])
+        for result in results.ordered():
+            r = result.row
+            key = (r.reader, r.method, r.encoder, r.engine, r.batch, r.text_tokens, r.latents)
+            for number, sample in enumerate(result.samples):
+                phases = [sample.phases.get(phase) for phase in PHASES]
+                writer.writerow([*key, r.bits, number, sample.total, *phases])
+    temporary.replace(path)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _draw(results: Results, folder: Path) -> None:
+    """Time to the first token against prompt length, a line per M, a panel per reader and batch."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    measured = [r for r in results.ordered() if r.samples and r.row.text_tokens]
+    panels = list(dict.fromkeys((r.row.reader, r.row.batch) for r in measured))
+    if not panels:
+        return
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        here = [r for r in measured if (r.row.reader, r.row.batch) == panel]
+        engine = next(e for e in reversed(ENGINES) if any(r.row.engine == e for r in here))
+        bits = next((r.row.bits for r in here if r.row.bits), None)
+        lines: dict[str, list[Result]] = {}
+        for result in here:
+            row = result.row
+            if row.engine != engine or row.method not in ("text", "latent_cached"):
+                continue
+            if row.bits not in (None, bits):
+                continue
+            name = "text" if row.method == "text" else f"latent, M = {row.latents}"
+            lines.setdefault(name, []).append(result)
+        for name, line in lines.items():
+            style = {"color": "black", "linestyle": "--"} if name == "text" else {}
+            lengths = [r.row.text_tokens for r in line]
+            axis.plot(lengths, [r.p50 for r in line], marker="o", label=name, **style)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="tokens of the text",
+            title=f"{panel[0]}, B={panel[1]}",
+        )
+        axis.set_ylabel(f"ms to the first token ({engine})")
+        lengths = sorted({r.row.text_tokens for r in here})
+        axis.set_xticks(lengths, list(map(str, lengths)))
+        axis.minorticks_off()
+        axis.legend(fontsize="small")
+    for suffix in ("png", "pdf"):
+        figure.savefig(folder / f"latency.{suffix}", dpi=150)
+    plt.close(figure)
