@@ -20,7 +20,6 @@ from harness import (
     AUTOTUNED,
     DEVICE,
     Case,
-    Errors,
     Forward,
     Row,
     compiled,
@@ -29,6 +28,7 @@ from harness import (
     relative_error,
     report_row,
 )
+from records import Errors
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -16,7 +16,6 @@ from harness import (
     AUTOTUNED,
     DEVICE,
     Case,
-    Errors,
     Forward,
     Row,
     compiled,
@@ -26,6 +25,7 @@ from harness import (
     library,
     report_row,
 )
+from records import Errors
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from ceilings import Stage
 from clocks import Call, Inputs
-from harness import DEVICE, Absent, Case, Errors, Row, grid, report_row
+from harness import DEVICE, Absent, Case, Row, grid, report_row
+from records import Errors
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 

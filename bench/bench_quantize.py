@@ -16,7 +16,6 @@ from harness import (
     AUTOTUNED,
     DEVICE,
     Case,
-    Errors,
     Forward,
     Row,
     compiled,
@@ -25,6 +24,7 @@ from harness import (
     library,
     report_row,
 )
+from records import Errors
 
 from latentwire_fast import ops, reference
 

@@ -15,11 +15,7 @@ Exit status: 0; 1 where a section or a test failed or our result was wrong; 2 wi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,18 +25,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_tests import run_tests
+from processes import FAILED, OK, ROOT, environment, finish, start
+
 SCRIPT = Path(__file__).resolve()
-ROOT = SCRIPT.parents[1]
 TOTAL_SECONDS = 520
 # A worker stops starting cases this long before it would be killed.
 MARGIN_SECONDS = 15
 # The benchmarks' workers. What a section may take is a share of the whole run; together they are
 # more than it, because hardly one takes all of its own.
 BENCHMARKS = {"K1": 0.17, "K2": 0.21, "K3a": 0.13, "K3b": 0.17, "K4": 0.09}
-# Of the tests' time for the kernels' own; the rest is for the others.
-KERNEL_TESTS_SHARE = 0.75
-OK, FAILED = "done", "failed"
-OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 
 
 @dataclass
@@ -82,7 +76,7 @@ class Run:
     def write(self) -> None:
         """results.json and results.md, as far as they are known."""
         from ceilings import Ceilings
-        from harness import Record
+        from records import Record
         from tables import results_page
         from targets import targets
 
@@ -93,42 +87,6 @@ class Run:
         text = json.dumps(self.results, indent=1, allow_nan=False)
         (self.folder / "results.json").write_text(text + "\n")
         (self.folder / "results.md").write_text(results_page(self.results))
-
-
-def environment() -> dict[str, str]:
-    """That of the sections: the checkout is importable, nothing is fetched."""
-    paths = [str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def start(command: Sequence[str | Path], log: Path | None = None) -> subprocess.Popen[bytes]:
-    """A section's process, leader of a group of its own; its output goes to `log` or to ours."""
-    with contextlib.ExitStack() as stack:
-        output = stack.enter_context(log.open("wb")) if log else None
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT if log else None,
-            start_new_session=True,
-        )
-
-
-def finish(process: subprocess.Popen[bytes], *, by: float) -> str:
-    """Wait until the monotonic time `by`, then end the process and all that it started."""
-    try:
-        status = process.wait(timeout=max(0.0, by - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return "stopped: out of time"
-    return OK if status == 0 else f"{FAILED}: status {status}"
 
 
 # --- The sections ---------------------------------------------------------------------------------
@@ -168,68 +126,13 @@ def build_extension(run: Run, limit: float) -> str:
     return f"not built ({outcome}): {reason}"
 
 
-def device_tests(tiny: bool) -> tuple[list[Path], list[Path]]:
-    """Files whose tests all run kernels, and files with a few that need a GPU.
-
-    Not the compiling tests, which need no GPU.
-    """
-    kernels, others = [], []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        text = path.read_text()
-        if "needs_kernels" in text:
-            kernels.append(path)
-        elif "pytest.mark.gpu" in text:
-            others.append(path)
-    return (kernels[:1], []) if tiny else (kernels, others)
-
-
-def run_tests(run: Run, limit: float) -> str:
-    """The kernels' files side by side (compiling takes most of their time), then the others.
-
-    A file that imports what is not installed counts as skipped.
-    """
-    started = time.monotonic()
-    base = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    kernels, others = device_tests(run.tiny)
-    logs = {path: run.parts / f"{path.stem}.log" for path in (*kernels, *others)}
-    side_by_side = [start([*base, path], logs[path]) for path in kernels]
-    by = started + KERNEL_TESTS_SHARE * limit
-    endings = [finish(process, by=by) for process in side_by_side]
-    by = started + limit
-    endings += [finish(start([*base, "-m", "gpu", p], logs[p]), by=by) for p in others]
-    reports = [
-        report_of(path.name, logs[path].read_text(errors="replace"), ending)
-        for path, ending in zip(logs, endings, strict=True)
-    ]
+def test_kernels(run: Run, limit: float) -> str:
+    reports = run_tests(run.parts, limit, tiny=run.tiny)
     run.results["tests"] = reports
     for report in reports:
         print(f"  {report['file']}: {report['passed']} passed, {report['failed']} failed, "
               f"{report['skipped']} skipped. {report['note']}")  # fmt: skip
     return FAILED if any(report["bad"] for report in reports) else OK
-
-
-def report_of(file: str, log: str, ending: str) -> dict[str, Any]:
-    """Counts from pytest's lines, which are there also when it was stopped."""
-    outcomes = OUTCOME.findall(log)
-    count = {word: sum(outcome == word for _, outcome in outcomes) for word in
-             ("PASSED", "FAILED", "ERROR", "SKIPPED")}  # fmt: skip
-    failed = count["FAILED"] + count["ERROR"]
-    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", log)
-    note, bad = "", ending != OK or failed > 0
-    if not outcomes and missing:
-        note, bad = f"needs {missing[1]}", False
-    elif failed:
-        note = "; ".join(name for name, word in outcomes if word in ("FAILED", "ERROR"))[:2000]
-    elif ending != OK:
-        note = f"{ending}: {next(reversed(log.strip().splitlines()), 'no output')[:200]}"
-    return {
-        "file": file,
-        "passed": count["PASSED"],
-        "failed": failed,
-        "skipped": count["SKIPPED"],
-        "note": note,
-        "bad": bad,
-    }
 
 
 # --- The workers ----------------------------------------------------------------------------------
@@ -238,7 +141,8 @@ def report_of(file: str, log: str, ending: str) -> dict[str, Any]:
 def work(name: str, folder: Path, seconds: float) -> None:
     """One section, in its own process: lines of JSON into `folder / name.jsonl`."""
     from ceilings import Ceilings, measure_ceilings
-    from harness import DEVICE, Record, run_cases
+    from harness import DEVICE, run_cases
+    from records import Record
 
     with (folder / f"{name}.jsonl").open("w", buffering=1) as out:
         if name == "ceilings":
@@ -318,7 +222,7 @@ def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> 
         if run.results["ceilings"] is None:
             return 1
         run.section("extension", 0.17, lambda limit: build_extension(run, limit))
-        run.section("tests", 0.21, lambda limit: run_tests(run, limit))
+        run.section("tests", 0.21, lambda limit: test_kernels(run, limit))
         for name, share in BENCHMARKS.items():
             run.section(name, share, lambda limit, name=name: run_worker(run, name, limit))
     wrong = [

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_kernels import OK, ROOT, finish, start
+from processes import OK, ROOT, finish, start
 
 TOTAL_SECONDS = 525
 # A section gets this much to import torch and to end, besides its budget.

@@ -12,7 +12,7 @@ import gc
 import importlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
@@ -31,6 +31,7 @@ from clocks import (
     make_ready,
     peak_bytes,
 )
+from records import Errors, Record, describe
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +43,6 @@ EPSILON = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 TIMING_BUDGET = 1.0
 AUTOTUNED = "max-autotune"
 
-Errors = dict[str, float]
 Forward = Callable[..., Any]
 
 
@@ -97,43 +97,6 @@ class Case:
     def predicted(self, ceilings: Ceilings) -> float:
         """Seconds that our design should take: its launches, one after the other."""
         return sum(ceilings.floor(stage) for stage in self.design)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row's figures, or why there are none; what tables and files are made of.
-
-    Times in seconds, memory in bytes. `against_ours` is the row's median time over ours, from the
-    same interleaved rounds.
-    """
-
-    kernel: str
-    name: str
-    shape: tuple[int, ...]
-    row: str
-    device: str
-    traffic: float
-    flops: float
-    floor: float
-    absent: str | None = None
-    errors: Errors = field(default_factory=dict)
-    timing: Timing | None = None
-    against_ours: float | None = None
-    peak_bytes: int | None = None
-    launches: int | None = None
-
-    @property
-    def share_of_floor(self) -> float | None:
-        return self.floor / self.timing.p50 if self.timing else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "share_of_floor": self.share_of_floor}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Record:
-        known = {k: v for k, v in entry.items() if k in cls.__dataclass_fields__}
-        timing = known["timing"] and Timing(**known["timing"])
-        return cls(**{**known, "shape": tuple(known["shape"]), "timing": timing})
 
 
 def dtype_of(gpu: bool) -> torch.dtype:
@@ -343,12 +306,3 @@ def run_cases(
         keep(records)
         for record in records:
             print(describe(record), flush=True)
-
-
-def describe(record: Record) -> str:
-    """One line of progress."""
-    head = f"{record.kernel} {record.name} {record.shape} {record.row}:"
-    if record.timing is None:
-        return f"{head} {record.absent or 'not timed'}"
-    ratio = f", {record.against_ours:.2f}x ours" if record.against_ours else ""
-    return f"{head} {1e6 * record.timing.p50:.1f} us{ratio}"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ceilings import DATASHEETS, REACHABLE, Ceilings
-from harness import Case, Record
+from harness import Case
+from records import Record
 
 TITLES = {
     "K1": "K1: group quantisation",

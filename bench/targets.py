@@ -8,7 +8,8 @@ from fnmatch import fnmatch
 from typing import Any
 
 from ceilings import Ceilings
-from harness import AUTOTUNED, Record
+from harness import AUTOTUNED
+from records import Record
 
 Figure = Callable[[Record, Record], float | None]
 

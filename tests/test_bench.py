@@ -26,13 +26,16 @@ import bench_distill
 import bench_quantize
 import clocks
 import gpu_kernels
+import gpu_tests
 import harness
+import processes
 import tables
 from ceilings import DATASHEETS, REACHABLE, Stage, measure_ceilings
-from harness import AUTOTUNED, Absent, Case, Record, Row, run_case
+from harness import AUTOTUNED, Absent, Case, Row, run_case
+from records import Record
 from targets import targets
 
-BENCH = gpu_kernels.ROOT / "bench"
+BENCH = processes.ROOT / "bench"
 H200 = DATASHEETS["H200"]
 CASES = [case for name in gpu_kernels.BENCHMARKS for case in gpu_kernels.cases_of(name)]
 on_cpu = pytest.mark.skipif(harness.DEVICE == "cuda", reason="the small shapes of a CPU")
@@ -180,7 +183,7 @@ def test_large_cases_are_made_without_memory() -> None:
             assert case.predicted(REACHABLE[name]) >= datasheet.floor(case.work)
     page = tables.prediction_table(cases)
     assert page.count("\n") == len(cases) + 1
-    documents = (gpu_kernels.ROOT / "docs" / "kernels.md").read_text()
+    documents = (processes.ROOT / "docs" / "kernels.md").read_text()
     assert page in documents, "write anew what `python bench/gpu_kernels.py --predict` prints"
 
 
@@ -539,10 +542,10 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_process_that_hangs_is_ended_with_its_children() -> None:
     child = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
-    process = gpu_kernels.start([sys.executable, "-c", child])
-    ending = gpu_kernels.finish(process, by=time.monotonic() + 1)
+    process = processes.start([sys.executable, "-c", child])
+    ending = processes.finish(process, by=time.monotonic() + 1)
     assert ending == "stopped: out of time"
-    assert gpu_kernels.finish(gpu_kernels.start(["false"]), by=math.inf).startswith("failed")
+    assert processes.finish(processes.start(["false"]), by=math.inf).startswith("failed")
 
 
 @pytest.mark.parametrize(
@@ -557,7 +560,7 @@ def test_a_process_that_hangs_is_ended_with_its_children() -> None:
     ],
 )  # fmt: skip
 def test_what_pytest_said_is_counted(log: str, ending: str, expected: tuple[Any, ...]) -> None:
-    report = gpu_kernels.report_of("t.py", log, ending)
+    report = gpu_tests.report_of("t.py", log, ending)
     passed, failed, skipped, note, bad = expected
     assert (report["passed"], report["failed"], report["skipped"]) == (passed, failed, skipped)
     assert report["note"].startswith(note)
@@ -565,7 +568,7 @@ def test_what_pytest_said_is_counted(log: str, ending: str, expected: tuple[Any,
 
 
 def test_all_files_with_tests_for_a_gpu_are_found() -> None:
-    kernels, others = gpu_kernels.device_tests(tiny=False)
+    kernels, others = gpu_tests.device_tests(tiny=False)
     names = {path.stem.removeprefix("test_kernels_") for path in kernels}
     assert {"quantize", "adapter", "distill"} <= names
     assert names.isdisjoint({"aot", "interpreted"})
@@ -595,14 +598,14 @@ def test_a_bare_machine_is_enough() -> None:
     modules += [f"test_kernels_{name}" for name in ("quantize", "adapter", "distill")]
     modules += ["readers", "test_placement"]
     code = (
-        f"import importlib, runpy, sys\nsys.path.append({str(gpu_kernels.ROOT / 'tests')!r})\n"
+        f"import importlib, runpy, sys\nsys.path.append({str(processes.ROOT / 'tests')!r})\n"
         f"for name in {NOT_ON_A_BARE_MACHINE}: sys.modules[name] = None\n"
         "runpy.run_path('tests/conftest.py')\n"
         f"for name in {modules}: importlib.import_module(name)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=gpu_kernels.environment(), cwd=gpu_kernels.ROOT,
+        env=processes.environment(), cwd=processes.ROOT,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -637,9 +640,7 @@ def test_pytest_collects_the_folder_once_and_tables_read_its_file(tmp_path: Path
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench"]
     command += ["--benchmark-only", f"--benchmark-json={report}"]
-    done = subprocess.run(
-        command, cwd=gpu_kernels.ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(report.read_text())
     names = [entry["name"] for entry in content["benchmarks"]]
