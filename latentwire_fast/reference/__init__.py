@@ -1,0 +1,46 @@
+"""Every op as its formula in plain torch: the specification, the CPU path, the tests' oracle.
+
+Shapes: `B` batch, `M` latents, `d` latent width, `n = M*d`, `G` groups of `g` values, `D` reader
+width, `N` rows (tokens), `V` vocabulary. Arithmetic is fp32, or fp64 for fp64 inputs, whatever the
+storage dtype. Nothing here checks its arguments: `latentwire_fast.ops` does, and is what other
+modules call.
+"""
+
+from latentwire_fast.reference.distillation import gradient_unit, kd_kl, linear_kd_kl, scale_rows
+from latentwire_fast.reference.precision import compute_dtype
+from latentwire_fast.reference.projection import (
+    LAYER_NORM_EPS,
+    RMS_EPS,
+    dequantize_project_calibrate,
+    project_calibrate,
+    project_calibrate_backward,
+)
+from latentwire_fast.reference.quantization import (
+    code_bytes,
+    fake_quantize,
+    pack_codes,
+    quantize,
+    quantize_pack,
+    unpack_codes,
+    unpack_dequantize,
+)
+
+__all__ = [
+    "LAYER_NORM_EPS",
+    "RMS_EPS",
+    "code_bytes",
+    "compute_dtype",
+    "dequantize_project_calibrate",
+    "fake_quantize",
+    "gradient_unit",
+    "kd_kl",
+    "linear_kd_kl",
+    "pack_codes",
+    "project_calibrate",
+    "project_calibrate_backward",
+    "quantize",
+    "quantize_pack",
+    "scale_rows",
+    "unpack_codes",
+    "unpack_dequantize",
+]

@@ -1,0 +1,141 @@
+"""K1: group quantisation, and the layout of its codes in bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LARGEST_FP16 = 65504.0
+
+
+def code_bytes(values: int, *, bits: int, group_size: int) -> int:
+    """Bytes of the packed codes of `values` numbers.
+
+    Groups follow one another, each byte aligned. A group of r values takes r bytes at 8 bits and
+    ceil(r/2) at 4 bits; at 6 bits a plane of the codes' low 4 bits, ceil(r/2) bytes, and then a
+    plane of their high 2 bits, ceil(r/4) bytes. Only the last group can have r < group_size.
+    """
+
+    def group(r: int) -> int:
+        return {8: r, 4: -(-r // 2), 6: -(-r // 2) + -(-r // 4)}[bits]
+
+    # No divmod: `values` is symbolic when shapes are traced.
+    return values // group_size * group(group_size) + group(values % group_size)
+
+
+def quantize(
+    z_Bn: Tensor, *, bits: int, group_size: int, clip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Symmetric group quantisation: `(codes [B, G, g] int8, scales [B, G] fp16)`.
+
+    `scale = fp16(min(amax / qmax, 65504))`, `code = clamp(round_half_even(z / scale), -qmax, qmax)`
+    with the rounded scale and `qmax = 2**(bits - 1) - 1`; scale 0 gives codes 0. A short last group
+    is filled up with zeros. A group that holds NaN or Inf gets the scale NaN.
+
+    With `clip` the divisor is `qmax + 1/2` (7.5 at 4 bits): steps are finer, and the largest values
+    are clamped to a code half a step away, no further than rounding takes any other value.
+
+    Without clip, quantising what was dequantised gives the same again, except where fp16's
+    subnormals round the scale too coarsely for its largest code to be qmax: scales below qmax *
+    2**-24, that is groups whose largest value is under qmax**2 * 2**-24 (1e-3 at 8 bits, 3e-6 at
+    4).
+    """
+    qmax = 2 ** (bits - 1) - 1
+    padding = -z_Bn.shape[-1] % group_size
+    z = F.pad(z_Bn.float(), (0, padding)).unflatten(-1, (-1, group_size))
+    amax = z.abs().amax(-1)
+    scale = (amax / (qmax + 0.5 if clip else qmax)).clamp(max=LARGEST_FP16)
+    scale = scale.masked_fill(~amax.isfinite(), torch.nan)
+    scales = scale.to(torch.float16)
+    step = scales.float().unsqueeze(-1)
+    codes = torch.where(step > 0, z / step, 0.0).round().clamp(-qmax, qmax)
+    return codes.to(torch.int8), scales
+
+
+def _join(parts: Tensor, *, per_byte: int) -> Tensor:
+    """Put `per_byte` neighbours (last dim, each below `2**(8 // per_byte)`) in a byte."""
+    parts = parts.unflatten(-1, (-1, per_byte))
+    width = 8 // per_byte
+    joined = parts[..., 0]
+    for i in range(1, per_byte):
+        joined = joined | (parts[..., i] << (i * width))
+    return joined
+
+
+def _split(packed: Tensor, *, per_byte: int) -> Tensor:
+    """The inverse of `_join`."""
+    width = 8 // per_byte
+    parts = [(packed >> (i * width)) & (2**width - 1) for i in range(per_byte)]
+    return torch.stack(parts, -1).flatten(-2)
+
+
+def pack_codes(codes_BGg: Tensor, *, values: int, bits: int) -> Tensor:
+    """Two's complement codes `[B, G, g]` int8 to bytes `[B, code_bytes]`, laid out as that says.
+
+    Within a byte the first value has the lowest bits; unused bits are zero.
+    """
+    codes = codes_BGg.view(torch.uint8)
+    if bits == 8:
+        return codes.flatten(-2)[..., :values]
+    low = _join(codes & 15, per_byte=2)
+    if bits == 4:
+        return low.flatten(-2)[..., : -(-values // 2)]
+    high = _join((codes >> 4) & 3, per_byte=4)
+    full, rest = divmod(values, codes.shape[-1])
+    planes = torch.cat((low[..., :full, :], high[..., :full, :]), -1).flatten(-2)
+    if not rest:
+        return planes
+    tail = low[..., full, : -(-rest // 2)], high[..., full, : -(-rest // 4)]
+    return torch.cat((planes, *tail), -1)
+
+
+def unpack_codes(codes_Bb: Tensor, *, values: int, bits: int, group_size: int) -> Tensor:
+    """Bytes `[B, code_bytes]` to codes `[B, n]` int8; the inverse of `pack_codes`."""
+    if bits == 8:
+        return codes_Bb.view(torch.int8)
+    if bits == 4:
+        codes = _split(codes_Bb, per_byte=2)[..., :values]
+    else:
+        full, rest = divmod(values, group_size)
+        cut = full * group_size * 6 // 8
+        groups = codes_Bb[..., :cut].unflatten(-1, (full, group_size * 6 // 8))
+        half = group_size // 2
+        low = _split(groups[..., :half], per_byte=2).flatten(-2)
+        high = _split(groups[..., half:], per_byte=4).flatten(-2)
+        middle = cut + -(-rest // 2)
+        low = torch.cat((low, _split(codes_Bb[..., cut:middle], per_byte=2)[..., :rest]), -1)
+        high = torch.cat((high, _split(codes_Bb[..., middle:], per_byte=4)[..., :rest]), -1)
+        codes = low | (high << 4)
+    # Sign extension: shift the code's top bit into the byte's, and back arithmetically.
+    return (codes << (8 - bits)).view(torch.int8) >> (8 - bits)
+
+
+def quantize_pack(
+    z_Bn: Tensor, *, bits: int, group_size: int, clip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`(packed codes [B, code_bytes] uint8, scales [B, G] fp16)`."""
+    codes, scales = quantize(z_Bn, bits=bits, group_size=group_size, clip=clip)
+    return pack_codes(codes, values=z_Bn.shape[-1], bits=bits).contiguous(), scales
+
+
+def unpack_dequantize(
+    codes_Bb: Tensor,
+    scales_BG: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    values: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`code * scale` in fp32, `[B, n]` in `dtype`."""
+    codes = unpack_codes(codes_Bb, values=values, bits=bits, group_size=group_size).float()
+    steps = scales_BG.float().repeat_interleave(group_size, -1)[..., :values]
+    return (codes * steps).to(dtype)
+
+
+def fake_quantize(z_Bn: Tensor, *, bits: int, group_size: int, clip: bool = False) -> Tensor:
+    """`unpack_dequantize(quantize_pack(z))` in z's dtype; a group with NaN or Inf becomes NaN."""
+    codes, scales = quantize(z_Bn, bits=bits, group_size=group_size, clip=clip)
+    values = (codes.float() * scales.float().unsqueeze(-1)).flatten(-2)
+    return values[..., : z_Bn.shape[-1]].to(z_Bn.dtype).contiguous()
