@@ -19,24 +19,29 @@ class Column:
     in_paper: bool = True
 
 
-def _figures(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.3g}{unit}"
-
-
-def _bytes(value: float | None) -> str:
+def _figures(value: float | None) -> str:
+    """Three significant ones."""
     if value is None:
         return "-"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{value:.3g}"
+
+
+def _scaled(value: float | None, unit: str = "") -> str:
+    """With the unit's prefix, as in 1.2 kB."""
+    if value is None:
+        return "-"
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
 
 
 def _time(_results: Results, result: Result) -> str:
     if not result.samples:
         return "-"
     low, high = interval(result.totals)
-    return f"{result.p50:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{_figures(result.p50)} [{_figures(low)}, {_figures(high)}]"
 
 
 def _ratio(_results: Results, result: Result) -> str:
@@ -52,7 +57,7 @@ def _rate(_results: Results, result: Result) -> str:
 
 
 def _phases(_results: Results, result: Result) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in result.phases.items()) or "-"
+    return ", ".join(f"{name} {_figures(value)}" for name, value in result.phases.items()) or "-"
 
 
 FIRST_TOKEN = "first token, ms (p50, 95% interval)"
@@ -63,10 +68,10 @@ COLUMNS = (
     Column("M", lambda _, r: str(r.row.latents or "-")),
     Column("bits", lambda _, r: str(r.row.bits or "-"), in_paper=False),
     Column("positions", lambda _, r: str(r.positions)),
-    Column("payload", lambda _, r: _bytes(r.payload_bytes)),
-    Column("text", lambda _, r: _bytes(r.text_bytes)),
-    Column("KV", lambda _, r: _bytes(r.kv_bytes), in_paper=False),
-    Column("FLOPs", lambda _, r: f"{r.flops:.3g}", in_paper=False),
+    Column("payload", lambda _, r: _scaled(r.payload_bytes, "B")),
+    Column("text", lambda _, r: _scaled(r.text_bytes, "B")),
+    Column("KV", lambda _, r: _scaled(r.kv_bytes, "B"), in_paper=False),
+    Column("FLOPs", lambda _, r: _scaled(r.flops), in_paper=False),
     Column(FIRST_TOKEN, _time),
     Column("runs", lambda _, r: str(len(r.samples) or "-"), in_paper=False),
     Column("p95, ms", lambda _, r: _figures(r.p95), in_paper=False),
@@ -80,7 +85,7 @@ COLUMNS = (
     ),
     Column("predicted, ms", lambda _, r: _figures(r.predicted), in_paper=False),
     Column("predicted / measured", _ratio, in_paper=False),
-    Column("peak memory", lambda _, r: _bytes(r.peak_bytes), in_paper=False),
+    Column("peak memory", lambda _, r: _scaled(r.peak_bytes, "B"), in_paper=False),
     Column("phases, ms", _phases, in_paper=False),
     Column(
         "phases / total",
@@ -90,21 +95,28 @@ COLUMNS = (
 )
 
 
+def _with_content(results: Results, columns: Sequence[Column]) -> list[Column]:
+    """Those in which some row has something: on a CPU, for one, nothing is predicted."""
+    rows = results.results
+    return [c for c in columns if any(c.cell(results, result) != "-" for result in rows)]
+
+
 def markdown(results: Results) -> str:
     """One table per reader and batch."""
     lines = []
+    columns = _with_content(results, COLUMNS)
     for reader, batch in dict.fromkeys((r.row.reader, r.row.batch) for r in results.ordered()):
         lines += [f"### {reader}, batch {batch}", ""]
         chosen = [r for r in results.ordered() if (r.row.reader, r.row.batch) == (reader, batch)]
-        head = [column.head for column in COLUMNS]
-        cells = [[column.cell(results, result) for column in COLUMNS] for result in chosen]
+        head = [column.head for column in columns]
+        cells = [[column.cell(results, result) for column in columns] for result in chosen]
         lines += [_line(head), _line(["---"] * len(head)), *map(_line, cells), ""]
     return "\n".join(lines)
 
 
 def latex(results: Results) -> str:
     """The same rows as one booktabs table, for a paper."""
-    shown = [column for column in COLUMNS if column.in_paper]
+    shown = _with_content(results, [column for column in COLUMNS if column.in_paper])
     heads = " & ".join(_escape(column.head) for column in shown)
     lines = [
         r"\begin{tabular}{ll" + "r" * (len(shown) - 2) + "}",
@@ -130,7 +142,7 @@ def short_table(results: Results, shown: Iterable[Result]) -> str:
     """The columns that fit a terminal."""
     heads = ("method", "engine", "text tokens", "M", "bits", "positions", FIRST_TOKEN)
     heads += ("x text, same engine", "x text, eager", "share of floor", "predicted / measured")
-    columns = [column for column in COLUMNS if column.head in heads]
+    columns = _with_content(results, [column for column in COLUMNS if column.head in heads])
     rows = [[column.head for column in columns]]
     rows += [[column.cell(results, result) for column in columns] for result in shown]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]

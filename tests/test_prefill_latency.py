@@ -299,6 +299,20 @@ def test_tables_show_every_row() -> None:
     assert r"\bottomrule" in printed
 
 
+def test_figures_read_well_and_empty_columns_are_left_out() -> None:
+    results = some_results()
+    first = results.results[0]
+    slow = [Sample(2345.6, {"reader": 2345.6})]
+    results.results = [replace(first, samples=slow, predicted=None, flops=11_600_000_000)]
+    head, _, row, *_ = markdown(results).splitlines()[2:]
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["first token, ms (p50, 95% interval)"] == "2,350 [2,350, 2,350]"
+    assert cells["phases, ms"] == "reader 2,350"
+    assert (cells["FLOPs"], cells["payload"]) == ("11.6 G", "70 B")
+    assert "predicted, ms" not in cells
+    assert "peak memory" not in cells
+
+
 def test_a_text_that_was_not_measured_gives_no_speedup() -> None:
     results = some_results()
     results.results = [r for r in results.results if r.row.method != "text"]
