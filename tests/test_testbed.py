@@ -25,6 +25,7 @@ from latentwire_fast.pretrained import resolve_source
 from latentwire_fast.prompts import ANCHOR, PromptBuilder, Turn
 from latentwire_fast.reader import Reader
 from latentwire_fast.testbed import build
+from latentwire_fast.testbed.recipes import RECIPES, Recipe
 from latentwire_fast.testbed.rows import DRILLS, RowMaker, collate, drill_rows
 from latentwire_fast.testbed.task import (
     COLOURS,
@@ -39,6 +40,7 @@ from latentwire_fast.testbed.task import (
     make_passage,
     random_name,
 )
+from latentwire_fast.testbed.training import ReaderTraining, new_model
 
 NAMES = [(first + second).capitalize() for first in SYLLABLES for second in SYLLABLES]
 NAME = "[A-Z][a-z]{5}"
@@ -377,16 +379,16 @@ def test_new_readers_copy_already_and_without_the_circuit_they_do_not(
     ids, weights = collate(chunks, tokenizer.pad_token_id)
     scored = weights[:, 1:] == 1
     with torch.random.fork_rng(devices=[]):
-        fresh = build.new_model(build.RECIPES[name], tokenizer).eval()
-        monkeypatch.setattr(build, "add_induction_circuit", lambda model: None)
-        plain = build.new_model(build.RECIPES[name], tokenizer).eval()
+        fresh = new_model(RECIPES[name], tokenizer).eval()
+        monkeypatch.setattr(f"{new_model.__module__}.add_induction_circuit", lambda model: None)
+        plain = new_model(RECIPES[name], tokenizer).eval()
     assert copying(fresh, ids, scored) > 0.25  # chance is 1 in 700 to 900
     assert copying(plain, ids, scored) < 0.05
 
 
 def test_the_circuits_heads_attend_as_designed(llama_tokenizer: PreTrainedTokenizerFast) -> None:
     with torch.random.fork_rng(devices=[]):
-        model = build.new_model(build.RECIPES["llama"], llama_tokenizer).eval()
+        model = new_model(RECIPES["llama"], llama_tokenizer).eval()
     model.set_attn_implementation("eager")
     chunks = RowMaker(llama_tokenizer, random.Random(3)).batch(0, 8)
     ids, weights = collate(chunks, llama_tokenizer.pad_token_id)
@@ -405,9 +407,9 @@ def test_the_circuits_heads_attend_as_designed(llama_tokenizer: PreTrainedTokeni
 
 
 @pytest.fixture
-def tiny_recipe() -> Callable[[str], build.Recipe]:
-    def shrink(name: str, *, steps: int = 8) -> build.Recipe:
-        recipe = build.RECIPES[name].shortened(steps)
+def tiny_recipe() -> Callable[[str], Recipe]:
+    def shrink(name: str, *, steps: int = 8) -> Recipe:
+        recipe = RECIPES[name].shortened(steps)
         return replace(recipe, hidden_size=32, layers=2, heads=4, batch_size=8)
 
     return shrink
@@ -415,7 +417,7 @@ def tiny_recipe() -> Callable[[str], build.Recipe]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen"])
 def test_a_recipe_goes_from_copying_to_four_facts_and_ends_at_rest(name: str) -> None:
-    recipe = build.RECIPES[name]
+    recipe = RECIPES[name]
     levels = [recipe.facts_at(step) for step in range(recipe.steps)]
     assert levels == sorted(levels)
     assert set(levels) == {0, 1, 2, 4}
@@ -431,7 +433,7 @@ def test_a_recipe_goes_from_copying_to_four_facts_and_ends_at_rest(name: str) ->
 @pytest.mark.parametrize("name", ["llama", "qwen"])
 def test_a_shortened_build_writes_a_reader_that_loads(
     name: str,
-    tiny_recipe: Callable[..., build.Recipe],
+    tiny_recipe: Callable[..., Recipe],
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -439,7 +441,7 @@ def test_a_shortened_build_writes_a_reader_that_loads(
 ) -> None:
     tokenizer = request.getfixturevalue(f"{name}_tokenizer")
     out = tmp_path / name
-    monkeypatch.setitem(build.RECIPES, name, tiny_recipe(name, steps=100))
+    monkeypatch.setitem(RECIPES, name, tiny_recipe(name, steps=100))
     monkeypatch.setitem(build.TOKENIZERS, name, lambda: tokenizer)
     monkeypatch.setattr(build, "quiet_libraries", lambda: None)
     options = ["--steps", "8", "--examples", "6", "--threads", str(torch.get_num_threads())]
@@ -456,16 +458,16 @@ def test_a_shortened_build_writes_a_reader_that_loads(
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]  # no checkpoint is left behind
 
     reader = Reader.load(out, name=name)
-    assert reader.model.config.model_type == build.RECIPES[name].architecture
+    assert reader.model.config.model_type == RECIPES[name].architecture
     assert reader.d_model == 32
     prompt = reader.prompts.build([Turn("Who?")], context="Nulnak is already 94 years old.")
     assert len(reader.generate([prompt])) == 1
 
 
 def test_training_moves_every_weight_and_lowers_the_loss(
-    tiny_recipe: Callable[..., build.Recipe], llama_tokenizer: PreTrainedTokenizerFast
+    tiny_recipe: Callable[..., Recipe], llama_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    training = build.ReaderTraining(tiny_recipe("llama", steps=20), llama_tokenizer)
+    training = ReaderTraining(tiny_recipe("llama", steps=20), llama_tokenizer)
     before = {name: p.detach().clone() for name, p in training.named}
     rows = RowMaker(llama_tokenizer, random.Random(8)).batch(2, 8)
     ids, weights = collate(rows[DRILLS:], llama_tokenizer.pad_token_id)
@@ -484,17 +486,17 @@ def test_training_moves_every_weight_and_lowers_the_loss(
 
 
 def test_an_interrupted_build_goes_on_as_if_it_had_not_been(
-    tiny_recipe: Callable[..., build.Recipe],
+    tiny_recipe: Callable[..., Recipe],
     qwen_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = tiny_recipe("qwen", steps=6)
-    whole = build.ReaderTraining(recipe, qwen_tokenizer)
+    whole = ReaderTraining(recipe, qwen_tokenizer)
     whole.run(progress=False)
 
-    monkeypatch.setattr(build.ReaderTraining, "SAVE_EVERY", 2)
-    stopped = build.ReaderTraining(recipe, qwen_tokenizer, checkpoints=tmp_path)
+    monkeypatch.setattr(ReaderTraining, "SAVE_EVERY", 2)
+    stopped = ReaderTraining(recipe, qwen_tokenizer, checkpoints=tmp_path)
     step = stopped._train_step
 
     def step_until_stopped() -> float:
@@ -505,7 +507,7 @@ def test_an_interrupted_build_goes_on_as_if_it_had_not_been(
     monkeypatch.setattr(stopped, "_train_step", step_until_stopped)
     with pytest.raises(KeyboardInterrupt):
         stopped.run(progress=False)
-    resumed = build.ReaderTraining(recipe, qwen_tokenizer, checkpoints=tmp_path)
+    resumed = ReaderTraining(recipe, qwen_tokenizer, checkpoints=tmp_path)
     assert resumed.step == 2
     resumed.run(progress=False)
     assert parameter_digest(resumed.named) == parameter_digest(whole.named)
@@ -513,7 +515,7 @@ def test_an_interrupted_build_goes_on_as_if_it_had_not_been(
 
     other = replace(recipe, muon_lr=0.5)
     with pytest.raises(CheckpointError, match="another recipe"):
-        build.ReaderTraining(other, qwen_tokenizer, checkpoints=tmp_path)
+        ReaderTraining(other, qwen_tokenizer, checkpoints=tmp_path)
 
 
 # --- the shipped readers ------------------------------------------------------------------------
