@@ -61,9 +61,9 @@ TESTS_SECONDS = 60
 
 
 def tests(folder: Path, seconds: float) -> str:
-    """The engine's tests on the GPU."""
+    """The engine's tests on the GPU, those with the kernels as well."""
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-m", "gpu", "tests/test_prefill.py"]
+    command += ["-m", "gpu", "tests/test_prefill.py", "tests/test_kernels_prefill.py"]
     log = folder / "tests.log"
     outcome = finish(start(command, log), by=time.monotonic() + seconds)
     print(log.read_text(errors="replace")[-2000:])
