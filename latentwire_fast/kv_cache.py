@@ -267,6 +267,8 @@ def _layers(cache: Cache) -> list[Any]:
 
 
 def _fill_dynamic(cache: Cache, placement: Placement) -> None:
+    # A model with more layers than the prefix must not find empty ones made for the rest.
+    cache.layer_class_to_replicate = None
     while len(cache.layers) < len(placement.keys):
         cache.layers.append(DynamicLayer())
     for layer, keys, values in zip(_layers(cache), placement.keys, placement.values, strict=True):

@@ -186,6 +186,14 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="the cache has 7 layers and the reader 3"):
             filler.fill(cache, prefix_L2BHPD=torch.zeros(3, 2, 1, 2, 5, 8), batch_size=1)
 
+    def test_a_model_with_more_layers_than_the_prefix(self, model: PreTrainedModel) -> None:
+        """A map by hand that misses a layer: an error, not a layer without its prefix."""
+        filler = CacheFiller(["cpu"] * 2, dtype=torch.float32, heads=2, head_width=8)
+        cache = DynamicCache()
+        filler.fill(cache, prefix_L2BHPD=torch.zeros(2, 2, 1, 2, 5, 8), batch_size=1)
+        with pytest.raises(IndexError):
+            model(input_ids=tokens(1)[:, :1], past_key_values=cache)
+
     def test_a_sliding_window(self, filler: CacheFiller) -> None:
         config = Qwen2Config(
             **SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=0

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
 
 from latentwire_fast import ops, wire
 from latentwire_fast.config import AdapterConfig, EncoderConfig, QuantizerConfig
@@ -417,6 +423,12 @@ class TestRefusals:
             receiver.read([Prompt()])
         with pytest.raises(ConfigError, match="spreads its latent"):
             receiver.prefill(payloads[:1], [Prompt([1], latent_at=[0, 1])])
+        for at in (-1, 3):
+            with pytest.raises(ConfigError, match=f"prompt 0 has its latent at {at} of 2 tokens"):
+                receiver.prefill(payloads[:1], [Prompt([1, 2], latent_at=at)])
+        vocabulary = receiver.reader.embedding.num_embeddings
+        with pytest.raises(ConfigError, match=f"has token {vocabulary}, and reader"):
+            receiver.read([Prompt([1]), Prompt([2, vocabulary])])
 
 
 def test_a_reader_with_other_weights_is_refused(reader: Reader) -> None:
@@ -441,6 +453,21 @@ def test_parts_and_layers_in_the_wrong_place_are_refused(readers: dict[str, Read
     lost.model.get_decoder().layers[1].to("meta")
     with pytest.raises(ConfigError, match="layer 1 is on 'meta'"):
         Receiver(lost, adapter, **shape)
+
+
+def test_readers_with_more_than_causal_attention_are_refused(readers: dict[str, Reader]) -> None:
+    """A window would count the padding; what replaces sdpa in a graph knows no soft cap."""
+    whole = readers["qwen"]
+    settings = whole.model.config.to_dict() | {"use_sliding_window": True, "sliding_window": 6}
+    del settings["layer_types"]
+    sliding = Qwen2ForCausalLM(Qwen2Config(**settings | {"max_window_layers": 1}))
+    reader = Reader(sliding, whole.tokenizer, name="qwen")
+    model = make_model(whole)
+    with pytest.raises(ConfigError, match="layer 1 of reader 'qwen' keeps its past in a Dynamic"):
+        Receiver(reader, model.adapters["qwen"], latents=LATENTS, d_z=D_Z, fingerprint=0)
+    query = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ConfigError, match="wants attention with softcap"):
+        attention.causal_attention(whole.model, query, query, query, None, softcap=50.0)
 
 
 # --- graphs and their parts -----------------------------------------------------------------------

@@ -20,8 +20,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from latentwire_fast.errors import ConfigError
+
 MASK_FREE = "latentwire_mask_free"
 _REPLACED = ("sdpa", "flash_attention_2")
+# What transformers' models may pass on to attention that changes its result.
+_UNKNOWN = ("sliding_window", "softcap", "s_aux")
 
 
 def causal_attention(
@@ -43,8 +47,17 @@ def causal_attention(
 
     Returns:
         `[B, T, heads, d_head]`, and no attention weights.
+
+    Raises:
+        ConfigError: the model asks for more than causal attention.
     """
     assert attention_mask is None
+    asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if asked:
+        raise ConfigError(
+            f"a {type(module).__name__} wants attention with {asked[0]}, which graphs and compiled "
+            "readers do not have here; use engine='eager'"
+        )
     queries, keys = query.shape[2], key.shape[2]
     causal: dict[str, Any] = {"is_causal": True}
     if queries != keys:  # torch's own `is_causal` would align the first positions

@@ -53,20 +53,13 @@ def lay_out(
         multiple: T is rounded up to a multiple of this.
 
     Raises:
-        ConfigError: no prompts, an empty one, or one with its latent where none is given, or the
-            other way round.
+        ConfigError: no prompts, an empty one, one whose latent is outside it, or one with a latent
+            where none is given, or the other way round.
     """
     if not prompts:
         raise ConfigError("no prompts to read; give at least one")
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt.latent_at, list):
-            raise ConfigError(f"prompt {i} spreads its latent; a reader takes it in one place")
-        if (prompt.latent_at is None) != (soft_tokens is None):
-            raise ConfigError(
-                f"prompt {i} was built "
-                + ("with `latent=`, but" if soft_tokens is None else "as text, and ")
-                + ("no payload is given" if soft_tokens is None else "cannot take the payload in")
-            )
+        _check(prompt, i, soft_tokens=soft_tokens)
     soft = soft_tokens or 0
     lengths = np.array([len(prompt.ids) + soft for prompt in prompts])
     if not lengths.all():
@@ -81,6 +74,23 @@ def lay_out(
         ids_T[start + soft : len(ids) + soft] = ids[start:]
         slots_T[start : start + soft] = range(soft)
     return Layout(ids_BT, slots_BT, lengths)
+
+
+def _check(prompt: Prompt, number: int, *, soft_tokens: int | None) -> None:
+    at = prompt.latent_at
+    if isinstance(at, list):
+        raise ConfigError(f"prompt {number} spreads its latent; a reader takes it in one place")
+    if (at is None) != (soft_tokens is None):
+        raise ConfigError(
+            f"prompt {number} was built "
+            + ("with `latent=`, but" if soft_tokens is None else "as text, and ")
+            + (" no payload is given" if soft_tokens is None else "cannot take the payload in")
+        )
+    if at is not None and not 0 <= at <= len(prompt.ids):
+        raise ConfigError(
+            f"prompt {number} has its latent at {at} of {len(prompt.ids)} tokens; build it with "
+            "`latent=`"
+        )
 
 
 Fields = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

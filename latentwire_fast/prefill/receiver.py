@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from latentwire_fast.config import Mode
 from latentwire_fast.errors import ConfigError
@@ -69,7 +69,8 @@ class Receiver:
 
     Raises:
         ConfigError: neither adapter nor deep prefix; parts on different devices; a reader that
-            cannot be captured, or whose layers are where nothing can be placed.
+            cannot be captured, whose layers are where nothing can be placed, or one with a layer
+            that does not attend to all positions.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Receiver:
         self._new_tokens = new_tokens
         self._mark = mark
         self._config = reader.model.config.get_text_config(decoder=True)
+        self._check_layers()
         self.engine = self._choose(engine)
         self._parts = TrainedParts(adapter, deep_prefix, reader=reader)
         self._backbone: Callable[..., Any] = reader.backbone
@@ -199,6 +201,16 @@ class Receiver:
             )
         return ("graph" if on_one_gpu else "eager") if engine == "auto" else engine
 
+    def _check_layers(self) -> None:
+        for number, layer in enumerate(DynamicCache(config=self.reader.model.config).layers):
+            if type(layer) is not DynamicLayer:
+                # Its window would count the padding behind a shorter prompt.
+                raise ConfigError(
+                    f"layer {number} of reader {self.reader.name!r} keeps its past in a "
+                    f"{type(layer).__name__}; a receiver takes full attention in every layer: use "
+                    "`Reader.generate`"
+                )
+
     def _capacity(self, layout: Layout, deep: int) -> int:
         """Positions that a cache for this batch may hold."""
         limit = getattr(self._config, "max_position_embeddings", None)
@@ -220,6 +232,12 @@ class Receiver:
             pad_id=self.reader.pad_id,
             multiple=WIDTH_STEP if self.engine == "graph" else 1,
         )
+        largest, vocabulary = int(layout.ids_BT.max()), self.reader.embedding.num_embeddings
+        if largest >= vocabulary:  # on a GPU the error would come too late to say where from
+            raise ConfigError(
+                f"a prompt has token {largest}, and reader {self.reader.name!r} knows {vocabulary} "
+                "of them; build it with that reader's `prompts`"
+            )
         deep = 0 if parcel is None else self._deep_positions
         capacity = self._capacity(layout, deep)
         batch = Batch(layout, parcel)
