@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentwire_fast import ops
 
@@ -21,7 +22,10 @@ ROOT = Path(__file__).parents[1]
 LAUNCHERS = sorted(
     [*(ROOT / "kernels").glob("*.py"), *(ROOT / "latentwire_fast" / "ops").glob("*.py")]
 )
-KERNELS = [ROOT / "kernels" / name for name in ("distill.py", "quantize.py")]
+KERNELS = [
+    ROOT / "kernels" / f"{name}.py"
+    for name in ("distill", "quantize", "adapter", "adapter_rows", "adapter_backward")
+]
 WAITING = {
     "item", "tolist", "cpu", "numpy", "nonzero", "is_nonzero", "masked_select", "unique",
     "synchronize", "equal", "allclose",
@@ -100,6 +104,8 @@ def test_autograd_reads_nothing(without_data: None, reduction: Any, dtype: torch
             ops.linear_kd_kl(leaf, other, head, teacher_weight=head.detach(), **settings)
         )
     results.append(ops.fake_quantize(leaf, bits=4, group_size=16))
+    for calibration in ops.CALIBRATIONS:
+        results.append(ops.project_calibrate(leaf, head, target_rms=1.0, calibration=calibration))
     for result in results:
         (result.sum() * torch.empty(())).backward()
     assert leaf.grad is not None
@@ -137,3 +143,64 @@ def test_launchers_read_nothing(without_data: None, monkeypatch: pytest.MonkeyPa
         "_unpack_dequantize_kernel": 1,
         "_fake_quantize_kernel": 1,
     }
+
+
+class Computed(TorchDispatchMode):
+    """Names of the torch ops that compute something: not those that make or view a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        name = op.overloadpacket.__name__
+        if not op.is_view and name not in ("empty", "new_empty", "detach"):
+            self.names.append(name)
+        return op(*arguments, **(options or {}))
+
+
+# (calibration's rows, tanh): the kernels that are launched, and the ops round them.
+PROJECTIONS: dict[str, tuple[int, bool, dict[str, int], list[str]]] = {
+    "token": (1, False, {"_rows_kernel": 1}, ["addmm"]),
+    "example": (32, False, {"_rows_kernel": 1}, ["addmm"]),
+    "none": (0, False, {"_rows_kernel": 1}, ["addmm"]),
+    "batch": (128, False, {"_rows_kernel": 2}, ["mean", "addmm"]),
+    "tanh": (1, True, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "div"]),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_frozen_projection_is_two_launches(
+    name: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel and one matmul, from a payload's codes too; the others as documented."""
+    pytest.importorskip("triton")
+    from latentwire_fast.kernels import adapter, adapter_rows, adapter_tiles
+
+    rows, tanh, kernels, computed = PROJECTIONS[name]
+    modules = {
+        "_fold_kernel": adapter,
+        "_rows_kernel": adapter_rows,
+        "_tiles_kernel": adapter_tiles,
+    }
+    launches = {kernel: Launches() for kernel in modules}
+    for kernel, module in modules.items():
+        monkeypatch.setattr(module, kernel, launches[kernel])
+    weight, vector = torch.randn(24, 16), torch.randn(24)
+    projection = adapter.Projection(
+        *(weight, vector, vector),
+        norm=adapter.Norm(torch.ones(16), torch.zeros(16), 1e-5),
+        calibration=adapter.Calibration(None, 1.0, 1e-8, rows),
+        tanh=tanh,
+        folded=None if tanh else adapter.fold(weight, vector, vector, dtype=torch.float32),
+    )
+    codes, scales = torch.empty(4, 256, dtype=torch.uint8), torch.empty(4, 16).half()
+    source = adapter.Packed(codes, scales, 4, 32, 32, 16, torch.float32)
+    launches["_fold_kernel"].count = 0
+    with Computed() as seen:
+        adapter.project_calibrate(source if packed else torch.empty(128, 16), projection, vector)
+    assert {kernel: run.count for kernel, run in launches.items() if run.count} == kernels
+    assert seen.names == computed

@@ -99,19 +99,32 @@ def test_nothing_to_quantise(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
-def test_nothing_is_written_outside_the_outputs(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values", [77, 96])
+def test_nothing_is_written_outside_or_read_unwritten(
+    bits: int, values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every buffer is cut out of a poisoned one: the results are the same and the rims whole."""
     from latentwire_fast.kernels import quantize
 
-    z = torch.randn(3, 77).to(DEVICE)
-    buffers = guard_outputs(monkeypatch)
-    length = reference.code_bytes(77, bits=bits, group_size=32)
-    codes, scales = quantize.quantize_pack(z, bits=bits, group_size=32, code_bytes=length)
-    quantize.unpack_dequantize(
-        codes, scales, bits=bits, group_size=32, values=77, dtype=torch.float32
-    )
-    quantize.fake_quantize(z, bits=bits, group_size=32)
+    z = torch.randn(3, values).to(DEVICE)
+    code = {"bits": bits, "group_size": 32}
+
+    def results() -> list[torch.Tensor]:
+        length = reference.code_bytes(values, **code)
+        codes, scales = quantize.quantize_pack(z, **code, code_bytes=length)
+        z_back = quantize.unpack_dequantize(
+            codes, scales, **code, values=values, dtype=torch.float32
+        )
+        return [codes, scales, z_back, quantize.fake_quantize(z, **code)]
+
+    expected = results()
+    with monkeypatch.context() as patch:
+        buffers = guard_outputs(patch)
+        found = results()
     assert len(buffers) == 4
     assert_guards_hold(buffers)
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
 
 
 @pytest.mark.gpu

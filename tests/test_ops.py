@@ -407,7 +407,8 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["fake_quantize", "project", "kd_kl", "kd_kl scaled", "linear_kd_kl"]
+    "kind",
+    ["fake_quantize", "project", "kd_kl", "kd_kl scaled", "kd_kl in place", "linear_kd_kl"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_fullgraph_compile_equals_eager(kind: str) -> None:
@@ -421,6 +422,7 @@ def test_fullgraph_compile_equals_eager(kind: str) -> None:
         "project": lambda x: ops.project_calibrate(x, **parameters, target_rms=0.1).square().sum(),
         "kd_kl": lambda x: ops.kd_kl(x, teacher, tau=2.0, mask=mask),
         "kd_kl scaled": lambda x: 3 * ops.kd_kl(x, teacher, tau=2.0, mask=mask),
+        "kd_kl in place": lambda x: ops.kd_kl(x * 1, teacher, tau=2.0, mask=mask, in_place=True),
         "linear_kd_kl": lambda x: ops.linear_kd_kl(x, teacher, head, tau=2.0, mask=mask),
     }
     call = calls[kind]
@@ -431,6 +433,20 @@ def test_fullgraph_compile_equals_eager(kind: str) -> None:
     (grad,) = torch.autograd.grad(compiled, x)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(grad, eager_grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fullgraph_compile_of_packing_and_unpacking() -> None:
+    code = {"bits": 6, "group_size": 16}
+
+    def call(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, scales = ops.quantize_pack(z, **code)
+        return codes, scales, ops.unpack_dequantize(codes, scales, **code, shape=(2, 3, 7))
+
+    z = torch.randn(2, 3, 7)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(z), call(z), strict=True):
+        assert torch.equal(found, expected)
 
 
 # --- arguments ------------------------------------------------------------------------------------
