@@ -96,7 +96,8 @@ class EncoderConfig(_Part):
         source: the LM: a reader's source (its own weights are copied), a folder or a hub id.
         latents, d_z: the latent is `[latents, d_z]`.
         pooling: `queries` are learned tokens after the text, `interleaved` the same spread over it;
-            `spans` averages the hidden states of contiguous spans.
+            `spans` averages the hidden states of contiguous spans; `selected` takes the positions
+            of the text that answers will look at (a stage with `select` teaches it which).
         rehearsals: passes in which the queries first take in what the LM would say next.
         frozen: keep the LM's weights and train only what was added.
         byte_*: the byte encoder's width, layers, heads and longest input.
@@ -106,7 +107,7 @@ class EncoderConfig(_Part):
     source: str = "testbed:llama"
     latents: int = 12
     d_z: int = 16
-    pooling: Literal["queries", "interleaved", "spans"] = "queries"
+    pooling: Literal["queries", "interleaved", "spans", "selected"] = "queries"
     rehearsals: int = 0
     frozen: bool = False
     max_tokens: int = 1024
@@ -213,6 +214,10 @@ class StageConfig(_Part):
         steps: optimiser steps.
         answer: weight of the answer cross-entropy, over `answer_tokens` tokens (None: all and EOS).
         autoencode, continuation: weights of rebuilding the context, and of going on from its half.
+        select: weight of scoring the text's positions as the readers' answers attend to them
+            (cross-entropy; encoder with pooling `selected`).
+        kv: weight of a deep prefix's squared distance, relative to its size, to the keys and values
+            that the reader itself holds at those positions.
         kd, kd_tau: weight and temperature of distillation from the text-prompted teacher.
         facts: testbed curriculum, `((until_share, facts), ...)`.
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
@@ -225,6 +230,8 @@ class StageConfig(_Part):
     answer_tokens: int | None = None
     autoencode: float = 0.0
     continuation: float = 0.0
+    select: float = 0.0
+    kv: float = 0.0
     kd: float = 0.0
     kd_tau: float = 1.0
     facts: tuple[tuple[float, int], ...] = ()
@@ -234,7 +241,10 @@ class StageConfig(_Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.steps >= 1, f"stage {self.name!r}: steps={self.steps}, expected at least 1")
-        weights = (self.answer, self.autoencode, self.continuation, self.kd)
+        weights = (
+            *(self.answer, self.autoencode, self.continuation),
+            *(self.select, self.kv, self.kd),
+        )
         _require(
             min(weights) >= 0 and max(weights) > 0,
             f"stage {self.name!r}: objective weights {weights}, expected >= 0 and one above 0",
@@ -334,6 +344,18 @@ class RunConfig(_Part):
         _require(bool(self.readers), "readers: at least one reader is needed (NAME=PATH)")
         _require(bool(self.stages), "stages: at least one training stage is needed")
         self._at_least_one("log_every", "save_every", "threads")
+        selects = self.encoder.kind == "lm" and self.encoder.pooling == "selected"
+        _require(
+            selects == any(stage.select for stage in self.stages),
+            "encoder pooling='selected' and a stage with select > 0 need each other: the positions "
+            "are learned there",
+        )
+        _require(
+            not any(stage.kv for stage in self.stages)
+            or (selects and self.adapter.prefix != "soft"),
+            "a stage with kv > 0 needs encoder pooling='selected' and adapter prefix='deep' or "
+            "'both'",
+        )
         _require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
 
     @property

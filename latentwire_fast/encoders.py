@@ -18,6 +18,7 @@ from latentwire_fast.batching import PromptBatch, collate
 from latentwire_fast.config import EncoderConfig
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.prompts import Prompt, PromptBuilder, Turn, context_text, full_text
+from latentwire_fast.selection import PositionSelector, Selection
 
 Texts = Sequence[str]
 
@@ -33,7 +34,8 @@ class LMEncoder(nn.Module):
     `queries`: M learned tokens follow the text; their last hidden states become the latents (the
     in-context autoencoder of ICAE, arXiv:2307.06945). `interleaved`: the tokens stand among the
     text, each behind the span it is to hold. `spans`: the text's hidden states are averaged over M
-    contiguous spans (as ARC-Encoder pools, arXiv:2510.20535).
+    contiguous spans (as ARC-Encoder pools, arXiv:2510.20535). `selected`: the latents stand at M of
+    the text's own positions (`selection.py`).
 
     With `rehearsals`, queries behind the text first say what the LM would say: each pass gives
     every query the distribution that its predecessor came to, as an expected embedding, so that
@@ -58,7 +60,12 @@ class LMEncoder(nn.Module):
         width = core.config.hidden_size
         embedding = cast(nn.Embedding, core.get_input_embeddings())
         scale = embedding.weight.detach().float().std().item()
-        if config.pooling != "spans":
+        self.selector: PositionSelector | None = None
+        if config.pooling == "selected":
+            self.selector = PositionSelector(
+                layers=core.config.num_hidden_layers, width=width, latents=config.latents
+            )
+        elif config.pooling != "spans":
             # Queries that start as the anchor's last token already hold the LM's idea of an answer.
             start = embedding.weight[self.prompts.anchor_ids[-1]].detach().float()
             noise = torch.randn(config.latents, width) * (0.3 * scale)
@@ -84,27 +91,69 @@ class LMEncoder(nn.Module):
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
+        if self.selector is not None:
+            return self.select(contexts, questions)[0]
+        prompts = self._prompts(contexts, questions)
+        if self.config.pooling == "spans":
+            batch = self._collate(prompts, None)
+            hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
+            return self._latent(pool_spans(hidden_BTD, batch.lengths_B, self.config.latents))
+        for prompt in prompts:
+            prompt.latent_at = self._places(len(prompt.ids))
+        queries_BMD = self.memory.expand(len(prompts), -1, -1)
+        for _ in range(self.config.rehearsals):
+            with torch.no_grad():
+                said_BMD = self._rehearse(self._read(prompts, queries_BMD))
+            queries_BMD = torch.cat([queries_BMD[:, :1], said_BMD], 1) + self.query_offsets
+        return self._latent(self._read(prompts, queries_BMD))
+
+    def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
+        """Latents `[B, M, d_z]` fp32, and the positions that they stand at: of the text alone,
+        counted from its first token, where `text_ends` counts from.
+
+        Raises:
+            ConfigError: the encoder's pooling selects no positions.
+        """
+        if self.selector is None:
+            raise ConfigError(f"pooling={self.config.pooling!r} selects no positions")
+        prompts = self._prompts(contexts, questions)
+        batch = self._collate(prompts, None)
+        output = self.core(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
+        start = self.prompts.content_start
+        selection = self.selector(
+            [hidden_BTD[:, start:] for hidden_BTD in output.hidden_states],
+            self._choosable(prompts, batch)[:, start:],
+        )
+        return self._latent(selection.states_BMD), selection
+
+    def text_ends(self, context: str, question: str | None = None) -> list[int]:
+        """Index of the character behind each token of the text that is read."""
+        if question is not None:
+            return self.prompts.text_ends(full_text(context, question))
+        return self.prompts.text_ends(context_text(context))[: self.config.max_tokens]
+
+    def _choosable(self, prompts: Sequence[Prompt], batch: PromptBatch) -> Tensor:
+        """Mask `[B, T]` of the positions that hold the text itself, without its label."""
+        start = self.prompts.content_start
+        label = len(self.prompts.text_ids(context_text("").rstrip()))
+        column_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
+        stop_B1 = torch.tensor([[start + p.content] for p in prompts], device=column_T.device)
+        # an empty context has no position but its label's
+        first_B1 = torch.minimum(torch.full_like(stop_B1, start + label), stop_B1 - 1)
+        return (column_T >= first_B1) & (column_T < stop_B1)
+
+    def _latent(self, pooled_BMD: Tensor) -> Tensor:
+        return rms_normalize(self.project(self.norm(pooled_BMD.float())).float())
+
+    def _prompts(self, contexts: Texts, questions: Texts | None) -> list[Prompt]:
         prompts = []
         for i, context in enumerate(contexts):
             if questions is None:
                 prompt = self.prompts.build_context(context, max_tokens=self.config.max_tokens)
             else:
                 prompt = self.prompts.build([Turn(questions[i])], context=context)
-            if self.config.pooling != "spans":
-                prompt.latent_at = self._places(len(prompt.ids))
             prompts.append(prompt)
-        if self.config.pooling == "spans":
-            batch = self._collate(prompts, None)
-            hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
-            pooled = pool_spans(hidden_BTD, batch.lengths_B, self.config.latents)
-        else:
-            queries_BMD = self.memory.expand(len(prompts), -1, -1)
-            for _ in range(self.config.rehearsals):
-                with torch.no_grad():
-                    said_BMD = self._rehearse(self._read(prompts, queries_BMD))
-                queries_BMD = torch.cat([queries_BMD[:, :1], said_BMD], 1) + self.query_offsets
-            pooled = self._read(prompts, queries_BMD)
-        return rms_normalize(self.project(self.norm(pooled.float())).float())
+        return prompts
 
     def _collate(self, prompts: Sequence[Prompt], queries: Tensor | None) -> PromptBatch:
         embedding = cast(nn.Embedding, self.core.get_input_embeddings())

@@ -30,6 +30,7 @@ from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.prefix import DeepPrefix, KVGeometry
 from latentwire_fast.pretrained import load_tokenizer, load_weights
 from latentwire_fast.reader import Reader, checkpoint_activations
+from latentwire_fast.selection import Selection
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -123,6 +124,23 @@ class Interlingua(nn.Module):
         Raises:
             ConfigError: questions given or missing against the mode.
         """
+        self._check_questions(questions)
+        return self.encoder(contexts, questions)
+
+    def select(
+        self, contexts: Sequence[str], questions: Sequence[str] | None = None
+    ) -> tuple[Tensor, Selection]:
+        """The same with the positions that the latents stand at (`LMEncoder.select`).
+
+        Raises:
+            ConfigError: as `encode`, or the encoder selects no positions.
+        """
+        self._check_questions(questions)
+        if not isinstance(self.encoder, LMEncoder):
+            raise ConfigError("a byte encoder selects no positions")
+        return self.encoder.select(contexts, questions)
+
+    def _check_questions(self, questions: Sequence[str] | None) -> None:
         if (questions is not None) != (self.mode == "pure"):
             raise ConfigError(
                 f"this model was trained in {self.mode!r} mode: its encoder "
@@ -132,7 +150,6 @@ class Interlingua(nn.Module):
                     else "reads no question"
                 )
             )
-        return self.encoder(contexts, questions)
 
     def parts(self, reader: str) -> dict[str, nn.Module]:
         """The trained modules of one reader: its adapter, its deep prefix, or both.

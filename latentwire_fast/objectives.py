@@ -1,5 +1,5 @@
 """What is learned: answer cross-entropy, autoencoding, continuation, and distillation from the
-text.
+text: of predictions, of keys and values, and of where answers look.
 
 A batch is prepared first (prompts, token counts), then its losses are computed part by part, each a
 *sum* over tokens divided by the whole batch's count. So a batch may be cut into micro-batches or
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,12 +22,15 @@ from latentwire_fast import ops
 from latentwire_fast.batching import PromptBatch
 from latentwire_fast.config import StageConfig
 from latentwire_fast.data.streams import TrainItem
+from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.interlingua import Interlingua, Received
+from latentwire_fast.observation import move_attention, move_places, observe
 from latentwire_fast.prompts import Prompt, full_text
 from latentwire_fast.reader import Reader
+from latentwire_fast.selection import Selection
 from latentwire_fast.teacher import TeacherCache
 
-Objective = Literal["answer", "autoencode", "continue", "kd"]
+Objective = Literal["answer", "autoencode", "continue", "select", "kv", "kd"]
 Key = tuple[Objective, str]  # (objective, reader name)
 
 
@@ -117,6 +120,10 @@ class Objectives:
                     self._add(work, ("autoencode", name), builder.build_rebuild(text), None)
                 if stage.continuation:
                     self._add(work, ("continue", name), builder.build_rebuild(rest), None)
+                if stage.select or stage.kv:
+                    read = builder.build(item.turns, context=item.context)
+                    work.prompts["select", name] = read
+                    work.counts["select", name] = work.counts["kv", name] = 1
             works.append(work)
         return works
 
@@ -138,7 +145,11 @@ class Objectives:
         questions = None
         if self.model.mode == "pure":
             questions = [w.item.turns[0].question for w in works]
-        latent = self.model.encode(contexts, questions)
+        selection = None
+        if stage.select or stage.kv:
+            latent, selection = self.model.select(contexts, questions)
+        else:
+            latent = self.model.encode(contexts, questions)
         sent = latent if stage.quantize is None else self.model.quantize(latent, stage.quantize)
         half = None
         if stage.continuation:
@@ -149,6 +160,8 @@ class Objectives:
             "answer": stage.answer,
             "autoencode": stage.autoencode,
             "continue": stage.continuation,
+            "select": stage.select,
+            "kv": stage.kv,
             "kd": stage.kd,
         }
         losses = Losses(latent.new_zeros(()), {}, {}, latent.detach())
@@ -161,6 +174,8 @@ class Objectives:
             if half is not None:
                 given = self.model.received(name, half, task="continue")
                 self._rebuild(works, ("continue", name), given, losses)
+            if selection is not None:
+                self._observe(works, name, selection, sent if stage.kv else None, losses)
         for key, value in losses.sums.items():
             if weights[key[0]]:
                 losses.total = losses.total + weights[key[0]] * value / max(1, counts[key])
@@ -200,6 +215,38 @@ class Objectives:
         batch = reader.collate([w.prompts[key] for w in works], **given)
         logits_NV = reader.head(reader.target_hidden(batch)).float()
         losses.sums[key] = F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")
+
+    def _observe(
+        self,
+        works: Sequence[Work],
+        name: str,
+        selection: Selection,
+        latent: Tensor | None,
+        losses: Losses,
+    ) -> None:
+        """Scores against where the reader's answers look; a deep prefix of `latent`, if given,
+        against what the reader holds at the chosen positions."""
+        reader, encoder = self.readers[name], cast(LMEncoder, self.model.encoder)
+        places = []
+        for work in works:
+            first = work.item.turns[0].question
+            ends = reader.prompts.text_ends(full_text(work.item.context, first))
+            text = first if self.model.mode == "pure" else None
+            places.append((encoder.text_ends(work.item.context, text), ends))
+        seen = observe(reader, [w.prompts["select", name] for w in works])
+        start = reader.prompts.content_start
+        looks_BT = move_attention(seen.attention_BT[:, start:], places, selection.scores_BT)
+        losses.sums["select", name] = F.cross_entropy(
+            selection.scores_BT.clamp(min=-1e9), looks_BT, reduction="sum"
+        )
+        if latent is None:
+            return
+        own_BM = start + move_places(selection.places_BM, places)
+        kept = seen.keys_values(own_BM)
+        made = cast(Tensor, self.model.deep_prefix(name, latent))
+        rms_L2 = torch.tensor(self.model.cards[name].kv.rms, device=kept.device)
+        error = (made - kept) / rms_L2[:, :, None, None, None, None]
+        losses.sums["kv", name] = error.pow(2).mean((0, 1, 3, 4, 5)).sum()
 
     def _teacher_hidden(self, reader: Reader, prompts: Sequence[Prompt]) -> Tensor:
         if self.teacher is not None:

@@ -155,6 +155,13 @@ class PromptBuilder:
             "input_ids"
         ]
 
+    def text_ends(self, text: str) -> list[int]:
+        """Index of the character behind each token of `text_ids(text)`."""
+        spans = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )["offset_mapping"]
+        return [end for _, end in spans]
+
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer after the anchor (its leading space included), without EOS."""
         return self.text_ids(" " + answer)

@@ -28,9 +28,8 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     for key, value in changes.items():
         part = getattr(config, key)
         if dataclasses.is_dataclass(part) and isinstance(value, dict):
-            value = dataclasses.replace(part, **value)
-        config = dataclasses.replace(config, **{key: value})
-    return config
+            changes[key] = dataclasses.replace(part, **value)
+    return dataclasses.replace(config, **changes)
 
 
 def tiny_config(*folders: Path, **changes: Any) -> RunConfig:

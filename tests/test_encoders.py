@@ -19,6 +19,7 @@ CONFIGS = {
     "queries": EncoderConfig(latents=5, d_z=8, pooling="queries"),
     "interleaved": EncoderConfig(latents=5, d_z=8, pooling="interleaved"),
     "spans": EncoderConfig(latents=5, d_z=8, pooling="spans"),
+    "selected": EncoderConfig(latents=5, d_z=8, pooling="selected"),
     "byte": EncoderConfig(kind="byte", latents=5, d_z=8, byte_width=16, byte_layers=2),
 }
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from latentwire_fast.attention import causal_mask, mask_free
 from latentwire_fast.config import Mode
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.kv_cache import layer_devices
 from latentwire_fast.placement import plan
-from latentwire_fast.prefill.attention import causal_mask, mask_free
 from latentwire_fast.prefill.batch import Batch
 from latentwire_fast.prefill.graphs import CapturedPass, GraphMemory, PassCache, write_through
 from latentwire_fast.prefill.inputs import InputBuffer, Layout, lay_out

@@ -1,5 +1,6 @@
-"""Causal attention without a mask, for forward passes that are captured in a graph or compiled.
+"""Attention in the place of a model's own, above all causal attention without a mask.
 
+That is for forward passes that are captured in a graph or compiled:
 transformers leaves the mask out where `is_causal` says the same, but not under a CUDA graph capture
 (5.17) nor under `torch.compile`: there a mask `[B, 1, T, T]` is made, with it the flash kernels are
 out of reach, and grouped key/value heads are repeated in memory. Its flash_attention_2 path reads
@@ -72,21 +73,27 @@ AttentionInterface.register(MASK_FREE, causal_attention)
 
 
 @contextmanager
+def own_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside the block, a model runs the registered attention of that name."""
+    config = model.config.get_text_config(decoder=True)
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
 def mask_free(model: PreTrainedModel) -> Iterator[bool]:
     """Inside the block, a model that uses torch's or flash attention runs `causal_attention`.
 
     Yields:
         Whether it does. A model with eager attention is left as it is, and needs its mask.
     """
-    config = model.config.get_text_config(decoder=True)
-    own = config._attn_implementation
+    own = model.config.get_text_config(decoder=True)._attn_implementation
     replaces = own in _REPLACED
-    if replaces:
-        config._attn_implementation = MASK_FREE
-    try:
+    with own_attention(model, MASK_FREE if replaces else own):
         yield replaces
-    finally:
-        config._attn_implementation = own
 
 
 def causal_mask(queries: int, keys: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,162 @@
+"""What a frozen reader makes of a text: where its answers look, and the keys and values it keeps.
+
+Both are targets: of an encoder's scores for positions, and of a deep prefix, which is to hold at
+slot k what the reader would hold at the position that latent k stands for. Matching keys and values
+is a regression without a reader to differentiate, and has no plateau: on the testbed both readers'
+answers were at 0.92 and 0.85 of their tokens right after 200 steps of it, where 500 steps of
+cross-entropy through them had come to 0.82 and 0.76.
+
+Shapes: L layers, B texts, H key/value heads, T positions, M latents, D head width, N positions that
+predict an answer's token.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from latentwire_fast.attention import causal_attention, own_attention
+from latentwire_fast.batching import PromptBatch
+from latentwire_fast.prompts import Prompt
+from latentwire_fast.reader import Reader
+
+OBSERVED = "latentwire_observed"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One forward pass of a reader over text prompts with their answers.
+
+    Attributes:
+        attention_BT: what the positions that predict answers pay to each position, summed over
+            those, the layers and the heads.
+        layers: the keys and the values `[B, H, T, D]` of each layer.
+        rotary: makes its rotary position embeddings, if it has any.
+    """
+
+    attention_BT: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    rotary: nn.Module | None
+
+    def keys_values(self, places_BM: Tensor) -> Tensor:
+        """Keys and values `[L, 2, B, H, M, D]` at these positions, fp32.
+
+        The keys are turned from the position that they had to the slot (0 to M - 1) that they get:
+        what follows attends to them from as far as it will. Without that, the Qwen reader's
+        cross-entropy after 200 steps was 1.4 where it is 0.6 with it.
+        """
+        turn = None
+        if self.rotary is not None:
+            slots_M = torch.arange(places_BM.shape[1], device=places_BM.device)
+            cos, sin = self.rotary(places_BM.new_zeros(1, dtype=torch.float), slots_M - places_BM)
+            gain = getattr(self.rotary, "attention_scaling", 1.0)
+            turn = cos / gain, sin / gain
+        chosen = []
+        for sides in self.layers:
+            index = places_BM.to(sides[0].device)[:, None, :, None]
+            keys, values = (
+                side.gather(2, index.expand(-1, side.shape[1], -1, side.shape[3]))
+                .float()
+                .to(places_BM.device)
+                for side in sides
+            )
+            if turn is not None:
+                keys, _ = apply_rotary_pos_emb(keys, keys, *turn)
+            chosen.append(torch.stack([keys, values]))
+        return torch.stack(chosen)
+
+
+@torch.no_grad()
+def observe(reader: Reader, prompts: Sequence[Prompt]) -> Observation:
+    """Read text prompts that hold their answers."""
+    batch = reader.collate(prompts)
+    tally = _Tally(batch)
+    cache = DynamicCache(config=reader.model.config)
+    with _attending(reader, tally):
+        reader.backbone(**batch.model_inputs(), past_key_values=cache, use_cache=True)
+    layers = [(layer.keys, layer.values) for layer in cast(Any, cache).layers]
+    return Observation(tally.attention_BT, layers, getattr(reader.backbone, "rotary_emb", None))
+
+
+Ends = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Per text, where each token ends in an encoder's and in a reader's tokenisation of it."""
+
+
+def _covering(ends: Sequence[int], others: Sequence[int]) -> list[int]:
+    """For each token, by where it ends: the token of another tokenisation with its last character.
+
+    The other's last token, if that ends before it.
+    """
+    return [min(bisect_left(others, end), len(others) - 1) for end in ends]
+
+
+def move_places(places_BM: Tensor, ends: Ends) -> Tensor:
+    """An encoder's positions `[B, M]` of each text as the reader's of the same characters."""
+    moved = [_covering(own, others) for own, others in ends]
+    return torch.tensor(
+        [
+            [row[place] for place in places]
+            for row, places in zip(moved, places_BM.tolist(), strict=True)
+        ],
+        device=places_BM.device,
+    )
+
+
+def move_attention(attention_BT: Tensor, ends: Ends, scores_BT: Tensor) -> Tensor:
+    """A reader's attention as shares `[B, T]` of an encoder's positions, summing to 1 over those
+    with a score."""
+    moved_BT = torch.zeros_like(scores_BT)
+    for b, (own, others) in enumerate(ends):
+        within = [end for end in others if end <= own[-1]]  # the question comes behind
+        index = torch.tensor(_covering(within, own), device=moved_BT.device)
+        moved_BT[b].index_add_(0, index, attention_BT[b, : len(within)].to(moved_BT))
+    moved_BT = moved_BT.masked_fill(scores_BT.isinf(), 0.0)
+    return moved_BT / moved_BT.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+class _Tally:
+    """Causal attention that adds up what the scored positions of a batch attend to."""
+
+    def __init__(self, batch: PromptBatch) -> None:
+        self.rows_N, self.cols_N = batch.rows_N, batch.cols_N
+        self.attention_BT = torch.zeros(batch.ids_BT.shape, device=batch.ids_BT.device)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        rows_N, cols_N = self.rows_N.to(query.device), self.cols_N.to(query.device)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        asks_NHQD = query[rows_N, :, cols_N].unflatten(1, (key.shape[1], -1)).float() * scale
+        scores_NHQT = asks_NHQD @ key[rows_N].float().mT
+        later_NT = torch.arange(key.shape[2], device=query.device) > cols_N[:, None]
+        shares = scores_NHQT.masked_fill(later_NT[:, None, None], -torch.inf).softmax(-1)
+        paid_NT = shares.sum((1, 2)).to(self.attention_BT.device)
+        self.attention_BT.index_add_(0, self.rows_N, paid_NT)
+        return causal_attention(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+
+
+@contextmanager
+def _attending(reader: Reader, attention: _Tally) -> Iterator[None]:
+    """Inside the block the reader's layers run this attention."""
+    AttentionInterface.register(OBSERVED, attention)
+    with own_attention(reader.model, OBSERVED):
+        yield
