@@ -6,7 +6,6 @@ Shapes: B rows, T positions, D embedding width, N scored tokens, M prefix positi
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -115,13 +114,11 @@ def collate(
     places: list[tuple[int, int]] = []
     for b, (prompt, m, length) in enumerate(zip(prompts, sizes, lengths, strict=True)):
         start = width - length if side == "left" else 0
-        at = prompt.latent_at
-        slots = at if isinstance(at, list) else [at or 0] * m
-        # the column of an id: its index and the prefix vectors that stand before it
-        columns = [start + i + bisect_right(slots, i) for i in range(len(prompt.ids))]
+        at = prompt.latent_at or 0
+        columns = [start + i + (m if i >= at else 0) for i in range(len(prompt.ids))]
         ids[b, columns] = torch.tensor(prompt.ids, dtype=torch.long)
         mask[b, start : start + length] = True
-        places += [(b, start + slot + j) for j, slot in enumerate(slots)]
+        places += [(b, start + at + j) for j in range(m)]
         step = 0
         for i, is_target in enumerate(prompt.is_target):
             step = step if is_target else 0

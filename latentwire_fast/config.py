@@ -95,9 +95,9 @@ class EncoderConfig(_Part):
         kind: `lm` starts from a pretrained causal LM; `byte` from nothing, on UTF-8 bytes.
         source: the LM: a reader's source (its own weights are copied), a folder or a hub id.
         latents, d_z: the latent is `[latents, d_z]`.
-        pooling: `queries` are learned tokens after the text, `interleaved` the same spread over it;
-            `spans` averages the hidden states of contiguous spans; `selected` takes the positions
-            of the text that answers will look at (a stage with `select` teaches it which).
+        pooling: `queries` are learned tokens after the text; `spans` averages the hidden states of
+            contiguous spans; `selected` takes the positions of the text that answers will look at
+            (a stage with `select` teaches it which).
         rehearsals: passes in which the queries first take in what the LM would say next.
         frozen: keep the LM's weights and train only what was added.
         byte_*: the byte encoder's width, layers, heads and longest input.
@@ -107,7 +107,7 @@ class EncoderConfig(_Part):
     source: str = "testbed:llama"
     latents: int = 12
     d_z: int = 16
-    pooling: Literal["queries", "interleaved", "spans", "selected"] = "queries"
+    pooling: Literal["queries", "spans", "selected"] = "queries"
     rehearsals: int = 0
     frozen: bool = False
     max_tokens: int = 1024

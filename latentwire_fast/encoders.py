@@ -32,10 +32,9 @@ class LMEncoder(nn.Module):
     """A causal LM that reads the text, and a pooler that makes M latents of its hidden states.
 
     `queries`: M learned tokens follow the text; their last hidden states become the latents (the
-    in-context autoencoder of ICAE, arXiv:2307.06945). `interleaved`: the tokens stand among the
-    text, each behind the span it is to hold. `spans`: the text's hidden states are averaged over M
-    contiguous spans (as ARC-Encoder pools, arXiv:2510.20535). `selected`: the latents stand at M of
-    the text's own positions (`selection.py`).
+    in-context autoencoder of ICAE, arXiv:2307.06945). `spans`: the text's hidden states are
+    averaged over M contiguous spans (as ARC-Encoder pools, arXiv:2510.20535). `selected`: the
+    latents stand at M of the text's own positions (`selection.py`).
 
     With `rehearsals`, queries behind the text first say what the LM would say: each pass gives
     every query the distribution that its predecessor came to, as an expected embedding, so that
@@ -99,7 +98,7 @@ class LMEncoder(nn.Module):
             hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
             return self._latent(pool_spans(hidden_BTD, batch.lengths_B, self.config.latents))
         for prompt in prompts:
-            prompt.latent_at = self._places(len(prompt.ids))
+            prompt.latent_at = len(prompt.ids)
         queries_BMD = self.memory.expand(len(prompts), -1, -1)
         for _ in range(self.config.rehearsals):
             with torch.no_grad():
@@ -170,13 +169,6 @@ class LMEncoder(nn.Module):
         """Expected embeddings `[B, M - 1, D]` of what all queries but the last predict."""
         weight = cast(nn.Embedding, self.core.get_input_embeddings()).weight
         return (hidden_BMD[:, :-1] @ weight.T).softmax(-1) @ weight
-
-    def _places(self, length: int) -> int | list[int]:
-        """Where the learned queries stand in a text of so many tokens."""
-        if self.config.pooling != "interleaved":
-            return length
-        latents = self.config.latents
-        return [-(-(k + 1) * length // latents) for k in range(latents)]
 
 
 def _check_length(length: int, limit: int, unit: str) -> None:

@@ -36,8 +36,7 @@ class Prompt:
 
     Attributes:
         ids: the token ids, without any placeholder.
-        latent_at: the latent prefix stands before `ids[latent_at]`; in order, one place for each of
-            its vectors where this is a list; None for a text prompt.
+        latent_at: the latent prefix stands before `ids[latent_at]`; None for a text prompt.
         is_target: per id, whether it is an answer token or its EOS (what cross-entropy is taken
             over).
         content: how many ids stand for user text (context, question); the rest is template and
@@ -45,7 +44,7 @@ class Prompt:
     """
 
     ids: list[int] = field(default_factory=list)
-    latent_at: int | list[int] | None = None
+    latent_at: int | None = None
     is_target: list[bool] = field(default_factory=list)
     content: int = 0
 

@@ -38,10 +38,8 @@ def spell_out(prompt: Prompt, prefix: Tensor, embedding: nn.Embedding) -> list[P
         Position(embedding.weight[token], token, False, is_target)
         for token, is_target in zip(prompt.ids, prompt.is_target, strict=True)
     ]
-    at = prompt.latent_at
-    places = at if isinstance(at, list) else [at or 0] * len(prefix)
-    for place, vector in reversed(list(zip(places, prefix, strict=True))):
-        row.insert(place, Position(vector, PAD, True, False))
+    at = prompt.latent_at or 0
+    row[at:at] = [Position(vector, PAD, True, False) for vector in prefix]
     return row
 
 
@@ -57,9 +55,7 @@ def ragged(draw: st.DrawFn, *, latent: bool) -> tuple[list[Prompt], list[Tensor]
         size = 0
         if latent:
             size = draw(st.integers(0, 4))
-            place = st.integers(0, len(prompt.ids))
-            apart = st.lists(place, min_size=size, max_size=size).map(sorted)
-            prompt.latent_at = draw(place | apart)
+            prompt.latent_at = draw(st.integers(0, len(prompt.ids)))
         prompts.append(prompt)
         prefixes.append(100.0 + torch.arange(size * WIDTH).view(size, WIDTH).float())
     return prompts, prefixes

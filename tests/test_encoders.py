@@ -17,7 +17,6 @@ from latentwire_fast.reader import Reader
 
 CONFIGS = {
     "queries": EncoderConfig(latents=5, d_z=8, pooling="queries"),
-    "interleaved": EncoderConfig(latents=5, d_z=8, pooling="interleaved"),
     "spans": EncoderConfig(latents=5, d_z=8, pooling="spans"),
     "selected": EncoderConfig(latents=5, d_z=8, pooling="selected"),
     "byte": EncoderConfig(kind="byte", latents=5, d_z=8, byte_width=16, byte_layers=2),
@@ -207,7 +206,7 @@ def test_queries_are_read_after_the_text(readers: dict[str, Reader]) -> None:
     torch.testing.assert_close(encoder([context])[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["queries", "interleaved", "spans"])
+@pytest.mark.parametrize("pooling", ["queries", "spans"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_frozen_core_gets_no_gradient(source: Reader, pooling: str, frozen: bool) -> None:
     encoder = make(replace(CONFIGS[pooling], frozen=frozen), source).train()

@@ -22,11 +22,11 @@ from transformers import (
     StaticCache,
 )
 
-from latentwire_fast import ops, wire
+from latentwire_fast import attention, ops, wire
 from latentwire_fast.config import AdapterConfig, EncoderConfig, QuantizerConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
-from latentwire_fast.prefill import Prefilled, Receiver, attention, receiver
+from latentwire_fast.prefill import Prefilled, Receiver, receiver
 from latentwire_fast.prefill.graphs import PassCache, set_length, write_through
 from latentwire_fast.prefill.inputs import InputBuffer, lay_out
 from latentwire_fast.prompts import Prompt, Turn
@@ -421,8 +421,6 @@ class TestRefusals:
             receiver.read([])
         with pytest.raises(ConfigError, match="prompt 0 is empty"):
             receiver.read([Prompt()])
-        with pytest.raises(ConfigError, match="spreads its latent"):
-            receiver.prefill(payloads[:1], [Prompt([1], latent_at=[0, 1])])
         for at in (-1, 3):
             with pytest.raises(ConfigError, match=f"prompt 0 has its latent at {at} of 2 tokens"):
                 receiver.prefill(payloads[:1], [Prompt([1, 2], latent_at=at)])

@@ -69,7 +69,6 @@ def lay_out(
     slots_BT = np.full_like(ids_BT, -1)
     for ids_T, slots_T, prompt in zip(ids_BT, slots_BT, prompts, strict=True):
         start, ids = prompt.latent_at or 0, prompt.ids
-        assert isinstance(start, int)
         ids_T[:start] = ids[:start]
         ids_T[start + soft : len(ids) + soft] = ids[start:]
         slots_T[start : start + soft] = range(soft)
@@ -78,8 +77,6 @@ def lay_out(
 
 def _check(prompt: Prompt, number: int, *, soft_tokens: int | None) -> None:
     at = prompt.latent_at
-    if isinstance(at, list):
-        raise ConfigError(f"prompt {number} spreads its latent; a reader takes it in one place")
     if (at is None) != (soft_tokens is None):
         raise ConfigError(
             f"prompt {number} was built "
