@@ -31,6 +31,7 @@ from latentwire_fast.prefix import DeepPrefix, KVGeometry
 from latentwire_fast.pretrained import load_tokenizer, load_weights
 from latentwire_fast.reader import Reader, checkpoint_activations
 from latentwire_fast.selection import Selection
+from latentwire_fast.suitability import check_vocabulary
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -364,6 +365,7 @@ def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encod
     else:
         core = load_weights(AutoModel, config.source, dtype=torch.float32)
         tokenizer = load_tokenizer(config.source)
+        check_vocabulary(tokenizer, core, name=f"encoder LM {config.source!r}")
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     return LMEncoder(core.train(), tokenizer, config)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from latentwire_fast.errors import ConfigError, LatentWireError
 logger = logging.getLogger(__name__)
 
 NAMED = 3  # tensors that a message names
+LONGEST_REASON = 300  # characters of a library's own message
 
 
 def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
@@ -105,7 +107,7 @@ def _loading(source: str | Path) -> Iterator[str]:
     except LatentWireError:
         raise
     except Exception as error:  # the libraries raise of all kinds on what they cannot read
-        reason = " ".join(str(error).strip().split("\n")[0].split())
+        reason = shorten(str(error), LONGEST_REASON, placeholder=" ...")
         if not isinstance(error, OSError | ValueError):  # a KeyError says no more than the key
             reason = f"{type(error).__name__} {reason}"
         raise ConfigError(
@@ -114,8 +116,10 @@ def _loading(source: str | Path) -> Iterator[str]:
 
 
 def resolve_source(source: str | Path) -> str:
-    """`testbed:NAME` to the shipped folder; anything else as it is."""
+    """`testbed:NAME` to the shipped folder; anything else as it is, but for a file."""
     text = str(source)
+    if Path(text).is_file():
+        raise ConfigError(f"{text!r} is a file; give the folder that holds the model")
     if not text.startswith("testbed:"):
         return text
     folder = Path(__file__).parent / "testbed" / "readers" / text.removeprefix("testbed:")

@@ -11,6 +11,7 @@ a deep prefix is `[L, 2, B or 1, H, P, d_head]` (see `prefix.py`).
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,22 +27,14 @@ from latentwire_fast.batching import PaddingSide, PromptBatch, collate
 from latentwire_fast.checkpoint import parameter_digest
 from latentwire_fast.config import ReaderConfig
 from latentwire_fast.decoding import DecodeOptions, pick_tokens
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.errors import DataError
 from latentwire_fast.kv_cache import CacheFiller, decoder_layers, training_cache
 from latentwire_fast.prefix import KVGeometry
 from latentwire_fast.pretrained import load_tokenizer, load_weights, nf4_config
 from latentwire_fast.prompts import Prompt, PromptBuilder, Turn
+from latentwire_fast.suitability import check_logits, check_vocabulary, learns_positions
 
 logger = logging.getLogger(__name__)
-
-# What configurations call a cap or a factor on the logits. Where it is weak, the logits of a prompt
-# hardly show it.
-_LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
 
 
 class Reader:
@@ -55,7 +48,8 @@ class Reader:
         anchor, bos: passed to `PromptBuilder`.
 
     Raises:
-        ConfigError: the model post-processes its logits, or the tokenizer lacks an EOS.
+        ConfigError: the model post-processes its logits, or the tokenizer lacks an EOS or has
+            tokens that the model does not know.
     """
 
     def __init__(
@@ -74,9 +68,15 @@ class Reader:
         self.source = source
         self.prompts = PromptBuilder(tokenizer, anchor=anchor, bos=bos)
         self.pad_id = tokenizer.pad_token_id
-        if self.pad_id is None:
+        if self.pad_id is None or self.pad_id >= len(self.embedding.weight):
             self.pad_id = self.prompts.eos_id
-        self._check_head()
+        check_vocabulary(tokenizer, model, name=f"reader {name!r}")
+        ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
+        check_logits(model, ids, name=f"reader {name!r}")
+        self._learns_positions = learns_positions(model)
+        config = model.config.get_text_config()
+        self._max_positions: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self._warned = False
 
     @classmethod
     def load(
@@ -126,25 +126,6 @@ class Reader:
             load_in_4bit=config.load_in_4bit,
             bos=config.bos,
         )
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        config = self.model.config.get_text_config()
-        declared = [name for name in _LOGIT_TRANSFORMS if (getattr(config, name, None) or 1) != 1]
-        ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        ours = self.head(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
-        if not bool(logits.isfinite().all()):
-            raise ConfigError(
-                f"reader {self.name!r} ({self.model.config.model_type}) computes NaN or infinity: "
-                f"its weights are damaged, or overflow in {self.model.dtype}; another dtype may do"
-            )
-        if declared or not torch.allclose(logits.float(), ours.float(), rtol=1e-2, atol=1e-2):
-            raise ConfigError(
-                f"reader {self.name!r} ({self.model.config.model_type}) transforms its logits "
-                f"after the output embedding ({', '.join(declared) or 'soft-capping or scaling'}); "
-                "such models are not supported as readers"
-            )
 
     @property
     def device(self) -> torch.device:
@@ -220,8 +201,13 @@ class Reader:
         side: PaddingSide = "right",
     ) -> PromptBatch:
         """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at` and, for the
-        cache, a deep prefix."""
-        return collate(
+        cache, a deep prefix.
+
+        Raises:
+            DataError: more positions than a model with a table of positions has. Others are warned
+                of, once.
+        """
+        batch = collate(
             prompts,
             embedding=self.embedding,
             pad_id=self.pad_id,
@@ -229,6 +215,21 @@ class Reader:
             deep=deep,
             side=side,
         )
+        positions = batch.deep_positions + batch.ids_BT.shape[1]
+        if positions > self._max_positions:
+            self._report_overlong(positions)
+        return batch
+
+    def _report_overlong(self, positions: int) -> None:
+        message = (
+            f"a prompt takes {positions:,} positions, reader {self.name!r} knows "
+            f"{self._max_positions:,}"
+        )
+        if self._learns_positions:
+            raise DataError(f"{message}; shorten the texts, or choose another reader")
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s: what it says to such prompts means little", message)
 
     def target_hidden(self, batch: PromptBatch) -> Tensor:
         """Last hidden states `[N, D]` at the scored positions (gradients flow to the prefixes)."""
@@ -281,6 +282,8 @@ class Reader:
             done |= token_B == eos
             new_ids.append(torch.where(done, eos, token_B))
             if step + 1 == options.max_new_tokens or bool(done.all()):
+                break
+            if self._learns_positions and int(position.max()) + step >= self._max_positions:
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             output = self.backbone(
