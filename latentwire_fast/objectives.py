@@ -25,7 +25,7 @@ from latentwire_fast.data.streams import TrainItem
 from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.interlingua import Interlingua, Received
 from latentwire_fast.observation import move_attention, move_places, observe
-from latentwire_fast.prompts import Prompt, full_text
+from latentwire_fast.prompts import Prompt, context_text, full_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.selection import Selection
 from latentwire_fast.teacher import TeacherCache
@@ -121,8 +121,14 @@ class Objectives:
                 if stage.continuation:
                     self._add(work, ("continue", name), builder.build_rebuild(rest), None)
                 if stage.select or stage.kv:
-                    read = builder.build(item.turns, context=item.context)
-                    work.prompts["select", name] = read
+                    # Without answers that look, a third of the tokens: the text itself.
+                    asked = pure or stage.select
+                    read = (
+                        builder.build(item.turns, context=item.context)
+                        if asked
+                        else builder.build_context(item.context)
+                    )
+                    work.prompts["kv", name] = read
                     work.counts["select", name] = work.counts["kv", name] = 1
             works.append(work)
         return works
@@ -175,7 +181,7 @@ class Objectives:
                 given = self.model.received(name, half, task="continue")
                 self._rebuild(works, ("continue", name), given, losses)
             if selection is not None:
-                self._observe(works, name, selection, sent if stage.kv else None, losses)
+                self._observe(works, name, selection, sent, stage, losses)
         for key, value in losses.sums.items():
             if weights[key[0]]:
                 losses.total = losses.total + weights[key[0]] * value / max(1, counts[key])
@@ -221,25 +227,29 @@ class Objectives:
         works: Sequence[Work],
         name: str,
         selection: Selection,
-        latent: Tensor | None,
+        latent: Tensor,
+        stage: StageConfig,
         losses: Losses,
     ) -> None:
-        """Scores against where the reader's answers look; a deep prefix of `latent`, if given,
-        against what the reader holds at the chosen positions."""
+        """Scores against where the reader's answers look, and a deep prefix against what the
+        reader holds at the chosen positions."""
         reader, encoder = self.readers[name], cast(LMEncoder, self.model.encoder)
+        pure = self.model.mode == "pure"
         places = []
         for work in works:
-            first = work.item.turns[0].question
-            ends = reader.prompts.text_ends(full_text(work.item.context, first))
-            text = first if self.model.mode == "pure" else None
-            places.append((encoder.text_ends(work.item.context, text), ends))
-        seen = observe(reader, [w.prompts["select", name] for w in works])
+            context, question = work.item.context, work.item.turns[0].question
+            asked = pure or stage.select
+            text = full_text(context, question) if asked else context_text(context)
+            own = encoder.text_ends(context, question if pure else None)
+            places.append((own, reader.prompts.text_ends(text)))
+        seen = observe(reader, [w.prompts["kv", name] for w in works])
         start = reader.prompts.content_start
-        looks_BT = move_attention(seen.attention_BT[:, start:], places, selection.scores_BT)
-        losses.sums["select", name] = F.cross_entropy(
-            selection.scores_BT.clamp(min=-1e9), looks_BT, reduction="sum"
-        )
-        if latent is None:
+        if stage.select:
+            looks_BT = move_attention(seen.attention_BT[:, start:], places, selection.scores_BT)
+            losses.sums["select", name] = F.cross_entropy(
+                selection.scores_BT.clamp(min=-1e9), looks_BT, reduction="sum"
+            )
+        if not stage.kv:
             return
         own_BM = start + move_places(selection.places_BM, places)
         kept = seen.keys_values(own_BM)

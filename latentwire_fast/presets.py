@@ -62,30 +62,28 @@ def testbed() -> RunConfig:
 def testbed_context() -> RunConfig:
     """Context-only mode on the testbed: the latent holds every fact, the question comes as text.
 
-    No pretraining stage: autoencoding at weight 0.3 beside the answers left both readers at 0.4 of
-    the answer tokens after 120 steps, where the answers alone were at 0.6 and took two thirds of
-    the time (one fact, one seed).
-
-    Deep prefixes, because soft tokens learn the same more slowly (`prefix.py` has figures). Half of
-    the passages hold two kinds of facts only: what the encoder cannot do yet is to keep facts of
-    one kind apart. That has not cured it: F1 is near 0.56 with them (3,200 steps) and without
-    (2,200).
+    The latents stand at the positions of the text that answers look at, and deep prefixes learn the
+    reader's own keys and values there before any answer is asked for (`selection.py`,
+    `observation.py`). The encoder's LM is frozen, so the positions stay as they were learned. Half
+    of the passages hold two kinds of facts only: facts of one kind are what is told apart last.
     """
     return RunConfig(
         preset="testbed_context",
         mode="context",
         readers=TESTBED_READERS,
+        encoder=EncoderConfig(latents=8, pooling="selected", frozen=True),
         adapter=AdapterConfig(prefix="deep"),
         data=DataConfig(similar=0.5),
         stages=(
-            StageConfig("answer", steps=2000, facts=((0.1, 1), (0.25, 2), (1.0, 4))),
-            StageConfig("quantized", steps=1200, quantize=6),
+            StageConfig("select", steps=100, answer=0.0, select=1.0, kv=1.0),
+            StageConfig("match", steps=700, answer=0.0, kv=1.0),
+            StageConfig("answer", steps=700, lr=0.5),
+            StageConfig("quantized", steps=900, lr=0.5, quantize=6),
         ),
         optim=OptimConfig(
             batch_size=24,
             muon_lr=0.02,
             adamw_lr=3e-3,
-            encoder_lr=0.3,
             warmup_steps=20,
             decay_from=0.45,
         ),

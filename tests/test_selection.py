@@ -250,6 +250,16 @@ def test_a_few_steps_match_better_and_leave_the_frozen_core_alone(setting: Any) 
     assert all(torch.equal(before[n], p) for n, p in model.encoder.core.named_parameters())
 
 
+def test_keys_and_values_alone_need_no_answers(setting: Any) -> None:
+    """The same error whether the answers are read behind the text or not."""
+    _, objectives, items = setting
+    both = losses(objectives, items).sums
+    alone = losses(objectives, items, replace(MATCH, select=0.0)).sums
+    assert {objective for objective, _ in alone} == {"kv"}
+    for key, value in alone.items():
+        assert value.item() == pytest.approx(both[key].item(), rel=1e-5)
+
+
 def test_scores_alone_can_be_trained(setting: Any) -> None:
     _, objectives, items = setting
     found = losses(objectives, items, replace(MATCH, kv=0.0))
