@@ -350,8 +350,10 @@ class Trainer:
 
 
 def _postfix(record: dict[str, Any]) -> str:
-    accuracy = " ".join(f"{name} {value:.2f}" for name, value in sorted(record["accuracy"].items()))
-    return (
-        f"{record['stage']} loss {record['loss']:.3f} acc {accuracy} "
-        f"{record['tokens_per_second']:.0f} tok/s"
-    )
+    accuracy = "".join(f" {name} {value:.2f}" for name, value in sorted(record["accuracy"].items()))
+    parts = [f"{record['stage']} loss {record['loss']:.3f}"]
+    if accuracy:  # a stage without answers has none
+        parts.append(f"acc{accuracy}")
+    if record["tokens_per_second"]:
+        parts.append(f"{record['tokens_per_second']:.0f} tok/s")
+    return " ".join(parts)
