@@ -2,6 +2,7 @@
 
     python bench/placement.py                    # CPU, 32 layers, P = 100, batch 1 and 8
     python bench/placement.py --device cuda:0    # prefix on the CPU, reader on a GPU
+    OMP_NUM_THREADS=1 python bench/placement.py --cpu-time    # while the machine does other things
 
 Every row is checked against the loop, bit for bit, before it is timed; runs of all rows interleave.
 Two times are taken: until the cache holds the prefix, and until every layer has taken a token as
@@ -102,19 +103,22 @@ def methods(case: Case, device: str) -> dict[str, Callable[[torch.Tensor], Cache
 
 
 def milliseconds(
-    run: Callable[[torch.Tensor], Cache], prefix: torch.Tensor, token: torch.Tensor
+    run: Callable[[torch.Tensor], Cache],
+    prefix: torch.Tensor,
+    token: torch.Tensor,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
     """Until the prefix is in the cache, and until a token `[B, H, 1, D]` of each layer is too."""
-    started = time.perf_counter()
+    started = clock()
     cache = run(prefix)
     if not token.is_cpu:
         torch.accelerator.synchronize(token.device)
-    placed = time.perf_counter()
+    placed = clock()
     for layer in range(LAYERS):
         cache.update(token, token, layer)
     if not token.is_cpu:
         torch.accelerator.synchronize(token.device)
-    return 1e3 * (placed - started), 1e3 * (time.perf_counter() - started)
+    return 1e3 * (placed - started), 1e3 * (clock() - started)
 
 
 def assert_equal(one: Cache, other: Cache) -> None:
@@ -137,14 +141,17 @@ def report(case: Case, times: dict[str, list[tuple[float, float]]]) -> None:
         print(f"  {name:17} placed {cells[0]}   first token {cells[1]}")
 
 
-def main(device: str = "cpu", repeats: int = 20) -> None:
+def main(device: str = "cpu", repeats: int = 20, cpu_time: bool = False) -> None:
     """Time the placement of a prefix.
 
     Args:
         device: where the reader's layers live; the prefix is on the CPU.
         repeats: timed runs of each row.
+        cpu_time: that of the process, of all its threads, instead of the wall clock's.
     """
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    clock = time.process_time if cpu_time else time.perf_counter
+    kind = "CPU time" if cpu_time else "wall clock"
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {kind}")
     for case in CASES:
         prefix = case.prefix()
         token = torch.randn(case.batch, HEADS, 1, WIDTH).to(device, case.cache_dtype)
@@ -159,7 +166,7 @@ def main(device: str = "cpu", repeats: int = 20) -> None:
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
         for _ in range(repeats):
             for name, run in rows.items():
-                times[name].append(milliseconds(run, prefix, token))
+                times[name].append(milliseconds(run, prefix, token, clock))
         report(case, times)
 
 
