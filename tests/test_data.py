@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import json
 import os
@@ -16,6 +17,7 @@ from latentwire_fast.data import hub, sources
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import in_split, load_examples, mix
 from latentwire_fast.data.squad import NO_ANSWER, load_squad
+from latentwire_fast.data.text import read_text
 from latentwire_fast.errors import DataError
 
 
@@ -74,6 +76,42 @@ def test_squad_v2_unanswerable(tmp_path: Path) -> None:
     assert load_squad(path, no_answer="")[0].answers == ("",)
 
 
+def test_answers_come_without_outer_space(tmp_path: Path) -> None:
+    """It would become a token of its own behind the anchor."""
+    path = squad_file(tmp_path / "dev.json", contexts=1, per_context=1)
+    data = json.loads(path.read_text())
+    texts = [" river 0 ", "", "river 0\n", "the river 0"]
+    question = data["data"][0]["paragraphs"][0]["qas"][0]
+    question["answers"] = [{"text": text, "answer_start": 0} for text in texts]
+    path.write_text(json.dumps(data))
+    assert load_squad(path)[0].answers == ("river 0", "the river 0")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    plain = squad_file(tmp_path / "dev.json")
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(codecs.BOM_UTF8 + plain.read_bytes())
+    assert load_squad(marked) == load_squad(plain)
+    note = tmp_path / "note.txt"
+    note.write_bytes(codecs.BOM_UTF8 + "Nulnak naïf\n".encode())
+    assert read_text(note) == "Nulnak naïf"
+
+
+def test_passages_of_one_split_only_say_what_to_do(tmp_path: Path) -> None:
+    path = squad_file(tmp_path / "dev.json", contexts=1)
+    split = "train" if in_split(load_squad(path)[0], "heldout") else "heldout"
+    with pytest.raises(DataError, match=f"split '{split}'; one passage in 10 is held out, so give"):
+        load_examples(str(path), split=split, count=None, seed=0)
+
+
+def test_the_endless_testbed_is_in_no_mixture_for_training(tmp_path: Path) -> None:
+    path = squad_file(tmp_path / "dev.json", contexts=40)
+    mixture = f"testbed,{path}"
+    assert len(load_examples(mixture, split="heldout", count=4, seed=0)) == 4
+    with pytest.raises(DataError, match="training cannot mix it with other sources"):
+        load_examples(mixture, split="train", count=None, seed=0)
+
+
 def _edit(path: tuple[Any, ...], value: Any) -> Any:
     """A change of the JSON value at `path`; None removes it."""
 
@@ -104,7 +142,8 @@ _Q = ("data", 0, "paragraphs", 1, "qas", 1)
         (_edit((*_Q[:4], "qas"), None), r"paragraph 1: no 'qas'"),
         (_edit((*_Q, "question"), None), r"paragraph 1, question 1: no 'question'"),
         (_edit((*_Q, "id"), 7), r"question 1: 'id' is int, expected str"),
-        (_edit((*_Q, "answers"), []), r"paragraph 1, question 1: no answers; .*is_impossible"),
+        (_edit((*_Q, "answers"), []), r"question 1: no answer with a text; .*is_impossible"),
+        (_edit((*_Q, "answers"), [{"text": " \n"}]), r"question 1: no answer with a text"),
         (_edit((*_Q, "answers", 2), "river"), r"question 1, answer 2: no 'text' \(found str\)"),
         (_edit((*_Q, "id"), "q0-1"), r"question 1: id 'q0-1' .*article 0, paragraph 0, question 1"),
         (

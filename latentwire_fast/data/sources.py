@@ -141,7 +141,10 @@ def _load_one(spec: str, split: Split, count: int | None, seed: int, facts: int)
         examples = (example for example in examples if in_split(example, split))
     chosen = list(islice(_distinct(examples, spec), count))
     if not chosen:
-        raise DataError(f"{spec}: no usable example in split {split!r}; use another split or `all`")
+        advice = "look at its rows"
+        if not is_cut:
+            advice = f"one passage in {HELDOUT_EVERY} is held out, so give a file with more of them"
+        raise DataError(f"{spec}: no usable example in split {split!r}; {advice}")
     return chosen
 
 
@@ -180,7 +183,8 @@ def _load_testbed(split: Split, count: int | None, seed: int, facts: int) -> lis
 
     if split == "all" or count is None:
         raise DataError(
-            "testbed: is generated without end; give a count, and split train or heldout"
+            "testbed: is generated without end, so training cannot mix it with other sources; for "
+            "a list, give a count, and split train or heldout"
         )
     return make_examples(count, seed=seed, facts=facts, split=split)
 

@@ -22,7 +22,7 @@ def read_json(path: Path) -> Any:
         DataError: no such file, or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows writes a byte order mark
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of a JSON file") from None
     except IsADirectoryError:
@@ -78,15 +78,16 @@ def _questions(data: Any, path: str) -> Iterator[tuple[str, str, Any]]:
 
 def _example(record: Any, context: str, where: str, no_answer: str) -> Example:
     answers = _field(record, "answers", list, where)
-    texts = [
+    found = [
         _field(answer, "text", str, f"{where}, answer {i}") for i, answer in enumerate(answers)
     ]
+    texts = [text.strip() for text in found if text.strip()]
     if not texts and record.get("is_impossible") is True:
         texts = [no_answer]
     if not texts:
         raise DataError(
-            f'{where}: no answers; a v2.0 file marks such questions with "is_impossible": true, '
-            "a test set without answers cannot be used"
+            f"{where}: no answer with a text; a v2.0 file marks such questions with "
+            '"is_impossible": true, a test set without answers cannot be used'
         )
     return Example(
         id=_field(record, "id", str, where),

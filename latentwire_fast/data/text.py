@@ -14,7 +14,7 @@ def read_text(path: Path) -> str:
         DataError: missing, unreadable, not UTF-8, or empty.
     """
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
