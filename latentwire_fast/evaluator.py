@@ -264,8 +264,8 @@ def evaluate_run(
 
     Raises:
         CheckpointError: the run is not trained, or its readers have other weights than it was
-            trained for. ConfigError: there is no folder for `out`. TrainingError: the run folder is
-            in use, or cannot be written to.
+            trained for. ConfigError: `out` cannot be written to, or belongs to the run's report.
+            TrainingError: the run folder is in use, or cannot be written to.
     """
     if not (run_dir / "model" / "config.json").exists():
         raise CheckpointError(
@@ -277,11 +277,20 @@ def evaluate_run(
             result, outcome = _evaluate(run_dir, fresh_seed, count, progress)
             _write(run_dir, result, outcome)
         return result
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise ConfigError(f"cannot write {out}: {out.parent} is no folder that can be written to")
+    _check_out(run_dir, out)
     result, _ = _evaluate(run_dir, fresh_seed, count, progress)
     write_atomically(out, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _check_out(run_dir: Path, out: Path) -> None:
+    """Raise now, rather than after the evaluation, unless metrics can be written to `out`."""
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise ConfigError(f"cannot write {out}: {out.parent} is no folder that can be written to")
+    if out.exists() and not out.is_file():  # a device would be replaced by a file
+        raise ConfigError(f"cannot write {out}: it is no file; give the path of one")
+    if out.resolve() == (run_dir / "eval" / "metrics.json").resolve():
+        raise ConfigError(f"{out} belongs to the run's report; leave --out away to write that")
 
 
 def _evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -469,6 +470,27 @@ def test_fresh_examples_are_scored_into_a_file_of_their_own(run_dir: Path, tmp_p
     texts = [context_text(e.context) for e in make_examples(3, seed=7, facts=2)]
     assert metrics["bytes"]["text_utf8_mean"] == sum(map(len, texts)) / 3
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("nowhere/m.json", "nowhere is no folder"),
+        ("tiny", "tiny: it is no file"),
+        ("pipe", "pipe: it is no file"),
+        ("tiny/eval/metrics.json", "belongs to the run's report"),
+    ],
+)
+def test_metrics_that_could_not_be_written_are_not_computed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, message: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (run_dir / "eval").mkdir()
+    monkeypatch.setattr(Evaluator, "run", lambda self: pytest.fail("evaluated"))
+    with pytest.raises(ConfigError, match=message):
+        evaluate_run(run_dir, out=tmp_path / out)
+    assert (tmp_path / "pipe").is_fifo()
+    assert list((run_dir / "eval").iterdir()) == []
 
 
 def test_an_untrained_folder_says_what_to_do(tmp_path: Path) -> None:
