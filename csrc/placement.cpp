@@ -279,10 +279,10 @@ void Placer::send(Slab& slab) const {
 
 Placement Placer::place(const at::Tensor& given, int64_t batch) const {
   check(given, batch);
-  // One row that the caller broadcast already is still one row to copy.
-  const bool broadcast = given.stride(2) == 0;
-  const at::Tensor prefix = broadcast ? given.narrow(2, 0, 1) : given;
-  const bool training = c10::GradMode::is_enabled() && prefix.requires_grad();
+  const bool training = c10::GradMode::is_enabled() && given.requires_grad();
+  // One row that the caller broadcast already is still one row to copy; gradients go to all of them.
+  const bool one_row = !training && given.stride(2) == 0;
+  const at::Tensor prefix = one_row ? given.narrow(2, 0, 1) : given;
   Copies copies;
   const at::Tensor source =
       training ? prepare_with_gradients(prefix, copies) : prepare(prefix, copies);

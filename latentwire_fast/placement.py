@@ -202,6 +202,10 @@ def _device_name(name: str, *, layer: int) -> str:
     return str(device)
 
 
+def _in_training(prefix: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and prefix.requires_grad
+
+
 def _is_present(device: torch.device) -> bool:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or accelerator.type != device.type:
@@ -261,8 +265,8 @@ class _TorchPlacer:
 
     def place(self, prefix: torch.Tensor, batch_size: int) -> _TorchPlacement:
         self.check(prefix, batch_size)
-        if prefix.stride(2) == 0:  # one row that the caller broadcast already
-            prefix = prefix.narrow(2, 0, 1)
+        if prefix.stride(2) == 0 and not _in_training(prefix):
+            prefix = prefix.narrow(2, 0, 1)  # one row, which the caller broadcast already
         order = [DeviceRuns(str(device), runs).layers for device, runs in self.devices]
         source, prepare = self.prepare(prefix)
         link = 0
@@ -279,7 +283,7 @@ class _TorchPlacer:
         runs = [run for _, runs in self.devices for run in runs]
         is_odd = len(runs) > len(self.devices)
         parts = [prefix.narrow(0, first, count) for first, count in runs]
-        if torch.is_grad_enabled() and prefix.requires_grad:
+        if _in_training(prefix):
             source = torch.cat(parts) if is_odd else prefix
             if source.dtype == self.dtype and (is_odd or self.fits(source)):
                 return source, int(is_odd)

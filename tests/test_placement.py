@@ -183,6 +183,16 @@ class TestPlace:
             gradients.append(prefix.grad)
         assert torch.equal(*gradients)
 
+    @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+    def test_every_row_of_a_broadcast_prefix_has_its_gradient(
+        self, cache_dtype: torch.dtype
+    ) -> None:
+        rows = make_prefix(batch=1).expand(-1, -1, 3, -1, -1, -1).requires_grad_()
+        keys = make_placer(cache_dtype).place(rows, batch_size=3).keys[0]
+        (keys.float() * torch.arange(1.0, 4.0)[:, None, None, None]).sum().backward()
+        assert rows.grad is not None
+        assert rows.grad[0, 0, :, 0, 0, 0].tolist() == [1.0, 2.0, 3.0]
+
     def test_scatter_writes_its_positions_alone(self) -> None:
         prefix = make_prefix(batch=1, positions=4)
         target = torch.full((LAYERS, 2, 2, HEADS, 9, WIDTH), -1.0, dtype=torch.bfloat16)
