@@ -6,6 +6,7 @@ one prompt builder, one decoder and one scorer.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -301,8 +303,12 @@ def _evaluate(
     if config.threads:
         torch.set_num_threads(config.threads)
     start = time.perf_counter()
-    model = Interlingua.from_pretrained(run_dir / "model")
-    readers = load_readers(config.readers)
+    device = PartialState().device  # as in training: the GPU where there is one
+    gc.collect()  # what a training in this process leaves is in reference cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    model = Interlingua.from_pretrained(run_dir / "model").to(device)
+    readers = load_readers(config.readers, device)
     examples = heldout_examples(config.data, count=count, seed=fresh_seed)
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
@@ -310,7 +316,7 @@ def _evaluate(
     measured |= outcome.metrics()
     diagnostics = read_records(run_dir / "diagnostics.jsonl")
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
-    run = run_record(config, name=run_dir.resolve().name, device=next(model.parameters()).device)
+    run = run_record(config, name=run_dir.resolve().name, device=device)
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
     return {"schema_version": 1, "run": run, **measured}, outcome

@@ -76,7 +76,9 @@ def main() -> None:
     run_dir = args.run or Path("runs") / config.preset
     trainer = Trainer(config, run_dir)
     trainer.run()
-    if not args.no_eval and trainer.accelerator.is_main_process:
+    leads = trainer.accelerator.is_main_process
+    del trainer  # and its readers: the evaluation loads its own
+    if leads and not args.no_eval:
         from latentwire_fast.evaluator import evaluate_run
         from latentwire_fast.summary import summary_lines
 

@@ -7,10 +7,12 @@ two prompts get the same logits, so that a wrong mask, position or prefix shows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -72,6 +74,15 @@ def tiny_interlingua(readers: dict[str, Reader], mode: Mode, *, latents: int = 4
             mode=mode,
         )
     return model.eval()
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs use no GPU: bits are compared. Accelerate keeps its choice until it is reset."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

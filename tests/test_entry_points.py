@@ -13,13 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from latentwire_fast import wire
@@ -32,17 +30,11 @@ from latentwire_fast.storage import RunLock
 from latentwire_fast.testbed.task import make_examples
 from runs import contents, model_digest, records, squad_file, tiny_config, train
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 STEPS = 30
 WIDTHS = ["16", "8", "6", "4"]
 CONTEXT = "Nulnak is already 94 years old. The dog of Bakrim is named Fosvun."
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start(module: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerFast
 
 from latentwire_fast import metrics as scores
@@ -32,6 +33,8 @@ from latentwire_fast.prompts import Turn, context_text, full_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.testbed.task import make_examples
 from readers import tiny_interlingua, tiny_model
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 BITS = ("16", "8", "6", "4")
 READING = (  # by a model
@@ -458,6 +461,20 @@ def test_a_run_is_evaluated_into_its_folder(run_dir: Path) -> None:
         assert (run_dir / "eval" / name).stat().st_size > 0
     assert list((run_dir / "eval" / "figures").glob("*.png"))
     assert "llama" in (run_dir / "model" / "README.md").read_text()
+
+
+@pytest.mark.gpu
+def test_a_run_is_evaluated_on_the_gpu(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = evaluate_run(run_dir, progress=False)
+    assert expected["run"]["device"].startswith("cpu")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    result = evaluate_run(run_dir, progress=False)
+    assert result["run"]["device"] == torch.cuda.get_device_name(0)
+    for name, methods in expected["readers"].items():
+        for method in READING:
+            nll = result["readers"][name][method]["nll_per_token"]["mean"]
+            assert nll == pytest.approx(methods[method]["nll_per_token"]["mean"], rel=1e-3)
 
 
 def test_fresh_examples_are_scored_into_a_file_of_their_own(run_dir: Path, tmp_path: Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from latentwire_fast.config import DataConfig, EncoderConfig, ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.data.sources import map_paths
@@ -19,13 +17,7 @@ from latentwire_fast.testbed.task import make_examples
 from latentwire_fast.trainer import Trainer
 from runs import changed, contents, squad_file, tiny_config, train
 
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def config_of(source: str, data: str = "testbed") -> RunConfig:

@@ -11,12 +11,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from latentwire_fast.checkpoint import latest_checkpoint, load_checkpoint
 from latentwire_fast.config import RunConfig, StageConfig
@@ -38,16 +36,9 @@ from runs import (
     training_state,
 )
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 MICRO_BATCHES = 2  # per step of the tiny configuration
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Bits are compared, so no GPU; accelerate keeps its choice until it is reset."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Watch:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from latentwire_fast.assembly import warn_of_truncation
 from latentwire_fast.config import DataConfig, EncoderConfig, Mode, RunConfig
@@ -26,17 +24,11 @@ from latentwire_fast.truncation import Truncation, measure_truncation
 from readers import tiny_interlingua
 from runs import squad_file, tiny_config, train
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 LONG = "Nulnak is already 94 years old. " * 6
 SHORT = "The dog of Bakrim is named Fosvun."
 PAIRS = [(SHORT, "Who?"), (LONG, "How old is Nulnak?"), (LONG, "Who?")]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def lm_encoder(reader: Reader, *, max_tokens: int) -> LMEncoder:
