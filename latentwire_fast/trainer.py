@@ -176,6 +176,7 @@ class Trainer:
             self.checkpoints,
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
+            data=self.stream.digest,
         ):
             logger.info("resumed %s at step %d", self.run_dir, self.state.step)
 
@@ -184,7 +185,9 @@ class Trainer:
         rng = self.reducer.each(rng_state({}))
         if self.accelerator.is_main_process:
             fingerprints = {name: reader.fingerprint for name, reader in self.readers.items()}
-            self.state.save(self.checkpoints, rng=rng, readers=fingerprints)
+            self.state.save(
+                self.checkpoints, rng=rng, readers=fingerprints, data=self.stream.digest
+            )
 
     def _tracker(self) -> contextlib.AbstractContextManager[Tracker | None]:
         if not self.accelerator.is_main_process:

@@ -60,12 +60,14 @@ class TrainingState:
         *,
         rng: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
         readers: Mapping[str, str],
+        data: str,
     ) -> None:
         """Write a checkpoint.
 
         Args:
             rng: `rng_state` of every process, in their order.
             readers: fingerprints by name, for the record.
+            data: the digest of the training data.
 
         Raises:
             CheckpointError: the disk refused; earlier checkpoints are intact.
@@ -89,17 +91,19 @@ class TrainingState:
                 "model_digest": parameter_digest(model.items()),
                 "trained_parameters": sum(p.numel() for p in self.parameters),
                 "readers": readers,
+                "data": data,
             },
         )
 
-    def restore(self, folder: Path, *, rank: int, processes: int) -> bool:
+    def restore(self, folder: Path, *, rank: int, processes: int, data: str) -> bool:
         """Go back to the newest intact checkpoint; False where there is none.
 
         Args:
             rank: of this process, whose random state is restored, among `processes`.
+            data: the digest of the training data as it is now.
 
         Raises:
-            CheckpointError: all checkpoints are damaged, or of another run.
+            CheckpointError: all checkpoints are damaged, or of another run or other data.
         """
         path = latest_checkpoint(folder)
         if path is None:
@@ -108,6 +112,11 @@ class TrainingState:
         digest = parameter_digest(checkpoint.tensors["model"].items())
         if digest != checkpoint.state["model_digest"]:
             raise CheckpointError(f"{path}: the model's weights do not match their digest")
+        if checkpoint.state.get("data", data) != data:
+            raise CheckpointError(
+                f"{path}: the training data has changed since; put back the file as it was, or "
+                "start a new run"
+            )
         self.model.load_state_dict(checkpoint.tensors["model"])
         load_optimizer_state(
             self.optimizers,

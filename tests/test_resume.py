@@ -198,6 +198,22 @@ def test_weights_that_are_not_the_saved_ones_are_refused(
         train(plain.config, tmp_path)
 
 
+def test_data_that_changed_since_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    """The batches of the steps that are left would be others than those of one run."""
+    data, run_dir = tiny_squad(tmp_path / "data.json"), tmp_path / "run"
+    config = tiny_config(llama_folder, data={"source": str(data)})
+    with pytest.MonkeyPatch.context() as patch:
+        Watch(patch, crash, at=2 * MICRO_BATCHES)
+        with pytest.raises(Crash):
+            train(config, run_dir)
+    text = data.read_text()
+    tiny_squad(data, passages=9)
+    with pytest.raises(CheckpointError, match=r"training data has changed since; put back"):
+        train(config, run_dir)
+    data.write_text(text)
+    assert train(config, run_dir).finished
+
+
 # --- signals ------------------------------------------------------------------------------------
 
 

@@ -180,3 +180,16 @@ def test_only_unanswerable_examples_are_an_error() -> None:
     examples = [replace(e, answers=()) for e in data_set(1, 2)]
     with pytest.raises(DataError, match="no training examples"):
         ExampleStream(examples, config(), mode="pure", seed=0)
+
+
+def test_the_digest_is_of_everything_that_is_trained_on() -> None:
+    def digest(examples: list[Example], mode: Mode = "context") -> str:
+        return ExampleStream(examples, config(), mode=mode, seed=0).digest
+
+    examples = data_set()
+    assert digest(examples) == digest(data_set())
+    assert digest(examples) != digest(examples, "pure"), "other items"
+    for change in ({"context": "c"}, {"question": "q?"}, {"answers": ("a",)}, {"id": "i"}):
+        assert digest([replace(examples[0], **change), *examples[1:]]) != digest(examples)
+    assert digest(examples[1:]) != digest(examples)
+    assert TestbedStream(config(), mode="context", seed=0).digest == ""

@@ -3,6 +3,8 @@ by accident."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,13 @@ class TrainItem:
 
 
 class Stream(Protocol):
-    """Where training batches come from."""
+    """Where training batches come from.
+
+    Attributes:
+        digest: of the data, where there are files that may change; empty where there are none.
+    """
+
+    digest: str
 
     def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
         """The batch of one step; `facts` is the curriculum's level where the source has one."""
@@ -36,6 +44,7 @@ class TestbedStream:
     """Endless passages of training names. A fifth of a batch keeps easier passages in the mix."""
 
     __test__ = False
+    digest = ""
 
     def __init__(self, config: DataConfig, *, mode: Mode, seed: int) -> None:
         self.config = config
@@ -74,6 +83,7 @@ class ExampleStream:
         self.items = _group(examples, per_item)
         if not self.items:
             raise DataError("no training examples with an answer; check the data source")
+        self.digest = _digest(self.items)
 
     def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
         """Items `step * size` on, epoch after epoch."""
@@ -90,6 +100,15 @@ class ExampleStream:
         order = list(range(len(self.items)))
         random.Random(f"{self.seed}:{epoch}").shuffle(order)
         return order
+
+
+def _digest(items: Sequence[TrainItem]) -> str:
+    """sha256 of all that is trained on, in its order."""
+    digest = hashlib.sha256()
+    for item in items:
+        turns = [[turn.question, turn.answer] for turn in item.turns]
+        digest.update(json.dumps([item.id, item.context, turns]).encode())
+    return digest.hexdigest()
 
 
 def _group(examples: Sequence[Example], per_item: int) -> list[TrainItem]:
