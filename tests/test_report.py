@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from latentwire_fast.config import to_json
+from latentwire_fast.presets import PRESETS
 from latentwire_fast.report import figures, write_report
 from latentwire_fast.report.checks import find_warnings
 from latentwire_fast.report.claims import hypothesis_row
@@ -484,6 +486,25 @@ def test_values_name_their_circumstances() -> None:
     h1, h6 = (hypothesis_row(metrics, key)["quantity"] for key in ("H1", "H6"))
     assert h1 == f"latent F1 minus text F1 at 4.8{TIMES} fewer positions"
     assert h6 == "payload bytes over brotli bytes at 4 bits"
+
+
+@pytest.mark.parametrize("file", ["report.html", "report.md"])
+def test_the_commands_reproduce_the_run(tmp_path: Path, file: str) -> None:
+    """A preset's name only where the run had no other setting."""
+
+    def commands(config: Any, **run: Any) -> str:
+        metrics = make_metrics()
+        metrics["run"] |= {"preset": "testbed", "name": "mine", **run}
+        write_report(tmp_path, metrics=metrics, predictions=[], diagnostics=[], config=config)
+        return (tmp_path / file).read_text()
+
+    preset = to_json(PRESETS["testbed"]())
+    text = commands(preset, commit="0123abc")
+    assert "git checkout 0123abc\npython -m latentwire_fast.train testbed --run runs/mine" in text
+    text = commands({**preset, "seed": 7}, commit="0123abc+changes")
+    assert "git checkout 0123abc\n# with the changes" in text
+    assert "python -m latentwire_fast.train config.json --run runs/mine" in text
+    assert "latentwire_fast.train" in commands({}, preset="custom", commit=None)
 
 
 def test_values() -> None:

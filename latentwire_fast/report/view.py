@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from latentwire_fast.config import to_json
+from latentwire_fast.presets import PRESETS
 from latentwire_fast.report.checks import find_warnings
 from latentwire_fast.report.claims import HYPOTHESES, hypothesis_row, verdict
 from latentwire_fast.report.further import FURTHER, Means
@@ -56,7 +58,7 @@ def build_view(
         "further": list(_further_rows(further)),
         "samples": choose_examples(predictions, metrics),
         "facts": list(_facts(metrics)),
-        "commands": _commands(metrics.get("run") or {}),
+        "commands": _commands(metrics.get("run") or {}, config),
         "config": json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False),
         "missing": MISSING,
     }
@@ -234,15 +236,23 @@ def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions)
 
 
-def _commands(run: Mapping[str, Any]) -> list[str]:
-    """The commands that reproduce the run from a checkout of its commit."""
-    name, preset = run.get("name") or "NAME", run.get("preset") or "PRESET"
-    checkout = [f"git checkout {run['commit']}"] if run.get("commit") else []
-    return [
-        *checkout,
-        f"python -m latentwire_fast.train {preset}",
-        f"python -m latentwire_fast.evaluate --run runs/{name}",
+def _commands(run: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """The commands that reproduce the run: a preset by its name, any other by its config.json."""
+    commit, changed, _ = (run.get("commit") or "").partition("+changes")
+    preset = run.get("preset")
+    is_preset = preset in PRESETS and to_json(PRESETS[preset]()) == config
+    what, folder = preset if is_preset else "config.json", f"runs/{run.get('name') or 'NAME'}"
+    lines = [
+        f"python -m latentwire_fast.train {what} --run {folder}",
+        f"python -m latentwire_fast.evaluate --run {folder}",
     ]
+    if not is_preset:
+        lines.insert(0, "# with the config.json of the run folder:")
+    if commit:
+        lines.insert(0, f"git checkout {commit}")
+    if changed:
+        lines.insert(1, "# with the changes that were not committed")
+    return lines
 
 
 # --- shorthands -----------------------------------------------------------------------------------
