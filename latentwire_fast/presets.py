@@ -71,14 +71,14 @@ def testbed_context() -> RunConfig:
         preset="testbed_context",
         mode="context",
         readers=TESTBED_READERS,
-        encoder=EncoderConfig(latents=8, pooling="selected", frozen=True),
+        encoder=EncoderConfig(pooling="selected", frozen=True),
         adapter=AdapterConfig(prefix="deep"),
         data=DataConfig(similar=0.5),
         stages=(
             StageConfig("select", steps=100, answer=0.0, select=1.0, kv=1.0),
-            StageConfig("match", steps=700, answer=0.0, kv=1.0),
-            StageConfig("answer", steps=700, lr=0.5),
-            StageConfig("quantized", steps=900, lr=0.5, quantize=6),
+            StageConfig("match", steps=500, answer=0.0, kv=1.0),
+            StageConfig("answer", steps=600, lr=0.5),
+            StageConfig("quantized", steps=800, lr=0.5, quantize=6),
         ),
         optim=OptimConfig(
             batch_size=24,

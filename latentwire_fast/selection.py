@@ -39,17 +39,33 @@ class PositionSelector(nn.Module):
     """Scores positions by the hidden states of all of an LM's layers, and describes the best M.
 
     All layers, because what a token is stands in the first, and what it belongs to in later ones.
+    A transformer over the positions adds what other readers bind to a token and this LM does not:
+    where it stands at a fact's value, the testbed's Llama knows the first syllable of the person's
+    name and nothing of the second (linear probes: 0.38 and 0.03 of 64), the Qwen reader the
+    second and nothing of the first (0.57 and 0.02).
     """
 
-    def __init__(self, *, layers: int, width: int, latents: int, expansion: int = 4) -> None:
+    def __init__(
+        self, *, layers: int, width: int, latents: int, heads: int = 4, blocks: int = 2
+    ) -> None:
         super().__init__()
         self.latents = latents
         states = layers + 1  # the embeddings as well
         self.scores = nn.ModuleList(nn.Linear(width, 1, bias=False) for _ in range(states))
         self.mixes = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(states))
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, expansion * width)
-        self.down = nn.Linear(expansion * width, width)
+        self.body = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(
+                width,
+                heads,
+                4 * width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            ),
+            blocks,
+            enable_nested_tensor=False,
+        )
 
     def forward(self, states: Sequence[Tensor], allowed_BT: Tensor) -> Selection:
         """Select among the allowed positions.
@@ -62,11 +78,10 @@ class PositionSelector(nn.Module):
         scores_BT = torch.stack([f(h) for f, h in zip(self.scores, normed, strict=True)]).sum(0)
         scores_BT = scores_BT.squeeze(-1).masked_fill(~allowed_BT, -torch.inf)
         places_BM = best_places(scores_BT.detach(), self.latents)
-        rows = torch.arange(len(places_BM), device=places_BM.device)[:, None]
-        mixed = [f(h[rows, places_BM]) for f, h in zip(self.mixes, normed, strict=True)]
-        mixed_BMD = torch.stack(mixed).sum(0)
-        inner = F.silu(self.up(self.norm(mixed_BMD)))
-        return Selection(scores_BT, places_BM, mixed_BMD + self.down(inner))
+        mixed = [f(h) for f, h in zip(self.mixes, normed, strict=True)]
+        states_BTD = self.body(torch.stack(mixed).sum(0), src_key_padding_mask=~allowed_BT)
+        index = places_BM[..., None].expand(-1, -1, states_BTD.shape[-1])
+        return Selection(scores_BT, places_BM, states_BTD.gather(1, index))
 
 
 def best_places(scores_BT: Tensor, count: int) -> Tensor:
