@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
     """A fresh model for these readers."""
+    encoder = build_encoder(config.encoder, readers)
     return Interlingua(
-        build_encoder(config.encoder, readers),
+        encoder,
         {name: ReaderCard.of(reader) for name, reader in readers.items()},
-        encoder_config=config.encoder,
+        encoder_config=encoder.config,
         quantizer=config.quantizer,
         adapter=config.adapter,
         mode=config.mode,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -29,9 +29,10 @@ from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.prefix import DeepPrefix, KVGeometry
 from latentwire_fast.pretrained import load_tokenizer, load_weights
+from latentwire_fast.prompts import PromptBuilder
 from latentwire_fast.reader import Reader, checkpoint_activations
 from latentwire_fast.selection import Selection
-from latentwire_fast.suitability import check_vocabulary
+from latentwire_fast.suitability import check_vocabulary, learns_positions
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -353,12 +354,15 @@ class Interlingua(nn.Module):
 
 
 def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encoder:
-    """A fresh encoder. An LM encoder copies the weights of the reader with the same source, if
-    any."""
+    """A fresh encoder, whose own `config` may read less than the given one.
+
+    An LM encoder copies the weights of the reader with the same source, if any, unless these are
+    quantised. It reads no more tokens than an LM with a table of positions has room for.
+    """
     if config.kind == "byte":
         return ByteEncoder(config)
     for reader in readers.values():
-        if reader.source == config.source:
+        if reader.source == config.source and not hasattr(reader.model, "hf_quantizer"):
             core = cast(PreTrainedModel, copy.deepcopy(reader.backbone).float())
             tokenizer = reader.tokenizer
             break
@@ -366,6 +370,16 @@ def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encod
         core = load_weights(AutoModel, config.source, dtype=torch.float32)
         tokenizer = load_tokenizer(config.source)
         check_vocabulary(tokenizer, core, name=f"encoder LM {config.source!r}")
+    if learns_positions(core):
+        # all but the text: what stands before it, and the queries
+        others = PromptBuilder(tokenizer).content_start + config.latents
+        room = core.config.get_text_config().max_position_embeddings - others
+        if room < 1:
+            raise ConfigError(
+                f"encoder LM {config.source!r} has no position left for a text beside "
+                f"{config.latents} latents; take fewer, or another LM"
+            )
+        config = replace(config, max_tokens=min(config.max_tokens, room))
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     return LMEncoder(core.train(), tokenizer, config)

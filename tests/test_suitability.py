@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,17 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import AddedToken
 
+from latentwire_fast.assembly import build_model
 from latentwire_fast.config import EncoderConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.decoding import DecodeOptions
 from latentwire_fast.errors import ConfigError, DataError
-from latentwire_fast.interlingua import build_encoder
+from latentwire_fast.interlingua import Interlingua, build_encoder
 from latentwire_fast.prompts import Prompt, Turn
-from latentwire_fast.reader import Reader
+from latentwire_fast.reader import Reader, load_readers
 from latentwire_fast.suitability import check_vocabulary, learns_positions
 from readers import tiny_model
+from runs import changed, tiny_config
 
 
 def gpt2(tokenizer: PreTrainedTokenizerFast, *, positions: int) -> PreTrainedModel:
@@ -141,3 +144,32 @@ def test_other_readers_warn_once(
             reader.target_hidden(reader.collate([prompt]))
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert f"{len(prompt.ids)} positions, reader 'llama' knows 20: what it says" in caplog.text
+
+
+@pytest.mark.parametrize("pooling", ["queries", "spans"])
+def test_an_encoder_reads_no_further_than_its_lms_table(
+    llama_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, pooling: str
+) -> None:
+    gpt2(llama_tokenizer, positions=40).save_pretrained(tmp_path)
+    llama_tokenizer.save_pretrained(tmp_path)
+    source = EncoderConfig(source=str(tmp_path), latents=4, d_z=8, pooling=pooling)
+    encoder = build_encoder(source, {})
+    read = 40 - 4 - encoder.prompts.content_start
+    assert encoder.config == replace(source, max_tokens=read)
+    assert encoder(["Nulnak is already 94 years old. " * 20]).shape == (1, 4, 8)
+    short = replace(source, max_tokens=9)
+    assert build_encoder(short, {}).config == short
+    with pytest.raises(ConfigError, match="no position left for a text beside 40 latents"):
+        build_encoder(replace(source, latents=40), {})
+
+
+def test_a_model_knows_how_far_its_encoder_reads(
+    llama_tokenizer: PreTrainedTokenizerFast, llama_folder: Path, tmp_path: Path
+) -> None:
+    gpt2(llama_tokenizer, positions=40).save_pretrained(tmp_path)
+    llama_tokenizer.save_pretrained(tmp_path)
+    config = changed(tiny_config(llama_folder), encoder={"source": str(tmp_path)})
+    model = build_model(config, load_readers(config.readers))
+    assert model.encoder_config.max_tokens < 40 < config.encoder.max_tokens
+    loaded = Interlingua.from_pretrained(model.save_pretrained(tmp_path / "model"))
+    assert loaded.encoder.config == loaded.encoder_config == model.encoder_config
