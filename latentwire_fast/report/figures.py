@@ -200,9 +200,12 @@ def learning_figure(diagnostics: Records) -> bytes | None:
             axes.set_ylabel(unit)
             for start in [first for first, _ in _stages(diagnostics)][1:]:
                 axes.axvline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-        for start, name in _stages(diagnostics):
-            _annotate(rows[0], name, (start, 1), (4, -3), xycoords=("data", "axes fraction"))
-        rows[0].set_ylim(top=1.2 * rows[0].get_ylim()[1])  # room for the stages' names
+        for number, (start, name) in enumerate(_stages(diagnostics)):
+            lower = 11 * (number % 2)  # a short stage's name would run into the next one
+            _annotate(
+                rows[0], name, (start, 1), (4, -3 - lower), xycoords=("data", "axes fraction")
+            )
+        rows[0].set_ylim(top=1.3 * rows[0].get_ylim()[1])  # room for the stages' names
         rows[-1].set_xlabel("step")
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         return _png(figure)
@@ -218,6 +221,10 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05))
 
 
+# What is not in nats per token.
+UNITS = {"select": "select (per text)", "kv": "kv (relative error)"}
+
+
 def _objectives(record: Mapping[str, Any]) -> dict[str, float]:
     """The losses of one record by objective: the mean over readers of `objective/reader`."""
     found: dict[str, list[float]] = {}
@@ -226,7 +233,7 @@ def _objectives(record: Mapping[str, Any]) -> dict[str, float]:
             found.setdefault(name.split("/")[0], []).append(value)
     if not found and record.get("loss") is not None:
         found["loss"] = [record["loss"]]
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    return {UNITS.get(name, name): sum(v) / len(v) for name, v in found.items()}
 
 
 def _curves(rows: Iterator[tuple[int, Mapping[str, Any]]] | Sequence[Any]) -> dict[str, Curve]:
