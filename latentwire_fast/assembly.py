@@ -9,7 +9,8 @@ from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
 from latentwire_fast.encoders import Encoder
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
+from latentwire_fast.fresh_encoder import build_encoder
+from latentwire_fast.interlingua import Interlingua, ReaderCard
 from latentwire_fast.reader import Reader
 from latentwire_fast.truncation import measure_truncation
 

@@ -24,7 +24,8 @@ from transformers import (
 
 from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
+from latentwire_fast.fresh_encoder import build_encoder
+from latentwire_fast.interlingua import Interlingua, ReaderCard
 from latentwire_fast.reader import Reader
 from latentwire_fast.testbed.task import make_examples
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer

@@ -25,7 +25,7 @@ FLOORS = [
     "storage run_state wire config presets checkpoint distributed cli",
     "pretrained suitability model_folder",
     "prompts batching attention selection encoders adapters prefix kv_cache truncation decoding",
-    "reader observation",
+    "reader observation fresh_encoder",
     "interlingua teacher objectives schedules baselines metrics data testbed local_paths",
     "results hypotheses outcome guards signals tracking provenance",
     "assembly training_state trainer evaluator score report summary prefill",

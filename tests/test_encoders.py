@@ -12,7 +12,7 @@ from latentwire_fast.config import EncoderConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder, pool_spans, rms_normalize
 from latentwire_fast.errors import DataError
-from latentwire_fast.interlingua import build_encoder
+from latentwire_fast.fresh_encoder import build_encoder
 from latentwire_fast.reader import Reader
 
 CONFIGS = {

@@ -25,7 +25,8 @@ from transformers import (
 from latentwire_fast import attention, ops, wire
 from latentwire_fast.config import AdapterConfig, EncoderConfig, QuantizerConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
-from latentwire_fast.interlingua import Interlingua, ReaderCard, build_encoder
+from latentwire_fast.fresh_encoder import build_encoder
+from latentwire_fast.interlingua import Interlingua, ReaderCard
 from latentwire_fast.prefill import Prefilled, Receiver, receiver
 from latentwire_fast.prefill.graphs import PassCache, set_length, write_through
 from latentwire_fast.prefill.inputs import InputBuffer, lay_out

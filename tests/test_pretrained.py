@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from latentwire_fast.config import EncoderConfig
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.interlingua import build_encoder
+from latentwire_fast.fresh_encoder import build_encoder
 from latentwire_fast.pretrained import load_weights
 from latentwire_fast.reader import Reader
 from readers import tiny_model

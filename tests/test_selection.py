@@ -17,7 +17,8 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import TestbedStream
 from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.interlingua import Interlingua, build_encoder
+from latentwire_fast.fresh_encoder import build_encoder
+from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.objectives import Objectives
 from latentwire_fast.observation import move_attention, move_places, observe
 from latentwire_fast.prompts import Prompt, Turn, context_text, full_text

@@ -17,7 +17,8 @@ from latentwire_fast.config import EncoderConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.decoding import DecodeOptions
 from latentwire_fast.errors import ConfigError, DataError
-from latentwire_fast.interlingua import Interlingua, build_encoder
+from latentwire_fast.fresh_encoder import build_encoder
+from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.prompts import Prompt, Turn
 from latentwire_fast.reader import Reader, load_readers
 from latentwire_fast.suitability import check_vocabulary, learns_positions

@@ -17,7 +17,7 @@ from latentwire_fast.data.streams import ExampleStream, TestbedStream
 from latentwire_fast.encoders import ByteEncoder, LMEncoder
 from latentwire_fast.errors import DataError
 from latentwire_fast.evaluator import evaluate_run
-from latentwire_fast.interlingua import build_encoder
+from latentwire_fast.fresh_encoder import build_encoder
 from latentwire_fast.prompts import context_text, full_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.truncation import Truncation, measure_truncation
