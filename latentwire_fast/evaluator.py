@@ -308,6 +308,7 @@ def _evaluate(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     model = Interlingua.from_pretrained(run_dir / "model").to(device)
+    _check_settings(config, model, run_dir)
     readers = load_readers(config.readers, device)
     examples = heldout_examples(config.data, count=count, seed=fresh_seed)
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
@@ -320,6 +321,21 @@ def _evaluate(
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
     return {"schema_version": 1, "run": run, **measured}, outcome
+
+
+def _check_settings(config: RunConfig, model: Interlingua, run_dir: Path) -> None:
+    """Raise unless the model is what the configuration says: the scores name its settings."""
+    size = ("latents", "d_z")
+    stated = {"mode": config.mode, "quantizer": config.quantizer}
+    found = {"mode": model.mode, "quantizer": model.quantizer}
+    stated |= {name: getattr(config.encoder, name) for name in size}
+    found |= {name: getattr(model.encoder_config, name) for name in size}
+    differ = [name for name in stated if stated[name] != found[name]]
+    if differ:
+        raise CheckpointError(
+            f"{run_dir / 'config.json'} is not of the model beside it (differs in "
+            f"{', '.join(differ)}); put back the file that the training wrote"
+        )
 
 
 def _truncated(evaluator: Evaluator) -> dict[str, Any]:

@@ -116,10 +116,17 @@ def _loading(source: str | Path) -> Iterator[str]:
 
 
 def resolve_source(source: str | Path) -> str:
-    """`testbed:NAME` to the shipped folder; anything else as it is, but for a file."""
+    """`testbed:NAME` to the shipped folder; a folder or a hub id as it is.
+
+    Raises:
+        ConfigError: no such folder, or no shipped reader of that name.
+    """
     text = str(source)
-    if Path(text).is_file():
+    path = Path(text)
+    if path.is_file():
         raise ConfigError(f"{text!r} is a file; give the folder that holds the model")
+    if not path.exists() and (path.is_absolute() or text.startswith((".", "~"))):  # no hub id
+        raise ConfigError(f"cannot load {text!r}: no such folder")
     if not text.startswith("testbed:"):
         return text
     folder = Path(__file__).parent / "testbed" / "readers" / text.removeprefix("testbed:")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -343,6 +344,7 @@ class Trainer:
             return
         temporary = self.run_dir / "model.tmp"
         try:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
             self.model.eval().save_pretrained(temporary)
             publish_folder(temporary, self.model_dir)
         except (OSError, SafetensorError) as error:

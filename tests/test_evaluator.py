@@ -515,6 +515,24 @@ def test_an_untrained_folder_says_what_to_do(tmp_path: Path) -> None:
         evaluate_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [(None, {"mode": "pure"}), ("encoder", {"latents": 9}), ("quantizer", {"bits": 4})],
+)
+def test_a_configuration_that_is_not_the_models_is_refused(
+    run_dir: Path, part: str | None, changes: dict[str, Any]
+) -> None:
+    """The metrics would name a shape, and count bytes, that nobody measured."""
+    path = run_dir / "config.json"
+    config = json.loads(path.read_text())
+    (config if part is None else config[part]).update(changes)
+    path.write_text(json.dumps(config))
+    name = part if part == "quantizer" else next(iter(changes))
+    with pytest.raises(CheckpointError, match=rf"not of the model beside it \(differs in {name}\)"):
+        evaluate_run(run_dir, progress=False)
+    assert not (run_dir / "eval").exists()
+
+
 def test_a_reader_with_other_weights_is_refused(
     run_dir: Path,
     folders: dict[str, Path],

@@ -44,6 +44,17 @@ def edit_config(folder: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@pytest.mark.parametrize("source", ["{tmp}/nobody", "./nobody", "../no/body", "~/nobody"])
+def test_a_path_to_nothing_is_no_hub_id(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot load '.*body': no such folder"):
+        load_weights(AutoModel, source.format(tmp=tmp_path))
+
+
+def test_a_file_is_no_model(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json' is a file; give the folder"):
+        Reader.load(folder / "config.json", name="file")
+
+
 def test_missing_weights_are_named(folder: Path) -> None:
     edit_weights(folder, lambda t: (t.pop(UP), t.pop(NORM)))
     with pytest.raises(ConfigError) as error:

@@ -365,7 +365,10 @@ def test_c5_a_model_that_cannot_be_saved_costs_nothing_but_the_saving(
         with pytest.raises(CheckpointError, match=r"not save the model .*No space left.*same"):
             train(config, tmp_path)
     assert load_checkpoint(tmp_path / "checkpoints").step == 6
+    (tmp_path / "model.tmp").mkdir(exist_ok=True)
+    (tmp_path / "model.tmp" / "left").write_text("by a save that was cut short")
     assert train(config, tmp_path).finished
+    assert not (tmp_path / "model" / "left").exists()
     assert model_digest(tmp_path) == model_digest(plain[0])
 
 
