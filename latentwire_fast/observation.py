@@ -141,17 +141,22 @@ class _Tally:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        rows_N, cols_N = self.rows_N.to(query.device), self.cols_N.to(query.device)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        asks_NHQD = query[rows_N, :, cols_N].unflatten(1, (key.shape[1], -1)).float() * scale
-        scores_NHQT = asks_NHQD @ key[rows_N].float().mT
-        later_NT = torch.arange(key.shape[2], device=query.device) > cols_N[:, None]
-        shares = scores_NHQT.masked_fill(later_NT[:, None, None], -torch.inf).softmax(-1)
-        paid_NT = shares.sum((1, 2)).to(self.attention_BT.device)
-        self.attention_BT.index_add_(0, self.rows_N, paid_NT)
+        with torch.autocast(query.device.type, enabled=False):
+            paid_NT = self._paid(
+                query, key, query.shape[-1] ** -0.5 if scaling is None else scaling
+            )
+        self.attention_BT.index_add_(0, self.rows_N, paid_NT.to(self.attention_BT.device))
         return causal_attention(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
+
+    def _paid(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """What each scored position pays to each position `[N, T]`, summed over heads, fp32."""
+        rows_N, cols_N = self.rows_N.to(query.device), self.cols_N.to(query.device)
+        asks_NHQD = query[rows_N, :, cols_N].unflatten(1, (key.shape[1], -1)).float() * scale
+        scores_NHQT = asks_NHQD @ key[rows_N].float().mT
+        later_NT = torch.arange(key.shape[2], device=query.device) > cols_N[:, None]
+        return scores_NHQT.masked_fill(later_NT[:, None, None], -torch.inf).softmax(-1).sum((1, 2))
 
 
 @contextmanager

@@ -251,6 +251,16 @@ def test_a_few_steps_match_better_and_leave_the_frozen_core_alone(setting: Any) 
     assert all(torch.equal(before[n], p) for n, p in model.encoder.core.named_parameters())
 
 
+def test_matching_under_bf16_autocast_is_close(setting: Any) -> None:
+    _, objectives, items = setting
+    exact = losses(objectives, items).sums
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = losses(objectives, items)
+    rounded.total.backward()
+    for key, value in exact.items():
+        assert rounded.sums[key].item() == pytest.approx(value.item(), rel=0.05)
+
+
 def test_keys_and_values_alone_need_no_answers(setting: Any) -> None:
     """The same error whether the answers are read behind the text or not."""
     _, objectives, items = setting
