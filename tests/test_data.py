@@ -152,6 +152,11 @@ _Q = ("data", 0, "paragraphs", 1, "qas", 1)
         ),
         (_edit(("data",), []), r"holds no questions"),
         (lambda data: [data], r"found list"),
+        # a file of predictions in its place, with all their ids, is still one line to read
+        (
+            lambda data: {f"id{i:05}": "answer" for i in range(9000)},
+            r"found 9,000 keys, first \['id00000', [^]]{44}\]",
+        ),
     ],
 )
 def test_malformed_squad_says_where(tmp_path: Path, change: Any, message: str) -> None:

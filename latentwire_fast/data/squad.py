@@ -100,7 +100,9 @@ def _example(record: Any, context: str, where: str, no_answer: str) -> Example:
 def _field(record: Any, key: str, kind: type, where: str) -> Any:
     """`record[key]`, which must be a `kind`."""
     if not isinstance(record, dict) or key not in record:
-        found = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+        found = type(record).__name__
+        if isinstance(record, dict):  # it may be a file of predictions, with ten thousand keys
+            found = f"{len(record):,} keys, first {sorted(record)[:5]}"
         raise DataError(f"{where}: no {key!r} (found {found}); a SQuAD file is {_EXPECTED}")
     value = record[key]
     if not isinstance(value, kind):
