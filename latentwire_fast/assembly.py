@@ -1,20 +1,48 @@
-"""What a run is made of: the model and the stream of its data, built from the configuration."""
+"""A run's configuration: whether it is the folder's, and the model and data that it stands for."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+from pathlib import Path
 
-from latentwire_fast.config import Mode, RunConfig
+from latentwire_fast.config import Mode, RunConfig, run_config_from_json, to_json
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
 from latentwire_fast.encoders import Encoder
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.fresh_encoder import build_encoder
 from latentwire_fast.interlingua import Interlingua, ReaderCard
+from latentwire_fast.local_paths import absolute_paths
 from latentwire_fast.reader import Reader
 from latentwire_fast.truncation import measure_truncation
 
 logger = logging.getLogger(__name__)
+
+
+def check_stored_config(path: Path, config: RunConfig) -> None:
+    """Raise unless a run's config.json, where there is one, says the same as `config`.
+
+    Raises:
+        ConfigError: another configuration, or no JSON.
+    """
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    with contextlib.suppress(ConfigError):  # another version's is compared as it is
+        stored = to_json(absolute_paths(run_config_from_json(stored)))
+    wanted = to_json(config)
+    stored = stored if isinstance(stored, dict) else {}
+    differ = sorted(k for k in wanted | stored if stored.get(k) != wanted.get(k))
+    if differ:
+        raise ConfigError(
+            f"{path} is of a run with another configuration (differs in "
+            f"{', '.join(differ)}); choose another --run folder, or remove this one"
+        )
 
 
 def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:

@@ -62,7 +62,7 @@ def evaluate() -> None:
     args = tyro.cli(RunArguments, prog="latentwire_fast.evaluate")
     quiet_libraries()
     from latentwire_fast.errors import ConfigError
-    from latentwire_fast.evaluator import evaluate_run
+    from latentwire_fast.run_evaluation import evaluate_run
 
     if args.fresh_seed is not None and args.out is None:
         raise ConfigError("--fresh-seed needs --out FILE: the run's own report stays as it is")

@@ -1,4 +1,4 @@
-"""Score a trained run: every method, every bit width, joint rescoring, timings, verdicts, report.
+"""Score a model: every method, every bit width, joint rescoring, timings.
 
 Latents are judged as the receiver sees them: packed to bytes and decoded again. All methods share
 one prompt builder, one decoder and one scorer.
@@ -6,40 +6,25 @@ one prompt builder, one decoder and one scorer.
 
 from __future__ import annotations
 
-import gc
-import json
-import logging
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
 from latentwire_fast import metrics as scores
 from latentwire_fast.baselines import MethodInput, Methods, unanswered
-from latentwire_fast.config import RunConfig, read_run_config, to_json
+from latentwire_fast.config import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.decoding import DecodeOptions
-from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.outcome import Outcome
 from latentwire_fast.prompts import Prompt, Turn
-from latentwire_fast.provenance import model_card, run_record
-from latentwire_fast.reader import Reader, load_readers
-from latentwire_fast.report import write_report
+from latentwire_fast.reader import Reader
 from latentwire_fast.results import MethodResult
-from latentwire_fast.storage import RunLock, write_atomically
-from latentwire_fast.tracking import read_records
-from latentwire_fast.truncation import measure_truncation
-
-logger = logging.getLogger(__name__)
 
 TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
 LOGPROB_STEPS = 4
@@ -244,125 +229,3 @@ class Evaluator:
             chosen.append(candidates[best][i])
             outcome.joint_scores.append({n: totals[c][i] for c, n in enumerate(names)})
         outcome.joint = self._judge(chosen)
-
-
-def evaluate_run(
-    run_dir: Path,
-    *,
-    fresh_seed: int | None = None,
-    count: int | None = None,
-    out: Path | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Evaluate a trained run and write its report.
-
-    Args:
-        fresh_seed: score newly generated held-out examples of this seed instead of the run's own.
-        count: how many examples.
-        out: write metrics.json to this file only, without a report.
-
-    Returns:
-        The content of metrics.json.
-
-    Raises:
-        CheckpointError: the run is not trained, or its readers have other weights than it was
-            trained for. ConfigError: `out` cannot be written to, or belongs to the run's report.
-            TrainingError: the run folder is in use, or cannot be written to.
-    """
-    if not (run_dir / "model" / "config.json").exists():
-        raise CheckpointError(
-            f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
-            "or resume it with the same command if it was stopped"
-        )
-    if out is None:
-        with RunLock(run_dir):  # only the run's own report goes there
-            result, outcome = _evaluate(run_dir, fresh_seed, count, progress)
-            _write(run_dir, result, outcome)
-        return result
-    _check_out(run_dir, out)
-    result, _ = _evaluate(run_dir, fresh_seed, count, progress)
-    write_atomically(out, json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def _check_out(run_dir: Path, out: Path) -> None:
-    """Raise now, rather than after the evaluation, unless metrics can be written to `out`."""
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise ConfigError(f"cannot write {out}: {out.parent} is no folder that can be written to")
-    if out.exists() and not out.is_file():  # a device would be replaced by a file
-        raise ConfigError(f"cannot write {out}: it is no file; give the path of one")
-    if out.resolve() == (run_dir / "eval" / "metrics.json").resolve():
-        raise ConfigError(f"{out} belongs to the run's report; leave --out away to write that")
-
-
-def _evaluate(
-    run_dir: Path, fresh_seed: int | None, count: int | None, progress: bool
-) -> tuple[dict[str, Any], Outcome]:
-    """The content of metrics.json, and what it was made from."""
-    config = read_run_config(run_dir)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    start = time.perf_counter()
-    device = PartialState().device  # as in training: the GPU where there is one
-    gc.collect()  # what a training in this process leaves is in reference cycles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    model = Interlingua.from_pretrained(run_dir / "model").to(device)
-    _check_settings(config, model, run_dir)
-    readers = load_readers(config.readers, device)
-    examples = heldout_examples(config.data, count=count, seed=fresh_seed)
-    evaluator = Evaluator(config, model, readers, examples, progress=progress)
-    measured = _truncated(evaluator)
-    outcome = evaluator.run()
-    measured |= outcome.metrics()
-    diagnostics = read_records(run_dir / "diagnostics.jsonl")
-    seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
-    run = run_record(config, name=run_dir.resolve().name, device=device)
-    run["wall_seconds"] = seconds + time.perf_counter() - start
-    run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
-    return {"schema_version": 1, "run": run, **measured}, outcome
-
-
-def _check_settings(config: RunConfig, model: Interlingua, run_dir: Path) -> None:
-    """Raise unless the model is what the configuration says: the scores name its settings."""
-    size = ("latents", "d_z")
-    stated = {"mode": config.mode, "quantizer": config.quantizer}
-    found = {"mode": model.mode, "quantizer": model.quantizer}
-    stated |= {name: getattr(config.encoder, name) for name in size}
-    found |= {name: getattr(model.encoder_config, name) for name in size}
-    differ = [name for name in stated if stated[name] != found[name]]
-    if differ:
-        raise CheckpointError(
-            f"{run_dir / 'config.json'} is not of the model beside it (differs in "
-            f"{', '.join(differ)}); put back the file that the training wrote"
-        )
-
-
-def _truncated(evaluator: Evaluator) -> dict[str, Any]:
-    """The `truncated` entry of metrics.json: how much of the text no latent holds. There is none
-    where the encoder reads all of it."""
-    texts = ((e.context, e.question) for e in evaluator.examples)
-    model = evaluator.model
-    truncation = measure_truncation(model.encoder, texts, mode=model.mode)
-    if not truncation.cut:
-        return {}
-    logger.warning("held-out data: %s; scores and text sizes are of the whole text", truncation)
-    return {"truncated": {"examples": truncation.cut, "text_share": truncation.share}}
-
-
-def _write(run_dir: Path, result: dict[str, Any], outcome: Outcome) -> None:
-    """The files of `RUN/eval`; metrics.json is the last."""
-    records = outcome.records()
-    eval_dir = run_dir / "eval"
-    eval_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(eval_dir / "predictions.jsonl", lines)
-    write_report(
-        eval_dir,
-        metrics=result,
-        predictions=records,
-        diagnostics=read_records(run_dir / "diagnostics.jsonl"),
-        config=to_json(outcome.config),
-    )
-    write_atomically(run_dir / "model" / "README.md", model_card(outcome.config, result))
-    write_atomically(eval_dir / "metrics.json", json.dumps(result, indent=2) + "\n")

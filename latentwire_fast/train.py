@@ -79,7 +79,7 @@ def main() -> None:
     leads = trainer.accelerator.is_main_process
     del trainer  # and its readers: the evaluation loads its own
     if leads and not args.no_eval:
-        from latentwire_fast.evaluator import evaluate_run
+        from latentwire_fast.run_evaluation import evaluate_run
         from latentwire_fast.summary import summary_lines
 
         print("\n".join(summary_lines(evaluate_run(run_dir))))

@@ -24,10 +24,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from latentwire_fast.assembly import build_model, build_stream, warn_of_truncation
-from latentwire_fast.config import RunConfig, StageConfig, run_config_from_json, to_json
+from latentwire_fast.assembly import (
+    build_model,
+    build_stream,
+    check_stored_config,
+    warn_of_truncation,
+)
+from latentwire_fast.config import RunConfig, StageConfig, to_json
 from latentwire_fast.distributed import Reducer
-from latentwire_fast.errors import CheckpointError, ConfigError, RunStopped
+from latentwire_fast.errors import CheckpointError, RunStopped
 from latentwire_fast.guards import (
     Accumulated,
     FrozenGuard,
@@ -96,7 +101,8 @@ class Trainer:
             RunLock(self.run_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
         )
         with lock:
-            self._check_config()
+            check_stored_config(self.run_dir / "config.json", self.config)
+            self.accelerator.wait_for_everyone()
             if self.finished:
                 logger.info("%s is trained already", self.run_dir)
             else:
@@ -118,25 +124,6 @@ class Trainer:
         one has ended, and one that ends with its connections open may crash at that."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-    def _check_config(self) -> None:
-        path = self.run_dir / "config.json"
-        if path.exists():
-            try:
-                stored = json.loads(path.read_text())
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path} is not valid JSON: {error}") from None
-            with contextlib.suppress(ConfigError):  # another version's is compared as it is
-                stored = to_json(absolute_paths(run_config_from_json(stored)))
-            wanted = to_json(self.config)
-            stored = stored if isinstance(stored, dict) else {}
-            differ = sorted(k for k in wanted | stored if stored.get(k) != wanted.get(k))
-            if differ:
-                raise ConfigError(
-                    f"{path} is of a run with another configuration (differs in "
-                    f"{', '.join(differ)}); choose another --run folder, or remove this one"
-                )
-        self.accelerator.wait_for_everyone()
 
     def _setup(self) -> None:
         config = self.config

@@ -28,7 +28,7 @@ FLOORS = [
     "reader observation fresh_encoder",
     "interlingua teacher objectives schedules baselines metrics data testbed local_paths",
     "results hypotheses outcome guards signals tracking provenance",
-    "assembly training_state trainer evaluator score report summary prefill",
+    "assembly training_state trainer evaluator run_evaluation score report summary prefill",
     "train evaluate encode generate",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}

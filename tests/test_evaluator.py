@@ -27,10 +27,11 @@ from latentwire_fast.config import (
 )
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, ConfigError
-from latentwire_fast.evaluator import Evaluator, evaluate_run
+from latentwire_fast.evaluator import Evaluator
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.prompts import Turn, context_text, full_text
 from latentwire_fast.reader import Reader
+from latentwire_fast.run_evaluation import evaluate_run
 from latentwire_fast.testbed.task import make_examples
 from readers import tiny_interlingua, tiny_model
 

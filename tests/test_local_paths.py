@@ -11,8 +11,8 @@ import pytest
 from latentwire_fast.config import DataConfig, EncoderConfig, ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.data.sources import map_paths
 from latentwire_fast.errors import ConfigError, DataError
-from latentwire_fast.evaluator import evaluate_run
 from latentwire_fast.local_paths import absolute_paths
+from latentwire_fast.run_evaluation import evaluate_run
 from latentwire_fast.testbed.task import make_examples
 from latentwire_fast.trainer import Trainer
 from runs import changed, contents, squad_file, tiny_config, train

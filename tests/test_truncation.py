@@ -16,10 +16,10 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import ExampleStream, TestbedStream
 from latentwire_fast.encoders import ByteEncoder, LMEncoder
 from latentwire_fast.errors import DataError
-from latentwire_fast.evaluator import evaluate_run
 from latentwire_fast.fresh_encoder import build_encoder
 from latentwire_fast.prompts import context_text, full_text
 from latentwire_fast.reader import Reader
+from latentwire_fast.run_evaluation import evaluate_run
 from latentwire_fast.truncation import Truncation, measure_truncation
 from readers import tiny_interlingua
 from runs import squad_file, tiny_config, train
