@@ -30,6 +30,18 @@ from latentwire_fast.reader import Reader
 from latentwire_fast.testbed.task import make_examples
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 
+METHODS = (  # what an evaluation gives a reader to read
+    "text",
+    "latent",
+    "token_budget",
+    "token_budget_question",
+    "byte_budget",
+    "closed_book",
+    "shuffled_latent",
+    "zero_latent",
+    "embedding_replay",
+)
+
 
 def tiny_model(
     architecture: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0

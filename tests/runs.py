@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,12 @@ def new_process(seed: int) -> None:
     torch.use_deterministic_algorithms(True)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (the generators that libraries draw from)
+
+
+def environment_on_the_cpu() -> dict[str, str]:
+    """For a process that a test starts: no GPU, one thread, and the imports that this one has."""
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def train(config: RunConfig, run_dir: Path, *, process: int = 0) -> Trainer:

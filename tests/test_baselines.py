@@ -14,20 +14,9 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.prompts import Prompt, context_text, full_text, question_text
 from latentwire_fast.reader import Reader
-from readers import tiny_interlingua
+from readers import METHODS, tiny_interlingua
 
 LATENTS = 12  # wide enough for some context beside a question, too small for any passage
-METHODS = (
-    "text",
-    "latent",
-    "token_budget",
-    "token_budget_question",
-    "byte_budget",
-    "closed_book",
-    "shuffled_latent",
-    "zero_latent",
-    "embedding_replay",
-)
 
 
 @pytest.fixture(scope="module", params=["context", "pure"])

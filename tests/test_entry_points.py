@@ -28,7 +28,15 @@ from latentwire_fast.data.sources import in_split
 from latentwire_fast.errors import ConfigError, RunStopped, TrainingError
 from latentwire_fast.storage import RunLock
 from latentwire_fast.testbed.task import make_examples
-from runs import contents, model_digest, records, squad_file, tiny_config, train
+from runs import (
+    contents,
+    environment_on_the_cpu,
+    model_digest,
+    records,
+    squad_file,
+    tiny_config,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -44,12 +52,7 @@ def start(module: str, *arguments: object, **options: Any) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
+        env=environment_on_the_cpu(),
         **options,
     )
 

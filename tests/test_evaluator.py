@@ -33,23 +33,12 @@ from latentwire_fast.prompts import Turn, context_text, full_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.run_evaluation import evaluate_run
 from latentwire_fast.testbed.task import make_examples
-from readers import tiny_interlingua, tiny_model
+from readers import METHODS, tiny_interlingua, tiny_model
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 BITS = ("16", "8", "6", "4")
-READING = (  # by a model
-    "text",
-    "latent",
-    "token_budget",
-    "token_budget_question",
-    "byte_budget",
-    "closed_book",
-    "shuffled_latent",
-    "zero_latent",
-    "embedding_replay",
-)
-METHODS = {*READING, "first_words"}
+ALL_METHODS = {*METHODS, "first_words"}
 INTERVALS = ("f1", "em", "first_token_top1", "first_token_top5", "nll_per_token", "diversity")
 METHOD_KEYS = {*INTERVALS, "prefix_positions_mean", "prefill_ms_p50"}
 RUN_KEYS = {
@@ -123,7 +112,7 @@ def predictions_of(records: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """(where, what) of everything that was decoded."""
     for record in records:
         for name, methods in record["readers"].items():
-            for method in METHODS:
+            for method in ALL_METHODS:
                 yield f"{record['id']} {name} {method}", methods[method]["prediction"]
             for bits, entry in methods["latent_bits"].items():
                 yield f"{record['id']} {name} {bits} bits", entry["prediction"]
@@ -147,8 +136,8 @@ def check_metrics(metrics: dict[str, Any], *, examples: int) -> None:
     assert tuple(metrics["bytes"]["payload_mean"]) == BITS
     assert set(metrics["readers"]) == {"llama", "qwen"}
     for methods in metrics["readers"].values():
-        assert set(methods) == METHODS | {"latent_bits"}
-        for method in READING:
+        assert set(methods) == ALL_METHODS | {"latent_bits"}
+        for method in METHODS:
             entry = methods[method]
             assert set(entry) == METHOD_KEYS
             for key in INTERVALS:
@@ -182,8 +171,8 @@ def check_records(records: list[dict[str, Any]], examples: list[Example]) -> Non
         assert record["answers"] == list(e.answers)
         assert set(record["payload_bytes"]) == set(BITS)
         for methods in record["readers"].values():
-            assert set(methods) == METHODS | {"latent_bits"}
-            for method in READING:
+            assert set(methods) == ALL_METHODS | {"latent_bits"}
+            for method in METHODS:
                 assert set(methods[method]) == {
                     *("prediction", "em", "f1", "positions", "gold_logprobs"),
                     *("first_token_id", "first_token_reciprocal_rank"),
@@ -290,7 +279,7 @@ def test_b1_the_byte_budget_is_the_payload_at_the_runs_width(
 def test_scores_are_those_of_the_recorded_predictions(measured: Measured) -> None:
     metrics, records = measured
     for name, methods in metrics["readers"].items():
-        for method in METHODS:
+        for method in ALL_METHODS:
             entries = [r["readers"][name][method] for r in records]
             for key, score in (("f1", scores.f1), ("em", scores.exact_match)):
                 values = [
@@ -426,7 +415,7 @@ def test_d2_batches_of_one_give_the_predictions_of_batches_of_sixteen(
     assert dict(predictions_of(single[1])) == dict(predictions_of(measured[1]))
     for one, sixteen in zip(single[1], measured[1], strict=True):
         for name, methods in one["readers"].items():
-            for method in READING:
+            for method in METHODS:
                 assert methods[method]["gold_logprobs"] == pytest.approx(
                     sixteen["readers"][name][method]["gold_logprobs"], abs=1e-4
                 )
@@ -473,7 +462,7 @@ def test_a_run_is_evaluated_on_the_gpu(run_dir: Path, monkeypatch: pytest.Monkey
     result = evaluate_run(run_dir, progress=False)
     assert result["run"]["device"] == torch.cuda.get_device_name(0)
     for name, methods in expected["readers"].items():
-        for method in READING:
+        for method in METHODS:
             nll = result["readers"][name][method]["nll_per_token"]["mean"]
             assert nll == pytest.approx(methods[method]["nll_per_token"]["mean"], rel=1e-3)
 

@@ -25,6 +25,7 @@ from latentwire_fast.objectives import Losses, Objectives
 from latentwire_fast.trainer import Trainer
 from runs import (
     changed,
+    environment_on_the_cpu,
     model_digest,
     new_process,
     records,
@@ -390,11 +391,7 @@ def test_c2_sigkill_at_random_instants(
         text=True,
         timeout=1800,
         check=False,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
+        env=environment_on_the_cpu(),
     )
     assert process.returncode == 0, process.stderr[-4000:]
     result = json.loads(process.stdout.splitlines()[-1])

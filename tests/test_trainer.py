@@ -37,6 +37,7 @@ from latentwire_fast.trainer import Trainer
 from runs import (
     changed,
     contents,
+    environment_on_the_cpu,
     model_digest,
     records,
     store,
@@ -468,12 +469,7 @@ def in_two_processes(config: Path, run_dir: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
+        env=environment_on_the_cpu(),
     )
 
 
