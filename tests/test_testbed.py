@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from latentwire_fast.checkpoint import parameter_digest
-from latentwire_fast.errors import CheckpointError
+from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.pretrained import resolve_source
 from latentwire_fast.prompts import ANCHOR, PromptBuilder, Turn
 from latentwire_fast.reader import Reader
@@ -462,6 +462,25 @@ def test_a_shortened_build_writes_a_reader_that_loads(
     assert reader.d_model == 32
     prompt = reader.prompts.build([Turn("Who?")], context="Nulnak is already 94 years old.")
     assert len(reader.generate([prompt])) == 1
+
+
+@pytest.mark.parametrize("option", ["--steps", "--examples", "--threads"])
+def test_impossible_options_are_refused_before_the_training(
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(build, "ReaderTraining", lambda *_, **__: pytest.fail("trains"))
+    command = ["build", "--reader", "llama", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*command, option, "0"])
+    with pytest.raises(SystemExit, match="2"):
+        build.main()
+    assert "0, expected at least 1" in capsys.readouterr().err
+    (tmp_path / "out").write_text("a file")
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ConfigError, match="out is no folder"):
+        build.main()
 
 
 def test_training_moves_every_weight_and_lowers_the_loss(

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from latentwire_fast.cli import quiet_libraries, run_entry_point
 from latentwire_fast.config import to_json
+from latentwire_fast.errors import ConfigError
 from latentwire_fast.metrics import exact_match, f1
 from latentwire_fast.prompts import Turn, full_text
 from latentwire_fast.reader import Reader
@@ -80,15 +81,26 @@ but the generator's.
 """
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}, expected at least 1")
+    return value
+
+
 def main() -> None:
     """Build one reader and write it as a Hugging Face folder."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--reader", choices=sorted(RECIPES), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--examples", type=int, default=500, help="held-out prompts to score on")
+    parser.add_argument("--steps", type=_positive, help="instead of the recipe's")
+    parser.add_argument("--threads", type=_positive, default=1)
+    parser.add_argument(
+        "--examples", type=_positive, default=500, help="held-out prompts to score on"
+    )
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"{args.out} is no folder; choose another --out")
     quiet_libraries()
     torch.set_num_threads(args.threads)
     recipe = RECIPES[args.reader]
