@@ -49,8 +49,19 @@ class Disk:
 disk = Disk()
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise unless a file may be renamed over `path`: a device (`/dev/null`) would be gone.
+
+    Raises:
+        OSError: something is there that is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no regular file, and is not replaced by one")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file as a whole: after a crash it holds the old text or the new one."""
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         disk.write_text(temporary, text)

@@ -36,6 +36,16 @@ def test_c5_a_failing_text_write_leaves_the_old_text(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """A pipe stands for `/dev/null`, which a rename by root would take away."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="is no regular file"):
+        write_atomically(pipe, "text")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
 # --- C6: two writers ----------------------------------------------------------------------------
 
 

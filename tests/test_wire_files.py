@@ -188,6 +188,15 @@ def test_files_that_hold_no_payload_are_refused(tmp_path: Path) -> None:
         next(wire.read_payloads(path))
 
 
+def test_payloads_replace_no_device(tmp_path: Path, payloads: list[bytes]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="is no regular file"):
+        wire.write_payloads(pipe, payloads)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
 def test_a_failed_write_leaves_the_file_as_it_was(
     tmp_path: Path, payloads: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

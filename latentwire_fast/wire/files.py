@@ -20,6 +20,7 @@ def write_payloads(path: Path, payloads: Iterable[bytes]) -> int:
         PayloadError: no payloads, or bytes that are not one (the message has their index).
         OSError: the file system refuses.
     """
+    storage.check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
