@@ -53,10 +53,12 @@ def check_replaceable(path: Path) -> None:
     """Raise unless a file may be renamed over `path`: a device (`/dev/null`) would be gone.
 
     Raises:
-        OSError: something is there that is no regular file.
+        OSError: something is there that is neither a file nor a folder (a rename refuses those).
     """
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is no regular file, and is not replaced by one")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(
+            f"{path} is a device or a pipe, and no file takes its place; give a file"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

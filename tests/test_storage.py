@@ -40,7 +40,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
     """A pipe stands for `/dev/null`, which a rename by root would take away."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(FileExistsError, match="is no regular file"):
+    with pytest.raises(FileExistsError, match="is a device or a pipe"):
         write_atomically(pipe, "text")
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]

@@ -191,7 +191,7 @@ def test_files_that_hold_no_payload_are_refused(tmp_path: Path) -> None:
 def test_payloads_replace_no_device(tmp_path: Path, payloads: list[bytes]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(FileExistsError, match="is no regular file"):
+    with pytest.raises(FileExistsError, match="is a device or a pipe"):
         wire.write_payloads(pipe, payloads)
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]
