@@ -241,10 +241,7 @@ class StageConfig(_Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.steps >= 1, f"stage {self.name!r}: steps={self.steps}, expected at least 1")
-        weights = (
-            *(self.answer, self.autoencode, self.continuation),
-            *(self.select, self.kv, self.kd),
-        )
+        weights = (self.answer, self.autoencode, self.continuation, self.select, self.kv, self.kd)
         _require(
             min(weights) >= 0 and max(weights) > 0,
             f"stage {self.name!r}: objective weights {weights}, expected >= 0 and one above 0",

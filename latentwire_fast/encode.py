@@ -50,7 +50,6 @@ def main() -> None:
     model = Interlingua.from_pretrained(args.run / "model")
     loaded = time.perf_counter()
     questions = None if args.question is None else [args.question]
-    model.encoder.check_length(text, args.question)
     payload = model.encode_payloads([text], questions, bits=args.bits)[0]
     encoded = time.perf_counter()
     wire.write_payloads(args.out, [payload])

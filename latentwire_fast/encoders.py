@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latentwire_fast.batching import PromptBatch, collate
+from latentwire_fast.blocks import pre_norm_layer
 from latentwire_fast.config import EncoderConfig
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.prompts import Prompt, PromptBuilder, Turn, context_text, full_text
@@ -215,15 +216,7 @@ class ByteEncoder(nn.Module):
             nn.GELU(),
             nn.Conv1d(width, width, 4, stride=2, padding=1),
         )
-        layer = nn.TransformerEncoderLayer(
-            width,
-            heads,
-            4 * width,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
+        layer = pre_norm_layer(width, heads)
         self.body = nn.TransformerEncoder(layer, config.byte_layers, enable_nested_tensor=False)
         self.queries = nn.Parameter(torch.randn(config.latents, width) * 0.5)
         self.attend = nn.MultiheadAttention(width, heads, batch_first=True)

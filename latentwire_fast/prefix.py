@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from latentwire_fast.blocks import pre_norm_layer
 from latentwire_fast.config import AdapterConfig
 
 
@@ -67,14 +68,8 @@ class DeepPrefix(nn.Module):
         self.down = nn.Linear(config.expansion * width, width)
         self.dropout = nn.Dropout(config.dropout)
         self.body = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(
-                width,
-                config.deep_heads,
-                config.expansion * width,
-                dropout=config.dropout,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
+            pre_norm_layer(
+                width, config.deep_heads, expansion=config.expansion, dropout=config.dropout
             ),
             config.deep_layers,
             norm=nn.LayerNorm(width),

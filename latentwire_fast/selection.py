@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentwire_fast.blocks import pre_norm_layer
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -54,15 +56,7 @@ class PositionSelector(nn.Module):
         self.scores = nn.ModuleList(nn.Linear(width, 1, bias=False) for _ in range(states))
         self.mixes = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(states))
         self.body = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(
-                width,
-                heads,
-                4 * width,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            ),
+            pre_norm_layer(width, heads),
             blocks,
             enable_nested_tensor=False,
         )
