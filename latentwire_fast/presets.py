@@ -159,6 +159,9 @@ def with_overrides(
             first of them unless `encoder` says otherwise.
         steps: total over all stages, which shrink or grow in proportion, to one step at least.
     """
+    for option, value in {"data": data, "encoder": encoder, **(readers or {})}.items():
+        if value == "":  # an unset variable of a shell, say
+            raise ConfigError(f"{option} is given as nothing; leave it out, or name a source")
     if readers:
         config = replace(config, readers={n: ReaderConfig(s) for n, s in readers.items()})
         encoder = encoder or next(iter(readers.values()))

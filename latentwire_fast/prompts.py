@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from latentwire_fast.errors import ConfigError
@@ -131,10 +132,17 @@ class PromptBuilder:
             {"role": "assistant", "content": _ASSISTANT},
             {"role": "user", "content": _NEXT_USER},
         ]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        first = str(
-            tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        )
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+            first = str(
+                tokenizer.apply_chat_template(
+                    messages[:1], tokenize=False, add_generation_prompt=True
+                )
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template of {tokenizer.name_or_path!r} fails: {error}"
+            ) from None
         try:
             opening, to_assistant = first.split(_USER)
             to_user = text.split(_ASSISTANT)[1].split(_NEXT_USER)[0]

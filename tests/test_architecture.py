@@ -24,7 +24,8 @@ FLOORS = [
     "ops placement optim",
     "storage run_state wire config presets checkpoint distributed cli",
     "pretrained suitability model_folder",
-    "prompts batching attention blocks selection encoders adapters prefix kv_cache truncation decoding",
+    "prompts batching attention decoding blocks selection encoders truncation"
+    " adapters prefix kv_cache",
     "reader observation fresh_encoder",
     "interlingua teacher objectives schedules baselines metrics data testbed local_paths",
     "results hypotheses outcome guards signals tracking provenance",
