@@ -256,6 +256,12 @@ def test_overrides_keep_what_they_do_not_name(config: RunConfig) -> None:
     assert found == changed(config, data={"eval_examples": 3})
 
 
+@pytest.mark.parametrize("given", [{"data": ""}, {"encoder": ""}, {"readers": {"a": ""}}])
+def test_an_empty_source_is_not_taken_for_none(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is given as nothing; leave it out"):
+        with_overrides(load_preset("testbed"), **given)
+
+
 def test_override_of_readers_brings_the_encoder_along(config: RunConfig) -> None:
     found = with_overrides(config, readers={"a": "x", "b": "y"})
     assert found.readers == {"a": ReaderConfig("x"), "b": ReaderConfig("y")}

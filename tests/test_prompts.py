@@ -322,3 +322,13 @@ def test_a_template_that_rewrites_messages_is_refused(
     rewriting.chat_template = template
     with pytest.raises(ConfigError, match="rewrites its messages"):
         PromptBuilder(rewriting)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system') }}", "{% for m in messages"])
+def test_a_template_that_fails_is_refused(
+    llama_tokenizer: PreTrainedTokenizerFast, template: str
+) -> None:
+    failing = copy.deepcopy(llama_tokenizer)
+    failing.chat_template = template
+    with pytest.raises(ConfigError, match=r"the chat template of .* fails: "):
+        PromptBuilder(failing)
