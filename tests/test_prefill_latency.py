@@ -474,8 +474,17 @@ sys.argv = ["prefill_latency.py", *sys.argv[1:]]
 runpy.run_path("bench/prefill_latency.py", run_name="__main__")
 print("IMPORTED", *sorted(found))
 """
-# What torch and transformers bring along counts with them.
-BARE = {"torch", "transformers", "numpy", "safetensors", "tokenizers", "matplotlib", "tqdm"}
+# What torch (jinja2) and transformers require counts with them.
+BARE = {
+    "torch",
+    "jinja2",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "matplotlib",
+    "tqdm",
+}
 
 
 @pytest.mark.slow
