@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from latentwire_fast.config import Mode, RunConfig, run_config_from_json, to_json
@@ -46,8 +47,17 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
 
 
 def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
-    """A fresh model for these readers."""
-    encoder = build_encoder(config.encoder, readers)
+    """A model for these readers, fresh but for the encoder of a base.
+
+    Raises:
+        ConfigError: the base does not fit the configuration, or has adapters for these readers.
+        CheckpointError: it is not trained.
+    """
+    encoder = (
+        build_encoder(config.encoder, readers)
+        if config.base is None
+        else _base_encoder(config, config.base, readers)
+    )
     return Interlingua(
         encoder,
         {name: ReaderCard.of(reader) for name, reader in readers.items()},
@@ -56,6 +66,28 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
         adapter=config.adapter,
         mode=config.mode,
     )
+
+
+def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> Encoder:
+    model = Interlingua.from_pretrained(Path(base) / "model")
+    # An encoder may read less than it was asked to.
+    asked = replace(config.encoder, max_tokens=model.encoder_config.max_tokens)
+    if (model.encoder_config, model.quantizer, model.mode) != (
+        asked,
+        config.quantizer,
+        config.mode,
+    ):
+        raise ConfigError(
+            f"this run has another encoder, quantizer or mode than its base {base}, which it keeps"
+        )
+    served = {card.fingerprint: name for name, card in model.cards.items()}
+    for name, reader in readers.items():
+        if reader.fingerprint in served:
+            raise ConfigError(
+                f"{base} has learned with reader {name!r} ({served[reader.fingerprint]!r} there); "
+                "name the readers to add with --reader"
+            )
+    return model.encoder.requires_grad_(False)
 
 
 def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:

@@ -11,19 +11,15 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from latentwire_fast.config_part import Part, require
 from latentwire_fast.errors import CheckpointError, ConfigError
 
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
 BITS = (16, 8, 6, 4)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+OBJECTIVES = ("answer", "autoencode", "continuation", "select", "kv", "kd")  # weights of a stage
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
@@ -32,51 +28,14 @@ def check_sampling(temperature: float, top_p: float) -> None:
     Raises:
         ConfigError: a value outside its range.
     """
-    _require(
+    require(
         0 <= temperature < math.inf, f"first_token_temperature={temperature}, expected 0 or above"
     )
-    _require(0 < top_p <= 1, f"first_token_top_p={top_p}, expected in (0, 1]")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type as the fields below declare them."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in inner)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        parts = inner[:1] * len(value) if inner[1:] == (...,) else inner
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
-    if hint in (int, float):
-        kinds = (int,) if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-class _Part:
-    """A part of the configuration: its fields have the types that they declare."""
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if not _fits(value, hint):
-                choices = get_args(hint) if get_origin(hint) is Literal else ()
-                wanted = " or ".join(map(repr, choices)) or getattr(hint, "__name__", hint)
-                raise ConfigError(f"{name}={value!r}, expected {wanted}")
-
-    def _at_least_one(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}={value}, expected at least 1")
+    require(0 < top_p <= 1, f"first_token_top_p={top_p}, expected in (0, 1]")
 
 
 @dataclass(frozen=True)
-class ReaderConfig(_Part):
+class ReaderConfig(Part):
     """One frozen LLM. `source` is `testbed:NAME`, a local folder or a hub id."""
 
     source: str
@@ -88,7 +47,7 @@ class ReaderConfig(_Part):
 
 
 @dataclass(frozen=True)
-class EncoderConfig(_Part):
+class EncoderConfig(Part):
     """Text to latent.
 
     Attributes:
@@ -119,17 +78,17 @@ class EncoderConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(1 <= self.latents <= 65535, f"latents={self.latents}, expected 1 to 65535")
-        _require(1 <= self.d_z <= 65535, f"d_z={self.d_z}, expected 1 to 65535")
-        self._at_least_one("max_tokens", "byte_width", "byte_layers", "byte_heads", "byte_max")
-        _require(
+        require(1 <= self.latents <= 65535, f"latents={self.latents}, expected 1 to 65535")
+        require(1 <= self.d_z <= 65535, f"d_z={self.d_z}, expected 1 to 65535")
+        self.at_least_one("max_tokens", "byte_width", "byte_layers", "byte_heads", "byte_max")
+        require(
             self.byte_width % self.byte_heads == 0,
             f"byte_width={self.byte_width} does not divide among byte_heads={self.byte_heads}",
         )
 
 
 @dataclass(frozen=True)
-class QuantizerConfig(_Part):
+class QuantizerConfig(Part):
     """The wire's precision: 16 sends fp16 values, 8/6/4 codes with fp16 group scales."""
 
     bits: int = 6
@@ -137,12 +96,12 @@ class QuantizerConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.bits in BITS, f"bits={self.bits}, expected 16, 8, 6 or 4")
-        _require(self.group_size in (16, 32, 64), f"group_size={self.group_size}: 16, 32 or 64")
+        require(self.bits in BITS, f"bits={self.bits}, expected 16, 8, 6 or 4")
+        require(self.group_size in (16, 32, 64), f"group_size={self.group_size}: 16, 32 or 64")
 
 
 @dataclass(frozen=True)
-class AdapterConfig(_Part):
+class AdapterConfig(Part):
     """Latent to what one reader takes in.
 
     Attributes:
@@ -169,17 +128,17 @@ class AdapterConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.gain > 0, f"gain={self.gain}, expected above 0")
-        _require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
-        self._at_least_one("expansion", "deep_width", "deep_layers", "deep_heads")
-        _require(
+        require(self.gain > 0, f"gain={self.gain}, expected above 0")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
+        self.at_least_one("expansion", "deep_width", "deep_layers", "deep_heads")
+        require(
             self.deep_width % self.deep_heads == 0,
             f"deep_width={self.deep_width} does not divide among deep_heads={self.deep_heads}",
         )
 
 
 @dataclass(frozen=True)
-class DataConfig(_Part):
+class DataConfig(Part):
     """Where examples come from.
 
     Attributes:
@@ -201,13 +160,13 @@ class DataConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(1 <= self.facts <= 18, f"facts={self.facts}, expected 1 to 18")
-        _require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
-        self._at_least_one("questions_per_context", "eval_examples")
+        require(1 <= self.facts <= 18, f"facts={self.facts}, expected 1 to 18")
+        require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
+        self.at_least_one("questions_per_context", "eval_examples")
 
 
 @dataclass(frozen=True)
-class StageConfig(_Part):
+class StageConfig(Part):
     """One training stage. Objective weights of 0 switch an objective off.
 
     Attributes:
@@ -240,27 +199,27 @@ class StageConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.steps >= 1, f"stage {self.name!r}: steps={self.steps}, expected at least 1")
-        weights = (self.answer, self.autoencode, self.continuation, self.select, self.kv, self.kd)
-        _require(
+        require(self.steps >= 1, f"stage {self.name!r}: steps={self.steps}, expected at least 1")
+        weights = tuple(getattr(self, name) for name in OBJECTIVES)
+        require(
             min(weights) >= 0 and max(weights) > 0,
             f"stage {self.name!r}: objective weights {weights}, expected >= 0 and one above 0",
         )
-        _require(self.kd_tau > 0, f"stage {self.name!r}: kd_tau={self.kd_tau}, expected above 0")
-        _require(
+        require(self.kd_tau > 0, f"stage {self.name!r}: kd_tau={self.kd_tau}, expected above 0")
+        require(
             self.answer_tokens is None or self.answer_tokens >= 1,
             f"stage {self.name!r}: answer_tokens={self.answer_tokens}, expected at least 1",
         )
-        _require(
+        require(
             self.quantize is None or self.quantize in BITS,
             f"stage {self.name!r}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
         )
         for _, facts in self.facts:
-            _require(1 <= facts <= 18, f"stage {self.name!r}: facts={facts}, expected 1 to 18")
+            require(1 <= facts <= 18, f"stage {self.name!r}: facts={facts}, expected 1 to 18")
 
 
 @dataclass(frozen=True)
-class OptimConfig(_Part):
+class OptimConfig(Part):
     """Optimiser and schedule: linear warm-up, flat, then cosine to zero from `decay_from` on.
 
     Attributes:
@@ -282,22 +241,22 @@ class OptimConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_one("batch_size", "micro_batch")
+        self.at_least_one("batch_size", "micro_batch")
         for name in ("adamw_lr", "encoder_lr", "clip"):
             value = getattr(self, name)
-            _require(value > 0, f"{name}={value}, expected above 0")
-        _require(
+            require(value > 0, f"{name}={value}, expected above 0")
+        require(
             self.muon_lr is None or self.muon_lr > 0,
             f"muon_lr={self.muon_lr}, expected above 0, or none for AdamW alone",
         )
         for name in ("weight_decay", "warmup_steps"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name}={value}, expected at least 0")
-        _require(0 <= self.decay_from <= 1, f"decay_from={self.decay_from}, expected in [0, 1]")
+            require(value >= 0, f"{name}={value}, expected at least 0")
+        require(0 <= self.decay_from <= 1, f"decay_from={self.decay_from}, expected in [0, 1]")
 
 
 @dataclass(frozen=True)
-class EvalConfig(_Part):
+class EvalConfig(Part):
     """Evaluation after training."""
 
     batch_size: int = 50
@@ -311,17 +270,25 @@ class EvalConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
+        self.at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
         for bits in self.bits:
-            _require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
+            require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
         check_sampling(self.first_token_temperature, self.first_token_top_p)
 
 
 @dataclass(frozen=True)
-class RunConfig(_Part):
-    """Everything that makes a run what it is."""
+class RunConfig(Part):
+    """Everything that makes a run what it is.
+
+    Attributes:
+        base: a trained run whose encoder is taken over and kept as it is, with its mode and
+            quantiser: this run's readers learn to read the payloads that are out there.
+        threads: of torch on a CPU; None leaves them to torch.
+        log_every, save_every: steps between diagnostics and between checkpoints.
+    """
 
     preset: str = "custom"
+    base: str | None = None
     mode: Mode = "context"
     seed: int = 0
     threads: int | None = None
@@ -338,22 +305,25 @@ class RunConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(bool(self.readers), "readers: at least one reader is needed (NAME=PATH)")
-        _require(bool(self.stages), "stages: at least one training stage is needed")
-        self._at_least_one("log_every", "save_every", "threads")
+        require(bool(self.readers), "readers: at least one reader is needed (NAME=PATH)")
+        require(bool(self.stages), "stages: at least one training stage is needed")
+        self.at_least_one("log_every", "save_every", "threads")
         selects = self.encoder.kind == "lm" and self.encoder.pooling == "selected"
-        _require(
-            selects == any(stage.select for stage in self.stages),
+        learns = any(stage.select for stage in self.stages)
+        require(
+            learns == (selects and self.base is None),
             "encoder pooling='selected' and a stage with select > 0 need each other: the positions "
-            "are learned there",
+            "are learned there"
+            if self.base is None
+            else f"a stage has select > 0: the encoder of {self.base} keeps its positions",
         )
-        _require(
+        require(
             not any(stage.kv for stage in self.stages)
             or (selects and self.adapter.prefix != "soft"),
             "a stage with kv > 0 needs encoder pooling='selected' and adapter prefix='deep' or "
             "'both'",
         )
-        _require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
+        require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
 
     @property
     def total_steps(self) -> int:

@@ -46,6 +46,7 @@ def judge(
     *,
     payload_sizes: Mapping[int, list[int]],
     brotli_sizes: list[int],
+    unseen: bool,
     seed: int,
     resamples: int,
 ) -> dict[str, dict[str, Any]]:
@@ -55,6 +56,7 @@ def judge(
         measured: the rest of metrics.json (for byte means).
         results: per reader and method. by_bits: per reader and bit width.
         payload_sizes, brotli_sizes: bytes per example.
+        unseen: the encoder was trained without any of these readers.
     """
     options = {"seed": seed, "resamples": resamples}
     readers = list(results)
@@ -89,10 +91,10 @@ def judge(
         "H4": NOT_MEASURED,
         "H5": _prefill(measured, results),
         "H6": _bytes(results, by_bits, payload_sizes, brotli_sizes, options),
-        "H7": NOT_MEASURED,
+        "H7": _entry(h1, H7_BAR, h1.mean >= H7_BAR) if unseen else NOT_MEASURED,
     }
     if not all(_reads_text(methods) for methods in results.values()):
-        return {**verdicts, **dict.fromkeys(("H1", "H3", "H4", "H6"), NOT_MEASURED)}
+        return {**verdicts, **dict.fromkeys(("H1", "H3", "H4", "H6", "H7"), NOT_MEASURED)}
     if joint is not None:
         single = max((results[r]["latent"].f1 for r in readers), key=mean)
         h4 = paired_interval(joint.f1, single, **options)

@@ -15,7 +15,7 @@ from latentwire_fast.data.sources import map_paths
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """A configuration whose readers, encoder and data are found from anywhere.
+    """A configuration whose readers, encoder, data and base are found from anywhere.
 
     Raises:
         DataError: the absolute path of a data file holds a comma, which separates sources.
@@ -26,7 +26,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     }
     encoder = replace(config.encoder, source=_absolute(config.encoder.source))
     data = replace(config.data, source=map_paths(config.data.source, _absolute))
-    return replace(config, readers=readers, encoder=encoder, data=data)
+    base = None if config.base is None else _absolute(config.base)
+    return replace(config, readers=readers, encoder=encoder, data=data, base=base)
 
 
 def _absolute(source: str) -> str:

@@ -70,6 +70,7 @@ class Outcome:
             self.joint,
             payload_sizes=self.payload_sizes,
             brotli_sizes=brotli,
+            unseen=self.config.base is not None,
             **options,
         )
         return measured

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from latentwire_fast.config import (
+    OBJECTIVES,
     AdapterConfig,
     DataConfig,
     EncoderConfig,
@@ -22,6 +23,7 @@ from latentwire_fast.config import (
     ReaderConfig,
     RunConfig,
     StageConfig,
+    read_run_config,
     run_config_from_json,
 )
 from latentwire_fast.errors import ConfigError
@@ -140,6 +142,27 @@ def load_preset(name: str) -> RunConfig:
     return run_config_from_json(data)
 
 
+def _added_to(base: str, config: RunConfig) -> RunConfig:
+    """A run that teaches its readers what the encoder of another run writes."""
+    kept = read_run_config(Path(base))
+    if kept.base is not None:
+        raise ConfigError(f"{base} has its encoder from {kept.base}; give that run as the base")
+    # Its positions are chosen already. What else a stage does with them, readers do.
+    stages = tuple(
+        replace(stage, select=0.0)
+        for stage in config.stages
+        if any(getattr(stage, weight) for weight in OBJECTIVES if weight != "select")
+    )
+    return replace(
+        config,
+        base=base,
+        mode=kept.mode,
+        encoder=kept.encoder,
+        quantizer=kept.quantizer,
+        stages=stages,
+    )
+
+
 def with_overrides(
     config: RunConfig,
     *,
@@ -147,6 +170,7 @@ def with_overrides(
     encoder: str | None = None,
     data: str | None = None,
     mode: Mode | None = None,
+    base: str | None = None,
     seed: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -157,13 +181,21 @@ def with_overrides(
     Args:
         readers: sources by name, instead of the configuration's; an LM encoder then starts from the
             first of them unless `encoder` says otherwise.
+        base: a trained run to add the readers to; its encoder, quantiser and mode are taken over.
         steps: total over all stages, which shrink or grow in proportion, to one step at least.
     """
-    for option, value in {"data": data, "encoder": encoder, **(readers or {})}.items():
+    given = {"data": data, "encoder": encoder, "base": base, **(readers or {})}
+    for option, value in given.items():
         if value == "":  # an unset variable of a shell, say
             raise ConfigError(f"{option} is given as nothing; leave it out, or name a source")
     if readers:
         config = replace(config, readers={n: ReaderConfig(s) for n, s in readers.items()})
+    base = base or config.base
+    if base is not None:
+        if encoder or mode:
+            raise ConfigError(f"--base {base} brings its encoder and mode; leave out the other")
+        config = _added_to(base, config)
+    elif readers:
         encoder = encoder or next(iter(readers.values()))
     if encoder is not None:
         config = replace(config, encoder=replace(config.encoder, source=encoder))

@@ -82,6 +82,12 @@ def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
         "context": "The latent stands for the context alone; the question reaches the reader as "
         "text.",
     }[config.mode]
+    origin = ""
+    if config.base:
+        origin = (
+            f" The encoder is that of `{config.base}`, unchanged: these readers were added to it, "
+            "and read its payloads."
+        )
     return f"""---
 library_name: latentwire-fast
 tags: [prompt-compression, soft-prompt, latent]
@@ -90,7 +96,8 @@ tags: [prompt-compression, soft-prompt, latent]
 
 {latent["M"]} latents of width {latent["d_z"]}, {width} bits in groups of {latent["group_size"]}:
 {sizes["payload_mean"][width]:.0f} bytes on the wire for texts of
-{sizes["text_utf8_mean"]:.0f} bytes (UTF-8; {sizes["text_brotli_mean"]:.0f} with brotli). {meaning}
+{sizes["text_utf8_mean"]:.0f} bytes (UTF-8; {sizes["text_brotli_mean"]:.0f} with brotli).
+{meaning}{origin}
 
 F1 on {metrics["examples"]} held-out examples of `{config.data.source}`:
 

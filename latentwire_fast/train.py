@@ -4,6 +4,7 @@
     python -m latentwire_fast.train testbed_context --run runs/context
     python -m latentwire_fast.train testbed --data squad.json \\
         --reader llama=PATH --reader qwen=PATH
+    python -m latentwire_fast.train testbed --base runs/demo --reader NAME=PATH    # one more reader
     torchrun --nproc-per-node 2 -m -- latentwire_fast.train testbed        # several processes
 
 Run the same command again to resume what was stopped; a finished run is only evaluated.
@@ -26,11 +27,14 @@ class TrainArguments:
 
     Args:
         preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke) or a .json file.
-        run: run folder; runs/PRESET if not given. An unfinished run in it is resumed.
+        run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
+            run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
             hub id or testbed:llama / testbed:qwen.
         encoder: source of the encoder's LM; with --reader the first reader's unless given.
         data: testbed, a SQuAD-format file, a saved data set, or hub:NAME.
+        base: a trained run to add the readers to: its encoder stays as it is, so that its payloads
+            can be read by them too.
         mode: context (question as text) or pure (question inside the latent).
         seed: of initialisation and data order.
         steps: cut every stage in proportion, to this many steps in all.
@@ -44,6 +48,7 @@ class TrainArguments:
     reader: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     encoder: str | None = None
     data: str | None = None
+    base: str | None = None
     mode: Literal["context", "pure"] | None = None
     seed: int | None = None
     steps: int | None = None
@@ -65,6 +70,7 @@ def main() -> None:
         readers=parse_pairs(args.reader, option="--reader"),
         encoder=args.encoder,
         data=args.data,
+        base=args.base,
         mode=args.mode,
         seed=args.seed,
         steps=args.steps,
@@ -73,7 +79,8 @@ def main() -> None:
     )
     if not args.no_eval:
         heldout_examples(config.data)  # an error now, not after the training
-    run_dir = args.run or Path("runs") / config.preset
+    added = [*config.readers] if config.base else []
+    run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
     trainer = Trainer(config, run_dir)
     trainer.run()
     leads = trainer.accelerator.is_main_process

@@ -134,6 +134,8 @@ class Trainer:
         self.readers = load_readers(config.readers, device)
         self.frozen = FrozenGuard({name: r.model for name, r in self.readers.items()})
         self.model = build_model(config, self.readers).to(device).train()
+        if config.base:
+            self.model.encoder.eval()
         if config.optim.gradient_checkpointing:
             for reader in self.readers.values():
                 reader.enable_gradient_checkpointing()

@@ -58,6 +58,7 @@ def verdicts(
     payload: Mapping[int, int] | None = None,
     brotli: int = 150,
     utf8: float = 230.0,
+    unseen: bool = False,
 ) -> dict[str, Any]:
     """`judge` on good readers, but for what is given."""
     results = {name: reader_results() for name in NAMES} if results is None else results
@@ -76,6 +77,7 @@ def verdicts(
         joint,
         payload_sizes={bits: [size] * COUNT for bits, size in sizes.items()},
         brotli_sizes=[brotli] * COUNT,
+        unseen=unseen,
         seed=SEED,
         resamples=RESAMPLES,
     )
@@ -221,6 +223,18 @@ def test_h6_fails_where_no_width_keeps_the_score_however_small_it_is() -> None:
 # --- a reader that cannot read ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("f1", "verdict"), [(0.76, "pass"), (0.75, "pass"), (0.74, "fail")])
+def test_h7_allows_an_added_reader_five_points_below_text(f1: float, verdict: str) -> None:
+    h7 = verdicts(one_reader_with(latent=result(f1, ms=2.0)), unseen=True)["H7"]
+    assert h7["value"] == pytest.approx(f1 - TEXT_F1)
+    assert h7["low"] <= h7["value"] <= h7["high"]
+    assert (h7["bar"], h7["verdict"]) == (-0.05, verdict)
+
+
+def test_h7_is_not_measured_on_readers_that_the_encoder_learned_with() -> None:
+    assert verdicts()["H7"] == NOT_MEASURED
+
+
 @pytest.mark.parametrize("floor", ["closed_book", "first_words"])
 @pytest.mark.parametrize("f1", [TEXT_F1, 0.9])
 def test_nothing_is_compared_with_a_text_score_at_or_below_its_floor(floor: str, f1: float) -> None:
@@ -247,7 +261,10 @@ def test_an_untrained_pair_passes_nothing_that_compares_with_text() -> None:
         for name, method in reader_results().items()
     }
     judged = verdicts(
-        {"llama": zero, "qwen": zero}, by_bits=dict.fromkeys(BITS, 0.0), joint=result(0.0)
+        {"llama": zero, "qwen": zero},
+        by_bits=dict.fromkeys(BITS, 0.0),
+        joint=result(0.0),
+        unseen=True,
     )
     for name in ("H1", "H3", "H4", "H6", "H7"):
         assert judged[name] == NOT_MEASURED

@@ -42,6 +42,7 @@ def build_view(
     return {
         "run": metrics.get("run") or {},
         "examples": metrics.get("examples") or 0,
+        "base": config.get("base"),
         "is_pure": (metrics.get("run") or {}).get("mode") == "pure",
         "headline": headline(metrics),
         "tiles": list(_tiles(metrics)),

@@ -1,0 +1,52 @@
+"""What every part of a configuration does: check that its fields have the types they declare."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from latentwire_fast.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a ConfigError with this message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type as the fields below declare them."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in inner)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+class Part:
+    """A part of the configuration: its fields have the types that they declare."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                choices = get_args(hint) if get_origin(hint) is Literal else ()
+                wanted = " or ".join(map(repr, choices)) or getattr(hint, "__name__", hint)
+                raise ConfigError(f"{name}={value!r}, expected {wanted}")
+
+    def at_least_one(self, *names: str) -> None:
+        """Raise unless these are None or at least 1."""
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}={value}, expected at least 1")
