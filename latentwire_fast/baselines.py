@@ -90,6 +90,8 @@ class Methods:
         self.latents = latents
         self.payload_bytes = list(payload_bytes)
         self.budget = model.positions
+        # In context mode the label stands beside the latent: it is free for every method.
+        self.label = len(reader.prompts.label_ids) if model.mode == "context" else 0
         self.table: dict[str, Callable[[], MethodInput]] = {
             "text": self.text,
             "latent": lambda: self.latent(self.latents),
@@ -117,12 +119,12 @@ class Methods:
         return list(zip(prompts, self.examples, strict=True))
 
     def _positions(self, prompt: Prompt, example: Example) -> int:
-        """Content positions in the latent's place: in context mode the question is not among
-        them."""
+        """Content positions in the latent's place: in context mode its label and the question are
+        not among them."""
         if self.model.mode == "pure":
             return prompt.content
         question = self.reader.prompts.text_ids(question_text(example.question))
-        return max(0, prompt.content - len(question))
+        return max(0, prompt.content - len(question) - self.label)
 
     def text(self) -> MethodInput:
         """The whole prompt."""
@@ -156,7 +158,8 @@ class Methods:
         for e in self.examples:
             question = self.reader.prompts.text_ids(question_text(e.question))
             left = self.budget - (len(question) if self.model.mode == "pure" else 0)
-            context = self.reader.prompts.text_ids(context_text(e.context))[: max(0, left)]
+            context = self.reader.prompts.text_ids(context_text(e.context))
+            context = context[: self.label + max(0, left)]
             cut.append([*context, *question])
         return self._text_like(cut)
 
@@ -167,8 +170,8 @@ class Methods:
         for e, size in zip(self.examples, self.payload_bytes, strict=True):
             if self.model.mode == "pure":
                 text = cut_utf8(full_text(e.context, e.question), size)
-            else:
-                text = cut_utf8(context_text(e.context), size) + question_text(e.question)
+            else:  # the label and the question are free
+                text = full_text(cut_utf8(e.context, size), e.question)
             cut.append(self.reader.prompts.text_ids(text))
         return self._text_like(cut)
 

@@ -18,7 +18,7 @@ from latentwire_fast.batching import PromptBatch, collate
 from latentwire_fast.blocks import pre_norm_layer
 from latentwire_fast.config import EncoderConfig
 from latentwire_fast.errors import ConfigError, DataError
-from latentwire_fast.prompts import Prompt, PromptBuilder, Turn, context_text, full_text
+from latentwire_fast.prompts import Prompt, PromptBuilder, Turn, encoded_text
 from latentwire_fast.selection import PositionSelector, Selection
 
 Texts = Sequence[str]
@@ -86,8 +86,8 @@ class LMEncoder(nn.Module):
         Raises:
             DataError: more than `max_tokens`.
         """
-        text = context_text(context) if question is None else full_text(context, question)
-        _check_length(len(self.prompts.text_ids(text)), self.config.max_tokens, "tokens")
+        length = len(self.prompts.text_ids(encoded_text(context, question)))
+        _check_length(length, self.config.max_tokens, "tokens")
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
@@ -128,14 +128,13 @@ class LMEncoder(nn.Module):
 
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read."""
-        if question is not None:
-            return self.prompts.text_ends(full_text(context, question))
-        return self.prompts.text_ends(context_text(context))[: self.config.max_tokens]
+        ends = self.prompts.text_ends(encoded_text(context, question))
+        return ends if question is not None else ends[: self.config.max_tokens]
 
     def _choosable(self, prompts: Sequence[Prompt], batch: PromptBatch) -> Tensor:
         """Mask `[B, T]` of the positions that hold the text itself, without its label."""
         start = self.prompts.content_start
-        label = len(self.prompts.text_ids(context_text("").rstrip()))
+        label = len(self.prompts.label_ids)
         column_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
         stop_B1 = torch.tensor([[start + p.content] for p in prompts], device=column_T.device)
         # an empty context has no position but its label's
@@ -231,15 +230,13 @@ class ByteEncoder(nn.Module):
         Raises:
             DataError: more than `byte_max` bytes.
         """
-        text = context_text(context) if question is None else full_text(context, question)
-        _check_length(len(text.encode()), self.config.byte_max, "bytes")
+        size = len(encoded_text(context, question).encode())
+        _check_length(size, self.config.byte_max, "bytes")
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32. Texts beyond `byte_max` bytes are cut."""
-        if questions is None:
-            texts = [context_text(c) for c in contexts]
-        else:
-            texts = [full_text(c, q) for c, q in zip(contexts, questions, strict=True)]
+        asked = [None] * len(contexts) if questions is None else questions
+        texts = [encoded_text(c, q) for c, q in zip(contexts, asked, strict=True)]
         device = self.gate.device
         rows = [torch.tensor(list(t.encode()[: self.config.byte_max])) for t in texts]
         width = -(-max(len(r) for r in rows) // 4) * 4

@@ -25,7 +25,8 @@ class RunArguments:
 
     Args:
         run: the run folder.
-        fresh_seed: score newly generated held-out examples of this seed.
+        fresh_seed: score held-out examples drawn with this seed: new ones of the testbed, another
+            sample of a finite set.
         examples: how many examples (the run's own number if not given).
         out: write metrics.json to this file only; required with --fresh-seed.
     """

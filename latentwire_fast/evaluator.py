@@ -7,7 +7,7 @@ one prompt builder, one decoder and one scorer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -28,6 +28,15 @@ from latentwire_fast.results import MethodResult
 
 TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
 LOGPROB_STEPS = 4
+TIMED = (
+    "text",
+    "latent",
+    "token_budget",
+    "token_budget_question",
+    "byte_budget",
+    "closed_book",
+    "embedding_replay",
+)
 
 
 class Evaluator:
@@ -111,7 +120,7 @@ class Evaluator:
                 self.bar.set_postfix_str(f"{name}: {width} bits")
                 known = results["latent"] if width == bits else None
                 widths[width] = known or self._generate(reader, methods.latent(latent))
-            self._time(reader, methods, payloads[bits], results)
+            self._time(reader, latents[bits], payloads[bits], results)
         self._joint(outcome, latents[bits])
         self.bar.close()
         return outcome
@@ -164,34 +173,73 @@ class Evaluator:
     def _time(
         self,
         reader: Reader,
-        methods: Methods,
+        latents: Tensor,
         payloads: list[bytes],
         results: dict[str, MethodResult],
     ) -> None:
-        """Median batch-1 time to the first token's logits: text from ids, latent from payload
-        bytes."""
+        """Median batch-1 times of every method but the controls, which cost what the latent does.
+
+        Prefill is the receiver's way to the first token's logits: from token ids, or from payload
+        bytes. End to end begins with the text, so that the sender's encoder counts too, and ends
+        with the answer.
+        """
         count = min(self.config.evaluation.timing_examples, len(self.examples))
-        text = methods.text().prompts
-        latent = methods.latent(methods.latents).prompts
-
-        def from_text(i: int) -> None:
-            reader.first_logits([unanswered(text[i])])
-
-        def from_payload(i: int) -> None:
-            given = self.model.received(reader.name, self.model.decode_payloads([payloads[i]]))
-            reader.first_logits([unanswered(latent[i])], **given)
-
-        times: dict[str, list[float]] = {"text": [], "latent": []}
+        prefill: dict[str, list[float]] = {method: [] for method in TIMED}
+        whole: dict[str, list[float]] = {method: [] for method in TIMED}
         for i in range(-2, count):  # two warm-ups, then interleaved
-            for method, call in (("text", from_text), ("latent", from_payload)):
-                start = time.perf_counter()
-                call(max(i, 0))
-                if reader.device.type == "cuda":
-                    torch.cuda.synchronize()
+            example, payload = self.examples[max(i, 0)], payloads[max(i, 0)]
+            single = Methods(
+                self.model,
+                reader,
+                [example],
+                latents=latents[max(i, 0)][None],
+                payload_bytes=[len(payload)],
+            )
+            for method in TIMED:
+                first = self._clock(reader, self._prefill(single, method, payload))
+                answer = self._clock(reader, self._answer, single, method)
                 if i >= 0:
-                    times[method].append((time.perf_counter() - start) * 1e3)
-        for method, values in times.items():
-            results[method].prefill_ms = median(values)
+                    prefill[method].append(first)
+                    whole[method].append(answer)
+        for method in TIMED:
+            results[method].prefill_ms = median(prefill[method])
+            results[method].end_to_end_ms = median(whole[method])
+
+    @staticmethod
+    def _clock(reader: Reader, call: Callable[..., object], *arguments: object) -> float:
+        """Milliseconds that a call takes."""
+        start = time.perf_counter()
+        call(*arguments)
+        if reader.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    def _prefill(self, single: Methods, method: str, payload: bytes) -> Callable[[], object]:
+        """What one example's receiver does up to the first logits, prepared."""
+        reader, given = single.reader, single.table[method]()
+        prompts = [unanswered(given.prompts[0])]
+
+        def from_payload() -> Tensor:
+            latent = self.model.decode_payloads([payload])
+            return reader.first_logits(prompts, **self.model.received(reader.name, latent))
+
+        def from_prompt() -> Tensor:
+            return reader.first_logits(prompts, **given.received(range(1)))
+
+        return from_payload if method == "latent" else from_prompt
+
+    def _answer(self, single: Methods, method: str) -> str:
+        """One example from its text to the answer."""
+        if method == "latent":
+            example = single.examples[0]
+            questions = [example.question] if self.model.mode == "pure" else None
+            payloads = self.model.payloads(self.model.encode([example.context], questions))
+            given = single.latent(self.model.decode_payloads(payloads))
+        else:
+            given = single.table[method]()
+        prompts = [unanswered(given.prompts[0])]
+        ids = single.reader.generate(prompts, **given.received(range(1)), options=self.options)
+        return single.reader.decode(ids[0])
 
     def _answer_scores(
         self, reader: Reader, latents: Tensor, answers: Sequence[str]

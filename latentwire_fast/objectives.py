@@ -25,7 +25,7 @@ from latentwire_fast.data.streams import TrainItem
 from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.interlingua import Interlingua, Received
 from latentwire_fast.observation import move_attention, move_places, observe
-from latentwire_fast.prompts import Prompt, context_text, full_text
+from latentwire_fast.prompts import Prompt, encoded_text, replaced_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.selection import Selection
 from latentwire_fast.teacher import TeacherCache
@@ -107,6 +107,8 @@ class Objectives:
             work = Work(item)
             pure = self.model.mode == "pure"
             work.half, rest = halves(item.context)
+            question = item.turns[0].question
+            encoded = replaced_text(item.context, question, mode=self.model.mode)
             for name in active:
                 builder = self.readers[name].prompts
                 if stage.answer or stage.kd:
@@ -116,8 +118,7 @@ class Objectives:
                         taught = builder.build(item.turns, context=item.context)
                         self._add(work, ("kd", name), taught, stage.answer_tokens)
                 if stage.autoencode:
-                    text = full_text(item.context, item.turns[0].question) if pure else item.context
-                    self._add(work, ("autoencode", name), builder.build_rebuild(text), None)
+                    self._add(work, ("autoencode", name), builder.build_rebuild(encoded), None)
                 if stage.continuation:
                     self._add(work, ("continue", name), builder.build_rebuild(rest), None)
                 if stage.select or stage.kv:
@@ -239,7 +240,7 @@ class Objectives:
         for work in works:
             context, question = work.item.context, work.item.turns[0].question
             asked = pure or stage.select
-            text = full_text(context, question) if asked else context_text(context)
+            text = encoded_text(context, question if asked else None)
             own = encoder.text_ends(context, question if pure else None)
             places.append((own, reader.prompts.text_ends(text)))
         seen = observe(reader, [w.prompts["kv", name] for w in works])

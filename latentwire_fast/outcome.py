@@ -11,7 +11,7 @@ from latentwire_fast import wire
 from latentwire_fast.config import RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.hypotheses import judge
-from latentwire_fast.prompts import context_text, full_text
+from latentwire_fast.prompts import replaced_text
 from latentwire_fast.results import MethodResult, mean
 
 
@@ -37,9 +37,7 @@ class Outcome:
 
     def replaced_text(self, example: Example) -> str:
         """The text that the payload stands for."""
-        if self.config.mode == "pure":
-            return full_text(example.context, example.question)
-        return context_text(example.context)
+        return replaced_text(example.context, example.question, mode=self.config.mode)
 
     def metrics(self) -> dict[str, Any]:
         """metrics.json but for `schema_version` and `run`."""

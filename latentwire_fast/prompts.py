@@ -20,6 +20,7 @@ from latentwire_fast.errors import ConfigError
 
 Mode = Literal["context", "pure"]
 ANCHOR = "Answer:"
+CONTEXT_LABEL = "Context:"
 _USER, _ASSISTANT, _NEXT_USER = "LWUSERTEXT", "LWASSISTANTTEXT", "LWNEXTUSERTEXT"
 
 
@@ -58,7 +59,7 @@ class Prompt:
 
 def context_text(context: str) -> str:
     """The context as a reader sees it and as a context-only encoder reads it."""
-    return f"Context: {context}"
+    return f"{CONTEXT_LABEL} {context}"
 
 
 def question_text(question: str) -> str:
@@ -69,6 +70,16 @@ def question_text(question: str) -> str:
 def full_text(context: str, question: str) -> str:
     """What a latent of pure mode stands for, and what a text prompt's user part is."""
     return context_text(context) + question_text(question)
+
+
+def encoded_text(context: str, question: str | None) -> str:
+    """What an encoder reads: the context, with the question in pure mode."""
+    return context_text(context) if question is None else full_text(context, question)
+
+
+def replaced_text(context: str, question: str, *, mode: Mode) -> str:
+    """What a payload is sent instead of: in context mode the label stays beside the latent."""
+    return full_text(context, question) if mode == "pure" else context
 
 
 class PromptBuilder:
@@ -115,6 +126,7 @@ class PromptBuilder:
         eos = tokenizer.eos_token
         self._to_user = self._control_ids(to_user.removeprefix(eos) if eos else to_user)
         self.anchor_ids = self.text_ids(anchor)
+        self.label_ids = self.text_ids(CONTEXT_LABEL)
 
     @property
     def content_start(self) -> int:
@@ -217,7 +229,7 @@ class PromptBuilder:
         """
         prompt = Prompt()
         prompt.add(self._opening)
-        prompt.add(self.text_ids(context_text("").rstrip()))
+        prompt.add(self.label_ids)
         prompt.latent_at = len(prompt.ids)
         prompt.add([*self.text_ids(" " + target), self.eos_id], target=True)
         return prompt
@@ -236,7 +248,7 @@ class PromptBuilder:
         elif index == 0 and latent == "pure":
             prompt.latent_at = len(prompt.ids)
         elif index == 0 and latent == "context":
-            prompt.add(self.text_ids(context_text("").rstrip()))
+            prompt.add(self.label_ids)
             prompt.latent_at = len(prompt.ids)
             prompt.add(self.text_ids(question_text(turn.question)), content=True)
         else:

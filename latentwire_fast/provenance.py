@@ -52,13 +52,20 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
-def run_record(config: RunConfig, *, name: str, device: torch.device) -> dict[str, Any]:
-    """The `run` entry of metrics.json but for `wall_seconds`."""
+def run_record(
+    config: RunConfig, *, name: str, device: torch.device, eval_seed: int
+) -> dict[str, Any]:
+    """The `run` entry of metrics.json but for `wall_seconds`.
+
+    Args:
+        eval_seed: what the held-out examples were drawn with.
+    """
     return {
         "name": name,
         "preset": config.preset,
         "mode": config.mode,
         "seed": config.seed,
+        "eval_seed": eval_seed,
         "commit": commit(),
         "config_sha256": config_hash(config),
         "device": device_name(device),

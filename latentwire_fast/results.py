@@ -30,6 +30,7 @@ class MethodResult:
     tokens: list[int] = field(default_factory=list)
     gold_logprobs: list[list[float]] = field(default_factory=list)
     prefill_ms: float | None = None
+    end_to_end_ms: float | None = None
 
     def intervals(self, *, seed: int, resamples: int) -> dict[str, Any]:
         """The method's entry of metrics.json."""
@@ -53,6 +54,7 @@ class MethodResult:
             "diversity": interval(scores.distinct_shares(self.predictions)),
             "prefix_positions_mean": mean(self.positions) if self.positions else None,
             "prefill_ms_p50": self.prefill_ms,
+            "end_to_end_ms_p50": self.end_to_end_ms,
         }
 
     def scores_of(self, i: int) -> dict[str, Any]:

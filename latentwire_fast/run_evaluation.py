@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from latentwire_fast.config import RunConfig, read_run_config, to_json
+from latentwire_fast.config import RunConfig, config_hash, read_run_config, to_json
 from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluator import Evaluator
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.outcome import Outcome
-from latentwire_fast.provenance import model_card, run_record
+from latentwire_fast.provenance import commit, model_card, run_record, versions
 from latentwire_fast.reader import load_readers
 from latentwire_fast.report import write_report
 from latentwire_fast.storage import RunLock, write_atomically
@@ -40,7 +40,8 @@ def evaluate_run(
     """Evaluate a trained run and write its report.
 
     Args:
-        fresh_seed: score newly generated held-out examples of this seed instead of the run's own.
+        fresh_seed: score held-out examples drawn with this seed instead of the run's own: new ones
+            of the testbed, another sample of a finite set.
         count: how many examples.
         out: write metrics.json to this file only, without a report.
 
@@ -66,6 +67,17 @@ def evaluate_run(
     result, _ = _evaluate(run_dir, fresh_seed, count, progress)
     write_atomically(out, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def stored_metrics(run_dir: Path) -> dict[str, Any] | None:
+    """metrics.json of the run's own report, if this code made it of this configuration."""
+    try:
+        metrics: dict[str, Any] = json.loads((run_dir / "eval" / "metrics.json").read_text())
+        made = [metrics["run"][key] for key in ("config_sha256", "commit", "versions")]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    now = [config_hash(read_run_config(run_dir)), commit(), versions()]
+    return metrics if made == now else None
 
 
 def _check_out(run_dir: Path, out: Path) -> None:
@@ -100,7 +112,8 @@ def _evaluate(
     measured |= outcome.metrics()
     diagnostics = read_records(run_dir / "diagnostics.jsonl")
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
-    run = run_record(config, name=run_dir.resolve().name, device=device)
+    seed = config.data.eval_seed if fresh_seed is None else fresh_seed
+    run = run_record(config, name=run_dir.resolve().name, device=device, eval_seed=seed)
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
     return {"schema_version": 1, "run": run, **measured}, outcome

@@ -7,7 +7,8 @@
     python -m latentwire_fast.train testbed --base runs/demo --reader NAME=PATH    # one more reader
     torchrun --nproc-per-node 2 -m -- latentwire_fast.train testbed        # several processes
 
-Run the same command again to resume what was stopped; a finished run is only evaluated.
+Run the same command again to resume what was stopped. Of a finished run it prints the results, and
+evaluates it only where that has not been done.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class TrainArguments:
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
-            hub id or testbed:llama / testbed:qwen.
+            hub id or testbed:NAME (llama, qwen, mistral).
         encoder: source of the encoder's LM; with --reader the first reader's unless given.
         data: testbed, a SQuAD-format file, a saved data set, or hub:NAME.
         base: a trained run to add the readers to: its encoder stays as it is, so that its payloads
@@ -82,14 +83,16 @@ def main() -> None:
     added = [*config.readers] if config.base else []
     run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
     trainer = Trainer(config, run_dir)
+    was_finished = trainer.finished
     trainer.run()
     leads = trainer.accelerator.is_main_process
     del trainer  # and its readers: the evaluation loads its own
     if leads and not args.no_eval:
-        from latentwire_fast.run_evaluation import evaluate_run
+        from latentwire_fast.run_evaluation import evaluate_run, stored_metrics
         from latentwire_fast.summary import summary_lines
 
-        print("\n".join(summary_lines(evaluate_run(run_dir))))
+        metrics = stored_metrics(run_dir) if was_finished else None
+        print("\n".join(summary_lines(metrics or evaluate_run(run_dir))))
         print(f"report: {run_dir / 'eval' / 'report.html'}")
 
 

@@ -69,7 +69,9 @@ class Trainer:
         self.config = absolute_paths(config)
         self.run_dir = run_dir
         precision = config.optim.mixed_precision
-        self.accelerator = Accelerator(mixed_precision=precision)
+        # Unless told, accelerate takes several processes on a CPU for one each.
+        on_cpu = not torch.accelerator.is_available()
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
         self.reducer = Reducer(self.accelerator)
         self.progress = progress and self.accelerator.is_main_process
         self.signals = StopSignals()
@@ -260,8 +262,10 @@ class Trainer:
         state.seconds += elapsed
         if not logged:
             return None
+        # Of the objectives that predict tokens: `select` and `kv` count texts.
+        tokens = sum(n for key, n in counts.items() if key[0] not in ("select", "kv"))
         return self._record(
-            stage, facts, loss, parts, norm, norms, factor, sum(counts.values()) / elapsed, latent
+            stage, facts, loss, parts, norm, norms, factor, tokens / elapsed, latent
         )
 
     def _accumulate(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from latentwire_fast.config import Mode
 from latentwire_fast.encoders import ByteEncoder, Encoder
-from latentwire_fast.prompts import context_text, full_text
+from latentwire_fast.prompts import encoded_text
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def measure_truncation(
     known: dict[str, int] = {}  # several questions on one passage: it is tokenised once
     lengths = []
     for context, question in texts:
-        text = full_text(context, question) if mode == "pure" else context_text(context)
+        text = encoded_text(context, question if mode == "pure" else None)
         if text not in known:
             known[text] = length(text)
         lengths.append(known[text])

@@ -12,7 +12,7 @@ from latentwire_fast.baselines import MethodInput, Methods, cut_utf8, other_cont
 from latentwire_fast.config import Mode
 from latentwire_fast.data.examples import Example
 from latentwire_fast.interlingua import Interlingua
-from latentwire_fast.prompts import Prompt, context_text, full_text, question_text
+from latentwire_fast.prompts import CONTEXT_LABEL, Prompt, context_text, full_text, question_text
 from latentwire_fast.reader import Reader
 from readers import METHODS, tiny_interlingua
 
@@ -98,15 +98,16 @@ def test_positions_are_those_in_the_latents_place(methods: Methods, mode: Mode, 
     ):
         question = len(methods.reader.prompts.text_ids(question_text(e.question)))
         taken = prompt.content if prefix is None else len(prefix)
-        # In context mode the question stays text beside the latent, so it does not count, except
-        # where it was cut away or is itself part of what is cut or replayed.
+        # In context mode question and label stay text beside the latent, so they do not count,
+        # except where they are themselves part of what is cut.
         beside = mode == "context" and name not in (
             "latent",
             "shuffled_latent",
             "zero_latent",
             "token_budget",
         )
-        assert positions == taken - (question if beside else 0)
+        free = question + len(methods.reader.prompts.label_ids)
+        assert positions == max(0, taken - (free if beside else 0))
 
 
 def test_without_its_answer_a_prompt_ends_at_the_anchor(methods: Methods) -> None:
@@ -157,7 +158,10 @@ def test_a_token_budget_can_keep_the_question_and_cut_the_context(
         # A question longer than the whole budget stays whole: cutting it would lose the question.
         budget = max(LATENTS, len(question)) if mode == "pure" else LATENTS
         assert positions <= budget
-        assert len(context) == (max(0, LATENTS - len(question)) if mode == "pure" else LATENTS)
+        # In context mode the label stands beside the latent too: it costs nothing.
+        free = len(methods.reader.prompts.label_ids)
+        room = max(0, LATENTS - len(question)) if mode == "pure" else LATENTS + free
+        assert len(context) == min(room, len(ids(context_text(e.context))))
         some_context |= bool(context)
     assert some_context
 
@@ -171,8 +175,8 @@ def test_b1_a_byte_budget_is_at_most_the_payload(
         text = methods.reader.tokenizer.decode(content(methods, prompt))
         if mode == "context":
             assert text.endswith(question_text(e.question))
-            text = text.removesuffix(question_text(e.question))
-            whole = context_text(e.context)
+            text = text.removesuffix(question_text(e.question)).removeprefix(f"{CONTEXT_LABEL} ")
+            whole = e.context
         else:
             whole = full_text(e.context, e.question)
         assert whole.startswith(text)
@@ -181,10 +185,7 @@ def test_b1_a_byte_budget_is_at_most_the_payload(
 
 
 def test_some_texts_exceed_their_byte_budget(methods: Methods, payloads: list[bytes]) -> None:
-    assert any(
-        len(context_text(e.context)) > len(p)
-        for e, p in zip(methods.examples, payloads, strict=True)
-    )
+    assert any(len(e.context) > len(p) for e, p in zip(methods.examples, payloads, strict=True))
 
 
 def test_a_byte_budget_counts_bytes_not_characters(
@@ -199,7 +200,8 @@ def test_a_byte_budget_counts_bytes_not_characters(
         payload_bytes=[20],
     )
     text = methods.reader.tokenizer.decode(content(methods, methods.byte_budget().prompts[0]))
-    kept = "Context: " + "ä" * 5  # 9 bytes, 5 x 2 bytes, and one byte that is half a character
+    # In pure mode the label's 9 bytes count: 5 x 2 are left, and one that is half a character.
+    kept = "Context: " + "ä" * (5 if mode == "pure" else 10)
     assert text == (kept if mode == "pure" else kept + question_text("Q?"))
 
 

@@ -29,9 +29,9 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluator import Evaluator
 from latentwire_fast.interlingua import Interlingua
-from latentwire_fast.prompts import Turn, context_text, full_text
+from latentwire_fast.prompts import Turn, full_text
 from latentwire_fast.reader import Reader
-from latentwire_fast.run_evaluation import evaluate_run
+from latentwire_fast.run_evaluation import evaluate_run, stored_metrics
 from latentwire_fast.testbed.task import make_examples
 from readers import METHODS, tiny_interlingua, tiny_model
 
@@ -40,10 +40,11 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 BITS = ("16", "8", "6", "4")
 ALL_METHODS = {*METHODS, "first_words"}
 INTERVALS = ("f1", "em", "first_token_top1", "first_token_top5", "nll_per_token", "diversity")
-METHOD_KEYS = {*INTERVALS, "prefix_positions_mean", "prefill_ms_p50"}
+TIMES = {"prefill_ms_p50", "end_to_end_ms_p50"}
+METHOD_KEYS = {*INTERVALS, *TIMES, "prefix_positions_mean"}
 RUN_KEYS = {
     *("name", "preset", "mode", "seed", "commit", "config_sha256", "device", "versions"),
-    *("wall_seconds", "vocab_sizes"),
+    *("eval_seed", "wall_seconds", "vocab_sizes"),
 }
 HYPOTHESIS_KEYS = {"value", "low", "high", "bar", "verdict"}
 
@@ -99,7 +100,7 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     """The parts of metrics.json that the clock does not decide."""
     readers = {
         name: {
-            method: {k: v for k, v in entry.items() if k != "prefill_ms_p50"}
+            method: {k: v for k, v in entry.items() if k not in TIMES}
             for method, entry in methods.items()
         }
         for name, methods in metrics["readers"].items()
@@ -143,7 +144,10 @@ def check_metrics(metrics: dict[str, Any], *, examples: int) -> None:
             for key in INTERVALS:
                 check_interval(entry[key])
             assert entry["prefix_positions_mean"] >= 0
-            assert (entry["prefill_ms_p50"] is not None) == (method in ("text", "latent"))
+            if method in ("shuffled_latent", "zero_latent"):
+                assert entry["prefill_ms_p50"] is entry["end_to_end_ms_p50"] is None
+            else:
+                assert min(entry["prefill_ms_p50"], entry["end_to_end_ms_p50"]) > 0
         floor = methods["first_words"]  # without a model there is no likelihood
         assert set(floor) == METHOD_KEYS
         for key in ("f1", "em", "diversity"):
@@ -255,9 +259,9 @@ def test_b1_the_text_is_what_the_payload_replaces(
     metrics, records = measured
     for record, e in zip(records, examples, strict=True):
         path = tmp_path / "x.txt"
-        path.write_text(context_text(e.context), encoding="utf-8")
+        path.write_text(e.context, encoding="utf-8")
         assert record["text_utf8_bytes"] == path.stat().st_size
-        assert record["text_brotli_bytes"] == wire.brotli_bytes(context_text(e.context))
+        assert record["text_brotli_bytes"] == wire.brotli_bytes(e.context)
     for key in ("text_utf8", "text_brotli"):
         values = [r[f"{key}_bytes"] for r in records]
         assert metrics["bytes"][f"{key}_mean"] == sum(values) / len(values)
@@ -267,10 +271,10 @@ def test_b1_the_byte_budget_is_the_payload_at_the_runs_width(
     measured: Measured, readers: dict[str, Reader], examples: list[Example]
 ) -> None:
     for record, e in zip(measured[1], examples, strict=True):
-        kept = context_text(e.context)[: record["payload_bytes"]["6"]]  # ASCII: a byte a character
+        kept = e.context[: record["payload_bytes"]["6"]]  # ASCII: a byte a character
         for name, reader in readers.items():
             positions = record["readers"][name]["byte_budget"]["positions"]
-            assert positions == len(reader.prompts.text_ids(kept))
+            assert positions == len(reader.prompts.text_ids(f" {kept}"))
 
 
 # --- the arithmetic -----------------------------------------------------------------------------
@@ -467,6 +471,25 @@ def test_a_run_is_evaluated_on_the_gpu(run_dir: Path, monkeypatch: pytest.Monkey
             assert nll == pytest.approx(methods[method]["nll_per_token"]["mean"], rel=1e-3)
 
 
+def test_a_stored_report_is_good_for_its_configuration_and_code_only(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_dir / "eval" / "metrics.json"
+    path.unlink(missing_ok=True)
+    assert stored_metrics(run_dir) is None
+    result = evaluate_run(run_dir, progress=False)
+    assert stored_metrics(run_dir) == result
+    monkeypatch.setattr("latentwire_fast.run_evaluation.commit", lambda: "another")
+    assert stored_metrics(run_dir) is None
+    monkeypatch.undo()
+    for broken in ("", "[]", "{}", json.dumps({**result, "run": {"name": "old"}})):
+        path.write_text(broken)
+        assert stored_metrics(run_dir) is None
+    result["run"]["config_sha256"] = "0" * 64
+    path.write_text(json.dumps(result))
+    assert stored_metrics(run_dir) is None
+
+
 def test_fresh_examples_are_scored_into_a_file_of_their_own(run_dir: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     out = tmp_path / "fresh.json"
@@ -474,7 +497,8 @@ def test_fresh_examples_are_scored_into_a_file_of_their_own(run_dir: Path, tmp_p
     metrics = json.loads(out.read_text())
     assert metrics == result
     check_metrics(metrics, examples=3)
-    texts = [context_text(e.context) for e in make_examples(3, seed=7, facts=2)]
+    texts = [e.context for e in make_examples(3, seed=7, facts=2)]
+    assert metrics["run"]["eval_seed"] == 7
     assert metrics["bytes"]["text_utf8_mean"] == sum(map(len, texts)) / 3
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 

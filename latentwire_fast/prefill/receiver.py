@@ -35,7 +35,7 @@ from latentwire_fast.prefill.inputs import InputBuffer, Layout, lay_out
 from latentwire_fast.prefill.outcome import Prefilled
 from latentwire_fast.prefill.parts import TrainedParts, put_soft
 from latentwire_fast.prefill.payloads import Parcel, PayloadKind
-from latentwire_fast.prompts import Prompt, Turn, context_text, question_text
+from latentwire_fast.prompts import Prompt, Turn, question_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.wire import Header
 
@@ -150,7 +150,7 @@ class Receiver:
     @cached_property
     def _before_latent(self) -> list[int]:
         """What announces the context in context mode."""
-        return self.reader.prompts.text_ids(context_text("").rstrip())
+        return self.reader.prompts.label_ids
 
     @torch.no_grad()
     def prefill(self, payloads: Sequence[bytes], prompts: Sequence[Prompt]) -> Prefilled:

@@ -70,7 +70,7 @@ def _about_scores(
         yield (
             f"{name}: NLL per token of the text baseline is {number(nll, digits=2)}, above "
             f"ln V = {number(uniform_nll(vocab), digits=2)}, what a uniform guess costs: the "
-            "metric is broken, and H3 means nothing."
+            "metric is broken or the reader cannot do the task, and H3 means nothing."
         )
     if text is not None and text < WEAK_TEXT_F1:
         yield (

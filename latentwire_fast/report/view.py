@@ -130,6 +130,7 @@ _COLUMNS = (
     ("Distinct", "diversity", percent),
     ("Positions", "prefix_positions_mean", _positions),
     ("Prefill ms", "prefill_ms_p50", lambda value: cell(value, digits=2)),
+    ("End to end ms", "end_to_end_ms_p50", lambda value: cell(value, digits=1)),
 )
 
 

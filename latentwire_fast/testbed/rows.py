@@ -8,7 +8,7 @@ import random
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from latentwire_fast.prompts import PromptBuilder, Turn, context_text
+from latentwire_fast.prompts import CONTEXT_LABEL, PromptBuilder, Turn, context_text
 from latentwire_fast.testbed import task
 
 Row = tuple[list[int], list[float]]
@@ -117,7 +117,7 @@ class RowMaker:
                 starts.add(start)
                 words.append(word)
         text = "".join(f" {w}{self.rng.choice(LIST_SUFFIXES)}" for w in words)
-        ids = self.builder.text_ids(context_text("").rstrip() + text)
+        ids = self.builder.text_ids(CONTEXT_LABEL + text)
         weights = [0.0] * len(ids)
         anchor = self.builder.text_ids(f"\n{self.builder.anchor}")
         self.rng.shuffle(words)
