@@ -36,7 +36,7 @@ demo: $(VENV)/.installed  ## train and evaluate on the built-in testbed into run
 	$(BIN)/python -m latentwire_fast.train testbed --run runs/demo
 
 test: $(VENV)/.installed  ## run every test (those marked gpu are skipped without one)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable
 
 check: $(VENV)/.installed  ## lint, formatting and types
 	$(BIN)/ruff check

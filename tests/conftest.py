@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 
+from kernel_device import SM90_TABLE
+
 try:
     from hypothesis import settings
 except ModuleNotFoundError:  # a bare GPU machine: the tests that need one do without
@@ -41,6 +43,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the tests of compiled kernels found (`record_property`), whichever process ran
+    them."""
+    rows = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for key, value in getattr(report, "user_properties", ())
+        if key == SM90_TABLE and report.when == "call"
+    ]
+    if not rows:
+        return
+    head = ("kernel", "registers", "shared", "stack", "local", "global accesses: bytes x count")
+    width = max(len(row[0]) for row in rows)
+    terminalreporter.section(SM90_TABLE)
+    for name, *numbers, accesses in (head, *rows):
+        columns = (f"{name:<{width}}", *(f"{x:>9}" for x in numbers), accesses)
+        terminalreporter.write_line("  ".join(columns))
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(False, reason="interpreted") if INTERPRETED else pytest.mark.gpu
 
 GUARD, POISON = 64, 77
+SM90_TABLE = "kernels compiled for sm_90"  # conftest.py prints what is recorded under this name
 
 
 def guard_outputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:

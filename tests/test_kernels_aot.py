@@ -9,16 +9,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel_device import INTERPRETED
+from kernel_device import INTERPRETED, SM90_TABLE
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles; the interpreter does not")
@@ -227,7 +226,6 @@ def run(*command: str) -> str:
 # Loads, asynchronous copies to shared memory, stores, atomics; what follows may tell their width.
 ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|ATOMG|RED)((?:\.\w+)+)")
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-HEAD = ("kernel", "registers", "shared", "stack", "local", "global accesses: bytes x count")
 
 
 def global_accesses(assembly: str) -> Counter[tuple[str, int]]:
@@ -239,23 +237,9 @@ def global_accesses(assembly: str) -> Counter[tuple[str, int]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[list[tuple[Any, ...]]]:
-    """Rows under HEAD; printed at the end, whatever pytest captures."""
-    rows: list[tuple[Any, ...]] = []
-    yield rows
-    width = max((len(row[0]) for row in rows), default=0)
-    lines = [
-        "  ".join((f"{name:<{width}}", *(f"{x:>9}" for x in numbers), accesses))
-        for name, *numbers, accesses in (HEAD, *rows)
-    ]
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        sys.stdout.write("\n".join(("", *lines, "")))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_for_hopper_without_spills(
-    name: str, tmp_path: Path, table: list[tuple[Any, ...]]
+    name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     case = CASES[name]
     kernel = compiled(case)
@@ -266,7 +250,8 @@ def test_compiles_for_hopper_without_spills(
     assembly = run(tool("nvdisasm"), str(cubin))
     accesses, shared = global_accesses(assembly), kernel.metadata.shared
     listed = ", ".join(f"{kind} {width}x{n}" for (kind, width), n in sorted(accesses.items()))
-    table.append((name, found["REG"], shared, found["STACK"], found["LOCAL"], listed))
+    row = (name, found["REG"], shared, found["STACK"], found["LOCAL"], listed)
+    record_property(SM90_TABLE, row)
     assert found["STACK"] == 0
     assert found["LOCAL"] == 0
     assert not re.search(r"\b(LDL|STL)\b", assembly)
