@@ -163,11 +163,11 @@ class Methods:
             cut.append([*context, *question])
         return self._text_like(cut)
 
-    def byte_budget(self) -> MethodInput:
-        """The text cut to the payload's bytes: the whole prompt (pure), or the context
-        (context)."""
+    def byte_budget(self, sizes: Sequence[int] | None = None) -> MethodInput:
+        """The text cut to the payload's bytes (or to `sizes`): the whole prompt (pure), or the
+        context (context)."""
         cut = []
-        for e, size in zip(self.examples, self.payload_bytes, strict=True):
+        for e, size in zip(self.examples, sizes or self.payload_bytes, strict=True):
             if self.model.mode == "pure":
                 text = cut_utf8(full_text(e.context, e.question), size)
             else:  # the label and the question are free

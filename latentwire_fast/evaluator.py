@@ -106,7 +106,7 @@ class Evaluator:
             )
             for name, reader in self.readers.items()
         }
-        rounds = sum(len(methods.table) + len(latents) - 1 for methods in inputs.values())
+        rounds = sum(len(methods.table) + 2 * (len(latents) - 1) for methods in inputs.values())
         self.bar.reset(total=rounds * len(self._batches(self.examples)))
         for name, methods in inputs.items():
             reader = self.readers[name]
@@ -115,11 +115,14 @@ class Evaluator:
                 self.bar.set_postfix_str(f"{name}: {method}")
                 results[method] = self._score(reader, build())
             results["first_words"] = self._judge(methods.first_words())
-            widths = outcome.by_bits[name] = {}
-            for width, latent in latents.items():
+            widths, budgets = {bits: results["latent"]}, {bits: results["byte_budget"]}
+            for width in latents.keys() - {bits}:
                 self.bar.set_postfix_str(f"{name}: {width} bits")
-                known = results["latent"] if width == bits else None
-                widths[width] = known or self._generate(reader, methods.latent(latent))
+                cut = methods.byte_budget(bytes_by_width[width])
+                widths[width] = self._generate(reader, methods.latent(latents[width]))
+                budgets[width] = self._generate(reader, cut)
+            outcome.by_bits[name] = {width: widths[width] for width in latents}
+            outcome.budget_by_bits[name] = {width: budgets[width] for width in latents}
             self._time(reader, latents[bits], payloads[bits], results)
         self._joint(outcome, latents[bits])
         self.bar.close()

@@ -12,7 +12,7 @@ from latentwire_fast.config import RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.hypotheses import judge
 from latentwire_fast.prompts import replaced_text
-from latentwire_fast.results import MethodResult, mean
+from latentwire_fast.results import BY_BITS, MethodResult, mean
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Outcome:
         payload_sizes: per bit width, the bytes of each example's payload.
         results: per reader and method.
         by_bits: per reader and bit width.
+        budget_by_bits: the same for the text cut to as many bytes.
         joint: joint rescoring, with two readers or more.
         joint_scores: per example, each reader's candidate's total score.
     """
@@ -32,6 +33,7 @@ class Outcome:
     payload_sizes: dict[int, list[int]]
     results: dict[str, dict[str, MethodResult]] = field(default_factory=dict)
     by_bits: dict[str, dict[int, MethodResult]] = field(default_factory=dict)
+    budget_by_bits: dict[str, dict[int, MethodResult]] = field(default_factory=dict)
     joint: MethodResult | None = None
     joint_scores: list[dict[str, float]] = field(default_factory=list)
 
@@ -77,11 +79,16 @@ class Outcome:
         entry: dict[str, Any] = {
             method: result.intervals(**options) for method, result in self.results[name].items()
         }
-        entry["latent_bits"] = {
-            str(bits): {"f1": mean(result.f1), "em": mean(result.em)}
-            for bits, result in self.by_bits[name].items()
-        }
+        for key, widths in self._widths(name).items():
+            entry[key] = {
+                str(bits): {"f1": mean(result.f1), "em": mean(result.em)}
+                for bits, result in widths.items()
+            }
         return entry
+
+    def _widths(self, name: str) -> dict[str, dict[int, MethodResult]]:
+        """What is measured at every bit width, by its key in the files (`BY_BITS`)."""
+        return dict(zip(BY_BITS, (self.by_bits[name], self.budget_by_bits[name]), strict=True))
 
     def _joint_entry(self) -> dict[str, float] | None:
         if self.joint is None:
@@ -107,9 +114,8 @@ class Outcome:
         readers: dict[str, Any] = {}
         for name, methods in self.results.items():
             readers[name] = {method: result.example(i) for method, result in methods.items()}
-            readers[name]["latent_bits"] = {
-                str(bits): result.scores_of(i) for bits, result in self.by_bits[name].items()
-            }
+            for key, widths in self._widths(name).items():
+                readers[name][key] = {str(b): result.scores_of(i) for b, result in widths.items()}
         joint = None
         if self.joint is not None:
             joint = {**self.joint.scores_of(i), "scores": self.joint_scores[i]}

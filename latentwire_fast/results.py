@@ -8,6 +8,9 @@ from typing import Any
 
 from latentwire_fast import metrics as scores
 
+# A reader's entries that hold scores by bit width, beside those by method.
+BY_BITS = ("latent_bits", "byte_budget_bits")
+
 
 def mean(values: Sequence[float]) -> float:
     """Plain mean."""

@@ -32,8 +32,13 @@ def summary_lines(metrics: dict[str, Any]) -> list[str]:
         values = [readers[name]["latent_bits"][bits]["f1"] for name in readers]
         label = f"latent {bits} bits"
         size = sizes["payload_mean"][bits]
+        cut = [readers[name]["byte_budget_bits"][bits]["f1"] for name in readers]
         lines.append(
-            f"{label:18}" + "".join(f"{100 * v:12.1f}" for v in values) + f"  {size:.0f} B"
+            f"{label:18}"
+            + "".join(f"{100 * v:12.1f}" for v in values)
+            + f"  {size:.0f} B (text cut to that: "
+            + ", ".join(f"{100 * v:.1f}" for v in cut)
+            + ")"
         )
     lines.append(
         f"text {sizes['text_utf8_mean']:.0f} B, brotli {sizes['text_brotli_mean']:.0f} B, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from latentwire_fast import metrics as scores
 from latentwire_fast import wire
+from latentwire_fast.baselines import Methods
 from latentwire_fast.config import (
     DataConfig,
     EvalConfig,
@@ -31,6 +33,7 @@ from latentwire_fast.evaluator import Evaluator
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.prompts import Turn, full_text
 from latentwire_fast.reader import Reader
+from latentwire_fast.results import BY_BITS
 from latentwire_fast.run_evaluation import evaluate_run, stored_metrics
 from latentwire_fast.testbed.task import make_examples
 from readers import METHODS, tiny_interlingua, tiny_model
@@ -137,7 +140,7 @@ def check_metrics(metrics: dict[str, Any], *, examples: int) -> None:
     assert tuple(metrics["bytes"]["payload_mean"]) == BITS
     assert set(metrics["readers"]) == {"llama", "qwen"}
     for methods in metrics["readers"].values():
-        assert set(methods) == ALL_METHODS | {"latent_bits"}
+        assert set(methods) == ALL_METHODS | {*BY_BITS}
         for method in METHODS:
             entry = methods[method]
             assert set(entry) == METHOD_KEYS
@@ -153,8 +156,9 @@ def check_metrics(metrics: dict[str, Any], *, examples: int) -> None:
         for key in ("f1", "em", "diversity"):
             check_interval(floor[key])
         assert floor["nll_per_token"] is None
-        assert tuple(methods["latent_bits"]) == BITS
-        assert all(set(entry) == {"f1", "em"} for entry in methods["latent_bits"].values())
+        for key in BY_BITS:
+            assert tuple(methods[key]) == BITS
+            assert all(set(entry) == {"f1", "em"} for entry in methods[key].values())
     assert set(metrics["joint"]) == {"f1", "best_single_f1", "agreement", "oracle_f1"}
     assert list(metrics["hypotheses"]) == [f"H{i}" for i in range(1, 8)]
     for entry in metrics["hypotheses"].values():
@@ -175,7 +179,7 @@ def check_records(records: list[dict[str, Any]], examples: list[Example]) -> Non
         assert record["answers"] == list(e.answers)
         assert set(record["payload_bytes"]) == set(BITS)
         for methods in record["readers"].values():
-            assert set(methods) == ALL_METHODS | {"latent_bits"}
+            assert set(methods) == ALL_METHODS | {*BY_BITS}
             for method in METHODS:
                 assert set(methods[method]) == {
                     *("prediction", "em", "f1", "positions", "gold_logprobs"),
@@ -294,9 +298,9 @@ def test_scores_are_those_of_the_recorded_predictions(measured: Measured) -> Non
                 assert methods[method][key]["mean"] == pytest.approx(sum(values) / len(values))
             distinct = len({entry["prediction"] for entry in entries}) / len(entries)
             assert methods[method]["diversity"]["mean"] == pytest.approx(distinct)
-        for bits in BITS:
-            values = [r["readers"][name]["latent_bits"][bits]["f1"] for r in records]
-            assert methods["latent_bits"][bits]["f1"] == pytest.approx(sum(values) / len(values))
+        for key, bits in itertools.product(BY_BITS, BITS):
+            values = [r["readers"][name][key][bits]["f1"] for r in records]
+            assert methods[key][bits]["f1"] == pytest.approx(sum(values) / len(values))
 
 
 def test_likelihoods_are_those_of_the_gold_answer_given_the_whole_text(
@@ -341,6 +345,18 @@ def test_the_latent_is_judged_at_the_runs_own_width(measured: Measured) -> None:
         for methods in record["readers"].values():
             latent = {k: methods["latent"][k] for k in ("prediction", "em", "f1")}
             assert latent == methods["latent_bits"]["6"]
+            cut = {k: methods["byte_budget"][k] for k in ("prediction", "em", "f1")}
+            assert cut == methods["byte_budget_bits"]["6"]
+
+
+def test_fewer_bytes_hold_a_shorter_text(model: Interlingua, readers: dict[str, Reader]) -> None:
+    example = make_examples(1, seed=3)[0]
+    methods = Methods(
+        model, readers["llama"], [example], latents=torch.zeros(1, 4, 8), payload_bytes=[90]
+    )
+    own, short = methods.byte_budget(), methods.byte_budget([30])
+    assert short.positions[0] < own.positions[0] < methods.text().positions[0]
+    assert own.prompts == methods.byte_budget([90]).prompts
 
 
 # --- joint rescoring ----------------------------------------------------------------------------

@@ -67,13 +67,14 @@ def make_metrics(*, mode: str = "context", examples: int = 500) -> dict[str, Any
             }
             for method, share in F1_SHARE.items()
         }
-        readers[name]["latent_bits"] = {
-            bits: {
-                "f1": interval(text * (0.9 if bits == "4" else 0.95)),
-                "em": interval(text * 0.9),
+        for key, share in (("latent_bits", 0.95), ("byte_budget_bits", 0.6)):
+            readers[name][key] = {
+                bits: {
+                    "f1": interval(text * (share - 0.05 if bits == "4" else share)),
+                    "em": interval(text * (share - 0.05)),
+                }
+                for bits in BITS
             }
-            for bits in BITS
-        }
     return {
         "schema_version": 1,
         "run": {
@@ -361,7 +362,7 @@ def test_csv_holds_every_number(written: Path) -> None:
     assert found["hypotheses", "H1", "fail"]["mean"] == "-0.05"
     assert ("hypotheses", "H7", "not measured") not in found
     assert float(found["llama", "latent", "accuracy"]["mean"]) == pytest.approx(51 / 60)
-    assert len(rows) == 2 * (9 * 8 + 4 * 2) + 4 + 6 + 6 + 2 * 7 * 4
+    assert len(rows) == 2 * (9 * 8 + 2 * 4 * 2) + 4 + 6 + 6 + 2 * 7 * 4
 
 
 def test_further_scores_by_hand() -> None:

@@ -23,6 +23,7 @@ from latentwire_fast.report.figures import accuracy_figure, learning_figure
 from latentwire_fast.report.further import Means, further_scores
 from latentwire_fast.report.values import measured
 from latentwire_fast.report.view import build_view
+from latentwire_fast.results import BY_BITS
 from latentwire_fast.storage import write_atomically
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -85,10 +86,10 @@ def metrics_csv(metrics: Mapping[str, Any], further: Means) -> str:
 def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
     for reader, methods in (metrics.get("readers") or {}).items():
         for method, scores in methods.items():
-            if method == "latent_bits":
+            if method in BY_BITS:
                 for bits, of_width in scores.items():
                     for metric, value in of_width.items():
-                        yield reader, f"latent_{bits}_bits", metric, value
+                        yield reader, f"{method.removesuffix('_bits')}_{bits}_bits", metric, value
             else:
                 for metric, value in (scores or {}).items():
                     yield reader, method, metric, value

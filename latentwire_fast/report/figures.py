@@ -58,7 +58,8 @@ MARKERS = (
 
 
 def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
-    """F1 against bytes: per reader a curve over the bit widths, beside text and the byte budget.
+    """F1 against bytes: per reader a curve over the bit widths, one of text cut to as many bytes,
+    and the whole text.
 
     Returns:
         PNG bytes, or None when no payload was scored.
@@ -112,6 +113,17 @@ def _annotate(
     axes.annotate(text, place, offset, textcoords="offset points", va="top", color=MUTED, **style)
 
 
+def _by_size(
+    scores: Mapping[str, Any] | None, payload: Mapping[str, float]
+) -> list[tuple[float, Measured, str]]:
+    """(bytes, F1, bits) of what was measured at several bit widths, smallest first."""
+    return sorted(
+        (payload[bits], score, bits)
+        for bits, of_width in (scores or {}).items()
+        if payload.get(bits) and (score := measured(of_width.get("f1")))
+    )
+
+
 class _Points:
     """What one reader adds to the first figure."""
 
@@ -119,14 +131,9 @@ class _Points:
         sizes = metrics.get("bytes") or {}
         payload = sizes.get("payload_mean") or {}
         self.bits = str((metrics.get("latent") or {}).get("bits"))
-        self.latent: list[tuple[float, Measured, str]] = sorted(
-            (payload[bits], score, bits)
-            for bits, scores in (methods.get("latent_bits") or {}).items()
-            if payload.get(bits) and (score := measured(scores.get("f1")))
-        )
+        self.latent = _by_size(methods.get("latent_bits"), payload)
         self.text = measured((methods.get("text") or {}).get("f1"))
-        self.budget = measured((methods.get("byte_budget") or {}).get("f1"))
-        self.budget_size = payload.get(self.bits)
+        self.budget = _by_size(methods.get("byte_budget_bits"), payload)
         self.text_sizes = (sizes.get("text_brotli_mean"), sizes.get("text_utf8_mean"))
 
     def sizes(self) -> list[float]:
@@ -134,20 +141,21 @@ class _Points:
         return [size for size, _, _ in self.latent] + [s for s in self.text_sizes if s]
 
     def draw(self, axes: Axes, colour: str) -> None:
-        axes.plot(
-            [size for size, _, _ in self.latent],
-            [100 * score.mean for _, score, _ in self.latent],
-            color=colour,
-            linewidth=1.8,
-        )
-        for size, score, bits in self.latent:
-            _dot(axes, size, score, colour, marker="o", scale=8.5 if bits == self.bits else 5.5)
+        for points, marker, line in ((self.latent, "o", "-"), (self.budget, "v", ":")):
+            axes.plot(
+                [size for size, _, _ in points],
+                [100 * score.mean for _, score, _ in points],
+                color=colour,
+                linestyle=line,
+                linewidth=1.8,
+            )
+            for size, score, bits in points:
+                scale = 8.5 if bits == self.bits else 5.5
+                _dot(axes, size, score, colour, marker=marker, scale=scale)
         if self.text:
             for text_size, face in zip(self.text_sizes, ("white", colour), strict=True):
                 if text_size:
                     _dot(axes, text_size, self.text, colour, marker="s", face=face)
-        if self.budget and self.budget_size:
-            _dot(axes, self.budget_size, self.budget, colour, marker="v")
 
 
 def _dot(

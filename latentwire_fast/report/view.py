@@ -26,6 +26,7 @@ from latentwire_fast.report.values import (
     size,
 )
 from latentwire_fast.report.wording import BITS, METHODS, Method
+from latentwire_fast.results import BY_BITS
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -138,7 +139,7 @@ def _method_rows(
     methods: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Known methods in the order of `METHODS`, then any other."""
-    others = [name for name in methods if name not in METHODS and name != "latent_bits"]
+    others = [name for name in methods if name not in METHODS and name not in BY_BITS]
     for name in (*METHODS, *others):
         if methods.get(name) is None:
             continue
@@ -167,9 +168,10 @@ def _width_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     sizes = metrics.get("bytes") or {}
     readers = _readers(metrics)
     for bits in BITS:
-        scores = [
-            (methods.get("latent_bits") or {}).get(bits) or {} for methods in readers.values()
-        ]
+        scores, budgets = (
+            [(methods.get(key) or {}).get(bits) or {} for methods in readers.values()]
+            for key in BY_BITS
+        )
         payload = (sizes.get("payload_mean") or {}).get(bits)
         if payload is None and not any(scores):
             continue
@@ -179,7 +181,10 @@ def _width_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "payload": size(payload),
             "of_utf8": ratio(payload, sizes.get("text_utf8_mean")),
             "of_brotli": ratio(payload, sizes.get("text_brotli_mean")),
-            "scores": [(percent(s.get("f1")), percent(s.get("em"))) for s in scores],
+            "scores": [
+                (percent(s.get("f1")), percent(s.get("em")), percent(b.get("f1")))
+                for s, b in zip(scores, budgets, strict=True)
+            ],
         }
 
 
