@@ -28,7 +28,8 @@ class RunArguments:
         fresh_seed: score held-out examples drawn with this seed: new ones of the testbed, another
             sample of a finite set.
         examples: how many examples (the run's own number if not given).
-        out: write metrics.json to this file only; required with --fresh-seed.
+        out: write metrics.json to this file only, outside the run folder; required with
+            --fresh-seed.
     """
 
     run: Path

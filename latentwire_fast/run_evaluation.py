@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,16 @@ def evaluate_run(
         fresh_seed: score held-out examples drawn with this seed instead of the run's own: new ones
             of the testbed, another sample of a finite set.
         count: how many examples.
-        out: write metrics.json to this file only, without a report.
+        out: write metrics.json to this file only, without a report. Not in the run folder.
 
     Returns:
         The content of metrics.json.
 
     Raises:
         CheckpointError: the run is not trained, or its readers have other weights than it was
-            trained for. ConfigError: `out` cannot be written to, or belongs to the run's report.
-            TrainingError: the run folder is in use, or cannot be written to.
+            trained for. ConfigError: `out` cannot be written to or is in the run folder, or no
+            report can be written there. TrainingError: the run folder is in use, or cannot be
+            written to.
     """
     if not (run_dir / "model" / "config.json").exists():
         raise CheckpointError(
@@ -60,6 +62,7 @@ def evaluate_run(
         )
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
+            _check_eval_dir(run_dir / "eval")
             result, outcome = _evaluate(run_dir, fresh_seed, count, progress)
             _write(run_dir, result, outcome)
         return result
@@ -86,8 +89,17 @@ def _check_out(run_dir: Path, out: Path) -> None:
         raise ConfigError(f"cannot write {out}: {out.parent} is no folder that can be written to")
     if out.exists() and not out.is_file():  # a device would be replaced by a file
         raise ConfigError(f"cannot write {out}: it is no file; give the path of one")
-    if out.resolve() == (run_dir / "eval" / "metrics.json").resolve():
-        raise ConfigError(f"{out} belongs to the run's report; leave --out away to write that")
+    if out.parent.resolve().is_relative_to(run_dir.resolve()):  # its files describe the run
+        raise ConfigError(
+            f"{out} is in the run folder; choose another place, or leave --out away to write the "
+            "run's own report"
+        )
+
+
+def _check_eval_dir(folder: Path) -> None:
+    """Raise now, rather than after the evaluation, if something else is where the report goes."""
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder, the report goes there; move it away")
 
 
 def _evaluate(
@@ -121,12 +133,16 @@ def _evaluate(
 
 def _check_settings(config: RunConfig, model: Interlingua, run_dir: Path) -> None:
     """Raise unless the model is what the configuration says: the scores name its settings."""
-    size = ("latents", "d_z")
-    stated = {"mode": config.mode, "quantizer": config.quantizer}
-    found = {"mode": model.mode, "quantizer": model.quantizer}
-    stated |= {name: getattr(config.encoder, name) for name in size}
-    found |= {name: getattr(model.encoder_config, name) for name in size}
-    differ = [name for name in stated if stated[name] != found[name]]
+    # An encoder may read less than it was asked to, and the LM that it started from may have moved.
+    trained = model.encoder_config
+    encoder = replace(config.encoder, max_tokens=trained.max_tokens, source=trained.source)
+    pairs = {
+        "mode": (config.mode, model.mode),
+        "encoder": (encoder, trained),
+        "quantizer": (config.quantizer, model.quantizer),
+        "adapter": (config.adapter, model.adapter_config),
+    }
+    differ = [name for name, (stated, found) in pairs.items() if stated != found]
     if differ:
         raise CheckpointError(
             f"{run_dir / 'config.json'} is not of the model beside it (differs in "

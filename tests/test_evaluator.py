@@ -525,7 +525,10 @@ def test_fresh_examples_are_scored_into_a_file_of_their_own(run_dir: Path, tmp_p
         ("nowhere/m.json", "nowhere is no folder"),
         ("tiny", "tiny: it is no file"),
         ("pipe", "pipe: it is no file"),
-        ("tiny/eval/metrics.json", "belongs to the run's report"),
+        ("tiny/eval/metrics.json", "is in the run folder; choose another place"),
+        ("tiny/config.json", "is in the run folder"),
+        ("tiny/model/../other.json", "is in the run folder"),
+        ("link/predictions.jsonl", "is in the run folder"),
     ],
 )
 def test_metrics_that_could_not_be_written_are_not_computed(
@@ -533,11 +536,24 @@ def test_metrics_that_could_not_be_written_are_not_computed(
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     (run_dir / "eval").mkdir()
+    (tmp_path / "link").symlink_to(run_dir / "eval")
     monkeypatch.setattr(Evaluator, "run", lambda self: pytest.fail("evaluated"))
     with pytest.raises(ConfigError, match=message):
         evaluate_run(run_dir, out=tmp_path / out)
     assert (tmp_path / "pipe").is_fifo()
     assert list((run_dir / "eval").iterdir()) == []
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["file", "dangling link"])
+def test_no_report_goes_where_something_else_is(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    place = run_dir / "eval"
+    place.symlink_to("nowhere") if link else place.write_text("mine")
+    monkeypatch.setattr(Evaluator, "run", lambda self: pytest.fail("evaluated"))
+    with pytest.raises(ConfigError, match="eval is no folder, the report goes there; move it away"):
+        evaluate_run(run_dir)
+    assert place.is_symlink() if link else place.read_text() == "mine"
 
 
 def test_an_untrained_folder_says_what_to_do(tmp_path: Path) -> None:
@@ -547,7 +563,13 @@ def test_an_untrained_folder_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("part", "changes"),
-    [(None, {"mode": "pure"}), ("encoder", {"latents": 9}), ("quantizer", {"bits": 4})],
+    [
+        (None, {"mode": "pure"}),
+        ("encoder", {"latents": 9}),
+        ("encoder", {"pooling": "spans"}),
+        ("quantizer", {"bits": 4}),
+        ("adapter", {"gain": 2.0}),
+    ],
 )
 def test_a_configuration_that_is_not_the_models_is_refused(
     run_dir: Path, part: str | None, changes: dict[str, Any]
@@ -557,7 +579,7 @@ def test_a_configuration_that_is_not_the_models_is_refused(
     config = json.loads(path.read_text())
     (config if part is None else config[part]).update(changes)
     path.write_text(json.dumps(config))
-    name = part if part == "quantizer" else next(iter(changes))
+    name = part or "mode"
     with pytest.raises(CheckpointError, match=rf"not of the model beside it \(differs in {name}\)"):
         evaluate_run(run_dir, progress=False)
     assert not (run_dir / "eval").exists()
