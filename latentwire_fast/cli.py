@@ -81,8 +81,6 @@ def parse_pairs(pairs: Sequence[str], *, option: str) -> dict[str, str]:
             raise ConfigError(
                 f"{option} {pair!r}: expected NAME=SOURCE, such as llama=path/to/model"
             )
-        if not name.isidentifier():
-            raise ConfigError(f"{option} {pair!r}: {name!r} must be letters, digits and _")
         if name in parsed:
             raise ConfigError(f"{option}: {name!r} is given twice")
         parsed[name] = source

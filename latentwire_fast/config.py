@@ -9,9 +9,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import nn
 
 from latentwire_fast.config_part import Part, require
 from latentwire_fast.errors import CheckpointError, ConfigError
@@ -22,8 +25,8 @@ BITS = (16, 8, 6, 4)
 OBJECTIVES = ("answer", "autoencode", "continuation", "select", "kv", "kd")  # weights of a stage
 
 
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Raise unless a first token can be sampled with these (temperature 0 is greedy).
+def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
+    """Raise unless answers can be decoded with these (temperature 0 is greedy).
 
     Raises:
         ConfigError: a value outside its range.
@@ -32,6 +35,24 @@ def check_sampling(temperature: float, top_p: float) -> None:
         0 <= temperature < math.inf, f"first_token_temperature={temperature}, expected 0 or above"
     )
     require(0 < top_p <= 1, f"first_token_top_p={top_p}, expected in (0, 1]")
+    require(eos_ban_steps >= 0, f"eos_ban_steps={eos_ban_steps}, expected at least 0")
+
+
+# A reader's name is the key of its modules in these, and stands beside "encoder" in diagnostics.
+_TAKEN = {"encoder", *dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+
+
+def check_reader_name(name: str) -> None:
+    """Raise unless a reader can be called so.
+
+    Raises:
+        ConfigError: something but letters, digits, _ and -, or a name that has a meaning already.
+    """
+    require(
+        re.fullmatch(r"\w[\w-]*", name) is not None,
+        f"reader name {name!r}: give it one of letters, digits, _ and - that does not begin with -",
+    )
+    require(name not in _TAKEN, f"reader name {name!r} is taken; give the reader another")
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,7 @@ class EncoderConfig(Part):
         super().__post_init__()
         require(1 <= self.latents <= 65535, f"latents={self.latents}, expected 1 to 65535")
         require(1 <= self.d_z <= 65535, f"d_z={self.d_z}, expected 1 to 65535")
+        require(self.rehearsals >= 0, f"rehearsals={self.rehearsals}, expected at least 0")
         self.at_least_one("max_tokens", "byte_width", "byte_layers", "byte_heads", "byte_max")
         require(
             self.byte_width % self.byte_heads == 0,
@@ -205,7 +227,9 @@ class StageConfig(Part):
             min(weights) >= 0 and max(weights) > 0,
             f"stage {self.name!r}: objective weights {weights}, expected >= 0 and one above 0",
         )
-        require(self.kd_tau > 0, f"stage {self.name!r}: kd_tau={self.kd_tau}, expected above 0")
+        for name in ("kd_tau", "lr"):
+            value = getattr(self, name)
+            require(value > 0, f"stage {self.name!r}: {name}={value}, expected above 0")
         require(
             self.answer_tokens is None or self.answer_tokens >= 1,
             f"stage {self.name!r}: answer_tokens={self.answer_tokens}, expected at least 1",
@@ -273,7 +297,7 @@ class EvalConfig(Part):
         self.at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
         for bits in self.bits:
             require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
-        check_sampling(self.first_token_temperature, self.first_token_top_p)
+        check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)
 
 
 @dataclass(frozen=True)
@@ -306,6 +330,8 @@ class RunConfig(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.readers), "readers: at least one reader is needed (NAME=PATH)")
+        for name in self.readers:
+            check_reader_name(name)
         require(bool(self.stages), "stages: at least one training stage is needed")
         self.at_least_one("log_every", "save_every", "threads")
         selects = self.encoder.kind == "lm" and self.encoder.pooling == "selected"
@@ -374,7 +400,7 @@ def run_config_from_json(data: Any) -> RunConfig:
         values["readers"] = {k: ReaderConfig(**v) for k, v in values.get("readers", {}).items()}
         stages = []
         for stage in values.get("stages", ()):
-            facts = tuple((float(share), int(n)) for share, n in stage.get("facts", ()))
+            facts = tuple(map(tuple, stage.get("facts", ())))
             stages.append(StageConfig(**{**stage, "facts": facts}))
         values["stages"] = tuple(stages)
         return RunConfig(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -30,7 +31,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
     if hint in (int, float):
         kinds = (int,) if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        return is_number and -math.inf < value < math.inf  # no setting is NaN or infinite
     return isinstance(value, hint)
 
 
@@ -42,7 +44,8 @@ class Part:
             value = getattr(self, name)
             if not _fits(value, hint):
                 choices = get_args(hint) if get_origin(hint) is Literal else ()
-                wanted = " or ".join(map(repr, choices)) or getattr(hint, "__name__", hint)
+                kind = str(getattr(hint, "__name__", hint)).replace("float", "finite float")
+                wanted = " or ".join(map(repr, choices)) or kind
                 raise ConfigError(f"{name}={value!r}, expected {wanted}")
 
     def at_least_one(self, *names: str) -> None:

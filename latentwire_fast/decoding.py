@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentwire_fast.config import check_sampling
+from latentwire_fast.config import check_decoding
 from latentwire_fast.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}, expected at least 1")
-        check_sampling(self.first_token_temperature, self.first_token_top_p)
+        check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)
 
 
 def pick_tokens(

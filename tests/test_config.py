@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from latentwire_fast.config import (
     AdapterConfig,
@@ -26,6 +27,7 @@ from latentwire_fast.config import (
     run_config_from_json,
     to_json,
 )
+from latentwire_fast.decoding import DecodeOptions
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.presets import PRESETS, load_preset, with_overrides
 from latentwire_fast.schedules import facts_at
@@ -106,13 +108,15 @@ def test_a_run_folder_gives_back_its_configuration(config: RunConfig, tmp_path: 
         (lambda: EncoderConfig(kind="bytes"), "kind='bytes'.*'lm'.*'byte'"),  # type: ignore[arg-type]
         (lambda: EncoderConfig(pooling="mean"), "pooling='mean'.*'queries'.*'spans'"),  # type: ignore[arg-type]
         (lambda: EncoderConfig(byte_width=30, byte_heads=4), "byte_width=30.*byte_heads=4"),
+        (lambda: EncoderConfig(rehearsals=-1), "rehearsals=-1, expected at least 0"),
         (lambda: QuantizerConfig(bits=5), "bits=5, expected 16, 8, 6 or 4"),
         (lambda: QuantizerConfig(group_size=8), "group_size=8"),
         (lambda: AdapterConfig(gain=0.0), "gain=0.0, expected above 0"),
+        (lambda: AdapterConfig(gain=math.inf), "gain=inf, expected finite float"),
         (lambda: AdapterConfig(dropout=1.0), "dropout=1.0"),
         (lambda: AdapterConfig(kind="film"), "kind='film'"),  # type: ignore[arg-type]
         (lambda: AdapterConfig(calibration="tokens"), "calibration='tokens'"),  # type: ignore[arg-type]
-        (lambda: ReaderConfig("x", dtype="fp32"), "dtype='fp32'"),  # type: ignore[arg-type]
+        (lambda: ReaderConfig("x", dtype="fp32"), "dtype='fp32', expected 'float32' or"),  # type: ignore[arg-type]
         (lambda: DataConfig(facts=0), "facts=0"),
         (lambda: DataConfig(questions_per_context=0), "questions_per_context=0"),
         (lambda: DataConfig(eval_examples=0), "eval_examples=0"),
@@ -120,12 +124,19 @@ def test_a_run_folder_gives_back_its_configuration(config: RunConfig, tmp_path: 
         (lambda: StageConfig("s", steps=1, answer=0.0), "stage 's': objective weights"),
         (lambda: StageConfig("s", steps=1, kd=-1.0), "stage 's': objective weights"),
         (lambda: StageConfig("s", steps=1, kd_tau=0.0), "stage 's': kd_tau=0.0"),
+        (lambda: StageConfig("s", steps=1, kd_tau=math.inf), "kd_tau=inf, expected finite"),
+        (lambda: StageConfig("s", steps=1, answer=math.nan), "answer=nan, expected finite"),
+        (lambda: StageConfig("s", steps=1, lr=0.0), "stage 's': lr=0.0, expected above 0"),
+        (lambda: StageConfig("s", steps=1, lr=-1.0), "stage 's': lr=-1.0"),
+        (lambda: StageConfig("s", steps=1, facts=((math.nan, 2),)), "facts=.*nan.*, expected"),
         (lambda: StageConfig("s", steps=1, answer_tokens=0), "stage 's': answer_tokens=0"),
         (lambda: StageConfig("s", steps=1, quantize=5), "stage 's': quantize=5"),
         (lambda: StageConfig("s", steps=1, facts=((1.0, 19),)), "stage 's': facts=19"),
         (lambda: OptimConfig(adamw_lr=0.0), "adamw_lr=0.0, expected above 0"),
         (lambda: OptimConfig(muon_lr=-1.0), "muon_lr=-1.0, expected above 0, or none"),
         (lambda: OptimConfig(encoder_lr=math.nan), "encoder_lr=nan"),
+        (lambda: OptimConfig(muon_lr=math.inf), "muon_lr=inf, expected finite float | None"),
+        (lambda: OptimConfig(clip=math.inf), "clip=inf, expected finite float"),
         (lambda: OptimConfig(weight_decay=-0.1), "weight_decay=-0.1, expected at least 0"),
         (lambda: OptimConfig(warmup_steps=-1), "warmup_steps=-1"),
         (lambda: EvalConfig(first_token_temperature=math.nan), "first_token_temperature=nan"),
@@ -137,6 +148,8 @@ def test_a_run_folder_gives_back_its_configuration(config: RunConfig, tmp_path: 
         (lambda: OptimConfig(mixed_precision="fp16"), "mixed_precision='fp16'"),  # type: ignore[arg-type]
         (lambda: EvalConfig(bits=(16, 7)), "bits=7"),
         (lambda: EvalConfig(batch_size=0), "batch_size=0"),
+        (lambda: EvalConfig(eos_ban_steps=-3), "eos_ban_steps=-3, expected at least 0"),
+        (lambda: DecodeOptions(eos_ban_steps=-3), "eos_ban_steps=-3, expected at least 0"),
     ],
 )
 def test_a_value_that_cannot_work_is_named(make: Callable[[], object], message: str) -> None:
@@ -160,6 +173,29 @@ def test_a_run_that_cannot_work_is_named(config: RunConfig, change: dict, messag
         dataclasses.replace(config, **change)
 
 
+@pytest.mark.parametrize("name", ["llama-3", "Qwen2_5-7B-Instruct", "1a", "_"])
+def test_a_reader_may_be_called_so(config: RunConfig, name: str) -> None:
+    named = dataclasses.replace(config, readers={name: ReaderConfig("testbed:llama")})
+    assert run_config_from_json(to_json(named)) == named
+    assert nn.ModuleDict({name: nn.Identity()}).state_dict() == {}, "torch takes it"
+
+
+# The second line's are attributes of the modules that the reader's would be kept in.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "llama-3.1", "a b", "-a", "a/b", "a\n", "encoder"),
+        *("type", "keys", "half", "update", "values", "forward", "training", "_modules"),
+    ],
+)
+def test_a_reader_may_not_be_called_so(config: RunConfig, name: str) -> None:
+    data = to_json(config)
+    data["readers"] = {name: data["readers"]["llama"]}
+    with pytest.raises(ConfigError, match="reader name ") as caught:
+        run_config_from_json(data)
+    assert repr(name) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -176,10 +212,12 @@ def test_a_run_that_cannot_work_is_named(config: RunConfig, change: dict, messag
         (lambda d: d.update(encoder=None), "configuration does not fit"),
         (lambda d: d["optim"].update(batch_size="many"), "batch_size='many', expected int"),
         (lambda d: d["optim"].update(batch_size=True), "batch_size=True, expected int"),
-        (lambda d: d["adapter"].update(gain="1"), "gain='1', expected float"),
+        (lambda d: d["adapter"].update(gain="1"), "gain='1', expected finite float"),
         (lambda d: d.update(preset=None), "preset=None, expected str"),
         (lambda d: d["evaluation"].update(bits=16), "configuration does not fit"),
-        (lambda d: d["stages"][0].update(facts=[[1]]), "configuration does not fit"),
+        (lambda d: d["stages"][0].update(facts=[[1]]), r"facts=\(\(1,\),\), expected tuple"),
+        (lambda d: d["stages"][0].update(facts=[[1, 2.7]]), r"facts=.*2\.7.*, expected tuple"),
+        (lambda d: d["stages"][0].update(facts=[1]), "configuration does not fit"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(

@@ -298,6 +298,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "configuration is no .json": ("train", "{note}", "or give a .json"),
     "reader without a path": ("train", "testbed_smoke --reader llama", "expected NAME=SOURCE"),
     "reader twice": ("train", "testbed_smoke --reader a=x --reader a=y", "'a' is given twice"),
+    "reader with a version": ("train", "testbed_smoke --reader a-1.5=x", "'a-1.5': give it one of"),
+    "reader called like a method": ("train", "testbed_smoke --reader type=x", "'type' is taken"),
     "reader not there": (
         "train",
         "testbed_smoke --reader a={tmp}/nowhere --run {tmp}/run",
@@ -575,7 +577,7 @@ def test_pairs_keep_their_order_and_their_equal_signs() -> None:
     assert parse_pairs([], option="--reader") == {}
 
 
-@pytest.mark.parametrize("pair", ["", "x", "=x", "x=", "a b=x", "a-b=x", "1a=x"])
+@pytest.mark.parametrize("pair", ["", "x", "=x", "x="])
 def test_bad_pairs_are_named(pair: str) -> None:
     with pytest.raises(ConfigError, match="--reader"):
         parse_pairs([pair], option="--reader")
