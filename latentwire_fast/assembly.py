@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from latentwire_fast.config import Mode, RunConfig, run_config_from_json, to_json
+from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
 from latentwire_fast.encoders import Encoder
@@ -20,6 +22,8 @@ from latentwire_fast.reader import Reader
 from latentwire_fast.truncation import measure_truncation
 
 logger = logging.getLogger(__name__)
+
+TESTBED_SAMPLE = 300  # answers of an endless stream that are checked
 
 
 def check_stored_config(path: Path, config: RunConfig) -> None:
@@ -91,26 +95,37 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
 
 
 def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
-    """Training data; a finite set is checked for answers that tokenise differently after the
-    anchor.
+    """Training data, its answers checked (of the testbed's, which have no end, a sample).
+
+    Raises:
+        ConfigError: as `check_answers`.
+    """
+    is_testbed = config.data.source == "testbed"
+    count = TESTBED_SAMPLE if is_testbed else None
+    examples = load_examples(config.data.source, split="train", count=count, seed=config.seed)
+    check_answers(examples, readers, source=config.data.source)
+    if is_testbed:
+        return TestbedStream(config.data, mode=config.mode, seed=config.seed)
+    return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+
+
+def check_answers(
+    examples: Iterable[Example], readers: Mapping[str, Reader], *, source: str
+) -> None:
+    """Raise unless every answer is tokenised after a prompt as it is on its own.
 
     Raises:
         ConfigError: prompt + answer would not tokenise to prompt ids + answer ids.
     """
-    if config.data.source == "testbed":
-        return TestbedStream(config.data, mode=config.mode, seed=config.seed)
-    examples = load_examples(config.data.source, split="train", count=None, seed=config.seed)
     answers = sorted({e.answers[0] for e in examples if e.answers})
-    for reader in readers.values():
+    for reader in readers.values() if answers else ():
         wrong = reader.prompts.check_alignment(answers)
         if wrong:
             raise ConfigError(
-                f"{len(wrong)} of {len(answers)} answers of {config.data.source} tokenise "
-                f"differently after the anchor {reader.prompts.anchor!r} for reader "
-                f"{reader.name!r}, for example {wrong[0]!r}; choose an anchor that ends where a "
-                "token ends"
+                f"{len(wrong)} of {len(answers)} answers of {source}, such as {wrong[0]!r}, "
+                f"tokenise differently after {reader.prompts.anchor!r} for reader {reader.name!r}; "
+                "leave them out of the data, or take a reader whose tokenizer ends a token there"
             )
-    return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
 
 
 def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:

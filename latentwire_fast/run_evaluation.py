@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from latentwire_fast.assembly import check_answers
 from latentwire_fast.config import RunConfig, config_hash, read_run_config, to_json
 from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
@@ -51,9 +52,9 @@ def evaluate_run(
 
     Raises:
         CheckpointError: the run is not trained, or its readers have other weights than it was
-            trained for. ConfigError: `out` cannot be written to or is in the run folder, or no
-            report can be written there. TrainingError: the run folder is in use, or cannot be
-            written to.
+            trained for. ConfigError: `out` cannot be written to or is in the run folder, no report
+            can be written there, or a reader cannot score the answers. TrainingError: the run
+            folder is in use, or cannot be written to.
     """
     if not (run_dir / "model" / "config.json").exists():
         raise CheckpointError(
@@ -118,6 +119,7 @@ def _evaluate(
     _check_settings(config, model, run_dir)
     readers = load_readers(config.readers, device)
     examples = heldout_examples(config.data, count=count, seed=fresh_seed)
+    check_answers(examples, readers, source=f"{config.data.source} (held out)")
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
     outcome = evaluator.run()

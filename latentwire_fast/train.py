@@ -78,11 +78,11 @@ def main() -> None:
         batch_size=args.batch_size,
         eval_examples=args.eval_examples,
     )
-    if not args.no_eval:
-        heldout_examples(config.data)  # an error now, not after the training
+    # An error now, not after the training.
+    heldout = [] if args.no_eval else heldout_examples(config.data)
     added = [*config.readers] if config.base else []
     run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
-    trainer = Trainer(config, run_dir)
+    trainer = Trainer(config, run_dir, heldout=heldout)
     was_finished = trainer.finished
     trainer.run()
     leads = trainer.accelerator.is_main_process

@@ -27,12 +27,14 @@ from tqdm import tqdm
 from latentwire_fast.assembly import (
     build_model,
     build_stream,
+    check_answers,
     check_stored_config,
     warn_of_truncation,
 )
 from latentwire_fast.config import RunConfig, StageConfig, to_json
+from latentwire_fast.data.examples import Example
 from latentwire_fast.distributed import Reducer
-from latentwire_fast.errors import CheckpointError, RunStopped
+from latentwire_fast.errors import CheckpointError, ConfigError, RunStopped
 from latentwire_fast.guards import (
     Accumulated,
     FrozenGuard,
@@ -62,11 +64,20 @@ class Trainer:
         config: the run; must equal the folder's own `config.json` when that exists. Its local
             paths are made absolute.
         run_dir: made if missing. An unfinished run there is resumed, a finished one is left alone.
+        heldout: what it will be evaluated on; whether that can be is checked before the training.
         progress: show a progress bar.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, progress: bool = True) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        *,
+        heldout: Sequence[Example] = (),
+        progress: bool = True,
+    ) -> None:
         self.config = absolute_paths(config)
+        self.heldout = heldout
         self.run_dir = run_dir
         precision = config.optim.mixed_precision
         # Unless told, accelerate takes several processes on a CPU for one each.
@@ -128,7 +139,12 @@ class Trainer:
         self.accelerator.end_training()
 
     def _setup(self) -> None:
-        config = self.config
+        config, processes = self.config, self.accelerator.num_processes
+        if config.optim.batch_size < processes:
+            raise ConfigError(
+                f"batch_size={config.optim.batch_size} leaves some of {processes} processes "
+                f"without an example; set --batch-size to {processes} at least, or start fewer"
+            )
         if config.threads:
             torch.set_num_threads(config.threads)
         set_seed(config.seed)  # python's, numpy's and torch's generators: libraries draw from all
@@ -156,6 +172,7 @@ class Trainer:
             teacher = TeacherCache(self.run_dir / "teacher", rank=rank)
         self.objectives = Objectives(self.model, self.readers, teacher=teacher)
         self.stream = build_stream(config, self.readers)
+        check_answers(self.heldout, self.readers, source=f"{config.data.source} (held out)")
         if self.accelerator.is_main_process:
             warn_of_truncation(self.model.encoder, self.stream, config.mode)
         self.nonfinite = NonFiniteGuard(self.run_dir)
@@ -167,7 +184,7 @@ class Trainer:
         if self.state.restore(
             self.checkpoints,
             rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
+            processes=processes,
             data=self.stream.digest,
         ):
             logger.info("resumed %s at step %d", self.run_dir, self.state.step)

@@ -31,7 +31,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluator import Evaluator
 from latentwire_fast.interlingua import Interlingua
-from latentwire_fast.prompts import Turn, full_text
+from latentwire_fast.prompts import PromptBuilder, Turn, full_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.results import BY_BITS
 from latentwire_fast.run_evaluation import evaluate_run, stored_metrics
@@ -554,6 +554,15 @@ def test_no_report_goes_where_something_else_is(
     with pytest.raises(ConfigError, match="eval is no folder, the report goes there; move it away"):
         evaluate_run(run_dir)
     assert place.is_symlink() if link else place.read_text() == "mine"
+
+
+def test_answers_that_tokenise_differently_are_not_scored(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PromptBuilder, "check_alignment", lambda self, answers: answers[:1])
+    monkeypatch.setattr(Evaluator, "run", lambda self: pytest.fail("evaluated"))
+    with pytest.raises(ConfigError, match=r"1 of \d answers of testbed \(held out\), such as"):
+        evaluate_run(run_dir, progress=False)
 
 
 def test_an_untrained_folder_says_what_to_do(tmp_path: Path) -> None:

@@ -16,24 +16,28 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from torch import Tensor
 
 from latentwire_fast.adapters import Adapter
 from latentwire_fast.checkpoint import load_checkpoint, parameter_digest
-from latentwire_fast.config import RunConfig, StageConfig
+from latentwire_fast.config import ReaderConfig, RunConfig, StageConfig
+from latentwire_fast.data.examples import Example
 from latentwire_fast.distributed import Reducer
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from latentwire_fast.guards import NonFiniteGuard
 from latentwire_fast.interlingua import Interlingua
 from latentwire_fast.objectives import Losses, Objectives
+from latentwire_fast.pretrained import load_tokenizer
 from latentwire_fast.prompts import PromptBuilder
 from latentwire_fast.reader import Reader
 from latentwire_fast.run_state import optimizer_state
 from latentwire_fast.schedules import lr_factor
 from latentwire_fast.storage import RunLock
 from latentwire_fast.trainer import Trainer
+from readers import tiny_model
 from runs import (
     changed,
     contents,
@@ -432,13 +436,51 @@ def test_what_cannot_start_leaves_no_configuration_behind(
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.fixture
+def merging(config: RunConfig, llama_folder: Path, tmp_path: Path) -> RunConfig:
+    """A run whose first reader has a token that ends behind the anchor, inside the answer."""
+    tokenizer = load_tokenizer(llama_folder)
+    tokenizer.add_tokens(["Answer: "])
+    folder = tmp_path / "merging"
+    tiny_model("llama", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return changed(config, readers={**config.readers, "llama": ReaderConfig(str(folder))})
+
+
+@pytest.mark.parametrize("source", ["testbed", "file"])
 def test_answers_that_tokenise_differently_are_refused(
+    merging: RunConfig, tmp_path: Path, source: str
+) -> None:
+    if source == "file":
+        source = str(tiny_squad(tmp_path / "data.json"))
+    message = rf"(\d+) of \1 answers of {source}, .* after 'Answer:' for reader 'llama'; leave"
+    with pytest.raises(ConfigError, match=message):
+        train(changed(merging, data={"source": source}), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_held_out_answers_are_checked_before_the_training(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = tiny_squad(tmp_path / "data.json")
-    monkeypatch.setattr(PromptBuilder, "check_alignment", lambda self, answers: answers[:1])
-    with pytest.raises(ConfigError, match=r"1 of \d answers .* after the anchor 'Answer:'"):
-        train(changed(config, data={"source": str(data)}), tmp_path / "run")
+    monkeypatch.setattr(
+        PromptBuilder, "check_alignment", lambda self, answers: [a for a in answers if a == "odd"]
+    )
+    heldout = [Example("id", "The lamp is odd.", "How is the lamp?", ("odd", "strange"))]
+    trainer = Trainer(config, tmp_path, heldout=heldout, progress=False)
+    with pytest.raises(ConfigError, match=r"1 of 1 answers of testbed \(held out\), such as 'odd'"):
+        trainer.run()
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_more_processes_than_examples_are_refused(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(config, optim={"batch_size": 1, "micro_batch": None})
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    message = "batch_size=1 leaves some of 2 processes without an example; set --batch-size to 2"
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_learning_rate_schedule(config: RunConfig) -> None:
