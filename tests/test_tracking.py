@@ -12,11 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from latentwire_fast import storage
-from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
+from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms, read_records
 
 
 def record(step: int, **extra: object) -> dict:
-    return {"step": step, "stage": "answer", "loss": 1 / step, "losses": {"answer": 2.0}, **extra}
+    given = {"stage": "answer", "loss": 1 / step, "losses": {"answer": 2.0}, "seconds": 0.5}
+    return {"step": step, **given, **extra}
 
 
 def steps_in(run_dir: Path) -> list[int]:
@@ -90,6 +91,32 @@ def test_a_torn_line_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture
         with Tracker(tmp_path, resume_step=10) as tracker:
             tracker.log(record(20))
         assert steps_in(tmp_path) == [10, 20]
+    assert "dropped 1 unreadable lines" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": 1},
+        *("text", None, [], 7),
+        {**record(2), "step": "2"},
+        record(2, seconds=None),
+        record(2, loss="nan"),
+        record(2, losses="none"),
+        record(2, losses={"answer": "2.0"}),
+        record(2, accuracy=[0.5]),
+        record(2, latent={"effective_rank": "high"}),
+    ],
+    ids=repr,
+)
+def test_what_is_no_record_is_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: object
+) -> None:
+    path = tmp_path / "diagnostics.jsonl"
+    # Numbers that are not finite are written as null.
+    first, last = record(1, loss=None), record(3, latent={"effective_rank": None}, accuracy=None)
+    path.write_text("".join(json.dumps(value) + "\n" for value in (first, line, last)))
+    assert read_records(path) == [first, last]
     assert "dropped 1 unreadable lines" in caplog.text
 
 
