@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,20 +91,18 @@ class NonFiniteGuard:
 
 @dataclass
 class SpikeGuard:
-    """Notices a loss far above its running mean, and says whether to skip the step.
+    """Warns of a loss far above its running mean.
 
     A spike is `loss > mean + threshold * deviation`, with exponential averages of the loss and of
     its absolute deviation. A spike enters the averages at that limit, so a lasting new level is
     accepted after a few steps.
 
     Attributes:
-        policy: `warn` logs; `skip` also asks the caller not to step.
         threshold: in mean absolute deviations.
         decay: of the averages, per step.
         warmup: steps before anything is called a spike.
     """
 
-    policy: Literal["warn", "skip"] = "warn"
     threshold: float = 8.0
     decay: float = 0.95
     warmup: int = 20
@@ -112,19 +110,18 @@ class SpikeGuard:
         default_factory=lambda: {"mean": 0.0, "deviation": 0.0, "steps": 0}
     )
 
-    def should_skip(self, loss: float, *, step: int) -> bool:
-        """Take in one loss; True when the optimiser should not step."""
+    def watch(self, loss: float, *, step: int) -> bool:
+        """Take in one loss; whether it is a spike."""
         mean, deviation = self.state["mean"], self.state["deviation"]
         limit = mean + self.threshold * deviation
         spike = self.state["steps"] >= self.warmup and loss > limit
         if spike:
             logger.warning(
-                "step %d: loss %.4g is a spike (running mean %.4g, limit %.4g)%s",
+                "step %d: loss %.4g is a spike (running mean %.4g, limit %.4g)",
                 step,
                 loss,
                 mean,
                 limit,
-                "; step skipped" if self.policy == "skip" else "",
             )
         value = limit if spike else loss
         # the first steps average plainly, as the exponential average starts from nothing
@@ -134,7 +131,7 @@ class SpikeGuard:
             "deviation": deviation + rate * (abs(value - mean) - deviation),
             "steps": self.state["steps"] + 1,
         }
-        return spike and self.policy == "skip"
+        return spike
 
 
 class MicroLoss(NamedTuple):

@@ -272,9 +272,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.optim.clip)
         factor = lr_factor(config, state.step, stage)
         scale_learning_rates(state.optimizers, factor)
-        if not state.spikes.should_skip(loss.item(), step=state.step):
-            for optimizer in state.optimizers:
-                optimizer.step()
+        state.spikes.watch(loss.item(), step=state.step)
+        for optimizer in state.optimizers:
+            optimizer.step()
         elapsed = time.perf_counter() - start
         state.seconds += elapsed
         if not logged:

@@ -332,39 +332,37 @@ def noisy_losses(count: int, level: float = 2.0) -> list[float]:
     return (level + 0.05 * torch.randn(count)).tolist()
 
 
-def test_spikes_are_skipped_or_only_reported(caplog: pytest.LogCaptureFixture) -> None:
-    skipping, warning = SpikeGuard(policy="skip"), SpikeGuard(policy="warn")
+def test_a_spike_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    guard = SpikeGuard()
     for step, loss in enumerate(noisy_losses(100)):
-        assert not skipping.should_skip(loss, step=step)
-        assert not warning.should_skip(loss, step=step)
+        assert not guard.watch(loss, step=step)
     assert caplog.records == []
-    assert skipping.should_skip(6.0, step=100)
-    assert not warning.should_skip(6.0, step=100)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    assert guard.watch(6.0, step=100)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "step 100: loss 6 is a spike" in caplog.text
-    assert not skipping.should_skip(2.0, step=101)
+    assert not guard.watch(2.0, step=101)
 
 
 def test_no_spike_during_warm_up_nor_in_a_fall() -> None:
-    guard = SpikeGuard(policy="skip", warmup=20)
+    guard = SpikeGuard(warmup=20)
     losses = [9.0, 1.0, 9.0, *torch.linspace(8, 1, 100).tolist()]
-    assert not any(guard.should_skip(loss, step=i) for i, loss in enumerate(losses))
+    assert not any(guard.watch(loss, step=i) for i, loss in enumerate(losses))
 
 
 def test_a_lasting_new_level_is_accepted() -> None:
-    guard = SpikeGuard(policy="skip")
+    guard = SpikeGuard()
     for step, loss in enumerate(noisy_losses(100)):
-        guard.should_skip(loss, step=step)
-    skipped = [guard.should_skip(loss, step=100) for loss in noisy_losses(60, level=5.0)]
-    assert 1 <= sum(skipped) <= 15
-    assert not any(skipped[-40:])
+        guard.watch(loss, step=step)
+    spikes = [guard.watch(loss, step=100) for loss in noisy_losses(60, level=5.0)]
+    assert 1 <= sum(spikes) <= 15
+    assert not any(spikes[-40:])
 
 
 def test_spike_state_goes_through_json() -> None:
-    first = SpikeGuard(policy="skip")
+    first = SpikeGuard()
     for step, loss in enumerate(noisy_losses(50)):
-        first.should_skip(loss, step=step)
-    second = SpikeGuard(policy="skip", state=json.loads(json.dumps(first.state)))
+        first.watch(loss, step=step)
+    second = SpikeGuard(state=json.loads(json.dumps(first.state)))
     for step, loss in enumerate([*noisy_losses(5), 4.0, 2.0]):
-        assert first.should_skip(loss, step=step) == second.should_skip(loss, step=step)
+        assert first.watch(loss, step=step) == second.watch(loss, step=step)
     assert first.state == second.state
