@@ -133,10 +133,10 @@ def _write_files(
         }
         storage.disk.write_tensors(folder / f"{name}.safetensors", copies)
         storage.disk.sync(folder / f"{name}.safetensors")
-    storage.disk.write_text(folder / _STATE, state_text)
+    storage.disk.write_bytes(folder / _STATE, state_text.encode())
     storage.disk.sync(folder / _STATE)
     files = {path.name: file_entry(path) for path in folder.iterdir()}
-    storage.disk.write_text(folder / _MANIFEST, _manifest_text(step, files))
+    storage.disk.write_bytes(folder / _MANIFEST, _manifest_text(step, files).encode())
     storage.disk.sync(folder / _MANIFEST)
     storage.disk.sync(folder)
 

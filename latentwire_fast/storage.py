@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -28,8 +29,8 @@ class Disk:
         save_file(tensors, path)
         path.chmod(mode)
 
-    def write_text(self, path: Path, text: str) -> None:
-        path.write_text(text, encoding="utf-8")
+    def write_bytes(self, path: Path, content: bytes) -> None:
+        path.write_bytes(content)
 
     def sync(self, path: Path) -> None:
         """fsync a file or a folder."""
@@ -53,23 +54,29 @@ def check_replaceable(path: Path) -> None:
     """Raise unless a file may be renamed over `path`: a device (`/dev/null`) would be gone.
 
     Raises:
-        OSError: something is there that is neither a file nor a folder (a rename refuses those).
+        OSError: something is there that is no file.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
         raise FileExistsError(
             f"{path} is a device or a pipe, and no file takes its place; give a file"
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file as a whole: after a crash it holds the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a small file as a whole: after a crash it holds what it held, or the new content.
+
+    Raises:
+        OSError: the file system refuses, or something is there that is no file.
+    """
     check_replaceable(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a second writer has its own
     try:
-        disk.write_text(temporary, text)
+        disk.write_bytes(temporary, content.encode() if isinstance(content, str) else content)
         disk.sync(temporary)
         disk.rename(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     disk.sync(path.parent)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from latentwire_fast import storage
 
-STEPS = ("create", "write_tensors", "write_text", "sync", "rename", "remove")
+STEPS = ("create", "write_tensors", "write_bytes", "sync", "rename", "remove")
 CRASHED = 77  # the exit status of a process that ended as it was meant to
 CASE_SECONDS = 600
 

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_disk_steps_are_all_known() -> None:
     assert {name for name in vars(storage.Disk) if name[0] != "_"} == set(STEPS)
 
 
-@pytest.mark.parametrize("step", ["write_text", "sync", "rename"])
+@pytest.mark.parametrize("step", ["write_bytes", "sync", "rename"])
 def test_c5_a_failing_text_write_leaves_the_old_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -34,6 +35,37 @@ def test_c5_a_failing_text_write_leaves_the_old_text(
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a temporary file of its own, and the last to rename wins."""
+    path = tmp_path / "report.json"
+
+    def interrupted(name: str, place: Path, do: Callable[[], None]) -> None:
+        if name == "rename":
+            with monkeypatch.context() as other:
+                other.setattr(storage, "disk", storage.Disk())
+                other.setattr(os, "getpid", lambda: 1)
+                write_atomically(path, b"theirs")
+        do()
+
+    monkeypatch.setattr(storage, "disk", Disk(interrupted))
+    write_atomically(path, "ours")
+    assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", [".", "/", "folder"])
+def test_a_folder_is_no_file_to_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{name}'"):
+        write_atomically(Path(name), "text")
+    assert [*tmp_path.iterdir()] == [tmp_path / "folder"]
 
 
 def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from latentwire_fast import storage
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.storage import write_atomically
 from latentwire_fast.wire.header import HEADER_BYTES, check_frame, located, read_header
 
 
@@ -18,27 +18,17 @@ def write_payloads(path: Path, payloads: Iterable[bytes]) -> int:
 
     Raises:
         PayloadError: no payloads, or bytes that are not one (the message has their index).
-        OSError: the file system refuses.
+        OSError: the file system refuses, or something is there that is no file.
     """
-    storage.check_replaceable(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for i, payload in enumerate(payloads):
-                with located(f"payload {i}"):
-                    check_frame(payload)
-                file.write(payload)
-            size = file.tell()
-            if not size:
-                raise PayloadError(f"no payloads to write to {path}; give at least one")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    storage.disk.sync(path.parent)  # makes the new name last
-    return size
+    content = bytearray()
+    for i, payload in enumerate(payloads):
+        with located(f"payload {i}"):
+            check_frame(payload)
+        content += payload
+    if not content:
+        raise PayloadError(f"no payloads to write to {path}; give at least one")
+    write_atomically(path, bytes(content))
+    return len(content)
 
 
 def read_payloads(path: Path) -> Iterator[bytes]:
