@@ -168,7 +168,7 @@ class Interlingua(nn.Module):
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width; gradients pass straight through."""
-        bits = bits or self.quantizer.bits
+        bits = self.quantizer.bits if bits is None else bits
         if bits == 16:
             return latent_BMd + (latent_BMd.half().float() - latent_BMd).detach()
         return ops.fake_quantize(latent_BMd, bits=bits, group_size=self.quantizer.group_size)
@@ -225,7 +225,7 @@ class Interlingua(nn.Module):
         """One payload per latent."""
         return wire.pack_batch(
             latent_BMd.float().cpu(),
-            bits=bits or self.quantizer.bits,
+            bits=self.quantizer.bits if bits is None else bits,
             group_size=self.quantizer.group_size,
             fingerprint=self.fingerprint,
         )

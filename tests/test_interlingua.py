@@ -167,6 +167,10 @@ def test_the_models_own_width_is_the_default(model: Interlingua, contexts: list[
     assert model.payloads(latent) == model.payloads(latent, bits=6)
     assert torch.equal(model.quantize(latent), model.quantize(latent, 6))
     assert model.encode_payloads(contexts, bits=4) == model.payloads(latent, bits=4)
+    with pytest.raises(PayloadError, match="bits"):  # 0 is a width too, and none that there is
+        model.payloads(latent, bits=0)
+    with pytest.raises(ConfigError, match="bits is 0"):
+        model.quantize(latent, 0)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
