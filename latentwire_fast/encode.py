@@ -41,9 +41,15 @@ def main() -> None:
     quiet_libraries()
     from latentwire_fast import wire
     from latentwire_fast.data.text import read_text
+    from latentwire_fast.errors import ConfigError
     from latentwire_fast.interlingua import Interlingua
+    from latentwire_fast.prompts import full_text
+    from latentwire_fast.storage import check_replaceable
 
     text = read_text(args.context)
+    check_replaceable(args.out)
+    if args.out.exists() and args.out.samefile(args.context):
+        raise ConfigError(f"--out {args.out} is the context's own file; give another")
     if args.question is not None:
         check_question(args.question)
     start = time.perf_counter()
@@ -53,9 +59,10 @@ def main() -> None:
     payload = model.encode_payloads([text], questions, bits=args.bits)[0]
     encoded = time.perf_counter()
     wire.write_payloads(args.out, [payload])
+    replaced = text if args.question is None else full_text(text, args.question)
     print(
-        f"{args.out}: {len(payload)} bytes for {wire.utf8_bytes(text)} bytes of text "
-        f"({wire.brotli_bytes(text)} with brotli)"
+        f"{args.out}: {len(payload)} bytes for {wire.utf8_bytes(replaced)} bytes of text "
+        f"({wire.brotli_bytes(replaced)} with brotli)"
     )
     print(f"load {(loaded - start) * 1e3:.0f} ms, encode {(encoded - loaded) * 1e3:.1f} ms")
 

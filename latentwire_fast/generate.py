@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
 from latentwire_fast.cli import check_question, quiet_libraries, run_entry_point
+
+if TYPE_CHECKING:  # imported for real where they are used: `--help` does without torch
+    from latentwire_fast.decoding import DecodeOptions
+    from latentwire_fast.interlingua import Interlingua
+    from latentwire_fast.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class GenerateArguments:
         run: the run folder whose model wrote the payload.
         reader: name of a reader that the model has an adapter for.
         payload: a file written by `latentwire_fast.encode`; each payload in it is answered.
-        question: the question, as text in context mode; in pure mode it is in the payload.
+        question: the question, as text in context mode; in pure mode it is in the payload
+            already, and not given.
         max_new_tokens: longest answer.
         prefix_gain: factor on the calibrated size of the prefix.
         temperature: above 0, the first token is sampled.
@@ -45,43 +53,78 @@ class GenerateArguments:
     seed: int = 0
 
 
-def main() -> None:
-    """Decode the payloads and print each answer, its bytes and times."""
-    args = tyro.cli(GenerateArguments, prog="latentwire_fast.generate")
-    quiet_libraries()
-    import torch
+class Answer(NamedTuple):
+    """What one payload became, and how long it took in seconds."""
 
-    from latentwire_fast import wire
-    from latentwire_fast.config import read_run_config
+    text: str
+    tokens: int
+    payload_bytes: int
+    receive_seconds: float
+    decode_seconds: float
+
+
+def decode_options(args: GenerateArguments) -> DecodeOptions:
+    """How to decode, from the command line.
+
+    Raises:
+        ConfigError: an option, the gain included, outside its range.
+    """
     from latentwire_fast.decoding import DecodeOptions
     from latentwire_fast.errors import ConfigError
-    from latentwire_fast.interlingua import Interlingua
-    from latentwire_fast.prompts import Turn
-    from latentwire_fast.reader import Reader
 
-    start = time.perf_counter()
-    config = read_run_config(args.run)
-    model = Interlingua.from_pretrained(args.run / "model")
-    if args.reader not in config.readers:
-        raise ConfigError(
-            f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}"
-        )
-    if model.mode == "context":
-        if args.question is None:
-            raise ConfigError("this model's latent holds the context only; give --question")
-        check_question(args.question)
     if not 0 < args.prefix_gain < math.inf:
         raise ConfigError(f"prefix_gain={args.prefix_gain}, expected above 0")
-    reader = Reader.from_config(args.reader, config.readers[args.reader])
-    model.check_reader(reader)
-    print(f"load {(time.perf_counter() - start) * 1e3:.0f} ms")
-    options = DecodeOptions(
+    return DecodeOptions(
         max_new_tokens=args.max_new_tokens,
         first_token_temperature=args.temperature,
         first_token_top_p=args.top_p,
         eos_ban_steps=args.eos_ban_steps,
         seed=args.seed,
     )
+
+
+def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
+    """The run's model, and the reader that is to answer.
+
+    Raises:
+        ConfigError: no such reader, or a question missing or given against the model's mode.
+        CheckpointError: no trained model, or a reader with other weights.
+    """
+    from latentwire_fast.config import read_run_config
+    from latentwire_fast.errors import ConfigError
+    from latentwire_fast.interlingua import Interlingua
+    from latentwire_fast.reader import Reader
+
+    config = read_run_config(args.run)
+    model = Interlingua.from_pretrained(args.run / "model")
+    if args.reader not in config.readers:
+        raise ConfigError(
+            f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}"
+        )
+    if model.mode == "pure" and args.question is not None:
+        raise ConfigError("this model's latent holds its question; leave --question away")
+    if model.mode == "context":
+        if args.question is None:
+            raise ConfigError("this model's latent holds the context only; give --question")
+        check_question(args.question)
+    reader = Reader.from_config(args.reader, config.readers[args.reader])
+    model.check_reader(reader)
+    return model, reader
+
+
+def answers(
+    model: Interlingua, reader: Reader, options: DecodeOptions, args: GenerateArguments
+) -> Iterator[Answer]:
+    """The answers to the payloads of a file, in their order.
+
+    Raises:
+        PayloadError: a payload that is damaged, or of another model.
+    """
+    import torch
+
+    from latentwire_fast import wire
+    from latentwire_fast.prompts import Turn
+
     prompt = reader.prompts.build([Turn(args.question or "")], context="", latent=model.mode)
     for number, payload in enumerate(wire.read_payloads(args.payload)):
         start = time.perf_counter()
@@ -91,10 +134,22 @@ def main() -> None:
         received = time.perf_counter()
         ids = reader.generate([prompt], **given, options=options, numbers=[number])[0]
         done = time.perf_counter()
-        print(f"answer: {reader.decode(ids)}")
+        yield Answer(reader.decode(ids), len(ids), len(payload), received - start, done - received)
+
+
+def main() -> None:
+    """Decode the payloads and print each answer, its bytes and times."""
+    args = tyro.cli(GenerateArguments, prog="latentwire_fast.generate")
+    quiet_libraries()
+    options = decode_options(args)
+    start = time.perf_counter()
+    model, reader = load(args)
+    print(f"load {(time.perf_counter() - start) * 1e3:.0f} ms")
+    for answer in answers(model, reader, options, args):
+        print(f"answer: {answer.text}")
         print(
-            f"{len(payload)} bytes, payload to prefix {(received - start) * 1e3:.1f} ms, "
-            f"{len(ids)} tokens in {(done - received) * 1e3:.1f} ms"
+            f"{answer.payload_bytes} bytes, payload to prefix {answer.receive_seconds * 1e3:.1f} "
+            f"ms, {answer.tokens} tokens in {answer.decode_seconds * 1e3:.1f} ms"
         )
 
 

@@ -38,7 +38,8 @@ class TrainArguments:
             can be read by them too.
         mode: context (question as text) or pure (question inside the latent).
         seed: of initialisation and data order.
-        steps: cut every stage in proportion, to this many steps in all.
+        steps: this many steps in all: every stage shrinks or grows in proportion, to one step at
+            least.
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
         no_eval: train only.
@@ -55,7 +56,7 @@ class TrainArguments:
     steps: int | None = None
     batch_size: int | None = None
     eval_examples: int | None = None
-    no_eval: bool = False
+    no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
 def main() -> None:

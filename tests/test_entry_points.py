@@ -26,6 +26,7 @@ from latentwire_fast.cli import parse_pairs, run_entry_point
 from latentwire_fast.config import StageConfig
 from latentwire_fast.data.sources import in_split
 from latentwire_fast.errors import ConfigError, RunStopped, TrainingError
+from latentwire_fast.prompts import full_text
 from latentwire_fast.storage import RunLock
 from latentwire_fast.testbed.task import make_examples
 from runs import (
@@ -158,6 +159,15 @@ def run_dir(
         return train(config, tmp_path_factory.mktemp("runs") / "testbed").run_dir
 
 
+@pytest.fixture(scope="module")
+def pure_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a latent that holds the question."""
+    config = tiny_config(llama_folder, mode="pure", stages=(StageConfig("answer", steps=1),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return train(config, tmp_path_factory.mktemp("runs") / "pure").run_dir
+
+
 @pytest.mark.slow
 def test_fresh_examples_are_scored_into_a_file_of_their_own(run_dir: Path, tmp_path: Path) -> None:
     before = contents(run_dir)
@@ -208,6 +218,28 @@ def test_encode_and_generate_meet_over_a_file_of_bytes(run_dir: Path, tmp_path: 
         assert lines[1].startswith("answer: ")
         assert lines[2].startswith(f"{size} bytes, payload to prefix ")
         assert len(lines) == 3
+
+
+def test_a_pure_payload_stands_for_its_question_too(
+    pure_run: Path, note: Path, tmp_path: Path
+) -> None:
+    out, question = tmp_path / "x.lwire", "How old is Nulnak?"
+    arguments = ("--run", pure_run, "--context", note, "--out", out, "--question", question)
+    status, output, error = in_this_process("encode", *arguments)
+    assert status == 0, error
+    size, text = out.stat().st_size, full_text(CONTEXT, question)
+    assert f"{size} bytes for {len(text)} bytes of text ({wire.brotli_bytes(text)} with" in output
+    arguments = ("--run", pure_run, "--reader", "llama", "--payload", out)
+    status, output, error = in_this_process("generate", *arguments)
+    assert status == 0, error
+    assert re.search(rf"^answer: .*\n{size} bytes, payload to prefix [\d.]+ ms, ", output, re.M)
+
+
+def test_help_names_a_flag_once() -> None:
+    status, output, _ = in_this_process("train", "--help")
+    assert status == 0
+    assert "--no-eval " in output
+    assert "--no-no-eval" not in output
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------
@@ -263,6 +295,12 @@ def ignore_ctrl_c() -> None:
 
 def mistake(module: str, *arguments: object) -> tuple[int, str]:
     """Exit status and stderr of a command, run in this process."""
+    status, _, errors = in_this_process(module, *arguments)
+    return status, errors
+
+
+def in_this_process(module: str, *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command."""
     main = importlib.import_module(f"latentwire_fast.{module}").main
     output, errors = io.StringIO(), io.StringIO()
     status = 0
@@ -273,7 +311,7 @@ def mistake(module: str, *arguments: object) -> tuple[int, str]:
                 run_entry_point(main)
             except SystemExit as stop:
                 status = int(stop.code or 0)
-    return status, errors.getvalue()
+    return status, output.getvalue(), errors.getvalue()
 
 
 @pytest.fixture
@@ -385,6 +423,18 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "--run {run} --context {note} --out {tmp}",
         "Is a directory.*; give the path of a file",
     ),
+    "payload over the folder one is in": (
+        "encode",
+        "--run {run} --context {note} --out .",
+        "Is a directory: '.'; give the path of a file",
+    ),
+    "payload over everything": ("encode", "--run {run} --context {note} --out /", "Is a directory"),
+    "payload over its text": (
+        "encode",
+        "--run {run} --context {note} --out {tmp}/../{tmp.name}/note.txt",
+        "note.txt is the context's own file; give another",
+    ),
+    "no width": ("encode", "--run {run} --context {note} --out {tmp}/x --bits 0", "bits"),
     "odd width": (
         "encode",
         "--run {run} --context {note} --out {tmp}/x --bits 5",
@@ -404,6 +454,11 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "generate",
         "--run {run} --reader llama --payload {payload}",
         "give --question",
+    ),
+    "question that the payload holds": (
+        "generate",
+        "--run {pure} --reader llama --payload {payload} --question Who?",
+        "this model's latent holds its question; leave --question away",
     ),
     "question of undecodable bytes": (
         "generate",
@@ -435,6 +490,11 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "--run {run} --reader llama --payload {payload} --question Who? --max-new-tokens 0",
         "max_new_tokens=0",
     ),
+    "end banned for less than no time": (
+        "generate",
+        "--run {run} --reader llama --payload {payload} --question Who? --eos-ban-steps -3",
+        "eos_ban_steps=-3, expected at least 0",
+    ),
     "data to score is no JSON": (
         "evaluate",
         "score --data {note} --predictions {tmp}/no.json",
@@ -446,6 +506,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize(("module", "arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_status_2(
     run_dir: Path,
+    pure_run: Path,
     note: Path,
     payload: Path,
     tmp_path: Path,
@@ -467,7 +528,7 @@ def test_a_mistake_is_one_line_and_status_2(
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     squad_file(make_examples(1, seed=5, facts=2), tmp_path / "one")
     places = {name: tmp_path / name for name in (*files, "pickles", "link", "one")}
-    places |= {"run": run_dir, "config": run_dir / "config.json"}
+    places |= {"run": run_dir, "pure": pure_run, "config": run_dir / "config.json"}
     places |= {"note": note, "payload": payload, "tmp": tmp_path}
     before = contents(run_dir), contents(tmp_path)
     status, error = mistake(module, *arguments.format(**places).split())
