@@ -6,6 +6,7 @@ Shapes: B texts, T positions, M latents, D the encoder's width.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import cast
 
@@ -80,7 +81,7 @@ class LMEncoder(nn.Module):
         self.project = nn.Linear(width, config.d_z)
 
     def check_length(self, context: str, question: str | None = None) -> None:
-        """Raise unless the encoder reads all of a text: in context mode `forward` cuts what is
+        """Raise unless the encoder reads all of a text: `forward` cuts the context of what is
         longer.
 
         Raises:
@@ -129,7 +130,15 @@ class LMEncoder(nn.Module):
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read."""
         ends = self.prompts.text_ends(encoded_text(context, question))
-        return ends if question is not None else ends[: self.config.max_tokens]
+        return ends[: self.config.max_tokens] if question is None else self._fit(ends, ends, context)
+
+    def _fit(self, tokens: list[int], ends: list[int], context: str) -> list[int]:
+        """Those of a pure-mode text's tokens that are read, given where they end: the context is
+        cut and the question stays."""
+        limit = self.config.max_tokens
+        question = bisect_right(ends, len(context_text(context)))  # its first token
+        kept = max(0, question - max(0, len(tokens) - limit))
+        return [*tokens[:kept], *tokens[question:]][:limit]
 
     def _choosable(self, prompts: Sequence[Prompt], batch: PromptBatch) -> Tensor:
         """Mask `[B, T]` of the positions that hold the text itself, without its label."""
@@ -150,7 +159,11 @@ class LMEncoder(nn.Module):
             if questions is None:
                 prompt = self.prompts.build_context(context, max_tokens=self.config.max_tokens)
             else:
-                prompt = self.prompts.build([Turn(questions[i])], context=context)
+                text = full_text(context, questions[i])
+                ids = self.prompts.text_ids(text)
+                if len(ids) > self.config.max_tokens:
+                    ids = self._fit(ids, self.prompts.text_ends(text), context)
+                prompt = self.prompts.build([Turn(questions[i])], context=context, user_ids=ids)
             prompts.append(prompt)
         return prompts
 

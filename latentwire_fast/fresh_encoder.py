@@ -14,7 +14,7 @@ from latentwire_fast.config import EncoderConfig
 from latentwire_fast.encoders import ByteEncoder, Encoder, LMEncoder
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.pretrained import load_tokenizer, load_weights
-from latentwire_fast.prompts import PromptBuilder
+from latentwire_fast.prompts import PromptBuilder, Turn
 from latentwire_fast.reader import Reader, checkpoint_activations
 from latentwire_fast.suitability import check_vocabulary, learns_positions
 
@@ -37,8 +37,9 @@ def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encod
         tokenizer = load_tokenizer(config.source)
         check_vocabulary(tokenizer, core, name=f"encoder LM {config.source!r}")
     if learns_positions(core):
-        # all but the text: what stands before it, and the queries
-        others = PromptBuilder(tokenizer).content_start + config.latents
+        # all but the text: what a prompt of pure mode has besides it, and the queries
+        frame = PromptBuilder(tokenizer).build([Turn("")], context="")
+        others = len(frame.ids) - frame.content + config.latents
         room = core.config.get_text_config().max_position_embeddings - others
         if room < 1:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""How much of a data set an encoder does not read: in a batch, longer texts are cut at their end.
+"""How much of a data set an encoder does not read: in a batch, longer texts are cut.
 
 A single text that is to be sent is refused instead (`check_length` of the encoders).
 """
@@ -53,8 +53,6 @@ def measure_truncation(
         if text not in known:
             known[text] = length(text)
         lengths.append(known[text])
-    # In pure mode an LM encoder reads its prompt whole, however long it is.
-    cuts_nothing = mode == "pure" and name == "max_tokens"
-    over = [0 if cuts_nothing else max(0, n - limit) for n in lengths]
+    over = [max(0, n - limit) for n in lengths]
     share = sum(over) / max(1, sum(lengths))
     return Truncation(len(over), sum(n > 0 for n in over), share, f"{name}={limit}")

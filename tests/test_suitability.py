@@ -155,9 +155,13 @@ def test_an_encoder_reads_no_further_than_its_lms_table(
     llama_tokenizer.save_pretrained(tmp_path)
     source = EncoderConfig(source=str(tmp_path), latents=4, d_z=8, pooling=pooling)
     encoder = build_encoder(source, {})
-    read = 40 - 4 - encoder.prompts.content_start
+    prompt = encoder.prompts.build([Turn("Who?")], context="Nulnak is old.")
+    read = 40 - 4 - (len(prompt.ids) - prompt.content)
     assert encoder.config == replace(source, max_tokens=read)
-    assert encoder(["Nulnak is already 94 years old. " * 20]).shape == (1, 4, 8)
+    long = ["Nulnak is already 94 years old. " * 20]
+    assert encoder(long).shape == (1, 4, 8)
+    for question in ("Who?", "How old is Nulnak? " * 20):
+        assert encoder(long, [question]).shape == (1, 4, 8)
     short = replace(source, max_tokens=9)
     assert build_encoder(short, {}).config == short
     with pytest.raises(ConfigError, match="no position left for a text beside 40 latents"):

@@ -17,7 +17,7 @@ from latentwire_fast.data.streams import ExampleStream, TestbedStream
 from latentwire_fast.encoders import ByteEncoder, LMEncoder
 from latentwire_fast.errors import DataError
 from latentwire_fast.fresh_encoder import build_encoder
-from latentwire_fast.prompts import context_text, full_text
+from latentwire_fast.prompts import context_text, full_text, question_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.run_evaluation import evaluate_run
 from latentwire_fast.truncation import Truncation, measure_truncation
@@ -47,13 +47,17 @@ def byte_encoder(*, byte_max: int) -> ByteEncoder:
 # --- counting -----------------------------------------------------------------------------------
 
 
-def test_tokens_beyond_the_limit_are_counted(readers: dict[str, Reader]) -> None:
-    encoder = lm_encoder(readers["llama"], max_tokens=20)
+@pytest.mark.parametrize("mode", ["context", "pure"])
+def test_tokens_beyond_the_limit_are_counted(readers: dict[str, Reader], mode: Mode) -> None:
     ids = readers["llama"].prompts.text_ids
-    short, long = len(ids(context_text(SHORT))), len(ids(context_text(LONG)))
-    assert short <= 20 < long
-    assert measure_truncation(encoder, PAIRS, mode="context") == Truncation(
-        examples=3, cut=2, share=2 * (long - 20) / (short + 2 * long), limit="max_tokens=20"
+    texts = [full_text(*p) if mode == "pure" else context_text(p[0]) for p in PAIRS]
+    lengths = [len(ids(text)) for text in texts]
+    limit = lengths[0]
+    assert max(lengths) > limit
+    over = sum(length - limit for length in lengths)
+    encoder = lm_encoder(readers["llama"], max_tokens=limit)
+    assert measure_truncation(encoder, PAIRS, mode=mode) == Truncation(
+        examples=3, cut=2, share=over / sum(lengths), limit=f"max_tokens={limit}"
     )
 
 
@@ -70,13 +74,34 @@ def test_bytes_beyond_the_limit_are_counted(mode: Mode) -> None:
 
 @torch.no_grad()
 def test_what_is_counted_as_cut_is_not_read(readers: dict[str, Reader]) -> None:
-    """The count says what `forward` does: in pure mode an LM encoder reads all of a prompt."""
+    """In pure mode too, where the question is read whatever the context's length."""
     encoder = lm_encoder(readers["llama"], max_tokens=20)
     other = LONG[:-20] + "something else again"
     assert torch.equal(encoder([LONG]), encoder([other]))
-    questions = ["Who?"]
-    assert not torch.allclose(encoder([LONG], questions), encoder([other], questions), atol=1e-3)
-    assert measure_truncation(encoder, PAIRS, mode="pure").cut == 0
+    question = ["How old is Nulnak?"]
+    assert torch.equal(encoder([LONG], question), encoder([other], question))
+    assert not torch.allclose(encoder([LONG], question), encoder([LONG], ["Who?"]), atol=1e-3)
+    early = "Bakrim" + LONG
+    assert not torch.allclose(encoder([LONG], question), encoder([early], question), atol=1e-3)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 9, 20, 500])
+def test_a_cut_text_keeps_its_question(readers: dict[str, Reader], limit: int) -> None:
+    """And its tokens stay beside the characters that they stand for."""
+    encoder, context, question = lm_encoder(readers["llama"], max_tokens=limit), LONG, "Who?"
+    ids = encoder.prompts.text_ids
+    (prompt,) = encoder._prompts([context], [question])
+    start = encoder.prompts.content_start
+    read = prompt.ids[start : start + prompt.content]
+    asked, told = ids(question_text(question)), ids(context_text(context))
+    assert len(read) == prompt.content == min(limit, len(told) + len(asked))
+    expected = [*told[: max(0, limit - len(asked))], *asked][:limit]
+    assert encoder.tokenizer.decode(read) == encoder.tokenizer.decode(expected)
+    ends = encoder.text_ends(context, question)
+    assert len(ends) == len(read)
+    text = full_text(context, question)
+    for token, end in zip(read, ends, strict=True):
+        assert text[:end].endswith(encoder.tokenizer.decode([token]))
 
 
 def test_no_examples_are_no_error(readers: dict[str, Reader]) -> None:
