@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ from latentwire_fast.encoders import Encoder
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.fresh_encoder import build_encoder
 from latentwire_fast.interlingua import Interlingua, ReaderCard
+from latentwire_fast.json_files import read_json
 from latentwire_fast.local_paths import absolute_paths
 from latentwire_fast.reader import Reader
 from latentwire_fast.truncation import measure_truncation
@@ -34,10 +34,7 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
     """
     if not path.exists():
         return
-    try:
-        stored = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    stored = read_json(path, error=ConfigError)
     with contextlib.suppress(ConfigError):  # another version's is compared as it is
         stored = to_json(absolute_paths(run_config_from_json(stored)))
     wanted = to_json(config)

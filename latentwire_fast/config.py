@@ -18,6 +18,7 @@ from torch import nn
 
 from latentwire_fast.config_part import Part, require
 from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.json_files import read_json
 
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
@@ -416,11 +417,6 @@ def read_run_config(run_dir: Path) -> RunConfig:
     Raises:
         CheckpointError: there is none, or it is not JSON. ConfigError: it does not fit.
     """
-    path = run_dir / "config.json"
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {run_dir} a run folder?") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    advice = f"is {run_dir} a run folder?"
+    data = read_json(run_dir / "config.json", error=CheckpointError, advice=advice)
     return run_config_from_json(data)

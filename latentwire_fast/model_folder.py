@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentwire_fast.errors import CheckpointError
+from latentwire_fast.json_files import read_json
 from latentwire_fast.storage import file_entry
 
 FORMAT_VERSION = 1
@@ -38,12 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is missing or damaged, or of another format version.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {folder} a saved model?") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path, error=CheckpointError, advice=f"is {folder} a saved model?")
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} is no saved model of format version {FORMAT_VERSION}")
     if config.get("sha256") != config_digest(config):

@@ -7,7 +7,6 @@ python -m latentwire_fast.train path/to/config.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
@@ -27,6 +26,7 @@ from latentwire_fast.config import (
     run_config_from_json,
 )
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.json_files import read_json
 
 TESTBED_READERS = {
     "llama": ReaderConfig("testbed:llama"),
@@ -135,11 +135,7 @@ def load_preset(name: str) -> RunConfig:
     path = Path(name)
     if path.suffix != ".json":
         raise ConfigError(f"no preset {name!r}; presets are {', '.join(PRESETS)}, or give a .json")
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"configuration {path}: {error}") from None
-    return run_config_from_json(data)
+    return run_config_from_json(read_json(path, error=ConfigError))
 
 
 def _added_to(base: str, config: RunConfig) -> RunConfig:

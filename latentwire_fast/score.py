@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from latentwire_fast import metrics
-from latentwire_fast.data.squad import load_squad, read_json
+from latentwire_fast.data.squad import load_squad
 from latentwire_fast.errors import DataError
+from latentwire_fast.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def score_file(data: Path, predictions: Path) -> dict[str, Any]:
 
 
 def _load_predictions(path: Path) -> dict[str, str]:
-    predictions = read_json(path)
+    predictions = read_json(path, error=DataError)
     if not isinstance(predictions, dict):
         raise DataError(
             f"{path}: is a JSON {type(predictions).__name__}; expected one object, "

@@ -160,7 +160,7 @@ def test_a_base_on_a_base(config: RunConfig, base: Path, tmp_path: Path) -> None
 def test_a_base_that_is_no_run_or_is_not_trained(
     config: RunConfig, base: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json does not exist; is .* a run folder"):
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file; is .* a run folder"):
         with_overrides(config, base=str(tmp_path))
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"is .* a saved model"):

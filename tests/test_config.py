@@ -84,13 +84,13 @@ def test_the_hash_is_of_the_values(config: RunConfig) -> None:
 
 
 def test_a_run_folder_gives_back_its_configuration(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json does not exist; is .* a run folder"):
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file; is .* a run folder"):
         read_run_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
         read_run_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not UTF-8 text"):
         read_run_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     assert read_run_config(tmp_path) == config

@@ -406,7 +406,12 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "--run {run} --context {binary} --out {tmp}/x",
         "is not UTF-8 text",
     ),
-    "model not there": ("encode", "--run {tmp} --context {note} --out {tmp}/x", "does not exist"),
+    "model not there": (
+        "encode",
+        "--run {tmp} --context {note} --out {tmp}/x",
+        r"config\.json: no such file; is .* a saved model",
+    ),
+    "configuration is a folder": ("train", "{tmp}/folder.json", r"folder\.json: is a folder"),
     "question in context mode": (
         "encode",
         "--run {run} --context {note} --out {tmp}/x --question Who?",
@@ -525,6 +530,7 @@ def test_a_mistake_is_one_line_and_status_2(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.json").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     squad_file(make_examples(1, seed=5, facts=2), tmp_path / "one")
     places = {name: tmp_path / name for name in (*files, "pickles", "link", "one")}

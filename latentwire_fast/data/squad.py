@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import DataError
+from latentwire_fast.json_files import read_json
 
 # What a generating reader is taught to say where v2.0 has no answer; scoring files use "" instead.
 NO_ANSWER = "unanswerable"
 _EXPECTED = '{"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}'
-
-
-def read_json(path: Path) -> Any:
-    """The value of a UTF-8 JSON file.
-
-    Raises:
-        DataError: no such file, or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows writes a byte order mark
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the path of a JSON file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder; give the path of a JSON file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
-            "is the download complete?"
-        ) from None
-    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
 
 
 def load_squad(path: Path, *, no_answer: str = NO_ANSWER) -> list[Example]:
@@ -51,7 +28,7 @@ def load_squad(path: Path, *, no_answer: str = NO_ANSWER) -> list[Example]:
     """
     examples: list[Example] = []
     seen: dict[str, str] = {}
-    for where, context, question in _questions(read_json(path), str(path)):
+    for where, context, question in _questions(read_json(path, error=DataError), str(path)):
         example = _example(question, context, where, no_answer)
         if example.id in seen:
             raise DataError(

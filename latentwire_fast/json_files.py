@@ -1,0 +1,37 @@
+"""JSON files, read with one set of messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from latentwire_fast.errors import LatentWireError
+
+
+def read_json(
+    path: Path, *, error: type[LatentWireError], advice: str = "give the path of a JSON file"
+) -> Any:
+    """The value of a UTF-8 JSON file.
+
+    Args:
+        error: what is raised when there is no such file, or one that is not JSON.
+        advice: what to do when there is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows writes a byte order mark
+    except FileNotFoundError:
+        raise error(f"{path}: no such file; {advice}") from None
+    except IsADirectoryError:
+        raise error(f"{path}: is a folder; {advice}") from None
+    except UnicodeDecodeError as wrong:
+        raise error(
+            f"{path}: not UTF-8 text ({wrong.reason} at byte {wrong.start}); convert it first"
+        ) from None
+    except json.JSONDecodeError as wrong:
+        raise error(
+            f"{path}: not valid JSON at line {wrong.lineno}, column {wrong.colno} ({wrong.msg}); "
+            "is the file complete?"
+        ) from None
+    except (ValueError, RecursionError) as wrong:  # numbers too long, nesting too deep
+        raise error(f"{path}: cannot be read as JSON ({wrong})") from None
