@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh Debian or Ubuntu with Python 3.11+ and a C++ compiler:
-#   make demo    set up, train on the built-in testbed, evaluate, write runs/demo/report.html
+#   make demo    set up, train on the built-in testbed, evaluate, write runs/demo/eval/report.html
 #   make test    set up, run every test
 # Settings, given as `make NAME=VALUE`:
 #   PYTHON       the interpreter that the environment is made from (python3)
@@ -7,7 +7,7 @@
 #   TRITON       the triton for a torch that brings none, as CPU builds do (the kernels' tests interpret them)
 #   TORCH_INDEX  where pip looks for torch. PyPI's Linux build brings several GB of CUDA libraries; without a
 #                GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu is the small one
-#   EXTRAS       dev, or dev,gpu for triton, flash-attn and bitsandbytes as well
+#   EXTRAS       dev, or dev,gpu for triton, flash-attn and bitsandbytes as well; lora is peft
 #   OUT          where gpu-kernels and gpu-prefill write (runs/gpu-kernels, runs/gpu-prefill)
 
 PYTHON ?= python3

@@ -19,6 +19,7 @@ from latentwire_fast.config import EncoderConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.fresh_encoder import build_encoder
 from latentwire_fast.pretrained import load_weights
+from latentwire_fast.prompts import Turn
 from latentwire_fast.reader import Reader
 from readers import tiny_model
 
@@ -134,3 +135,19 @@ def test_a_reader_that_computes_nan_is_refused(folder: Path) -> None:
     edit_weights(folder, lambda t: t[UP].fill_(torch.nan))
     with pytest.raises(ConfigError, match=r"'broken' .* computes NaN or infinity"):
         Reader.load(folder, name="broken")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, about transformers
+def test_a_lora_adapter_is_a_reader(llama_folder: Path, tmp_path: Path) -> None:
+    """What the optional dependency `lora` is for: its folder is loaded with the model under it."""
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    peft.get_peft_model(model, options).save_pretrained(tmp_path)
+    base = Reader.load(llama_folder, name="base")
+    base.tokenizer.save_pretrained(tmp_path)
+    adapted = Reader.load(tmp_path, name="adapted")
+    assert adapted.fingerprint != base.fingerprint
+    assert not any(p.requires_grad for p in adapted.model.parameters())
+    prompt = base.prompts.build([Turn("Who?")], context="Nulnak is old.")
+    assert not torch.allclose(adapted.first_logits([prompt]), base.first_logits([prompt]), atol=0.1)
