@@ -130,13 +130,15 @@ class LMEncoder(nn.Module):
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read."""
         ends = self.prompts.text_ends(encoded_text(context, question))
-        return ends[: self.config.max_tokens] if question is None else self._fit(ends, ends, context)
+        if question is None:
+            return ends[: self.config.max_tokens]
+        return self._fit(ends, ends, context)
 
     def _fit(self, tokens: list[int], ends: list[int], context: str) -> list[int]:
         """Those of a pure-mode text's tokens that are read, given where they end: the context is
         cut and the question stays."""
         limit = self.config.max_tokens
-        question = bisect_right(ends, len(context_text(context)))  # its first token
+        question = bisect_right(ends, len(encoded_text(context, None)))  # its first token
         kept = max(0, question - max(0, len(tokens) - limit))
         return [*tokens[:kept], *tokens[question:]][:limit]
 
@@ -159,7 +161,7 @@ class LMEncoder(nn.Module):
             if questions is None:
                 prompt = self.prompts.build_context(context, max_tokens=self.config.max_tokens)
             else:
-                text = full_text(context, questions[i])
+                text = encoded_text(context, questions[i])
                 ids = self.prompts.text_ids(text)
                 if len(ids) > self.config.max_tokens:
                     ids = self._fit(ids, self.prompts.text_ends(text), context)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # imported for real where they are used: `--help` does withou
     from latentwire_fast.interlingua import Interlingua
     from latentwire_fast.reader import Reader
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class GenerateArguments:
@@ -32,7 +35,7 @@ class GenerateArguments:
         reader: name of a reader that the model has an adapter for.
         payload: a file written by `latentwire_fast.encode`; each payload in it is answered.
         question: the question, as text in context mode; in pure mode it is in the payload
-            already, and not given.
+            already, and one given here is not used.
         max_new_tokens: longest answer.
         prefix_gain: factor on the calibrated size of the prefix.
         temperature: above 0, the first token is sampled.
@@ -87,7 +90,7 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
     """The run's model, and the reader that is to answer.
 
     Raises:
-        ConfigError: no such reader, or a question missing or given against the model's mode.
+        ConfigError: no such reader, or no question where the model's latent holds none.
         CheckpointError: no trained model, or a reader with other weights.
     """
     from latentwire_fast.config import read_run_config
@@ -102,7 +105,7 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
             f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}"
         )
     if model.mode == "pure" and args.question is not None:
-        raise ConfigError("this model's latent holds its question; leave --question away")
+        logger.warning("this model's latent holds its question: --question is not used")
     if model.mode == "context":
         if args.question is None:
             raise ConfigError("this model's latent holds the context only; give --question")

@@ -30,6 +30,12 @@ from latentwire_fast.truncation import measure_truncation
 
 logger = logging.getLogger(__name__)
 
+RUN_FILES = {
+    *("config.json", "diagnostics.jsonl", "nonfinite.json", ".lock"),
+    *("model", "checkpoints", "teacher", "tensorboard"),
+}
+EVAL_FILES = {"metrics.json", "metrics.csv", "predictions.jsonl", "report.html", "report.md"}
+
 
 def evaluate_run(
     run_dir: Path,
@@ -45,14 +51,14 @@ def evaluate_run(
         fresh_seed: score held-out examples drawn with this seed instead of the run's own: new ones
             of the testbed, another sample of a finite set.
         count: how many examples.
-        out: write metrics.json to this file only, without a report. Not in the run folder.
+        out: write metrics.json to this file only, without a report; none of the run's own files.
 
     Returns:
         The content of metrics.json.
 
     Raises:
         CheckpointError: the run is not trained, or its readers have other weights than it was
-            trained for. ConfigError: `out` cannot be written to or is in the run folder, no report
+            trained for. ConfigError: `out` cannot be written to or belongs to the run, no report
             can be written there, or a reader cannot score the answers. TrainingError: the run
             folder is in use, or cannot be written to.
     """
@@ -90,11 +96,17 @@ def _check_out(run_dir: Path, out: Path) -> None:
         raise ConfigError(f"cannot write {out}: {out.parent} is no folder that can be written to")
     if out.exists() and not out.is_file():  # a device would be replaced by a file
         raise ConfigError(f"cannot write {out}: it is no file; give the path of one")
-    if out.parent.resolve().is_relative_to(run_dir.resolve()):  # its files describe the run
+    place, run = out.resolve(), run_dir.resolve()
+    if place.is_relative_to(run) and _belongs_to_the_run(place.relative_to(run)):
         raise ConfigError(
-            f"{out} is in the run folder; choose another place, or leave --out away to write the "
+            f"{out} belongs to the run; choose another name, or leave --out away to write the "
             "run's own report"
         )
+
+
+def _belongs_to_the_run(path: Path) -> bool:
+    """Whether a path within a run folder is one that training or evaluation writes."""
+    return path.parts[0] in RUN_FILES or (str(path.parent) == "eval" and path.name in EVAL_FILES)
 
 
 def _check_eval_dir(folder: Path) -> None:

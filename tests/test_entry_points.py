@@ -221,7 +221,7 @@ def test_encode_and_generate_meet_over_a_file_of_bytes(run_dir: Path, tmp_path: 
 
 
 def test_a_pure_payload_stands_for_its_question_too(
-    pure_run: Path, note: Path, tmp_path: Path
+    pure_run: Path, note: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, question = tmp_path / "x.lwire", "How old is Nulnak?"
     arguments = ("--run", pure_run, "--context", note, "--out", out, "--question", question)
@@ -233,6 +233,10 @@ def test_a_pure_payload_stands_for_its_question_too(
     status, output, error = in_this_process("generate", *arguments)
     assert status == 0, error
     assert re.search(rf"^answer: .*\n{size} bytes, payload to prefix [\d.]+ ms, ", output, re.M)
+    status, again, error = in_this_process("generate", *arguments, "--question", "Who?")
+    assert status == 0, error
+    assert again.splitlines()[1] == output.splitlines()[1]
+    assert "--question is not used" in caplog.text
 
 
 def test_help_names_a_flag_once() -> None:
@@ -460,11 +464,6 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "--run {run} --reader llama --payload {payload}",
         "give --question",
     ),
-    "question that the payload holds": (
-        "generate",
-        "--run {pure} --reader llama --payload {payload} --question Who?",
-        "this model's latent holds its question; leave --question away",
-    ),
     "question of undecodable bytes": (
         "generate",
         "--run {run} --reader llama --payload {payload} --question \udcff",
@@ -511,7 +510,6 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize(("module", "arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_status_2(
     run_dir: Path,
-    pure_run: Path,
     note: Path,
     payload: Path,
     tmp_path: Path,
@@ -534,7 +532,7 @@ def test_a_mistake_is_one_line_and_status_2(
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     squad_file(make_examples(1, seed=5, facts=2), tmp_path / "one")
     places = {name: tmp_path / name for name in (*files, "pickles", "link", "one")}
-    places |= {"run": run_dir, "pure": pure_run, "config": run_dir / "config.json"}
+    places |= {"run": run_dir, "config": run_dir / "config.json"}
     places |= {"note": note, "payload": payload, "tmp": tmp_path}
     before = contents(run_dir), contents(tmp_path)
     status, error = mistake(module, *arguments.format(**places).split())

@@ -525,10 +525,10 @@ def test_fresh_examples_are_scored_into_a_file_of_their_own(run_dir: Path, tmp_p
         ("nowhere/m.json", "nowhere is no folder"),
         ("tiny", "tiny: it is no file"),
         ("pipe", "pipe: it is no file"),
-        ("tiny/eval/metrics.json", "is in the run folder; choose another place"),
-        ("tiny/config.json", "is in the run folder"),
-        ("tiny/model/../other.json", "is in the run folder"),
-        ("link/predictions.jsonl", "is in the run folder"),
+        ("tiny/eval/metrics.json", "belongs to the run; choose another name"),
+        ("tiny/config.json", "belongs to the run"),
+        ("tiny/model/README.md", "belongs to the run"),
+        ("link/predictions.jsonl", "belongs to the run"),
     ],
 )
 def test_metrics_that_could_not_be_written_are_not_computed(
