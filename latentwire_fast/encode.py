@@ -43,7 +43,7 @@ def main() -> None:
     from latentwire_fast.data.text import read_text
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.interlingua import Interlingua
-    from latentwire_fast.prompts import full_text
+    from latentwire_fast.prompts import replaced_text
     from latentwire_fast.storage import check_replaceable
 
     text = read_text(args.context)
@@ -59,7 +59,7 @@ def main() -> None:
     payload = model.encode_payloads([text], questions, bits=args.bits)[0]
     encoded = time.perf_counter()
     wire.write_payloads(args.out, [payload])
-    replaced = text if args.question is None else full_text(text, args.question)
+    replaced = replaced_text(text, args.question or "", mode=model.mode)
     print(
         f"{args.out}: {len(payload)} bytes for {wire.utf8_bytes(replaced)} bytes of text "
         f"({wire.brotli_bytes(replaced)} with brotli)"
