@@ -71,6 +71,14 @@ REACHABLE = {
     "H200": Ceilings("H200 SXM, reachable", 4.3e12, 790e12, 2.5e-6, 55e9, 50 * 2**20),
 }
 
+# What torch calls these parts. Their PCIe and NVL versions, and GH200, are others.
+_SXM = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200"}
+
+
+def reachable(device: str) -> Ceilings | None:
+    """The reachable rates of a device by its name; None where none are known."""
+    return REACHABLE[_SXM[device]] if device in _SXM else None
+
 
 def _best(call: Callable[[], object], *, repeats: int, device: str) -> float:
     """Seconds of the fastest of some calls after a warm-up."""
@@ -124,7 +132,7 @@ def measure_ceilings(device: str) -> Ceilings:
     host = torch.ones(size // 4, dtype=torch.uint8, pin_memory=on_gpu)
     part = target[: size // 4]
     link = _best(lambda: part.copy_(host, non_blocking=True), repeats=5, device=device)
-    properties = torch.cuda.get_device_properties(0) if on_gpu else None
+    properties = torch.cuda.get_device_properties(device) if on_gpu else None
     return Ceilings(
         name=properties.name if properties else "CPU, small shapes: says nothing of the kernels",
         bytes_per_second=2 * size / copy,

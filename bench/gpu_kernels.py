@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import processes
 from gpu_tests import run_tests
-from processes import FAILED, OK, ROOT, environment, finish, start
+from processes import FAILED, OK, ROOT, finish, start
 
 SCRIPT = Path(__file__).resolve()
 TOTAL_SECONDS = 520
@@ -113,17 +113,7 @@ def build_extension(run: Run, limit: float) -> str:
     """In place, for this Python; placement has a torch path without it, so this is no failure."""
     if run.tiny:
         return "skipped: nothing is built at tiny shapes"
-    log = run.parts / "build.log"
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    outcome = finish(start(command, log), by=time.monotonic() + limit)
-    check = "from latentwire_fast import placement; raise SystemExit(not placement.has_extension())"
-    loads = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, env=environment(), capture_output=True, check=False
-    )
-    if loads.returncode == 0:
-        return OK
-    reason = next(reversed(log.read_text(errors="replace").strip().splitlines()), "no output")
-    return f"not built ({outcome}): {reason}"
+    return processes.build_extension(run.parts / "build.log", limit)
 
 
 def test_kernels(run: Run, limit: float) -> str:
@@ -187,14 +177,9 @@ def about(device: str) -> dict[str, str]:
             return "not installed"
 
     packages = ("torch", "triton", "transformers", "numpy", "liger-kernel", "bitsandbytes")
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        driver = "unknown"
     return {
         "device": device,
-        "driver": driver,
+        "driver": processes.driver() or "unknown",
         "python": sys.version.split()[0],
         **{package: installed(package) for package in packages},
         "commit": commit() or "unknown",

@@ -12,6 +12,11 @@ from processes import OK, ROOT, finish, start
 
 # Of the tests' time for the kernels' own; the rest is for the others.
 KERNELS_SHARE = 0.75
+# A GPU machine's pytest may be older than the project's, and its libraries may warn.
+PYTEST = (
+    *(sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"),
+    *("-o", "minversion=0", "-W", "default"),
+)
 OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 
 
@@ -37,14 +42,13 @@ def run_tests(folder: Path, limit: float, *, tiny: bool) -> list[dict[str, Any]]
     skipped.
     """
     started = time.monotonic()
-    base = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     kernels, others = device_tests(tiny)
     logs = {path: folder / f"{path.stem}.log" for path in (*kernels, *others)}
-    side_by_side = [start([*base, path], logs[path]) for path in kernels]
+    side_by_side = [start([*PYTEST, path], logs[path]) for path in kernels]
     by = started + KERNELS_SHARE * limit
     endings = [finish(process, by=by) for process in side_by_side]
     by = started + limit
-    endings += [finish(start([*base, "-m", "gpu", p], logs[p]), by=by) for p in others]
+    endings += [finish(start([*PYTEST, "-m", "gpu", p], logs[p]), by=by) for p in others]
     return [
         report_of(path.name, logs[path].read_text(errors="replace"), ending)
         for path, ending in zip(logs, endings, strict=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from prefill_clock import Clock, Sample
 from prefill_rows import COLD, DEEP, WARM, Row
-from prefill_shapes import Workload, build_encoder, text_prompts
+from prefill_shapes import Workload, build_encoder, rest_prompts, split_prompts, text_prompts
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -21,7 +21,7 @@ from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.prefill import Receiver
 from latentwire_fast.prefill.inputs import lay_out
 from latentwire_fast.prefix import DeepPrefix
-from latentwire_fast.prompts import Prompt, Turn, context_text, question_text
+from latentwire_fast.prompts import Prompt
 from latentwire_fast.reader import Reader
 
 FINGERPRINT = 1
@@ -35,6 +35,8 @@ class Bench:
     Attributes:
         adapter: latent to soft tokens; freshly drawn, as the deep prefix is.
         dtype: of reader, adapters and encoder.
+        drawn_on: where adapters draw their weights, whose generator decides them; `device` if not
+            given.
         scratch: a folder for the encoder's weights.
         seed: of the latents that stand for encoded texts in rows without an encoder.
     """
@@ -47,6 +49,7 @@ class Bench:
     device: str
     scratch: Path
     seed: int = 0
+    drawn_on: str | None = None
 
     def payloads(self, latent_BMd: Tensor, bits: int) -> list[bytes]:
         return wire.pack_batch(
@@ -58,25 +61,33 @@ class Bench:
         generator = torch.Generator().manual_seed(self.seed)
         return self.payloads(torch.randn(rows, latents, self.d_z, generator=generator), bits)
 
-    def receiver(self, *, latents: int, engine: str, deep: bool, clock: Clock) -> Receiver:
+    def receiver(
+        self,
+        *,
+        latents: int,
+        engine: str,
+        clock: Clock,
+        deep: bool = False,
+        adapter_config: AdapterConfig | None = None,
+    ) -> Receiver:
         """A receiver with freshly drawn adapters."""
         shape = {"latents": latents, "d_z": self.d_z}
         torch.manual_seed(self.seed)
         adapter: nn.Module | None = None
         prefix: nn.Module | None = None
-        with torch.device(self.device):
+        with torch.device(self.drawn_on or self.device):
             if deep:
                 prefix = DeepPrefix(DEEP, **shape, geometry=self.reader.kv_geometry)
             else:
                 adapter = Adapter(
-                    self.adapter,
+                    adapter_config or self.adapter,
                     **shape,
                     d_model=self.reader.d_model,
                     target_rms=self.reader.embedding_rms,
                 )
         for part in (adapter, prefix):
             if part is not None:
-                part.to(self.dtype).eval().requires_grad_(False)
+                part.to(self.device, self.dtype).eval().requires_grad_(False)
         return Receiver(
             self.reader,
             adapter,
@@ -154,8 +165,9 @@ def _eager(row: Row) -> Row | None:
 
 def _text(bench: Bench, row: Row, workload: Workload) -> Case:
     clock = Clock(bench.device)
-    # Text needs no adapter; the receiver is there for its engine.
-    receiver = bench.receiver(latents=1, engine=row.engine, deep=False, clock=clock)
+    # Text needs no adapter; the receiver is there for its engine, with the smallest one.
+    smallest = AdapterConfig(kind="linear")
+    receiver = bench.receiver(latents=1, engine=row.engine, clock=clock, adapter_config=smallest)
     builder = bench.reader.prompts
 
     def run() -> Sample:
@@ -193,7 +205,7 @@ def _cached(bench: Bench, row: Row, workload: Workload) -> Case:
 def _encoded(bench: Bench, row: Row, workload: Workload) -> Case:
     clock = Clock(bench.device)
     latents, bits = row.latents or 0, row.bits or 0
-    receiver = bench.receiver(latents=latents, engine=row.engine, deep=False, clock=clock)
+    receiver = bench.receiver(latents=latents, engine=row.engine, clock=clock)
     encoder = bench.encoder(latents, workload)
     cold = row.encoder == "cold"
     file = bench.weights_file(encoder.core) if cold else None
@@ -230,28 +242,18 @@ def _unload(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _kv_reuse(bench: Bench, row: Row, workload: Workload) -> Case:
-    """The context's keys and values are in host memory, as if they had been received; question and
-    anchor are read behind them."""
+    """The context's keys and values are in host memory, as if they had been received; what follows
+    them is read behind them."""
     clock, reader = Clock(bench.device), bench.reader
-    builder = reader.prompts
-    opening = builder.build_context("").ids[: builder.content_start]
-    context_ids = [builder.text_ids(context_text(context)) for context in workload.contexts]
-    shortest = min(map(len, context_ids))
-    ids_BN = torch.tensor([[*opening, *ids[:shortest]] for ids in context_ids])
+    held_ids, rests = split_prompts(reader.prompts, workload)
+    shortest = min(map(len, held_ids))
+    ids_BN = torch.tensor([ids[:shortest] for ids in held_ids])
     layers = reader.backbone(input_ids=ids_BN.to(reader.device), use_cache=True).past_key_values
     held = torch.stack([torch.stack([layer.keys, layer.values]) for layer in layers.layers]).cpu()
     if bench.device != "cpu":
         held = held.pin_memory()
     del layers
     past = held.shape[4]
-
-    def prompts() -> list[Prompt]:
-        questions = [question_text(question) for question in workload.questions]
-        encoded = builder.tokenizer(questions, add_special_tokens=False, split_special_tokens=True)
-        whole = [
-            builder.build([Turn("")], context=None, user_ids=ids) for ids in encoded["input_ids"]
-        ]
-        return [Prompt(prompt.ids[len(opening) :]) for prompt in whole]
 
     @torch.no_grad()
     def read(asked: list[Prompt]) -> Tensor:
@@ -272,11 +274,11 @@ def _kv_reuse(bench: Bench, row: Row, workload: Workload) -> Case:
 
     def run() -> Sample:
         clock.start()
-        asked = prompts()
+        asked = rest_prompts(reader.prompts, rests)
         clock.mark("tokenise")
         return _finish(clock, read(asked))
 
     # Contexts of one length each: then it is what reading all of the text would have given.
-    same = all(len(ids) == shortest for ids in context_ids)
+    same = all(len(ids) == shortest for ids in held_ids)
     reference = Row(row.reader, "text", "eager", row.batch, row.text_tokens) if same else None
-    return Case(row, run, lambda: read(prompts()), reference)
+    return Case(row, run, lambda: read(rest_prompts(reader.prompts, rests)), reference)

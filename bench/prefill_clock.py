@@ -1,4 +1,4 @@
-"""How long a prefill takes, phase by phase, and many of them side by side.
+"""How long a prefill takes, phase by phase.
 
 A phase ends where `mark` is called. On the CPU that is a reading of the clock; on a GPU an event in
 the stream, which between prefills is idle, so that an event recorded there has the host's time, and
@@ -9,8 +9,8 @@ graphs as well (`external`), where each replay renews them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,10 +23,6 @@ PHASES = (
     *("reader", "token"),
 )
 START = "start"
-# A row that may not take more time gets at least so many runs.
-LEAST_WARM_UPS, LEAST_REPEATS = 2, 5
-# Of a row's time, what its warm-ups may take.
-WARM_UP_SHARE = 0.25
 RESAMPLES = 2000
 
 
@@ -76,59 +72,6 @@ class Clock:
     def _between(self, before: str, phase: str) -> float:
         first, second = self._marks[before], self._marks[phase]
         return first.elapsed_time(second) if self._on_gpu else 1e3 * (second - first)
-
-
-@dataclass
-class Timed:
-    """One row while it is measured."""
-
-    run: Callable[[], Sample]
-    samples: list[Sample] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def wants(self, repeats: int, seconds: float | None) -> bool:
-        """Whether it should run once more."""
-        enough = seconds is not None and self.seconds >= seconds
-        return len(self.samples) < (min(repeats, LEAST_REPEATS) if enough else repeats)
-
-    def once(self) -> Sample:
-        started = time.perf_counter()
-        sample = self.run()
-        self.seconds += time.perf_counter() - started
-        return sample
-
-
-def warm_up(row: Timed, *, runs: int, seconds: float | None) -> None:
-    """Run a row without keeping the times."""
-    for done in range(runs):
-        slow = seconds is not None and row.seconds >= WARM_UP_SHARE * seconds
-        if slow and done >= LEAST_WARM_UPS:
-            break
-        row.once()
-    row.seconds = 0.0
-
-
-def interleave(
-    rows: Sequence[Timed], *, repeats: int, seconds: float | None, deadline: float | None
-) -> Iterator[int]:
-    """Run every row once in each round, so that what disturbs the machine disturbs all of them.
-
-    Args:
-        repeats: samples of each row; fewer, but at least 5, where one takes longer than `seconds`.
-        deadline: of `time.monotonic`, after which nothing more is started.
-
-    Yields:
-        After each run, how many are done.
-    """
-    done = 0
-    while any(row.wants(repeats, seconds) for row in rows):
-        for row in rows:
-            if deadline is not None and time.monotonic() > deadline:
-                return
-            if row.wants(repeats, seconds):
-                row.samples.append(row.once())
-                done += 1
-                yield done
 
 
 def percentile(values: Sequence[float], q: float) -> float:

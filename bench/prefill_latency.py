@@ -15,28 +15,26 @@ matplotlib is installed, and shows progress where tqdm is. `docs/prefill.md` exp
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prefill_rows import ENGINES, METHODS, SOFT, Plan, Sizes  # noqa: E402
+from prefill_rows import (  # noqa: E402
+    DTYPES,
+    ENGINES,
+    METHODS,
+    TEMPLATE_POSITIONS,
+    Sizes,
+    adapter_of,
+    plan_of,
+)
 
-from latentwire_fast.config import AdapterConfig  # noqa: E402
-
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DEFAULT_READERS = ("llama-3.1-8b", "qwen2.5-7b")
-# Positions of template, question and anchor that a prediction assumes.
-TEMPLATE_POSITIONS = 32
-# What a group needs whatever its rows, in seconds; runs that every row gets; FLOP/s of a slow GPU.
-GROUP_SECONDS, RUNS_OF_A_SLOW_ROW, ROUGH_FLOPS = 8.0, 12, 5e14
+GPUS = ("H100", "H200")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,31 +61,32 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda:0 where there is one, if not given")
     add("--warm-ups", type=int, default=10)
     add("--repeats", type=int, default=50)
-    add("--budget", type=float, help="seconds for everything; rows then may get fewer runs")
+    add("--budget", type=float, help="seconds for everything; slow rows then get fewer runs")
+    add("--until", type=float, help="the same, as a reading of time.monotonic() on this machine")
+    add("--most-tokens", type=int, help="of the texts of a batch together; longer are left out")
+    add(
+        "--sender-batches",
+        nargs="+",
+        type=int,
+        help="that have rows with an encoder; all if not given",
+    )
+    add("--commit", help="of this tree, where git cannot tell")
     add("--out", type=Path, help="folder for results.json, samples.csv, tables and figure")
     add("--predict", action="store_true", help="print the analytic model's table and stop")
-    add("--gpus", nargs="+", default=["H100", "H200"], help="datasheets for --predict")
+    add("--gpus", nargs="+", default=list(GPUS), choices=GPUS, help="datasheets for --predict")
     args = parser.parse_args(arguments)
-    for name in ("latents", "text_tokens", "batches"):
-        if min(getattr(args, name)) < 1:
+    for name in ("latents", "text_tokens", "batches", "d_z", "repeats"):
+        if min(_listed(getattr(args, name))) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected numbers of at least 1")
+    if args.warm_ups < 0:
+        parser.error("--warm-ups: expected a number of at least 0")
     if args.data and args.predict:
         parser.error("--predict knows no texts; use --text-tokens")
     return args
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    return Plan(
-        methods=tuple(args.methods),
-        engines=tuple(sorted(set(args.engines), key=ENGINES.index)),
-        text_tokens=tuple(args.text_tokens),
-        latents=tuple(args.latents),
-        bits=tuple(args.bits),
-    )
-
-
-def adapter_of(args: argparse.Namespace) -> AdapterConfig:
-    return replace(SOFT, kind=args.adapter)
+def _listed(value: int | list[int]) -> list[int]:
+    return value if isinstance(value, list) else [value]
 
 
 # --- prediction -----------------------------------------------------------------------------------
@@ -116,7 +115,7 @@ def predict(args: argparse.Namespace) -> None:
                         rates=REACHABLE[gpu],
                         payload_bytes=size,
                     )
-                    for tokens in [row.text_tokens] if row.text_tokens else plan.text_tokens:
+                    for tokens in [row.text_tokens] if row.text_tokens else plan.lengths(batch):
                         results.results.append(for_text(result, tokens, None))
         print(f"## {DATASHEETS[gpu].name}: predicted, nothing measured\n\n{markdown(results)}")
         if args.out:
@@ -139,141 +138,27 @@ def payload_bytes(latents: int | None, d_z: int, bits: int | None) -> int | None
 # --- measurement ----------------------------------------------------------------------------------
 
 
-def machine_record(args: argparse.Namespace, ceilings: Any) -> dict[str, Any]:
-    """Where the numbers come from."""
-    import torch
-
-    from latentwire_fast.provenance import commit, device_name, versions
-
-    return {
-        "device": device_name(torch.device(args.device)),
-        "versions": {**versions(), "cuda": torch.version.cuda},
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-        "ceilings": ceilings.to_json(),
-        "arguments": json.loads(json.dumps(vars(args), default=str)),
-        "absent": [],
-    }
-
-
-def split_over_cpu(reader: Any) -> None:
-    """Put the first half of a reader's layers on the CPU, the embeddings with them."""
-    from accelerate import dispatch_model
-
-    layers = reader.model.config.num_hidden_layers
-    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu"}
-    device_map |= {f"model.layers.{i}": "cpu" for i in range(layers // 2)}
-    device_map |= {f"model.layers.{i}": "cuda:0" for i in range(layers // 2, layers)}
-    tied = reader.model.config.tie_word_embeddings
-    device_map |= {"model.norm": "cuda:0", "lm_head": "cpu" if tied else "cuda:0"}
-    # With a GPU as the main device, accelerate would compute the CPU's layers there.
-    dispatch_model(
-        reader.model,
-        device_map,
-        main_device="cpu",
-        skip_keys=reader.model._skip_keys_device_placement,
-    )
-
-
-def group_weight(args: argparse.Namespace, source: str) -> float:
-    """Seconds that the rows of a group take per row of its batch, roughly and on a GPU: its share
-    of the budget goes by this."""
-    from prefill_shapes import Dims, config_of
-
-    dims = Dims.of(config_of(source))
-    encoder = Dims.of(config_of(args.encoder))
-    sizes = Sizes(dims, encoder, args.d_z, TEMPLATE_POSITIONS, 2, adapter_of(args))
-    rows = plan_of(args).rows(source, 1, dims, element=2)
-    return RUNS_OF_A_SLOW_ROW * sum(sizes.work(row).flops for row in rows) / ROUGH_FLOPS
-
-
-def share(weights: dict[tuple[str, int], float], source: str, batch: int) -> float:
-    """A group's share of the time that is left to it and to those after it; takes it out."""
-    whole = sum(weights.values())
-    return weights.pop((source, batch)) / whole
-
-
 def measure(args: argparse.Namespace) -> Any:
-    """Measure all rows, writing what there is after every group."""
-    with TemporaryDirectory() as scratch:
-        return _measure(args, Path(scratch))
+    """Measure all rows; see `prefill_measure.py`."""
+    from prefill_measure import measure
+
+    return measure(args)
 
 
-def _measure(args: argparse.Namespace, scratch: Path) -> Any:
-    import torch
-    from ceilings import REACHABLE, measure_ceilings
-    from prefill_cases import Bench
-    from prefill_cost import cpu_ceilings
-    from prefill_files import write
-    from prefill_group import Group, release
-    from prefill_results import Results
-    from prefill_shapes import build_reader
-    from prefill_tables import short_table
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 1 where nothing could be measured, or predicted or measured as asked."""
+    from latentwire_fast.errors import LatentWireError
 
-    on_gpu = torch.cuda.is_available() if args.device is None else args.device != "cpu"
-    args.device = args.device or ("cuda:0" if on_gpu else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    graphs = on_gpu and not args.half_on_cpu
-    args.engines = args.engines or (["eager", "graph"] if graphs else ["eager"])
-    started = time.monotonic()
-    dtype = getattr(torch, args.dtype)
-    ceilings = measure_ceilings(args.device) if on_gpu else cpu_ceilings(dtype)
-    rates = next((r for gpu, r in REACHABLE.items() if gpu in ceilings.name), None)
-    results = Results(machine_record(args, ceilings))
-    if args.half_on_cpu:
-        ceilings = rates = None  # two devices have no one floor
-    weights = {
-        (source, batch): GROUP_SECONDS + batch * group_weight(args, source)
-        for source in args.readers
-        for batch in args.batches
-    }
-    for source in args.readers:
-        reader = build_reader(
-            source,
-            dtype=dtype,
-            device=args.device,
-            attention=args.attention,
-            load_in_4bit=args.load_in_4bit,
-        )
-        args.name = source
-        if args.half_on_cpu:
-            args.name = f"{source}, half on cpu"
-            split_over_cpu(reader)
-        bench = Bench(
-            *(reader, args.encoder, adapter_of(args), args.d_z),
-            dtype=dtype,
-            device=str(reader.device),
-            scratch=scratch,
-        )
-        for batch in args.batches:
-            left = None if args.budget is None else args.budget - (time.monotonic() - started)
-            group = Group(bench, plan_of(args), args, batch=batch)
-            results.results += group.measure(
-                ceilings=ceilings,
-                rates=rates,
-                absent=results.machine["absent"],
-                seconds=None if left is None else max(left, 0) * share(weights, source, batch),
-            )
-            title = (args.name, batch)
-            shown = [r for r in results.ordered() if (r.row.reader, r.row.batch) == title]
-            print(f"\n{args.name}, batch {batch}\n{short_table(results, shown)}", flush=True)
-            if args.out:
-                write(results, args.out)
-            del group
-            release(bench.device)
-        del bench, reader
-    for row, reason in results.machine["absent"]:
-        print(f"not measured: {row}: {reason}")
-    return results
-
-
-def main() -> None:
-    args = parse()
-    if args.predict:
-        predict(args)
-    else:
-        measure(args)
+    args = parse(arguments)
+    try:
+        if args.predict:
+            predict(args)
+            return 0
+        return int(not measure(args).results)
+    except (LatentWireError, OSError, ValueError) as error:
+        print(f"prefill_latency: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,8 @@ from prefill_clock import Sample, percentile
 from prefill_rows import ENGINES, METHODS, Row, Sizes
 
 SCHEMA_VERSION = 1
+# Share of the samples that a row's phases are taken from.
+TYPICAL = 0.2
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,19 @@ class Result:
 
     @property
     def phases(self) -> dict[str, float]:
-        """The median of each phase."""
-        names = self.samples[0].phases if self.samples else ()
-        return {name: percentile([s.phases[name] for s in self.samples], 50) for name in names}
+        """Milliseconds of each phase in a typical run: the mean of the fifth of the samples whose
+        totals are nearest to the median. (Medians of each phase for itself need not add up.)"""
+        median = self.p50
+        if median is None:
+            return {}
+        nearest = sorted(self.samples, key=lambda sample: abs(sample.total - median))
+        typical = nearest[: max(1, round(TYPICAL * len(nearest)))]
+        names = typical[0].phases
+        return {name: sum(s.phases[name] for s in typical) / len(typical) for name in names}
 
     @property
     def sum_of_phases(self) -> float:
-        """What share of the total the phases' medians add up to."""
+        """What share of the total the phases add up to."""
         return sum(self.phases.values()) / (self.p50 or math.nan)
 
 

@@ -5,8 +5,9 @@ Shapes: B rows of a batch, N tokens of a context, M latents.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -24,6 +25,10 @@ METHODS: tuple[Method, ...] = ("text", "latent", "latent_cached", "deep_prefix",
 ENGINES = ("eager", "compile", "graph")
 # `latent` is timed with the sender's encoder: its weights in a file, or on the device.
 COLD, WARM = "load encoder", "encode"
+# Bytes of a weight.
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Positions of template, question and anchor that a prediction assumes.
+TEMPLATE_POSITIONS = 32
 # What adapters and deep prefixes are made like here: as by default.
 SOFT, DEEP = AdapterConfig(prefix="soft"), AdapterConfig(prefix="deep")
 
@@ -59,49 +64,90 @@ class Row:
         }
         return names[self.method]
 
+    @property
+    def title(self) -> str:
+        """All of it, in words."""
+        of = [f"{self.reader}, batch {self.batch}: {self.label}", self.engine]
+        of += [f"{self.text_tokens} tokens"] if self.text_tokens else []
+        of += [f"M = {self.latents}, {self.bits} bits"] if self.latents else []
+        return ", ".join(of)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows are asked for."""
+    """Which rows are asked for.
+
+    Attributes:
+        most_tokens: of the texts of a batch together; longer ones are left out.
+        sender_batches: batches with rows that have an encoder; None for all.
+        kv_limit: bytes of keys and values above which KV reuse is left out.
+    """
 
     methods: tuple[str, ...]
     engines: tuple[str, ...]
     text_tokens: tuple[int, ...]
     latents: tuple[int, ...]
     bits: tuple[int, ...]
-    # Bytes of keys and values above which KV reuse is left out.
+    most_tokens: int | None = None
+    sender_batches: tuple[int, ...] | None = None
     kv_limit: float = 2**31
 
-    def rows(self, reader: str, batch: int, dims: Dims, *, element: int) -> Iterator[Row]:
-        """Those of one reader and batch, every reference before what is compared with it.
+    def lengths(self, batch: int) -> tuple[int, ...]:
+        """Text lengths of a batch."""
+        most = self.most_tokens
+        return tuple(n for n in self.text_tokens if most is None or batch * n <= most)
 
-        The sender's cost does not depend on the receiver's engine, bits and hardly on M: the rows
-        with an encoder are there for the first bit width, the middle M and the last engine.
+    def rows(self, reader: str, batch: int, dims: Dims, *, element: int) -> Iterator[Row]:
+        """Those of one reader and batch, in the order in which they are made: an engine's text
+        first, which its other rows are compared with, and eager rows before graphs.
+
+        All M are there for the last engine, the middle one for the others. A deep prefix is as
+        long as M and else costs the same, and the sender's cost does not depend on the receiver's
+        engine, bits and hardly on M: their rows are there for the middle M, those with an encoder
+        for the first bit width and the last engine.
         """
         middle = sorted(self.latents)[len(self.latents) // 2]
         for engine in self.engines:
-            for tokens in self.text_tokens:
-                if "text" in self.methods:
+            last = engine == self.engines[-1]
+            if "text" in self.methods:
+                for tokens in self.lengths(batch):
                     yield Row(reader, "text", engine, batch, tokens)
-            for latents in self.latents:
-                for bits in self.bits:
-                    for method in ("latent_cached", "deep_prefix"):
-                        if method in self.methods and (method, engine) != (
-                            "deep_prefix",
-                            "compile",
-                        ):
-                            # Its time does not depend on the text that it stands for.
-                            yield Row(reader, method, engine, batch, 0, latents, bits)
-        for tokens in self.text_tokens:
-            if "latent" in self.methods:
-                for state in ("warm", "cold"):
-                    yield Row(
-                        *(reader, "latent", self.engines[-1], batch, tokens, middle, self.bits[0]),
-                        encoder=state,
-                    )
-            held = batch * Pass(dims, batch, tokens, element=element).kv_bytes
-            if "kv_reuse" in self.methods and held <= self.kv_limit:
-                yield Row(reader, "kv_reuse", "eager", batch, tokens)
+            for bits in self.bits:
+                # The time of a cached payload does not depend on the text that it stands for.
+                if "latent_cached" in self.methods:
+                    for latents in self.latents if last else (middle,):
+                        yield Row(reader, "latent_cached", engine, batch, 0, latents, bits)
+                if "deep_prefix" in self.methods and engine != "compile":
+                    yield Row(reader, "deep_prefix", engine, batch, 0, middle, bits)
+            if engine == self.engines[0] and "kv_reuse" in self.methods:
+                for tokens in self.lengths(batch):
+                    held = batch * Pass(dims, batch, tokens, element=element).kv_bytes
+                    if held <= self.kv_limit:
+                        yield Row(reader, "kv_reuse", "eager", batch, tokens)
+            sends = self.sender_batches is None or batch in self.sender_batches
+            if last and sends and "latent" in self.methods:
+                for tokens in self.lengths(batch):
+                    sent = Row(reader, "latent", engine, batch, tokens, middle, self.bits[0])
+                    yield replace(sent, encoder="warm")
+                    yield replace(sent, encoder="cold")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Of a command line."""
+    return Plan(
+        methods=tuple(args.methods),
+        engines=tuple(sorted(set(args.engines), key=ENGINES.index)),
+        text_tokens=tuple(args.text_tokens),
+        latents=tuple(args.latents),
+        bits=tuple(args.bits),
+        most_tokens=args.most_tokens,
+        sender_batches=None if args.sender_batches is None else tuple(args.sender_batches),
+    )
+
+
+def adapter_of(args: argparse.Namespace) -> AdapterConfig:
+    """Of a command line."""
+    return replace(SOFT, kind=args.adapter)
 
 
 @dataclass(frozen=True)

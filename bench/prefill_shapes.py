@@ -22,7 +22,14 @@ from latentwire_fast.data.squad import load_squad
 from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.pretrained import load_tokenizer, resolve_source
-from latentwire_fast.prompts import Prompt, PromptBuilder, Turn, context_text, full_text
+from latentwire_fast.prompts import (
+    Prompt,
+    PromptBuilder,
+    Turn,
+    context_text,
+    full_text,
+    question_text,
+)
 from latentwire_fast.reader import Reader
 from latentwire_fast.testbed.task import make_examples
 
@@ -111,8 +118,21 @@ class Dims:
 
 
 def config_of(source: str) -> Any:
-    """The configuration of a shape, a local folder or a hub id."""
-    return SHAPES.get(source) or AutoConfig.from_pretrained(resolve_source(source))
+    """The configuration of a shape, a local folder or a hub id.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if source in SHAPES:
+        return SHAPES[source]
+    try:
+        return AutoConfig.from_pretrained(resolve_source(source))
+    except (OSError, ValueError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{source!r} is neither a shape ({', '.join(SHAPES)}) nor a model that can be loaded: "
+            f"{why}"
+        ) from error
 
 
 def build_reader(
@@ -226,3 +246,40 @@ def text_prompts(prompts: PromptBuilder, workload: Workload) -> list[Prompt]:
     ]
     encoded = prompts.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
     return [prompts.build([Turn("")], context=None, user_ids=ids) for ids in encoded["input_ids"]]
+
+
+def split_prompts(prompts: PromptBuilder, workload: Workload) -> tuple[list[list[int]], list[str]]:
+    """Text prompts of a batch cut before the last word of their contexts.
+
+    Tokens are cut, not texts: tokenizers join the end of a context with what follows (".\n" is one
+    token of Llama 3 and Qwen2), but none across the space before a word.
+
+    Returns:
+        The ids of each prompt up to there, and the rest of its text.
+
+    Raises:
+        ConfigError: a tokenizer that does join there.
+    """
+    rests = [
+        " " + context_text(context).rpartition(" ")[2] + question_text(question)
+        for context, question in zip(workload.contexts, workload.questions, strict=True)
+    ]
+    held = []
+    for whole, rest in zip(
+        text_prompts(prompts, workload), rest_prompts(prompts, rests), strict=True
+    ):
+        cut = len(whole.ids) - len(rest.ids)
+        if whole.ids[cut:] != rest.ids:
+            raise ConfigError(
+                "this tokenizer joins the last word of a context with the one before it; keys and "
+                "values of the words before it cannot be reused"
+            )
+        held.append(whole.ids[:cut])
+    return held, rests
+
+
+def rest_prompts(prompts: PromptBuilder, rests: list[str]) -> list[Prompt]:
+    """What follows the held part: the rest of the text, then template and anchor."""
+    encoded = prompts.tokenizer(rests, add_special_tokens=False, split_special_tokens=True)
+    whole = [prompts.build([Turn("")], context=None, user_ids=ids) for ids in encoded["input_ids"]]
+    return [Prompt(prompt.ids[prompts.content_start :]) for prompt in whole]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,3 +49,29 @@ def finish(process: subprocess.Popen[bytes], *, by: float) -> str:
         process.wait()
         return "stopped: out of time"
     return OK if status == 0 else f"{FAILED}: status {status}"
+
+
+def build_extension(log: Path, seconds: float) -> str:
+    """Build the C++ extension in place, for this Python.
+
+    Placement has a torch path without it, so a build that fails is no failure of the run.
+    """
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    outcome = finish(start(command, log), by=time.monotonic() + seconds)
+    check = "from latentwire_fast import placement; raise SystemExit(not placement.has_extension())"
+    loads = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, env=environment(), capture_output=True, check=False
+    )
+    if loads.returncode == 0:
+        return OK
+    why = next(reversed(log.read_text(errors="replace").strip().splitlines()), "no output")
+    return f"not built ({outcome}): {why}"
+
+
+def driver() -> str | None:
+    """Version of the GPU's driver; None without one."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

@@ -34,10 +34,10 @@ def commit() -> str | None:
         return None
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers, and of `more` packages."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
