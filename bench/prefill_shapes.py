@@ -21,6 +21,7 @@ from latentwire_fast.config import EncoderConfig
 from latentwire_fast.data.squad import load_squad
 from latentwire_fast.encoders import LMEncoder
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.kv_cache import key_value_heads
 from latentwire_fast.pretrained import load_tokenizer, resolve_source
 from latentwire_fast.prompts import (
     Prompt,
@@ -109,12 +110,19 @@ class Dims:
         return cls(
             config.num_hidden_layers,
             config.hidden_size,
-            config.intermediate_size,
+            _inner_width(config),
             config.num_attention_heads,
-            config.num_key_value_heads,
+            key_value_heads(config),
             head_width or config.hidden_size // config.num_attention_heads,
             config.vocab_size,
         )
+
+
+def _inner_width(config: Any) -> int:
+    """Of the MLPs; OPT and GPT-2 have names of their own for it."""
+    names = ("intermediate_size", "ffn_dim", "n_inner")
+    found = (getattr(config, name, None) for name in names)
+    return next(filter(None, found), 4 * config.hidden_size)
 
 
 def config_of(source: str) -> Any:

@@ -43,7 +43,7 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
         ConfigError: it has none.
     """
     decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
+    layers = getattr(decoder, "layers", getattr(decoder, "h", None))  # `h`: GPT-2 and its kin
     if layers is None:
         raise ConfigError(f"a {type(decoder).__name__} has no decoder layers to place a prefix in")
     return layers
@@ -58,6 +58,11 @@ def _execution_device(layer: nn.Module) -> str:
             if device is not None:
                 return str(torch.device(device))
     return str(next(layer.parameters()).device)
+
+
+def key_value_heads(config: Any) -> int:
+    """Of a decoder's configuration; where it has no such entry, every head has its own."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 class ReadOnlyLayer(DynamicLayer):
@@ -119,7 +124,7 @@ class CacheFiller:
         filler = cls(
             layer_devices(model),
             dtype=model.dtype,
-            heads=config.num_key_value_heads,
+            heads=key_value_heads(config),
             head_width=width or config.hidden_size // config.num_attention_heads,
         )
         layers = decoder_layers(model)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
     DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -15,10 +23,10 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from latentwire_fast import placement
+from latentwire_fast import kv_cache, placement
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.kv_cache import CacheFiller, layer_devices
-from latentwire_fast.placement import Copies
+from latentwire_fast.placement import Copies, DeviceRuns
 
 SHAPE = {
     "vocab_size": 50,
@@ -216,6 +224,120 @@ class TestRefusals:
         prefix = torch.zeros(3, 2, 1, 2, 5, 8, requires_grad=True)
         with pytest.raises(ConfigError, match="train with a DynamicCache"):
             filler.fill(new_cache(model, "static"), prefix_L2BHPD=prefix, batch_size=1)
+
+
+class FakePlacement:
+    """What was sent to two accelerators, and who waited for it."""
+
+    def __init__(self, log: list[Any], sent: int) -> None:
+        self.log, self.sent = log, sent
+        self.copies = Copies(prepare=0, link=2, scatter=0)
+        self.keys = self.values = (torch.zeros(1, 2, PREFIX, 8),) * 3
+
+    def wait(self, number: int) -> None:
+        self.log.append((self.sent, number))
+
+
+@pytest.fixture
+def accelerated(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> tuple[CacheFiller, list[Any]]:
+    """A filler of a model whose first layer is on the CPU, the others on two accelerators."""
+
+    class FakePlacer:
+        def __init__(self, devices: list[str], *, dtype: torch.dtype) -> None:
+            self.plan = [DeviceRuns(f"accelerator:{n}", [(n, 1)]) for n in range(3)]
+            self.plan[0] = DeviceRuns("cpu", [(0, 1)])
+
+        def place(self, prefix: torch.Tensor, *, batch_size: int) -> FakePlacement:
+            sent.append(len(sent))
+            return FakePlacement(log, sent[-1])
+
+    log: list[Any] = []
+    sent: list[int] = []
+    monkeypatch.setattr(kv_cache, "Placer", FakePlacer)
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: log.append(f"layer {number}"))
+    return CacheFiller.for_model(model), log
+
+
+def filled(model: PreTrainedModel, filler: CacheFiller) -> Cache:
+    cache = DynamicCache(config=model.config)
+    filler.fill(cache, prefix_L2BHPD=torch.zeros(3, 2, 1, 2, PREFIX, 8), batch_size=1)
+    return cache
+
+
+@torch.no_grad()
+def test_each_accelerator_waits_before_its_first_layer_and_once(
+    model: PreTrainedModel, accelerated: tuple[CacheFiller, list[Any]]
+) -> None:
+    filler, log = accelerated
+    cache = filled(model, filler)
+    assert log == [(0, 0)], "the CPU's part is waited for at once"
+    log.clear()
+    model(input_ids=tokens(1)[:, :2], past_key_values=cache)
+    # The test's own hooks are older than the filler's, and run before them.
+    assert log == ["layer 0", "layer 1", (0, 1), "layer 2", (0, 2)]
+    log.clear()
+    model(input_ids=tokens(1)[:, :2], past_key_values=cache)
+    assert log == ["layer 0", "layer 1", "layer 2"], "nothing is waited for twice"
+
+
+@torch.no_grad()
+def test_waiting_by_hand_and_the_end_wait_for_everything(
+    model: PreTrainedModel, accelerated: tuple[CacheFiller, list[Any]]
+) -> None:
+    filler, log = accelerated
+    for _ in range(2):
+        filled(model, filler)
+    filler.wait()
+    assert sorted(log) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    cache = filled(model, filler)
+    log.clear()
+    filler.close()
+    assert log == [(2, 1), (2, 2)]
+    log.clear()
+    model(input_ids=tokens(1)[:, :2], past_key_values=cache)
+    assert log == ["layer 0", "layer 1", "layer 2"], "the hooks are gone"
+
+
+def test_readers_without_grouped_heads_or_with_other_names() -> None:
+    """GPT-2 calls its layers `h`; it and GPT-NeoX have no entry for key/value heads."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    models = [
+        GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4)),
+        GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=64)),
+        OPTForCausalLM(OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32)),
+    ]
+    for model in models:
+        filler = CacheFiller.for_model(model)
+        cache = DynamicCache(config=model.config)
+        filler.fill(cache, prefix_L2BHPD=torch.zeros(2, 2, 1, 4, 5, 8), batch_size=1)
+        assert cache.get_seq_length() == 5
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_delayed_producer_on_a_gpu(model: PreTrainedModel) -> None:
+    """The prefix is still being made when it is placed, and the model starts at once."""
+    ids = tokens().cuda()
+    model.cuda()
+    expected = model(input_ids=ids).logits[:, PREFIX:]
+    whole = prefix_of(model, ids[:, :PREFIX])
+    filler = CacheFiller.for_model(model)
+    for source in ("cuda", "cpu"):
+        held = whole.cpu().pin_memory()
+        cache = new_cache(model, "dynamic")
+        late = torch.zeros_like(whole)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(50_000_000)
+        late.copy_(whole)
+        filler.fill(cache, prefix_L2BHPD=late if source == "cuda" else held, batch_size=2)
+        positions = torch.arange(PREFIX, PREFIX + REST, device="cuda").expand(2, -1)
+        found = model(
+            input_ids=ids[:, PREFIX:], past_key_values=cache, position_ids=positions
+        ).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layer_devices_follow_where_a_layer_computes(model: PreTrainedModel) -> None:
