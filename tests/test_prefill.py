@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -281,6 +283,61 @@ def test_compiled_backbone(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> N
     eager = Receiver.of(model, reader, engine="eager").prefill(payloads, prompts)
     torch.testing.assert_close(first.logits_BV, eager.logits_BV, rtol=1e-5, atol=1e-4)
     torch._dynamo.reset()
+
+
+def test_a_compiled_backbone_serves_all_lengths_and_never_runs_uncompiled(
+    readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = readers["llama"]
+    compile_, graphs = torch.compile, []
+
+    def backend(module: Any, _inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **k, backend=backend))
+    torch._dynamo.reset()
+    receiver = Receiver.of(make_model(reader), reader, engine="compile")
+    texts = [
+        reader.prompts.build([Turn("Where?")], context="He lives there. " * n) for n in (1, 4, 9, 2)
+    ]
+    for prompt in texts:
+        receiver.read([prompt])
+    assert len(graphs) == 1
+    for rows in (2, 3, 4):
+        receiver.read(texts[:rows])
+    assert len(graphs) == 2
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        receiver.read(texts[:1])
+        with pytest.raises(Exception, match="recompile_limit"):
+            receiver.read(texts[:2])
+    torch._dynamo.reset()
+
+
+def test_padding_stays_within_a_table_of_positions(
+    readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch, uncaptured: None
+) -> None:
+    """GPT-2 looks positions up in a table, and its layers have another name."""
+    tokenizer = readers["llama"].tokenizer
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=46,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    reader = Reader(GPT2LMHeadModel(config).eval(), tokenizer, name="gpt2")
+    model = make_model(reader, "both")
+    receiver = Receiver.of(model, reader, new_tokens=1)
+    positions = 46 - LATENTS - 1
+    short = receiver.prompts(["Who?"])[0]
+    prompt = Prompt([*short.ids, *short.ids[-1:] * (positions - LATENTS - len(short.ids))],
+                    latent_at=short.latent_at)  # fmt: skip
+    payloads = random_payloads(model, 1)
+    first = receiver.prefill(payloads, [prompt])
+    assert first.positions == 46
+    expected, ids = plain_path(model, reader, payloads[0], prompt, new_tokens=1)
+    torch.testing.assert_close(first.logits_BV[0], expected, rtol=1e-5, atol=1e-5)
+    assert first.generate(1) == [ids]
 
 
 def test_prompts_together_are_the_prompts_one_by_one(reader: Reader) -> None:
@@ -710,6 +767,52 @@ def halves(model: PreTrainedModel, device: str) -> None:
     dispatch_model(
         model, device_map, main_device="cpu", skip_keys=model._skip_keys_device_placement
     )
+
+
+@pytest.mark.gpu
+def test_two_shapes_on_two_streams(on_gpu: Callable[..., Reader]) -> None:
+    """Their graphs share memory: each replay waits for the other's."""
+    reader = on_gpu("llama")
+    model, eager, graph = eager_and_graph(reader, "soft")
+    prompts = graph.prompts(QUESTIONS)
+    batches = [random_payloads(model, rows) for rows in (3, 1) * 4]
+    expected = [eager.prefill(p, prompts[: len(p)]).logits_BV for p in batches]
+    for payloads in batches[:2]:
+        graph.prefill(payloads, prompts[: len(payloads)])
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for number, payloads in enumerate(batches):
+        with torch.cuda.stream(streams[number % 2]):
+            torch.cuda._sleep(20_000_000 if number % 2 == 0 else 1_000)
+            found.append(graph.prefill(payloads, prompts[: len(payloads)]).logits_BV)
+    torch.cuda.synchronize()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_costs_itself_alone(
+    on_gpu: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = on_gpu("llama")
+    model, eager, graph = eager_and_graph(reader, "soft")
+    payloads, prompts = random_payloads(model), graph.prompts(QUESTIONS)
+    stream = torch.cuda.current_stream()
+    head = reader.head
+
+    def synchronising(hidden_BD: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            hidden_BD.sum().item()
+        return head(hidden_BD)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "head", synchronising)
+        with pytest.raises(RuntimeError):
+            graph.prefill(payloads, prompts)
+    assert torch.cuda.current_stream() == stream
+    torch.randn(4, device="cuda:0").uniform_()
+    assert_same(graph.prefill(payloads, prompts), eager.prefill(payloads, prompts))
 
 
 @pytest.mark.gpu

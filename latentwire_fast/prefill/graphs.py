@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,46 @@ def _layers(cache: StaticCache) -> list[Any]:
 
 
 class GraphMemory:
-    """The pool that a receiver's graphs share, since no two of them run at the same time, and the
-    stream that memory in it belongs to."""
+    """What a receiver's graphs share, since no two of them run at the same time: the pool, the
+    stream that memory in it belongs to, and the order in which they run.
+
+    Replays are ordered among all of them, on whichever streams they are asked for: what one graph
+    leaves in the pool, another overwrites.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self._used = torch.cuda.Event()
+
+    def acquire(self) -> None:
+        """The current stream waits for whatever another one still does with the memory."""
+        torch.cuda.current_stream().wait_event(self._used)
+
+    def release(self) -> None:
+        """The current stream has queued its last use."""
+        self._used.record()
+
+
+@contextmanager
+def whole_again(memory: GraphMemory) -> Iterator[None]:
+    """After a capture that failed in the block, the process can go on.
+
+    A capture that cannot be ended leaves the capture's stream current, the allocator serving it
+    from the pool, and the generator counting on a graph: every later draw of random numbers on the
+    device would fail.
+    """
+    before = torch.cuda.current_stream()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(before)
+        device = before.device_index
+        with suppress(RuntimeError):  # it has ended, as it should
+            torch._C._cuda_endAllocateToPool(device, memory.pool)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 class CapturedPass:
@@ -118,7 +153,9 @@ class CapturedPass:
     ) -> None:
         self.cache = cache
         self.serial = 0
+        self._memory = memory
         self._inputs = InputBuffer(batch.fields, device=memory.stream.device)
+        memory.acquire()
         self._inputs.fill(batch.values())
         memory.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(memory.stream):
@@ -126,14 +163,16 @@ class CapturedPass:
                 forward(self._inputs.tensors)
         torch.cuda.current_stream().wait_stream(memory.stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory.pool, stream=memory.stream):
+        with (
+            whole_again(memory),
+            torch.cuda.graph(self._graph, pool=memory.pool, stream=memory.stream),
+        ):
             self._logits_BV = forward(self._inputs.tensors)
-        self._used = torch.cuda.Event()
-        self._used.record()
+        memory.release()
 
     def fill(self, values: Mapping[str, np.ndarray]) -> None:
-        """Send new inputs off, behind whatever another stream still does with the last ones."""
-        torch.cuda.current_stream().wait_event(self._used)
+        """Send new inputs off, behind whatever another stream still does with the memory."""
+        self._memory.acquire()
         self._inputs.fill(values)
 
     def replay(self) -> Tensor:
@@ -141,7 +180,7 @@ class CapturedPass:
         self.serial += 1
         self._graph.replay()
         logits_BV = self._logits_BV.clone()
-        self._used.record()
+        self._memory.release()
         return logits_BV
 
 

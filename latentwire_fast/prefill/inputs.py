@@ -41,7 +41,12 @@ class Layout:
 
 
 def lay_out(
-    prompts: Sequence[Prompt], *, soft_tokens: int | None, pad_id: int, multiple: int = 1
+    prompts: Sequence[Prompt],
+    *,
+    soft_tokens: int | None,
+    pad_id: int,
+    multiple: int = 1,
+    most: int | None = None,
 ) -> Layout:
     """Lay prompts out for a prefill.
 
@@ -51,6 +56,7 @@ def lay_out(
     Args:
         soft_tokens: M for prompts with a latent; None for text prompts.
         multiple: T is rounded up to a multiple of this.
+        most: but not above this, unless a prompt is longer.
 
     Raises:
         ConfigError: no prompts, an empty one, one whose latent is outside it, or one with a latent
@@ -64,7 +70,10 @@ def lay_out(
     lengths = np.array([len(prompt.ids) + soft for prompt in prompts])
     if not lengths.all():
         raise ConfigError(f"prompt {int(lengths.argmin())} is empty; it needs at least one token")
-    width = -(-int(lengths.max()) // multiple) * multiple
+    longest = int(lengths.max())
+    width = -(-longest // multiple) * multiple
+    if most is not None:
+        width = max(longest, min(width, most))
     ids_BT = np.full((len(prompts), width), pad_id, np.int64)
     slots_BT = np.full_like(ids_BT, -1)
     for ids_T, slots_T, prompt in zip(ids_BT, slots_BT, prompts, strict=True):

@@ -60,7 +60,8 @@ class Receiver:
         latents, d_z, fingerprint: of the payloads that these were trained for.
         mode: what the latent stands for, see `PromptBuilder.build`.
         engine: `auto` is `graph` where all of the reader is on one CUDA device, else `eager`;
-            `compile` is `torch.compile` of the backbone.
+            `compile` is `torch.compile` of the backbone, which raises where it would be compiled
+            more often than torch allows.
         new_tokens: how many tokens a cache made by a graph has room for behind the prompt.
         max_graphs: how many shapes of batch are kept captured.
         mark: called with the name of each phase when it has been queued: `parse`, `dequantise`
@@ -100,7 +101,8 @@ class Receiver:
         self._parts = TrainedParts(adapter, deep_prefix, reader=reader)
         self._backbone: Callable[..., Any] = reader.backbone
         if self.engine == "compile":
-            self._backbone = torch.compile(reader.backbone, dynamic=False)
+            # One compilation for all lengths of a batch; one for each takes a minute of a reader.
+            self._backbone = torch.compile(reader.backbone, dynamic=True)
         if self.engine == "graph":
             self._memory = GraphMemory(reader.device)
         self.passes = PassCache(max_graphs)
@@ -211,9 +213,14 @@ class Receiver:
                     "`Reader.generate`"
                 )
 
+    @property
+    def _position_limit(self) -> int | None:
+        """Padding stays within it too: a learned table of positions has no more rows."""
+        return getattr(self._config, "max_position_embeddings", None)
+
     def _capacity(self, layout: Layout, deep: int) -> int:
         """Positions that a cache for this batch may hold."""
-        limit = getattr(self._config, "max_position_embeddings", None)
+        limit = self._position_limit
         longest = int(layout.lengths_B.max())
         if limit is not None and deep + longest + self._new_tokens > limit:
             raise ConfigError(
@@ -226,11 +233,13 @@ class Receiver:
     # --- the pass ---------------------------------------------------------------------------------
 
     def _run(self, prompts: Sequence[Prompt], parcel: Parcel | None) -> Prefilled:
+        deep = 0 if parcel is None else self._deep_positions
         layout = lay_out(
             prompts,
             soft_tokens=None if parcel is None else self._soft_tokens,
             pad_id=self.reader.pad_id,
-            multiple=WIDTH_STEP if self.engine == "graph" else 1,
+            multiple=1 if self.engine == "eager" else WIDTH_STEP,
+            most=None if self._position_limit is None else self._position_limit - deep,
         )
         largest, vocabulary = int(layout.ids_BT.max()), self.reader.embedding.num_embeddings
         if largest >= vocabulary:  # on a GPU the error would come too late to say where from
@@ -238,7 +247,6 @@ class Receiver:
                 f"a prompt has token {largest}, and reader {self.reader.name!r} knows {vocabulary} "
                 "of them; build it with that reader's `prompts`"
             )
-        deep = 0 if parcel is None else self._deep_positions
         capacity = self._capacity(layout, deep)
         batch = Batch(layout, parcel)
         outcome = partial(
@@ -312,7 +320,9 @@ class Receiver:
             return self._backbone(**arguments).last_hidden_state
         if self._deep_positions:
             self.reader.filler.wait()  # its hooks are not for compiled code
-        with mask_free(self.reader.model):
+        # By default, what would be compiled once too often runs uncompiled, and nobody knows.
+        honest = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+        with honest, mask_free(self.reader.model):
             return self._backbone(**arguments).last_hidden_state
 
     def _capture(self, batch: Batch, *, deep: int, capacity: int) -> CapturedPass:
