@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefill_clock import interval
 from prefill_results import Result, Results
+from prefill_rows import ENGINES, METHODS, Row
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the tables: its head, and its cell for a result."""
+    """A column of the tables: its head, and its cell for a result.
+
+    Attributes:
+        papers: which of the two LaTeX tables have it: 1 the times, 2 what is behind them.
+    """
 
     head: str
     cell: Callable[[Results, Result], str]
-    in_paper: bool = True
+    papers: tuple[int, ...] = ()
 
 
 def _figures(value: float | None) -> str:
@@ -62,36 +67,33 @@ def _phases(_results: Results, result: Result) -> str:
 
 FIRST_TOKEN = "first token, ms (p50, 95% interval)"
 COLUMNS = (
-    Column("method", lambda _, r: r.row.label),
-    Column("engine", lambda _, r: r.row.engine),
-    Column("text tokens", lambda _, r: str(r.row.text_tokens)),
-    Column("M", lambda _, r: str(r.row.latents or "-")),
-    Column("bits", lambda _, r: str(r.row.bits or "-"), in_paper=False),
-    Column("positions", lambda _, r: str(r.positions)),
-    Column("payload", lambda _, r: _scaled(r.payload_bytes, "B")),
-    Column("text", lambda _, r: _scaled(r.text_bytes, "B")),
-    Column("KV", lambda _, r: _scaled(r.kv_bytes, "B"), in_paper=False),
-    Column("FLOPs", lambda _, r: _scaled(r.flops), in_paper=False),
-    Column(FIRST_TOKEN, _time),
-    Column("runs", lambda _, r: str(len(r.samples) or "-"), in_paper=False),
-    Column("p95, ms", lambda _, r: _figures(r.p95), in_paper=False),
-    Column("text tokens/s", _rate, in_paper=False),
-    Column("x text, same engine", lambda s, r: _figures(s.speedup(r, engine=r.row.engine))),
-    Column("x text, eager", lambda s, r: _figures(s.speedup(r, engine="eager"))),
-    Column("floor, ms", lambda _, r: _figures(r.floor)),
+    Column("method", lambda _, r: r.row.label, (1, 2)),
+    Column("engine", lambda _, r: r.row.engine, (1, 2)),
+    Column("text tokens", lambda _, r: f"{r.row.text_tokens:,}", (1, 2)),
+    Column("M", lambda _, r: str(r.row.latents or "-"), (1, 2)),
+    Column("bits", lambda _, r: str(r.row.bits or "-"), (1,)),
+    Column("positions", lambda _, r: str(r.positions), (1,)),
+    Column("payload", lambda _, r: _scaled(r.payload_bytes, "B"), (1,)),
+    Column("text", lambda _, r: _scaled(r.text_bytes, "B"), (2,)),
+    Column("KV", lambda _, r: _scaled(r.kv_bytes, "B"), (2,)),
+    Column("FLOPs", lambda _, r: _scaled(r.flops), (2,)),
+    Column(FIRST_TOKEN, _time, (1,)),
+    Column("runs", lambda _, r: str(len(r.samples) or "-"), (2,)),
+    Column("p95, ms", lambda _, r: _figures(r.p95), (2,)),
+    Column("text tokens/s", _rate, (2,)),
+    Column("x text, same engine", lambda s, r: _figures(s.speedup(r, engine=r.row.engine)), (1,)),
+    Column("x text, eager", lambda s, r: _figures(s.speedup(r, engine="eager")), (1,)),
+    Column("floor, ms", lambda _, r: _figures(r.floor), (1,)),
     Column(
         "share of floor",
         lambda _, r: _figures(r.floor / r.p50 if r.floor and r.p50 else None),
+        (1,),
     ),
-    Column("predicted, ms", lambda _, r: _figures(r.predicted), in_paper=False),
-    Column("predicted / measured", _ratio, in_paper=False),
-    Column("peak memory", lambda _, r: _scaled(r.peak_bytes, "B"), in_paper=False),
-    Column("phases, ms", _phases, in_paper=False),
-    Column(
-        "phases / total",
-        lambda _, r: f"{r.sum_of_phases:.2f}" if r.samples else "-",
-        in_paper=False,
-    ),
+    Column("predicted, ms", lambda _, r: _figures(r.predicted)),
+    Column("predicted / measured", _ratio, (2,)),
+    Column("peak memory", lambda _, r: _scaled(r.peak_bytes, "B"), (2,)),
+    Column("phases, ms", _phases, (2,)),
+    Column("phases / total", lambda _, r: f"{r.sum_of_phases:.2f}" if r.samples else "-"),
 )
 
 
@@ -115,27 +117,55 @@ def markdown(results: Results) -> str:
 
 
 def latex(results: Results) -> str:
-    """The same rows as one booktabs table, for a paper."""
-    shown = _with_content(results, [column for column in COLUMNS if column.in_paper])
-    heads = " & ".join(_escape(column.head) for column in shown)
-    lines = [
-        r"\begin{tabular}{ll" + "r" * (len(shown) - 2) + "}",
-        r"\toprule",
-        heads + r" \\",
+    """Two booktabs tables per reader and batch, for a paper: the times, and what is behind them.
+
+    What does not depend on the text is one line for all text lengths.
+    """
+    parts = []
+    for reader, batch in dict.fromkeys((r.row.reader, r.row.batch) for r in results.ordered()):
+        lines: dict[Row, list[Result]] = {}
+        for result in results.ordered():
+            row = result.row
+            if (row.reader, row.batch) == (reader, batch):
+                depends = row.method not in ("latent_cached", "deep_prefix")
+                lines.setdefault(row if depends else replace(row, text_tokens=0), []).append(result)
+        ordered = sorted(lines.values(), key=lambda members: _place(members[0].row))
+        for number, what in ((1, "time to the first token"), (2, "sizes, work and phases")):
+            caption = f"{reader}, batch {batch}: {what}."
+            parts.append(_tabular(results, ordered, number, caption))
+    return "\n".join(parts)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    """Of a line in a LaTeX table; lines of one method stay in order of length and M."""
+    return ENGINES.index(row.engine), METHODS.index(row.method)
+
+
+def _tabular(results: Results, lines: Sequence[Sequence[Result]], number: int, caption: str) -> str:
+    """A table of one line for each group of results; where they differ, all of their cells."""
+    columns = _with_content(results, [column for column in COLUMNS if number in column.papers])
+
+    def cell(column: Column, members: Sequence[Result]) -> str:
+        return _escape(" / ".join(dict.fromkeys(column.cell(results, r) for r in members)))
+
+    kinds = ["l", "l", *"r" * (len(columns) - 2)]
+    if columns[-1].head.startswith("phases"):
+        kinds[-1] = r"p{0.3\linewidth}"
+    head = [
+        r"\begin{table*}",
+        r"\centering",
+        r"\scriptsize\setlength{\tabcolsep}{3pt}",
+        rf"\caption{{{_escape(caption)}}}",
     ]
-    group: tuple[str, int] | None = None
-    for result in results.ordered():
-        key = (result.row.reader, result.row.batch)
-        if key != group:
-            title = _escape(f"{key[0]}, batch {key[1]}")
-            lines += [
-                r"\midrule",
-                rf"\multicolumn{{{len(shown)}}}{{l}}{{\emph{{{title}}}}} \\",
-            ]
-            group = key
-        cells = [_escape(column.cell(results, result)) for column in shown]
-        lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    head += [rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule"]
+    head += [" & ".join(_escape(column.head) for column in columns) + r" \\"]
+    body, engine = [], None
+    for members in lines:
+        if members[0].row.engine != engine:
+            engine = members[0].row.engine
+            body.append(r"\midrule")
+        body.append(" & ".join(cell(column, members) for column in columns) + r" \\")
+    return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
 
 
 def short_table(results: Results, shown: Iterable[Result]) -> str:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import gpu_prefill
 import prefill_cases
 import prefill_clock
+import prefill_files
 import prefill_group
 import prefill_latency
 import prefill_measure
@@ -34,14 +35,25 @@ from prefill_clock import Clock, Sample, interval
 from prefill_cost import Kernels, Pass, cpu_ceilings
 from prefill_results import Results, for_text, result_of
 from prefill_rows import DEEP, METHODS, Plan, Row, Sizes
-from prefill_shapes import SHAPES, Dims, Workload, build_reader, synthetic_workload, text_prompts
+from prefill_shapes import (
+    SHAPES,
+    Dims,
+    Workload,
+    build_reader,
+    rest_prompts,
+    split_prompts,
+    synthetic_workload,
+    text_prompts,
+)
 from prefill_tables import latex, markdown
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from latentwire_fast import ops
 from latentwire_fast.config import AdapterConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prefill import parts
-from latentwire_fast.prompts import Turn
+from latentwire_fast.prompts import PromptBuilder, Turn, context_text, full_text, question_text
 from latentwire_fast.reader import Reader
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +127,41 @@ def test_every_row_of_a_workload_has_the_tokens_asked_for(tiny: Reader) -> None:
     ]
     assert [p.ids for p in prompts] == [p.ids for p in one_by_one]
     assert work.text_bytes == sum(len(c.encode()) for c in work.contexts) / 3
+
+
+# Words, and punctuation with the line breaks behind it, as in Llama 3 and Qwen2.
+JOINING = r" ?[^\W\d_]+|\d| ?[^\s\w]+[\r\n]*|\s+"
+
+
+def joining_prompts(*, words: bool) -> PromptBuilder:
+    """Of a tokenizer that joins a context's end with what follows; or `words` of it as well."""
+    tokenizer = Tokenizer(models.BPE())
+    split: Any = pre_tokenizers.Split(Regex(r"[\s\S]+" if words else JOINING), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<e>"],
+        show_progress=False,
+    )
+    texts = [full_text("Nulnak lives in Bakrim.", "Where does Nulnak live?")] * 20
+    tokenizer.train_from_iterator(texts, trainer)
+    return PromptBuilder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>"))
+
+
+def test_kv_reuse_reads_the_tokens_of_the_whole_text() -> None:
+    work = Workload(["In Bakrim.", "Nulnak lives in Bakrim."], ["Who?", "Where?"], 8)
+    builder = joining_prompts(words=False)
+    apart = builder.text_ids(context_text("In Bakrim.")) + builder.text_ids(question_text("Who?"))
+    assert apart != builder.text_ids(full_text("In Bakrim.", "Who?"))
+    held, rests = split_prompts(builder, work)
+    asked, whole = rest_prompts(builder, rests), text_prompts(builder, work)
+    assert [h + a.ids for h, a in zip(held, asked, strict=True)] == [p.ids for p in whole]
+    assert all(held)
+    learnt = Workload(["Nulnak lives in Bakrim."], ["Where does Nulnak live?"], 8)
+    with pytest.raises(ConfigError, match="joins the last word"):
+        split_prompts(joining_prompts(words=True), learnt)
 
 
 def test_random_weights_cannot_be_loaded_in_4_bit() -> None:
@@ -278,14 +325,57 @@ def test_phases_are_those_of_typical_runs_and_add_up() -> None:
 
 def test_tables_show_every_row() -> None:
     results = some_results()
-    shown, printed = markdown(results), latex(results)
+    shown = markdown(results)
     assert shown.count("| latent, cached payload | graph |") == 2
     assert "### a_reader, batch 2" in shown
-    assert r"\emph{a\_reader, batch 2}" in printed
-    assert printed.count(r"latent, cached payload & graph") == 2
-    assert printed.startswith(r"\begin{tabular}")
-    assert r"\toprule" in printed
-    assert r"\bottomrule" in printed
+
+
+def test_latex_is_two_tables_for_each_reader_and_batch() -> None:
+    results = some_results()
+    more = [replace(r, row=replace(r.row, batch=4)) for r in results.results]
+    results.results += more
+    printed = latex(results)
+    assert printed.count(r"\begin{tabular}") == printed.count(r"\end{table*}") == 2 * 2
+    assert r"\caption{a\_reader, batch 2: time to the first token.}" in printed
+    tables = printed.split(r"\end{table*}")[:-1]
+    for table in tables:
+        lines = [line for line in table.splitlines() if line.endswith(r"\\")]
+        assert len({line.count(" & ") for line in lines}) == 1
+        # A cached payload is one line for all texts, with a speed-up for each.
+        cached = [line for line in lines if line.startswith("latent, cached payload & graph")]
+        assert len(cached) == 1
+        assert " & 40 / 80 & 8 & " in cached[0]
+        assert len(lines) == 1 + 1 + 4
+    assert " & 16 / 32 & 32 / 64 & " in tables[0]
+    heads = next(line for line in tables[1].splitlines() if line.startswith("method"))
+    for column in ("KV", "FLOPs", "p95, ms", "text tokens/s", "phases, ms"):
+        assert f" & {column}" in heads
+
+
+def test_the_figure_has_numbers_and_a_row_of_panels_per_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot as plt
+
+    results = some_results()
+    close = [replace(r, samples=[Sample(3.0 + i, {})]) for i, r in enumerate(results.results)]
+    for change in ({"batch": 4}, {"reader": "b"}):
+        results.results += [replace(r, row=replace(r.row, **change)) for r in close]
+    drawn: list[Any] = []
+    shut = plt.close
+    monkeypatch.setattr(plt, "close", drawn.append)
+    prefill_files._draw(results, tmp_path)
+    panels = drawn[0].axes
+    assert [panel.get_title() for panel in panels] == [
+        *("a_reader, batch 2", "a_reader, batch 4", "b, batch 2", "b, batch 4"),
+    ]
+    drawn[0].canvas.draw()
+    for panel in panels[:3]:  # the third spans less than a decade
+        low, high = panel.get_ylim()
+        labels = panel.yaxis.get_ticklabels()
+        assert [t for t in labels if low <= t.get_position()[1] <= high and t.get_text()]
+        assert [t.get_text() for t in panel.get_xticklabels()] == ["40", "80"]
+    shut(drawn[0])
 
 
 def test_figures_read_well_and_empty_columns_are_left_out() -> None:
