@@ -75,6 +75,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--predict", action="store_true", help="print the analytic model's table and stop")
     add("--gpus", nargs="+", default=list(GPUS), choices=GPUS, help="datasheets for --predict")
     args = parser.parse_args(arguments)
+    for name in ("readers", "latents", "text_tokens", "batches", "bits"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     for name in ("latents", "text_tokens", "batches", "d_z", "repeats"):
         if min(_listed(getattr(args, name))) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected numbers of at least 1")

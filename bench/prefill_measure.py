@@ -141,6 +141,8 @@ class Run:
             deadlines = [self.timetable.start((source, self.args.batches[0]))]
             with self._told(self.args.name):
                 self._measure_reader(source, deadlines)
+            for batch in self.args.batches:
+                self.timetable.skip((source, batch))
             release(self.args.device)
         for row, why in self.results.machine["absent"]:
             print(f"not measured: {row}: {why}")

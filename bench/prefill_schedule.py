@@ -238,6 +238,10 @@ class Timetable(Generic[Key]):
         now = time.monotonic()
         return now + share * max(0.0, self._deadline - now)
 
+    def skip(self, group: Key) -> None:
+        """What a group that cannot start would have had is for the others."""
+        self._expected.pop(group, None)
+
 
 def expected_seconds(
     groups: Mapping[Key, Sequence[float]],

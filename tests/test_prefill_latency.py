@@ -34,7 +34,7 @@ from ceilings import DATASHEETS, REACHABLE, reachable
 from prefill_clock import Clock, Sample, interval
 from prefill_cost import Kernels, Pass, cpu_ceilings
 from prefill_results import Results, for_text, result_of
-from prefill_rows import DEEP, METHODS, Plan, Row, Sizes
+from prefill_rows import DEEP, METHODS, Plan, Row, Sizes, plan_of
 from prefill_shapes import (
     SHAPES,
     Dims,
@@ -581,6 +581,53 @@ def test_a_reader_that_cannot_be_built_costs_itself_alone(
     assert results.machine["absent"] == [
         ["qwen2-tiny", "OutOfMemoryError: CUDA out of memory"],
     ]
+
+
+def test_peak_memory_is_that_of_a_run_and_of_what_the_row_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of making the row, nor of what it is compared with."""
+    arguments = tiny_arguments(tmp_path, "--methods", "text", "kv_reuse", "--engines", "eager")
+    prefill_measure.settle(arguments)
+    arguments.name, memory = "llama-tiny", {"now": 1000, "peak": 0}
+    reader = build_reader("llama-tiny", dtype=torch.float32, device="cpu", attention="sdpa")
+    bench = prefill_cases.Bench(
+        *(reader, "llama-tiny", AdapterConfig(), 8),
+        dtype=torch.float32, device="cpu", scratch=tmp_path,
+    )  # fmt: skip
+    group = prefill_group.Group(bench, plan_of(arguments), arguments, batch=2)
+    kept = {"text": 10, "kv_reuse": 20}
+
+    def use(amount: int) -> None:
+        memory["peak"] = max(memory["peak"], memory["now"] + amount)
+
+    def build(bench: Any, row: Row, workload: Workload) -> prefill_cases.Case:
+        use(9999)  # the prefill that makes keys and values to be reused
+        memory["now"] += kept[row.method]
+
+        def logits() -> torch.Tensor:
+            use(300 if row.method == "text" else 5)
+            return torch.ones(2, 3)
+
+        same = replace(row, method="text") if row.method == "kv_reuse" else None
+        return prefill_cases.Case(row, lambda: Sample(1.0, {}), logits, same)
+
+    monkeypatch.setattr(prefill_group, "build_case", build)
+    for name, stand_in in {
+        "synchronize": lambda: None,
+        "memory_allocated": lambda: memory["now"],
+        "max_memory_allocated": lambda: memory["peak"],
+        "reset_peak_memory_stats": lambda: memory.update(peak=memory["now"]),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    bench.device = "cuda:0"
+    weights = reader.model.get_memory_footprint()
+    reuse, text = (
+        next(row for row in group.rows if row.method == method) for method in ("kv_reuse", "text")
+    )
+    for row, expected in ((reuse, 20 + 5), (text, 10 + 300)):  # the first one makes its text
+        group._ready(row)
+        assert group._facts[row][1] == weights + expected
 
 
 def test_no_time_is_no_rows(tmp_path: Path) -> None:

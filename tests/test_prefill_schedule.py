@@ -166,6 +166,11 @@ def test_what_a_group_leaves_is_for_the_others(world: World) -> None:
     world.now = 90.0
     assert table.start("c") == 90.0
     assert Timetable({"a": 1.0}, deadline=None).start("a") is None
+    world.now = 0.0
+    table = Timetable({"a": 10.0, "b": 10.0}, deadline=80.0)
+    table.skip("a")
+    table.skip("a")
+    assert table.start("b") == 80.0
 
 
 def test_a_group_is_expected_to_take_what_its_rows_do(world: World) -> None:
