@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Generic, TypeVar
 
 from prefill_clock import Sample
@@ -39,7 +40,7 @@ class Timed(Generic[Row]):
     Attributes:
         run: one timed prefill; None once it failed, so that its memory is free.
         wanted: how many samples it should get.
-        cost: seconds of its last run.
+        seconds: of each run so far, warm-ups with them.
         failure: why it has no samples.
     """
 
@@ -47,8 +48,13 @@ class Timed(Generic[Row]):
     run: Callable[[], Sample] | None
     wanted: int = 0
     samples: list[Sample] = field(default_factory=list)
-    cost: float = 0.0
+    seconds: list[float] = field(default_factory=list)
     failure: str | None = None
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a run: the median, so that one hiccup makes no slow row."""
+        return median(self.seconds) if self.seconds else 0.0
 
     def once(self) -> Sample | None:
         """One run; None if it failed. A row that fails costs itself alone, also when it runs out
@@ -60,7 +66,7 @@ class Timed(Generic[Row]):
         except Exception as error:
             self.failure = reason(error)
         else:
-            self.cost = time.monotonic() - started
+            self.seconds.append(time.monotonic() - started)
             return sample
         # The traceback, which holds what the run made, is gone only here.
         self.run = None

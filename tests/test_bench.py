@@ -35,6 +35,8 @@ from harness import AUTOTUNED, Absent, Case, Row, run_case
 from records import Record
 from targets import targets
 
+from latentwire_fast import placement
+
 BENCH = processes.ROOT / "bench"
 H200 = DATASHEETS["H200"]
 CASES = [case for name in gpu_kernels.BENCHMARKS for case in gpu_kernels.cases_of(name)]
@@ -546,6 +548,16 @@ def test_a_process_that_hangs_is_ended_with_its_children() -> None:
     ending = processes.finish(process, by=time.monotonic() + 1)
     assert ending == "stopped: out of time"
     assert processes.finish(processes.start(["false"]), by=math.inf).startswith("failed")
+
+
+def test_a_build_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = processes.start
+    failing = [sys.executable, "-c", "print('no compiler'); raise SystemExit(1)"]
+    monkeypatch.setattr(processes, "start", lambda command, log: start(failing, log))
+    why = processes.build_extension(tmp_path / "build.log", 60.0)
+    # What was built before still loads.
+    built = placement.has_extension()
+    assert why == (processes.OK if built else "not built (failed: status 1): no compiler")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,13 @@ def test_warm_ups_are_not_kept_and_slow_ones_stop_early(world: World) -> None:
     assert world.calls.count("b") == 10
 
 
+def test_one_hiccup_makes_no_slow_row(world: World) -> None:
+    costs = iter([0.01] * 9 + [3.0])
+    row: Timed[str] = Timed("a", lambda: world.runs("a", next(costs))())
+    warm_up(row, runs=10, limited=True)
+    assert row.cost == pytest.approx(0.01)
+
+
 def test_rows_take_turns_and_cheap_ones_several_in_a_round(world: World) -> None:
     rows = [world.row("a", 1.0, 2), world.row("b", 0.1, 5)]
     assert list(interleave(rows, deadline=None)) == list(range(1, 8))
