@@ -16,7 +16,10 @@ mean of Delta so far, which the first token of a peaked teacher decides. With y 
 
     g' = g + (e^y - 1 - y) (z + d + g) + y (d + g),   d' = d + y z
 
-Should E_p[x] still turn out large against the KL, the pass is repeated about the mean.
+Should E_p[x] still turn out large against the KL, the pass is repeated about the mean. So it is
+where the teacher's maximum rose by more than 100 bits: the sums of the tiles before have underflown,
+and with them what the student had there near the centre. About the mean that is nothing: by Jensen
+E_p[e^x] >= 1, to which a token of p < 2^-100 adds less than e p where |x| < 1, and else is in f.
 
     d KL / d s = (q - p) / tau,   q - p = p expm1(r),   r = log(q/p) = Delta - (c + E_p[x]) - KL
 
@@ -109,12 +112,14 @@ def _row_pass(
     t_ptr, other_ptr, scale, cap, centre, moves,
     VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(log2 sum e^(t/tau), centre, E_p[x], KL) about `centre`, which is bettered if `moves`.
+    """(log2 sum e^(t/tau), centre, E_p[x], KL, rise) about `centre`, which is bettered if `moves`.
 
+    rise: that of log2 of the teacher's running maximum since the first tile.
     Bounds are `where`s, not minima and maxima: those drop NaN, and a NaN logit must show.
     """
     k = scale * LOG2E
     lanes = tl.arange(0, BLOCK)
+    t_first = float("-inf")
     t_top = float("-inf")
     s_top = float("-inf")
     z = tl.zeros((BLOCK,), tl.float32)
@@ -130,6 +135,7 @@ def _row_pass(
             s_new = tl.maximum(s_top, tl.max(s, 0) * k)
             shrink = tl.exp2(t_top - _finite(t_new))
             f *= tl.exp2(s_top - _finite(s_new))
+            t_first = tl.where(t_top == float("-inf"), t_new, t_first)
             t_top, s_top = t_new, s_new
             w_log, u_log = t * k - _finite(t_top), s * k - _finite(s_top)
             w = tl.exp2(w_log)
@@ -171,7 +177,7 @@ def _row_pass(
     total = tl.where(1.0 + b < 1e-30, 1e-30, 1.0 + b)
     kl_large = tl.where(far_log > 30.0, far_log, tl.log(total)) - mean
     kl = tl.where(small, kl_small, kl_large)
-    return log_z, centre, mean, tl.where(kl < 0, 0.0, kl)
+    return log_z, centre, mean, tl.where(kl < 0, 0.0, kl), t_top - t_first
 
 
 @triton.jit
@@ -185,12 +191,12 @@ def _row_statistics(
     mean = 0.0
     tries = 2
     while tries > 0:
-        log_z, centre, x_mean, kl = _row_pass(
+        log_z, centre, x_mean, kl, rise = _row_pass(
             *(t_ptr, other_ptr, scale, cap, mean, tries == 2),
             *(VOCABULARY, STACKED, SOFTCAP, BLOCK),
         )
         mean = centre + x_mean
-        tries = tl.where(x_mean * x_mean > 16.0 * kl, tries - 1, 0)
+        tries = tl.where((x_mean * x_mean > 16.0 * kl) | (rise > 100.0), tries - 1, 0)
     return log_z, mean, kl
 
 

@@ -152,6 +152,34 @@ def test_an_atypical_first_tile_costs_no_accuracy() -> None:
     torch.testing.assert_close(losses, truth, rtol=5e-5, atol=1e-11)
 
 
+@pytest.mark.parametrize(("tau", "gap"), [(1.0, 80), (1.0, 110), (0.5, 55), (0.5, 200), (0.25, 27)])
+def test_a_teacher_that_rises_late_keeps_what_the_student_had_before(
+    tau: float, gap: float
+) -> None:
+    """The first tile's top token is the student's; relative to the teacher's last it underflows."""
+    teacher = torch.randn(2, 5003) - 10
+    student = teacher.clone()
+    teacher[:, 5] = student[:, 5] = 5.0
+    teacher[0, 3000], student[0, 3000] = 5.0 + gap, -3.0
+    # In steps, none of which underflows by itself; the student falls as slowly.
+    steps = torch.tensor([2100, 4200])
+    teacher[1, steps] = 5.0 + gap * torch.tensor([0.6, 1.2])
+    student[1, steps] = torch.tensor([-1.0, -3.0])
+    losses, grad = triton_rows(student, teacher, tau)
+    truth, exact = exact_rows(student, teacher, tau)
+    torch.testing.assert_close(losses, truth, rtol=5e-5, atol=0)
+    assert (share_of_norm(grad, exact) < GRADIENT[torch.float32]).all()
+
+
+def test_logits_of_any_spread() -> None:
+    teacher = torch.randn(8, 5003) * 1000
+    student = teacher + torch.randn(8, 5003) * 200
+    losses, grad = triton_rows(student, teacher, 1.0)
+    truth, exact = exact_rows(student, teacher, 1.0)
+    torch.testing.assert_close(losses, truth, rtol=5e-5, atol=1e-6)
+    assert ((grad - exact).norm(dim=-1) <= 1e-3 * exact.norm(dim=-1) + 1e-6).all()
+
+
 @pytest.mark.parametrize("place", [3, 2047, 2048, 5000])
 def test_one_token_holds_nearly_all_of_the_teacher(place: int) -> None:
     """p = 0.999, wherever in the row: the mean of Delta is that token's, the KL the others'."""
