@@ -78,7 +78,7 @@ def is_folded(width: int, *, tanh: bool) -> bool:
     return not tanh and width <= GRAM_WIDTH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outputs"])
 def _fold_kernel(
     weight_ptr, bias_ptr, gamma_ptr, plain_ptr, scaled_ptr, outputs, WIDTH: tl.constexpr,
     PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr,

@@ -39,7 +39,7 @@ from latentwire_fast.kernels.matmul import matmul_fp32
 X, WEIGHT, BIAS, NORM_WEIGHT, NORM_BIAS, GAMMA, BETA, GAIN = range(8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_group"])
 def _gradient_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, gain_ptr, along_ptr, squares_ptr, dots_ptr,
     scaled_ptr, weighted_ptr, mean_ptr, rstd_ptr,

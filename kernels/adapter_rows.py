@@ -31,10 +31,15 @@ from latentwire_fast.kernels.adapter_pieces import (
     store_tail,
 )
 
+# Arguments whose divisibility is worth no compilation: no address is a multiple of one.
+SIZES = ["rows", "span", "rows_per_group", "latents", "code_bytes", "groups"]
 # What a launch of `_rows_kernel` makes.
 PLAIN, CONSTANT, ROW, PROGRAM, SQUARES, GIVEN = range(6)
-# The Gram matrix' tiles, [TILE_K, TILE]. With 64 x 64 the operands spill.
+# Columns of a tile, of x and of the Gram matrix, whose tiles are [TILE_K, TILE]. With 64 x 64 the
+# operands spill. Unpacking takes registers too, and has 8 warps: a thread's 16 bytes of half
+# precision, times those, are a tile.
 TILE, TILE_K = 64, 32
+PACKED_VALUES, PACKED_WARPS = 2048, 8
 # Programs own 16 rows while those do not fill an H100's or H200's 132 SMs, 64 after that. An
 # example of up to 64 is one program, and its calibration one launch.
 LARGEST_TILE = 64
@@ -117,10 +122,11 @@ def _gram_squares(
         bias = tl.load(gram_ptr + WIDTH * PADDED + column_j, mask=inside_j, other=0.0)
         square += tl.sum((cross + 2.0 * bias[None, :]) * x_j, 1)
     square += tl.load(gram_ptr + WIDTH * PADDED + WIDTH)
-    return tl.maximum(square, 0.0)  # rounding may leave less where W x and b cancel
+    # Rounding may leave less where W x and b cancel. No maximum: that drops NaN.
+    return tl.where(square < 0, 0.0, square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _rows_kernel(
     x_ptr, scales_ptr, norm_weight_ptr, norm_bias_ptr, gram_ptr, gain_ptr,
     squares_ptr, out_ptr, mean_ptr, rstd_ptr,
@@ -129,7 +135,6 @@ def _rows_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr,
     PRECISION: tl.constexpr, TILE_ROWS: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
-    STEP: tl.constexpr,
 ):  # fmt: skip
     """A program owns `span` rows. MODE says what it makes.
 
@@ -146,7 +151,7 @@ def _rows_kernel(
     if HAS_NORM:
         mean, rstd = row_moments(
             x_ptr, scales_ptr, row, live_row, latents, code_bytes, groups, norm_eps, WIDTH, BITS,
-            GROUP, TILE_ROWS, STEP,
+            GROUP, TILE_ROWS, TILE,
         )  # fmt: skip
         if MODE == 0:
             tl.store(mean_ptr + row, mean, mask=live_row)
@@ -172,8 +177,8 @@ def _rows_kernel(
         s = tl.full((TILE_ROWS,), 1.0, tl.float32)
         if MODE != 0:
             s = row_scale(square, gain_ptr, target_rms, eps, MODE != 1, HAS_GAIN)
-        for start in range(0, WIDTH, STEP):
-            part = start + tl.arange(0, STEP)
+        for start in range(0, WIDTH, TILE):
+            part = start + tl.arange(0, TILE)
             x = row_tile(
                 x_ptr, scales_ptr, norm_weight_ptr, norm_bias_ptr, row, part, live_row, mean, rstd,
                 latents, code_bytes, groups, WIDTH, BITS, GROUP, HAS_NORM, HAS_NORM_BIAS,
@@ -191,12 +196,29 @@ def gram_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if exact else "bf16x3"
 
 
-def _tiling(rows: int, group_rows: int) -> tuple[int, int]:
-    """(rows of a tile, rows that a program owns): a mean square's, if they fit one tile."""
-    if 1 < group_rows <= LARGEST_TILE:
-        return max(16, triton.next_power_of_2(group_rows)), group_rows
-    tile_rows = 16 if rows <= FEW_ROWS else LARGEST_TILE
-    return tile_rows, tile_rows
+@dataclass(frozen=True)
+class Tiling:
+    """Rows and columns of a tile, and the rows that a program owns."""
+
+    rows: int
+    columns: int
+    span: int
+
+    @classmethod
+    def of(cls, rows: int, group_rows: int, *, packed: bool) -> Tiling:
+        """A mean square's rows, if they fit one tile."""
+        few = 1 < group_rows <= LARGEST_TILE
+        if few:
+            tile_rows = max(16, triton.next_power_of_2(group_rows))
+        else:
+            tile_rows = 16 if rows <= FEW_ROWS else LARGEST_TILE
+        columns = PACKED_VALUES // tile_rows if packed else TILE
+        return cls(tile_rows, columns, group_rows if few else tile_rows)
+
+    def warps(self, *, packed: bool) -> int:
+        if packed:
+            return PACKED_WARPS
+        return 8 if self.rows == LARGEST_TILE else 4
 
 
 def _run(
@@ -206,25 +228,22 @@ def _run(
     mode: int,
     out: Tensor,
     *,
-    tiling: tuple[int, int, int],
+    tiling: Tiling,
     gram: Tensor | None = None,
     outputs: int = 1,
     squares: Tensor | None = None,
     moments: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """One launch of `_rows_kernel`. For an absent tensor `out` is passed, and not touched.
-
-    tiling: rows of a tile, columns that are read and written at a time, rows of a program.
-    """
-    tile_rows, step, span = tiling
+    """One launch of `_rows_kernel`. For an absent tensor `out` is passed, and not touched."""
     packed = source if isinstance(source, Packed) else None
     x = source.codes if isinstance(source, Packed) else source
     rows, width = source.shape
     scales = packed.scales if packed else None
     tensors = (scales, norm.weight, norm.bias, gram, calibration.gain, squares)
-    _rows_kernel[(triton.cdiv(rows, span),)](
+    _rows_kernel[(triton.cdiv(rows, tiling.span),)](
         *(x, *(out if t is None else t for t in tensors)),
-        *(out, *(moments or (out, out)), rows, span, max(calibration.group_rows, 1)),
+        *(out, *(moments or (out, out)), rows, tiling.span),
+        max(calibration.group_rows, 1),
         *((packed.latents, x.shape[1], packed.scales.shape[1]) if packed else (1, 1, 1)),
         *(calibration.target_rms, calibration.eps, norm.eps),
         MODE=mode,
@@ -237,11 +256,10 @@ def _run(
         HAS_NORM_BIAS=norm.bias is not None,
         HAS_GAIN=calibration.gain is not None,
         PRECISION=gram_precision(out.dtype),
-        TILE_ROWS=tile_rows,
-        TILE=TILE,
+        TILE_ROWS=tiling.rows,
+        TILE=tiling.columns,
         TILE_K=TILE_K,
-        STEP=step,
-        num_warps=8 if tile_rows == LARGEST_TILE else 4,
+        num_warps=tiling.warps(packed=packed is not None),
     )
 
 
@@ -256,10 +274,10 @@ def normalised_rows(source: Tensor | Packed, norm: Norm) -> tuple[Tensor, Tensor
     if isinstance(source, Tensor) and norm.weight is None:
         return source, mean, rstd
     out = source.new_empty((rows, width), dtype=source.dtype)
-    tile_rows, step = plain_tiling(width)
+    tile_rows, columns = plain_tiling(width)
     _run(
         *(source, norm, Calibration(None, 1.0, 0.0, 0), PLAIN, out),
-        tiling=(tile_rows, step, tile_rows),
+        tiling=Tiling(tile_rows, columns, tile_rows),
         moments=(mean, rstd),
     )
     return out, mean, rstd
@@ -280,14 +298,14 @@ def scaled_rows(
         gram: `[K, K]` fp32 of (W | b | 0); outputs: D.
     """
     rows, group_rows = source.shape[0], calibration.group_rows
-    tile_rows, span = _tiling(rows, group_rows)
+    tiling = Tiling.of(rows, group_rows, packed=isinstance(source, Packed))
     out = source.new_empty((rows, gram.shape[0]), dtype=source.dtype)
-    run = partial(_run, source, norm, calibration, tiling=(tile_rows, TILE, span), gram=gram)
+    run = partial(_run, source, norm, calibration, tiling=tiling, gram=gram)
     groups = rows // group_rows if group_rows else 0
     squares = source.new_empty(groups, dtype=torch.float32)
     if not group_rows:
         run(CONSTANT, out)
-    elif group_rows in (1, span):
+    elif group_rows in (1, tiling.span):
         run(ROW if group_rows == 1 else PROGRAM, out, squares=squares, outputs=outputs)
     else:
         per_row = source.new_empty(rows, dtype=torch.float32)

@@ -23,7 +23,8 @@ from torch import Tensor
 from latentwire_fast.kernels.adapter_rows import Calibration
 
 RECOMPUTED = 256
-# Tiles of 128 x 128 with K in steps of 64 and 8 warps: 64 accumulators per thread.
+# Tiles of 128 x 128 with K in steps of 64 and 8 warps: 64 accumulators per thread. fp32 rows, each
+# of whose products is three of TF32, spill with more than half of that.
 TILE_ROWS, TILE_COLUMNS, TILE_K = 128, 128, 64
 NUM_WARPS, NUM_STAGES = 8, 3
 # Row tiles that run next to each other, so that they share the columns' W in L2.
@@ -70,7 +71,7 @@ def _column_values(ptr, column, WIDTH: tl.constexpr):
     return tl.load(ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_group"])
 def _tiles_kernel(
     x_ptr, weight_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, gain_ptr, squares_ptr, dots_ptr,
     grad_ptr, out_ptr, columns_ptr, rows, rows_per_group, target_rms, eps,
@@ -140,6 +141,11 @@ def _tiles_kernel(
         tl.store(columns_ptr + row_tile.to(tl.int64) * WIDTH + column, sums, mask=column < WIDTH)
 
 
+def tile_columns(dtype: torch.dtype) -> int:
+    """Of the rows."""
+    return TILE_COLUMNS // 2 if dtype == torch.float32 else TILE_COLUMNS
+
+
 class Tiles:
     """The arguments that every mode of one call shares.
 
@@ -164,7 +170,8 @@ class Tiles:
         self.tanh = tanh
         self.rows, self.width = x.shape[0], weight.shape[0]
         self.row_tiles = triton.cdiv(self.rows, TILE_ROWS)
-        self.column_tiles = triton.cdiv(self.width, TILE_COLUMNS)
+        self.columns = tile_columns(x.dtype)
+        self.column_tiles = triton.cdiv(self.width, self.columns)
         wide = x.shape[1] > RECOMPUTED
         self.product = x @ self.weight.to(x.dtype).T if wide else None
 
@@ -197,7 +204,7 @@ class Tiles:
             TANH=self.tanh,
             BAND=BAND,
             TILE_ROWS=TILE_ROWS,
-            TILE_COLUMNS=TILE_COLUMNS,
+            TILE_COLUMNS=self.columns,
             TILE_K=TILE_K,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,

@@ -17,9 +17,9 @@ mean of Delta so far, which the first token of a peaked teacher decides. With y 
     g' = g + (e^y - 1 - y) (z + d + g) + y (d + g),   d' = d + y z
 
 Should E_p[x] still turn out large against the KL, the pass is repeated about the mean. So it is
-where the teacher's maximum rose by more than 100 bits: the sums of the tiles before have underflown,
-and with them what the student had there near the centre. About the mean that is nothing: by Jensen
-E_p[e^x] >= 1, to which a token of p < 2^-100 adds less than e p where |x| < 1, and else is in f.
+where the teacher's maximum rose by more than 100 bits: the sums of the first tiles underflow, and
+with them what the student had there near the centre. About the mean that is nothing: E_p[e^x] >= 1
+by Jensen, to which a token of p < 2^-100 adds less than e p where |x| < 1; elsewhere f has it.
 
     d KL / d s = (q - p) / tau,   q - p = p expm1(r),   r = log(q/p) = Delta - (c + E_p[x]) - KL
 

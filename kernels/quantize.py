@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 32 values per thread of 4 warps: two or more 16-byte loads in flight per thread.
+# 32 values per thread of 4 warps: two or more 16-byte loads in flight per thread. Where the last
+# group is short every byte has a mask of its own, for which 4 warps have too few registers.
 BLOCK_VALUES = 4096
-NUM_WARPS = 4
+NUM_WARPS, NUM_WARPS_SHORT = 4, 8
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _bytes_inside(column, held, group, groups, PER_BYTE: tl.constexpr, WHOLE: tl
 @triton.jit
 def _place(n, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """This program's row, its groups `[GROUPS]` (int64), and how many values each holds."""
-    tiles = tl.cdiv(n, GROUPS * GROUP)
+    tiles = (n - 1) // (GROUPS * GROUP) + 1  # tl.cdiv adds first, past 2^31 where n is just below
     program = tl.program_id(0).to(tl.int64)
     group = program % tiles * GROUPS + tl.arange(0, GROUPS)
     row = program // tiles
@@ -177,10 +178,11 @@ def quantize_pack(
     scales = z_Bn.new_empty((batch, triton.cdiv(n, group_size)), dtype=torch.float16)
     if z_Bn.numel():
         grid, row, groups = _grid(batch, n, group_size)
+        whole = row % group_size == 0
         _quantize_pack_kernel[grid](
             *(z_Bn, codes, scales, row, codes.numel() if row != n else code_bytes),
-            *(triton.cdiv(row, group_size), bits, group_size, groups, row % group_size == 0, clip),
-            num_warps=NUM_WARPS,
+            *(triton.cdiv(row, group_size), bits, group_size, groups, whole, clip),
+            num_warps=NUM_WARPS if whole else NUM_WARPS_SHORT,
         )
     return codes, scales
 
@@ -200,10 +202,11 @@ def unpack_dequantize(
     z = codes_Bb.new_empty((batch, values), dtype=dtype)
     if z.numel():
         grid, row, groups = _grid(batch, values, group_size)
+        whole = row % group_size == 0
         _unpack_dequantize_kernel[grid](
             *(codes_Bb, scales_BG, z, row, codes_Bb.numel() if row != values else code_bytes),
-            *(triton.cdiv(row, group_size), bits, group_size, groups, row % group_size == 0),
-            num_warps=NUM_WARPS,
+            *(triton.cdiv(row, group_size), bits, group_size, groups, whole),
+            num_warps=NUM_WARPS if whole else NUM_WARPS_SHORT,
         )
     return z
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +43,57 @@ class Case:
 
 
 def quantize_cases() -> dict[str, Case]:
+    """Latents in bf16 with every group size; in fp32, as encoders give them, with the default."""
     cases = {}
     for bits in (8, 6, 4):
-        for group in (16, 32, 64):
-            constants = {"BITS": bits, "GROUP": group, "GROUPS": 4096 // group}
-            clip = {"CLIP": bits == 4}
-            # A group's codes are 16 bytes or more; of 6 bits the shorter of their two planes.
-            long = group * (2 if bits == 6 else bits) // 8 >= 16
-            name = f"{bits} bits, groups of {group}"
-            for whole in (True, False) if group == 32 else (True,):
-                shape = {**constants, "WHOLE": whole}
-                aligned = (3, 4, 5) if whole else ()
-                both = ("LDG", "STG") if whole and long else ()
-                tail = "" if whole else ", a short one"
-                cases[f"pack, {name}{tail}"] = Case(
-                    *("quantize", "_quantize_pack_kernel", (BF16, BYTE, FP16, *["i32"] * 3)),
-                    *({**shape, **clip}, 4, 3, both or ("LDG",) * whole, aligned),
-                )
-                cases[f"unpack, {name}{tail}"] = Case(
-                    *("quantize", "_unpack_dequantize_kernel", (BYTE, FP16, BF16, *["i32"] * 3)),
-                    *(shape, 4, 3, both or ("STG",) * whole, aligned),
-                )
-            cases[f"fake, {name}"] = Case(
-                *("quantize", "_fake_quantize_kernel", (BF16, BF16, "i32")),
-                *({**constants, **clip}, 4, 3, ("LDG", "STG"), (2,)),
-            )
+        for dtype, group in ((BF16, 16), (BF16, 32), (BF16, 64), (FP32, 32)):
+            name = f"{bits} bits, groups of {group}{', fp32' if dtype == FP32 else ''}"
+            cases |= quantize_trio(name, dtype, bits, group, whole=True)
+        cases |= quantize_trio(f"{bits} bits, groups of 32, a short one", BF16, bits, 32)
+        cases |= quantize_trio(f"{bits} bits, groups of 64, a short one, fp32", FP32, bits, 64)
+    return cases
+
+
+def quantize_trio(
+    name: str, dtype: str, bits: int, group: int, *, whole: bool = False
+) -> dict[str, Case]:
+    """Packing, unpacking and both, for whole groups or a last short one."""
+    shape = {"BITS": bits, "GROUP": group, "GROUPS": 4096 // group}
+    clip, warps = {"CLIP": bits == 4}, 4 if whole else 8
+    # A group's codes are 16 bytes or more; of 6 bits the shorter of their two planes.
+    long = group * (2 if bits == 6 else bits) // 8 >= 16
+    both = ("LDG", "STG") if whole and long else ()
+    sizes, aligned = ["i32"] * 3, (3, 4, 5) if whole else ()
+    cases = {
+        f"pack, {name}": Case(
+            *("quantize", "_quantize_pack_kernel", (dtype, BYTE, FP16, *sizes)),
+            *({**shape, **clip, "WHOLE": whole}, warps, 3, both or ("LDG",) * whole, aligned),
+        ),
+        f"unpack, {name}": Case(
+            *("quantize", "_unpack_dequantize_kernel", (BYTE, FP16, dtype, *sizes)),
+            *({**shape, "WHOLE": whole}, warps, 3, both or ("STG",) * whole, aligned),
+        ),
+    }
+    if whole:  # to it all groups are alike
+        cases[f"fake, {name}"] = Case(
+            *("quantize", "_fake_quantize_kernel", (dtype, dtype, "i32")),
+            *({**shape, **clip}, 4, 3, ("LDG", "STG"), (2,)),
+        )
     return cases
 
 
 def distill_case(
-    vocabulary: int, *, logits: str = BF16, wide: bool = True, gradient: bool = True, **flags: bool
+    vocabulary: int,
+    *,
+    logits: str = BF16,
+    grad: str = BF16,
+    wide: bool = True,
+    gradient: bool = True,
+    **flags: bool,
 ) -> Case:
     """A launch of the KL kernel: of logits in bf16, or in fp32 as they come from a head."""
     constants = {"VOCABULARY": vocabulary, "BLOCK": 2048, "MASKED": True, "GRADIENT": gradient}
-    arguments = (logits, logits, "*i1", FP32, FP32, BF16, *["i32"] * 3, "fp32", "fp32")
+    arguments = (logits, logits, "*i1", FP32, FP32, grad, *["i32"] * 3, "fp32", "fp32")
     accesses = ("LDGSTS", *(("STG",) if gradient else ()))
     return Case(
         *("distill", "_kl_kernel", arguments),
@@ -90,6 +107,10 @@ def distill_cases() -> dict[str, Case]:
     for vocabulary in (128_256, 152_064):
         cases[f"KL, V {vocabulary}"] = distill_case(vocabulary, gradient=False)
         cases[f"KL and gradient, V {vocabulary}"] = distill_case(vocabulary)
+        cases[f"KL and gradient, V {vocabulary}, unmasked"] = distill_case(vocabulary, MASKED=False)
+        cases[f"KL and gradient, V {vocabulary}, fp32 to fp32, stacked, unmasked"] = distill_case(
+            vocabulary, logits=FP32, grad=FP32, STACKED=True, MASKED=False
+        )
         for name, flags in (
             ("", {}),
             (", stacked", {"STACKED": True}),
@@ -102,6 +123,10 @@ def distill_cases() -> dict[str, Case]:
             *("distill", "_scale_rows_kernel", (BF16, FP32, "i32", "i32")),
             *({"WIDTH": vocabulary, "BLOCK": 2048}, 8, 3, ("LDG", "STG"), (2,)),
         )
+    # Gemma's, whose softcap makes the largest kernel.
+    cases["KL and gradient, V 256000, fp32, stacked, softcap"] = distill_case(
+        256_000, logits=FP32, STACKED=True, SOFTCAP=True
+    )
     # GPT-2's vocabulary is odd: nothing is aligned, nothing 16 bytes wide.
     cases["KL and gradient, V 50257"] = distill_case(50_257, wide=False)
     cases["KL and gradient, V 50257, fp32, stacked"] = distill_case(
@@ -111,34 +136,45 @@ def distill_cases() -> dict[str, Case]:
 
 
 def adapter_rows_case(
-    mode: int, width: int, tile_rows: int, *, bits: int = 0, dtype: str = BF16
+    mode: int,
+    width: int,
+    tile_rows: int,
+    *,
+    bits: int = 0,
+    dtype: str = BF16,
+    norm: bool = True,
+    norm_bias: bool = True,
+    gain: bool = False,
 ) -> Case:
-    """A launch of the row kernel: 0 plain, 1 without calibration, 2 per row, 3 per program."""
+    """A launch of the row kernel: 0 plain, 1 without calibration, 2 per row, 3 per program, 4 mean
+    squares alone, 5 by those. The gain is a number, as adapters give it, or a tensor."""
+    columns = (2048 // tile_rows if bits else 64) if mode else 4096 // tile_rows
     constants = {"MODE": mode, "WIDTH": width, "OUTPUTS": 4096, "BITS": bits}
     constants |= {"PADDED": width + 8 if mode else width, "GROUP": 32 if bits else 1}
-    constants |= dict.fromkeys(("HAS_NORM", "HAS_NORM_BIAS", "HAS_GAIN"), True)
-    constants |= {"PRECISION": "tf32x3" if dtype == FP32 else "bf16x3", "TILE": 64, "TILE_K": 32}
-    constants |= {"TILE_ROWS": tile_rows, "STEP": 64 if mode else 4096 // tile_rows}
+    constants |= {"HAS_NORM": norm, "HAS_NORM_BIAS": norm and norm_bias, "HAS_GAIN": gain}
+    constants |= {"PRECISION": "tf32x3" if dtype == FP32 else "bf16x3", "TILE_K": 32}
+    constants |= {"TILE_ROWS": tile_rows, "TILE": columns}
     source = (BYTE, FP16) if bits else (dtype, dtype)
-    pointers = (*source, BF16, BF16, FP32, BF16, FP32, dtype, FP32, FP32)
+    pointers = (*source, dtype, dtype, FP32, dtype, FP32, dtype, FP32, FP32)
     return Case(
         *("adapter_rows", "_rows_kernel", (*pointers, *["i32"] * 6, *["fp32"] * 3), constants),
-        *(8 if tile_rows == 64 else 4, 3),
+        *(8 if bits or tile_rows == 64 else 4, 3),
         # Of a payload it reads bytes; the Gram matrix comes by asynchronous copies.
         (
             *(() if bits else ("LDG",)),
-            "STG",
-            *(("LDGSTS",) if mode > 1 else ()),
+            *(("STG",) if mode != 4 else ()),
+            *(("LDGSTS",) if 2 <= mode <= 4 else ()),
         ),
-        (10,),
     )
 
 
-def adapter_cases() -> dict[str, Case]:
+def adapter_rows_cases() -> dict[str, Case]:
     cases = {
         "rows 256, LayerNorm": adapter_rows_case(0, 256, 16),
         "rows 4096, LayerNorm": adapter_rows_case(0, 4096, 1),
+        "rows 256, 4 bits, LayerNorm": adapter_rows_case(0, 256, 16, bits=4),
         "rows 256, uncalibrated": adapter_rows_case(1, 256, 64),
+        "rows 256, tile 16, bf16, Gram, gain": adapter_rows_case(2, 256, 16, gain=True),
     }
     for tile_rows, width in ((16, 256), (64, 256), (16, 512), (64, 512), (16, 48)):
         for dtype in (BF16, FP32):
@@ -148,6 +184,28 @@ def adapter_cases() -> dict[str, Case]:
         for tile_rows in (16, 32, 64):
             name = f"rows 256, tile {tile_rows}, {bits} bits, Gram"
             cases[name] = adapter_rows_case(3, 256, tile_rows, bits=bits)
+        for tile_rows in (16, 64):
+            name = f"rows 256, tile {tile_rows}, {bits} bits, mean squares"
+            cases[name] = adapter_rows_case(4, 256, tile_rows, bits=bits)
+    # The parts that unpacking, LayerNorm and the product leave fewest registers in.
+    few: list[tuple[int, int, int, int, str, dict[str, bool]]] = [
+        (2, 256, 16, 6, BF16, {"norm_bias": False}),
+        (3, 256, 16, 8, BF16, {"norm": False}),
+        (2, 64, 64, 6, FP32, {}),
+        (3, 64, 32, 6, FP32, {}),
+        (3, 64, 64, 6, FP32, {}),
+        (4, 256, 16, 8, FP32, {}),
+        (4, 256, 64, 0, FP32, {}),
+        (5, 256, 64, 6, FP32, {}),
+    ]
+    for mode, width, tile_rows, bits, dtype, parts in few:
+        name = f"rows {width}, tile {tile_rows}, {bits or 32} bits, {dtype[1:]}, mode {mode}"
+        cases[name] = adapter_rows_case(mode, width, tile_rows, bits=bits, dtype=dtype, **parts)
+    return cases
+
+
+def adapter_cases() -> dict[str, Case]:
+    cases = adapter_rows_cases()
     for width in (256, 512):
         folded = {"WIDTH": width, "PADDED": width + 8, "HAS_BIAS": True, "HAS_GAMMA": True}
         cases[f"fold {width}"] = Case(
@@ -163,20 +221,33 @@ def adapter_cases() -> dict[str, Case]:
                 (*[BF16] * 4, *[FP32] * 3, BF16, BF16, FP32, FP32, "i32", "i32", *["fp32"] * 3),
                 *({**shape, "WRITE": write}, 4, 3, ("STG",) if write else ("LDG",)),
             )
-    parts = ("HAS_BIAS", "HAS_GAMMA", "HAS_BETA", "HAS_GAIN", "CALIBRATED")
-    flags = dict.fromkeys(parts, True)
-    tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_COLUMNS": 128, "TILE_K": 64}
+    return {**cases, **tiles_cases()}
+
+
+def tiles_cases() -> dict[str, Case]:
+    flags = dict.fromkeys(("HAS_BIAS", "HAS_GAMMA", "HAS_BETA", "CALIBRATED"), True)
+    cases = {}
     for mode, name in enumerate(("squares", "write", "dots", "gradient")):
-        for inner, width, tanh in ((256, 4096, True), (256, 3584, True), (4096, 4096, False)):
-            out = FP32 if mode in (0, 2) else BF16
+        for inner, width, tanh, dtype in (
+            (256, 4096, True, BF16),
+            (256, 3584, True, BF16),
+            (4096, 4096, False, BF16),
+            (256, 4096, True, FP32),
+        ):
+            out = FP32 if mode in (0, 2) else dtype
             shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "TANH": tanh}
-            stored = inner > 256
-            cases[f"tiles {inner} to {width}{', tanh' if tanh else ''}, {name}"] = Case(
+            tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_K": 64}
+            tile["TILE_COLUMNS"] = 64 if dtype == FP32 else 128
+            stored, wide = inner > 256, ", fp32" if dtype == FP32 else ""
+            cases[f"tiles {inner} to {width}{', tanh' if tanh else ''}{wide}, {name}"] = Case(
                 *("adapter_tiles", "_tiles_kernel"),
-                (*[BF16] * 7, FP32, FP32, BF16, out, FP32, "i32", "i32", "fp32", "fp32"),
-                {**shape, "HAS_Y": stored, **flags, **tile},
-                *(8, 3, ("LDG",) if stored else ("LDGSTS",), (12,)),
+                (*[dtype] * 7, FP32, FP32, dtype, out, FP32, "i32", "i32", "fp32", "fp32"),
+                {**shape, "HAS_Y": stored, "HAS_GAIN": False, **flags, **tile},
+                *(8, 3, ("LDG",) if stored else ("LDGSTS",)),
             )
+    name = "tiles 256 to 4096, tanh, fp32, gradient"
+    constants = {**cases[name].constants, "HAS_GAMMA": False}
+    cases[f"{name}, no gamma"] = replace(cases[name], constants=constants)
     return cases
 
 
