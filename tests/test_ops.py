@@ -6,7 +6,8 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from latentwire_fast import ops, reference
 from latentwire_fast.errors import ConfigError, KernelError, LatentWireError, PayloadError
+from latentwire_fast.ops import dispatch
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
@@ -675,6 +677,34 @@ def test_triton_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         pass
     with ops.backend("reference"):
         ops.fake_quantize(LATENT, bits=4, group_size=16)
+
+
+def test_an_op_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, whichever the tensors are on."""
+    inside: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        inside.append(x)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    run = dispatch._on_its_device(lambda x, factor: (inside[0] is x, x * factor), "cuda")
+    x = torch.ones(2)
+    found, product = run(x, 3)
+    assert found
+    assert torch.equal(product, 3 * x)
+    assert not inside
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_ops_work_on_a_gpu_that_is_not_the_current_one() -> None:
+    x, weight = torch.randn(5, 32), torch.randn(64, 32)
+    found = ops.project_calibrate(x.to("cuda:1"), weight.to("cuda:1"), target_rms=0.5)
+    expected = ops.project_calibrate(x, weight, target_rms=0.5)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -70,17 +70,21 @@ def register(schema: str, implementation: Any, fake: Any) -> None:
     name = schema[: schema.index("(")]
     _library.define(schema)
     for device in ("cpu", "cuda"):
-        _library.impl(name, _without_autocast(implementation, device), device.upper())
+        _library.impl(name, _on_its_device(implementation, device), device.upper())
     torch.library.register_fake(f"latentwire_fast::{name}", fake, lib=_library)
 
 
-def _without_autocast(implementation: Any, device: str) -> Any:
-    """Autocast would compute the reference's fp32 formulas in the half precision of the layers
-    round the op."""
+def _on_its_device(implementation: Any, device: str) -> Any:
+    """The op as it is registered, run where its first tensor is, and without autocast.
 
-    def run(*arguments: Any) -> Any:
-        with torch.autocast(device, enabled=False):
-            return implementation(*arguments)
+    Triton launches on the current GPU, which another device's reader is not on. Autocast would
+    compute the reference's fp32 formulas in the half precision of the layers round the op.
+    """
+
+    def run(x: Tensor, *arguments: Any) -> Any:
+        # Does nothing for a tensor on the CPU.
+        with torch.cuda.device_of(x), torch.autocast(device, enabled=False):
+            return implementation(x, *arguments)
 
     return run
 

@@ -45,7 +45,9 @@ def quantize(
     padding = -z_Bn.shape[-1] % group_size
     z = F.pad(z_Bn.float(), (0, padding)).unflatten(-1, (-1, group_size))
     amax = z.abs().amax(-1)
-    scale = (amax / (qmax + 0.5 if clip else qmax)).clamp(max=LARGEST_FP16)
+    # By a tensor: by a number, a GPU multiplies with the reciprocal, and some scales come out else.
+    steps = amax.new_full((), qmax + 0.5 if clip else qmax)
+    scale = (amax / steps).clamp(max=LARGEST_FP16)
     scale = scale.masked_fill(~amax.isfinite(), torch.nan)
     scales = scale.to(torch.float16)
     step = scales.float().unsqueeze(-1)
