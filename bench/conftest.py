@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Warnings are no errors here: torch's compiler gives some, which would end a compilation."""
+    item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """The files of this folder; pytest itself collects those that the command line names."""
     named = parent.session.isinitpath(file_path)

@@ -109,6 +109,16 @@ def run_worker(run: Run, name: str, limit: float) -> str:
     return outcome
 
 
+def assume_ceilings(run: Run) -> None:
+    """Those that an H200 is known to reach, whose name says so: tests and benchmarks run without
+    measured ones."""
+    from ceilings import REACHABLE
+
+    run.results["ceilings"] = REACHABLE["H200"].to_json()
+    entry = {"about": run.results["about"], "ceilings": run.results["ceilings"]}
+    (run.parts / "ceilings.jsonl").write_text(json.dumps(entry) + "\n")
+
+
 def build_extension(run: Run, limit: float) -> str:
     """In place, for this Python; placement has a torch path without it, so this is no failure."""
     if run.tiny:
@@ -204,8 +214,9 @@ def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> 
             results={**empty, "sections": [], "tests": [], "records": []},
         )
         run.section("ceilings", 0.12, lambda limit: run_worker(run, "ceilings", limit))
-        if run.results["ceilings"] is None:
-            return 1
+        measured = run.results["ceilings"] is not None
+        if not measured:
+            assume_ceilings(run)
         run.section("extension", 0.17, lambda limit: build_extension(run, limit))
         run.section("tests", 0.21, lambda limit: test_kernels(run, limit))
         for name, share in BENCHMARKS.items():
@@ -218,7 +229,7 @@ def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> 
     failed = [s for s in run.results["sections"] if s["outcome"].startswith((FAILED, "stopped"))]
     print((folder / "results.md").read_text())
     print(f"written: {folder / 'results.json'}, {folder / 'results.md'}")
-    return 1 if wrong or failed else 0
+    return 1 if wrong or failed or not measured else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

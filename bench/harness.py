@@ -11,9 +11,11 @@ from __future__ import annotations
 import gc
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -76,6 +78,7 @@ class Case:
         design: the launches of our implementation, which predict its time.
         inputs: makes them; truth: the right result, fp64; errors: of a result, by name.
         rows: by name; `eager` comes before those that are held to its errors.
+        part: cases of one part get their autotuned rows before the next part's get any.
         wall: time the calls with their launching, as a caller waits for them.
     """
 
@@ -90,6 +93,7 @@ class Case:
     errors: Callable[[Any, Inputs, Any], Errors]
     rows: Mapping[str, Row]
     wall: bool = False
+    part: str = ""
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.name} {self.shape}"
@@ -158,22 +162,22 @@ def run_case(
     errors: dict[str, Errors] = {}
     absent: dict[str, str] = {}
     for name in ("eager", *sorted(timed - {"eager"})):
-        try:
+        with _noted(absent, name):
             call = case.rows[name].prepare()
             errors[name] = _gate(case, name, call, inputs, truth, errors.get("eager", {}))
             if name in timed:
                 calls[name] = call
-        except Absent as reason:
-            absent[name] = str(reason)
-        except torch.OutOfMemoryError:
-            absent[name] = "out of memory"
-            torch.cuda.empty_cache()
-        except Exception as error:  # one row's failure is not the others'
-            absent[name] = f"failed: {type(error).__name__}: {first_line(error)}"
     del truth
-    timings = _timings(case, calls, inputs, ceilings, budget)
-    memory = {n: peak_bytes(c, inputs) for n, c in calls.items()} if DEVICE == "cuda" else {}
-    started = {n: launches(c, inputs) for n, c in calls.items()} if DEVICE == "cuda" else {}
+    timings: dict[str, Timing] = {}
+    with _noted(absent, *calls):  # they run interleaved: what fails there could be any one's
+        timings = _timings(case, calls, inputs, ceilings, budget)
+    memory: dict[str, int] = {}
+    started: dict[str, int | None] = {}
+    for name, call in calls.items() if DEVICE == "cuda" else ():
+        with _noted(absent, name):
+            memory[name] = peak_bytes(call, inputs)
+            if name == "ours":  # tracing takes as long as the timing does
+                started[name] = launches(call, inputs)
     records = []
     for name in wanted:
         timing, ours = timings.get(name), timings.get("ours")
@@ -195,6 +199,21 @@ def run_case(
     del calls, inputs
     _release()
     return records
+
+
+@contextmanager
+def _noted(absent: dict[str, str], *names: str) -> Iterator[None]:
+    """Why rows have no figures, if they fail inside: one row's failure is not the others'."""
+    try:
+        yield
+    except Absent as reason:
+        absent |= dict.fromkeys(names, str(reason))
+    except torch.OutOfMemoryError:
+        absent |= dict.fromkeys(names, "out of memory")
+        torch.cuda.empty_cache()
+    except Exception as error:
+        reason = f"failed: {type(error).__name__}: {first_line(error)}"
+        absent |= dict.fromkeys(names, reason)
 
 
 def _gate(case: Case, name: str, call: Call, inputs: Inputs, truth: Any, eager: Errors) -> Errors:
@@ -288,7 +307,8 @@ def run_cases(
     seconds: float,
     keep: Callable[[list[Record]], None],
 ) -> None:
-    """Every case within a budget, autotuned rows last: finding their settings can take minutes.
+    """Every case within a budget, autotuned rows last in their part: finding their settings can
+    take minutes.
 
     Args:
         ceilings: of this machine.
@@ -296,9 +316,12 @@ def run_cases(
         keep: is given each case's records as soon as they exist.
     """
     deadline = time.monotonic() + seconds
-    tuned = [case for case in cases if AUTOTUNED in case.rows]
-    plan = [(case, tuple(row for row in case.rows if row != AUTOTUNED)) for case in cases]
-    for case, rows in [*plan, *((case, (AUTOTUNED,)) for case in tuned)]:
+    plan: list[tuple[Case, tuple[str, ...]]] = []
+    for _, group in groupby(cases, key=lambda case: case.part):
+        part = list(group)
+        plan += [(case, tuple(row for row in case.rows if row != AUTOTUNED)) for case in part]
+        plan += [(case, (AUTOTUNED,)) for case in part if AUTOTUNED in case.rows]
+    for case, rows in plan:
         if time.monotonic() > deadline:
             print(f"{case}: {', '.join(rows)}: not run, out of time", flush=True)
             continue

@@ -103,7 +103,8 @@ def prediction_table(cases: Iterable[Case]) -> str:
 
 def ceilings_line(ceilings: Ceilings) -> str:
     return (
-        f"Ceilings: copy {ceilings.bytes_per_second / 1e12:.3g} TB/s (reads and writes), bf16 "
+        f"Ceilings ({ceilings.name}): copy {ceilings.bytes_per_second / 1e12:.3g} TB/s "
+        "(reads and writes), bf16 "
         f"matmul {ceilings.flops_per_second / 1e12:.4g} TFLOP/s, one launch "
         f"{seconds(ceilings.launch_seconds)}, host to device "
         f"{ceilings.link_bytes_per_second / 1e9:.3g} GB/s."

@@ -253,6 +253,26 @@ def test_cases_stop_at_the_deadline_and_tuned_rows_come_last() -> None:
     assert kept == []
     harness.run_cases(two, ceilings=H200, seconds=600, keep=keep)
     assert kept == [["ours", "eager"], ["ours", "eager"], [AUTOTUNED]]
+    kept.clear()
+    harness.run_cases(
+        [replace(two[0], part="a"), replace(two[0], part="b")],
+        ceilings=H200,
+        seconds=600,
+        keep=keep,
+    )
+    assert kept == [["ours", "eager"], [AUTOTUNED]] * 2
+
+
+def test_what_fails_after_the_gate_is_noted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while the rows are timed is theirs, and ends no other case."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("illegal address")
+
+    monkeypatch.setattr(harness, "_timings", fail)
+    records = measured(case_of(ours=double, eager=double))
+    assert {r.absent for r in records.values()} == {"failed: RuntimeError: illegal address"}
+    assert {r.timing for r in records.values()} == {None}
 
 
 # --- Clocks, with a GPU that only counts ----------------------------------------------------------
@@ -395,7 +415,8 @@ def test_a_case_on_a_gpu_is_timed_by_what_suits_its_length(
     case = case_of(ours=timed(2), eager=timed(5))
     records = measured(replace(case, work=Stage(traffic), wall=wall))
     assert {r.timing.method for r in records.values() if r.timing} == {method}
-    assert {(r.peak_bytes, r.launches) for r in records.values()} == {(100, 3)}
+    assert {r.peak_bytes for r in records.values()} == {100}
+    assert {name: r.launches for name, r in records.items()} == {"ours": 3, "eager": None}
     if not wall:
         assert records["eager"].against_ours == pytest.approx(2.5)
 
@@ -568,7 +589,7 @@ def test_a_build_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("t.py::a PASSED [ 5%]\nt.py::b FAILED [ 9%]", "failed: 1", (1, 1, 0, "t.py::b", True)),
         ("t.py::a PASSED", "stopped: out of time", (1, 0, 0, "stopped", True)),
         ("E   ModuleNotFoundError: No module named 'xyz.a'", "failed: 2",
-         (0, 0, 0, "needs xyz.a", False)),
+         (0, 0, 0, "needs xyz.a", True)),
         ("", "failed: status 3", (0, 0, 0, "failed: status 3: no output", True)),
     ],
 )  # fmt: skip
@@ -580,6 +601,12 @@ def test_what_pytest_said_is_counted(log: str, ending: str, expected: tuple[Any,
     assert report["bad"] is bad
 
 
+def test_a_file_may_lack_what_it_is_known_to_need() -> None:
+    log = "E   ModuleNotFoundError: No module named 'accelerate.state'"
+    assert gpu_tests.report_of("test_kernels_training.py", log, "failed: 2")["bad"] is False
+    assert gpu_tests.report_of("test_kernels_adapter.py", log, "failed: 2")["bad"] is True
+
+
 def test_all_files_with_tests_for_a_gpu_are_found() -> None:
     kernels, others = gpu_tests.device_tests(tiny=False)
     names = {path.stem.removeprefix("test_kernels_") for path in kernels}
@@ -589,10 +616,19 @@ def test_all_files_with_tests_for_a_gpu_are_found() -> None:
     assert Path(__file__) not in {*kernels, *others}
 
 
+def test_every_test_of_a_file_is_dealt_out_once() -> None:
+    path = processes.ROOT / "tests" / "test_kernels_adapter.py"
+    hands = gpu_tests.dealt(path)
+    assert len(hands) == gpu_tests.PROCESSES
+    found = [test for hand in hands for test in hand]
+    assert len(found) == len(set(found)) == path.read_text().count("\ndef test_")
+
+
 def test_out_of_time_before_anything_is_written_down(tmp_path: Path) -> None:
     assert gpu_kernels.run_all(tmp_path, tiny=True, commit=None, seconds=0) == 1
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [s["outcome"] for s in results["sections"]] == ["not run: out of time"]
+    assert {s["outcome"] for s in results["sections"]} == {"not run: out of time"}
+    assert "reachable" in results["ceilings"]["name"]
     assert "not run: out of time" in (tmp_path / "results.md").read_text()
 
 
