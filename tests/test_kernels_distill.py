@@ -541,6 +541,7 @@ def test_linear_kl_at_real_shapes(vocabulary: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_gpu() -> None:
     """Forward and backward without a host synchronisation; the first call compiles."""
     logits = torch.randn(2, 4, 999, device="cuda", dtype=torch.bfloat16)
@@ -559,8 +560,8 @@ def test_nothing_waits_for_the_gpu() -> None:
 
     step()
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")  # sets it, and then warns
         step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)

@@ -36,6 +36,8 @@ def test_bytes_and_values_equal_the_reference(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 6, 4])
 def test_half_precision_and_strided_inputs(dtype: torch.dtype, bits: int) -> None:
+    """Packed from that dtype, unpacked to fp32: to bf16 the interpreter cuts off what a GPU rounds,
+    so that only a GPU can be held to the reference there."""
     z = torch.randn(20, 3, 7).to(dtype).transpose(0, 1)
     packed, scales = ops.quantize_pack(z, bits=bits, group_size=16)
     with ops.backend("triton"):
@@ -129,9 +131,21 @@ def test_nothing_is_written_outside_or_read_unwritten(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_reference_is_the_same_on_a_gpu(bits: int, clip: bool) -> None:
+    z = torch.randn(3, 2**20)
+    settings = {"bits": bits, "group_size": 32, "clip": clip}
+    expected = reference.quantize_pack(z, **settings)
+    for found, wanted in zip(reference.quantize_pack(z.cuda(), **settings), expected, strict=True):
+        assert torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 6, 4])
 def test_more_values_than_32_bits_count(bits: int) -> None:
-    """Whole groups, which make one row of the batch, and a short group in each long row."""
-    for rows, values in ((2**10, 2**21 + 64), (3, 2**30 + 40)):
+    """Whole groups, which make one row of the batch, also one just below 2^31; and a short group in
+    each long row."""
+    for rows, values in ((2**10, 2**21 + 64), (1, 2**31 - 64), (3, 2**30 + 40)):
         z = torch.randn(rows, values, device="cuda", dtype=torch.bfloat16)
         codes, scales = ops.quantize_pack(z[:, None], bits=bits, group_size=64)
         out = ops.unpack_dequantize(
