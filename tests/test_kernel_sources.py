@@ -145,6 +145,20 @@ def test_launchers_read_nothing(without_data: None, monkeypatch: pytest.MonkeyPa
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_product_on_a_gpu_is_fp32_and_goes_where_it_should(
+    without_data: None, dtype: torch.dtype
+) -> None:
+    """The call that no CPU makes: half precision factors, an fp32 result."""
+    pytest.importorskip("triton")
+    from latentwire_fast.kernels.matmul import matmul_fp32
+
+    a, b = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((4, 16), (16, 8)))
+    assert matmul_fp32(a, b).dtype == torch.float32
+    out = torch.empty(4, 8, device="cuda")
+    assert matmul_fp32(a, b, out=out) is out
+
+
 class Computed(TorchDispatchMode):
     """Names of the torch ops that compute something: not those that make or view a tensor."""
 

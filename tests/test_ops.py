@@ -455,6 +455,33 @@ def test_fullgraph_compile_of_packing_and_unpacking() -> None:
 
 LATENT = torch.zeros(2, 3, 8)
 BAD_CALLS: dict[str, tuple[type[LatentWireError], str, Callable[[], object]]] = {
+    "bits of another type": (
+        ConfigError,
+        r"quantize_pack: bits is 4\.0; expected one of",
+        lambda: ops.quantize_pack(LATENT, bits=4.0, group_size=32),
+    ),
+    "no tensor": (
+        KernelError,
+        "quantize_pack: z is a list; expected a tensor",
+        lambda: ops.quantize_pack([1.0], bits=4, group_size=32),
+    ),
+    "chunk_rows of another type": (
+        ConfigError,
+        r"linear_kd_kl: chunk_rows is 1\.5; expected an integer",
+        lambda: ops.linear_kd_kl(*torch.zeros(2, 3, 4), torch.zeros(5, 4), chunk_rows=1.5),
+    ),
+    "gain that is no number": (
+        ConfigError,
+        "project_calibrate: gain is nan",
+        lambda: ops.project_calibrate(
+            torch.zeros(2, 4), torch.zeros(3, 4), target_rms=1.0, gain=math.nan
+        ),
+    ),
+    "weight of three dimensions": (
+        KernelError,
+        r"project_calibrate: weight has shape \(1, 3, 4\); expected two dimensions",
+        lambda: ops.project_calibrate(torch.zeros(2, 4), torch.zeros(1, 3, 4), target_rms=1.0),
+    ),
     "bits": (
         ConfigError,
         "quantize_pack: bits is 5; expected one of",

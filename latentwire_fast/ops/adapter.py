@@ -215,6 +215,8 @@ def checked(
             f"{op}: target_rms is {target_rms}; calibration {calibration!r} needs a positive number"
         )
     check_float(op, "weight", weight, dims=2)
+    if weight.dim() != 2:
+        raise KernelError(f"{op}: weight has shape {tuple(weight.shape)}; expected two dimensions")
     width, inner = weight.shape[0], shape[-1]
     if norm_bias is not None and norm_weight is None:
         raise KernelError(f"{op}: norm_bias without norm_weight; give both, or norm_weight alone")
@@ -232,6 +234,8 @@ def checked(
         check_shape(op, name, tensor, expected, on)
     scale = 1.0 if calibration == "none" or target_rms is None else float(target_rms)
     if not isinstance(gain, Tensor):
+        if not math.isfinite(gain):
+            raise ConfigError(f"{op}: gain is {gain}; expected a finite number")
         return scale * float(gain), None
     if gain.numel() != 1:
         raise KernelError(f"{op}: gain has shape {tuple(gain.shape)}; expected one element")

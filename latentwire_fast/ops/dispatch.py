@@ -90,11 +90,14 @@ def _on_its_device(implementation: Any, device: str) -> Any:
 
 
 def one_of(op: str, argument: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
+    # By type too: 4.0 equals 4, and is no number of bits.
+    if (type(value), value) not in [(type(a), a) for a in allowed]:
         raise ConfigError(f"{op}: {argument} is {value!r}; expected one of {allowed}")
 
 
 def check_float(op: str, argument: str, x: Tensor, *, dims: int) -> None:
+    if not isinstance(x, Tensor):
+        raise KernelError(f"{op}: {argument} is a {type(x).__name__}; expected a tensor")
     if x.dtype not in FLOATS:
         raise KernelError(f"{op}: {argument} is {x.dtype}; expected a floating-point tensor")
     if x.dim() < dims:

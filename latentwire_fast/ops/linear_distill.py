@@ -184,8 +184,8 @@ def linear_kd_kl(
     op = "linear_kd_kl"
     _check_heads(op, student_hidden, teacher_hidden, weight, teacher_weight)
     check_distillation(op, tau, mask, student_hidden, reduction)
-    if chunk_rows < 1:
-        raise ConfigError(f"{op}: chunk_rows is {chunk_rows}; expected at least 1")
+    if not isinstance(chunk_rows, int) or chunk_rows < 1:
+        raise ConfigError(f"{op}: chunk_rows is {chunk_rows!r}; expected an integer of at least 1")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ConfigError(f"{op}: softcap is {softcap}; expected a positive number, or None")
     trains = torch.is_grad_enabled()

@@ -140,7 +140,7 @@ def quantize_pack(
         Inf.
     """
     _check_code("quantize_pack", bits, group_size)
-    flat = _flattened("quantize_pack", z.detach())
+    flat = _flattened("quantize_pack", z).detach()
     codes, scales = torch.ops.latentwire_fast.quantize_pack(flat, bits, group_size, clip)
     lead = z.shape[:-2]
     return codes.reshape(*lead, codes.shape[1]), scales.reshape(*lead, scales.shape[1])
