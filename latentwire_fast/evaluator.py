@@ -116,7 +116,7 @@ class Evaluator:
                 results[method] = self._score(reader, build())
             results["first_words"] = self._judge(methods.first_words())
             widths, budgets = {bits: results["latent"]}, {bits: results["byte_budget"]}
-            for width in latents.keys() - {bits}:
+            for width in [width for width in latents if width != bits]:
                 self.bar.set_postfix_str(f"{name}: {width} bits")
                 cut = methods.byte_budget(bytes_by_width[width])
                 widths[width] = self._generate(reader, methods.latent(latents[width]))

@@ -1,6 +1,6 @@
 """Named configurations: functions that return a `RunConfig`. `configs/*.json` hold larger ones.
 
-python -m latentwire_fast.train testbed             # pure mode, minutes on two CPU cores
+python -m latentwire_fast.train testbed             # pure mode, minutes on one CPU core
 python -m latentwire_fast.train testbed_context     # the compression claim
 python -m latentwire_fast.train path/to/config.json
 """
