@@ -23,7 +23,8 @@ from latentwire_fast.json_files import read_json
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
 BITS = (16, 8, 6, 4)
-OBJECTIVES = ("answer", "autoencode", "continuation", "select", "kv", "kd")  # weights of a stage
+# weights of a stage
+OBJECTIVES = ("answer", "autoencode", "continuation", "select", "kv", "embed", "kd")
 
 
 def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
@@ -200,6 +201,8 @@ class StageConfig(Part):
             (cross-entropy; encoder with pooling `selected`).
         kv: weight of a deep prefix's squared distance, relative to its size, to the keys and values
             that the reader itself holds at those positions.
+        embed: weight of the first soft tokens' squared distance, relative to its size, to the
+            reader's own embeddings of the answer and its EOS (pure mode).
         kd, kd_tau: weight and temperature of distillation from the text-prompted teacher.
         facts: testbed curriculum, `((until_share, facts), ...)`.
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
@@ -214,6 +217,7 @@ class StageConfig(Part):
     continuation: float = 0.0
     select: float = 0.0
     kv: float = 0.0
+    embed: float = 0.0
     kd: float = 0.0
     kd_tau: float = 1.0
     facts: tuple[tuple[float, int], ...] = ()
@@ -349,6 +353,12 @@ class RunConfig(Part):
             or (selects and self.adapter.prefix != "soft"),
             "a stage with kv > 0 needs encoder pooling='selected' and adapter prefix='deep' or "
             "'both'",
+        )
+        require(
+            not any(stage.embed for stage in self.stages)
+            or (self.mode == "pure" and self.adapter.prefix != "deep"),
+            "a stage with embed > 0 needs mode='pure', where a latent may hold an answer, and "
+            "adapter prefix='soft' or 'both'",
         )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
 

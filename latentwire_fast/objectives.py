@@ -1,5 +1,5 @@
-"""What is learned: answer cross-entropy, autoencoding, continuation, and distillation from the
-text: of predictions, of keys and values, and of where answers look.
+"""What is learned: answer cross-entropy, autoencoding, continuation, an answer's embeddings, and
+distillation from the text: of predictions, of keys and values, and of where answers look.
 
 A batch is prepared first (prompts, token counts), then its losses are computed part by part, each a
 *sum* over tokens divided by the whole batch's count. So a batch may be cut into micro-batches or
@@ -30,7 +30,7 @@ from latentwire_fast.reader import Reader
 from latentwire_fast.selection import Selection
 from latentwire_fast.teacher import TeacherCache
 
-Objective = Literal["answer", "autoencode", "continue", "select", "kv", "kd"]
+Objective = Literal["answer", "autoencode", "continue", "select", "kv", "embed", "kd"]
 Key = tuple[Objective, str]  # (objective, reader name)
 
 
@@ -131,6 +131,10 @@ class Objectives:
                     )
                     work.prompts["kv", name] = read
                     work.counts["select", name] = work.counts["kv", name] = 1
+                if stage.embed:
+                    slots = self.model.encoder_config.latents
+                    prompt = builder.build_answer(item.turns[0], limit=slots)
+                    self._add(work, ("embed", name), prompt, None)
             works.append(work)
         return works
 
@@ -169,6 +173,7 @@ class Objectives:
             "continue": stage.continuation,
             "select": stage.select,
             "kv": stage.kv,
+            "embed": stage.embed,
             "kd": stage.kd,
         }
         losses = Losses(latent.new_zeros(()), {}, {}, latent.detach())
@@ -181,6 +186,8 @@ class Objectives:
             if half is not None:
                 given = self.model.received(name, half, task="continue")
                 self._rebuild(works, ("continue", name), given, losses)
+            if stage.embed:
+                self._embed(works, name, sent, losses)
             if selection is not None:
                 self._observe(works, name, selection, sent, stage, losses)
         for key, value in losses.sums.items():
@@ -222,6 +229,18 @@ class Objectives:
         batch = reader.collate([w.prompts[key] for w in works], **given)
         logits_NV = reader.head(reader.target_hidden(batch)).float()
         losses.sums[key] = F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")
+
+    def _embed(self, works: Sequence[Work], name: str, latent: Tensor, losses: Losses) -> None:
+        """The first soft tokens against the reader's embeddings of the answer and its EOS."""
+        reader = self.readers[name]
+        answers = [w.prompts["embed", name].ids for w in works]
+        places = [(b, m) for b, ids in enumerate(answers) for m in range(len(ids))]
+        rows_N, slots_N = torch.tensor(places, device=latent.device).unbind(1)
+        ids_N = torch.tensor([i for ids in answers for i in ids], device=reader.device)
+        target_ND = reader.embedding(ids_N).detach().to(latent)
+        soft_BMD = self.model.prefix(name, latent)
+        error_ND = (soft_BMD[rows_N, slots_N] - target_ND) / reader.embedding_rms
+        losses.sums["embed", name] = error_ND.pow(2).mean(-1).sum()
 
     def _observe(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from latentwire_fast.config import (
     OBJECTIVES,
@@ -142,24 +143,36 @@ def load_preset(name: str) -> RunConfig:
     return run_config_from_json(read_json(path, error=ConfigError))
 
 
+def _in_mode(mode: Mode, config: RunConfig) -> RunConfig:
+    """A run in this mode, without the stages that only the other has."""
+    stages = config.stages if mode == "pure" else _without("embed", config.stages)
+    return replace(config, mode=mode, stages=stages)
+
+
+def _without(objective: str, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+    """Stages without an objective; those that have no other are left out."""
+    others = [name for name in OBJECTIVES if name != objective]
+    off: dict[str, Any] = {objective: 0.0}
+    return tuple(
+        replace(stage, **off)
+        for stage in stages
+        if any(getattr(stage, name) for name in others)
+    )
+
+
 def _added_to(base: str, config: RunConfig) -> RunConfig:
     """A run that teaches its readers what the encoder of another run writes."""
     kept = read_run_config(Path(base))
     if kept.base is not None:
         raise ConfigError(f"{base} has its encoder from {kept.base}; give that run as the base")
-    # Its positions are chosen already. What else a stage does with them, readers do.
-    stages = tuple(
-        replace(stage, select=0.0)
-        for stage in config.stages
-        if any(getattr(stage, weight) for weight in OBJECTIVES if weight != "select")
-    )
+    config = _in_mode(kept.mode, config)
     return replace(
         config,
         base=base,
-        mode=kept.mode,
         encoder=kept.encoder,
         quantizer=kept.quantizer,
-        stages=stages,
+        # Its positions are chosen already. What else a stage does with them, readers do.
+        stages=_without("select", config.stages),
     )
 
 
@@ -218,5 +231,5 @@ def with_overrides(
     if batch_size is not None:
         config = replace(config, optim=replace(config.optim, batch_size=batch_size))
     if mode is not None:
-        config = replace(config, mode=mode)
+        config = _in_mode(mode, config)
     return config if seed is None else replace(config, seed=seed)

@@ -234,6 +234,12 @@ class PromptBuilder:
         prompt.add([*self.text_ids(" " + target), self.eos_id], target=True)
         return prompt
 
+    def build_answer(self, turn: Turn, *, limit: int) -> Prompt:
+        """A turn's answer and its EOS alone, or the first `limit` of their tokens."""
+        prompt = Prompt()
+        prompt.add([*self.answer_ids(turn.answer or ""), self.eos_id][:limit], target=True)
+        return prompt
+
     def _add_user(
         self,
         prompt: Prompt,

@@ -279,8 +279,8 @@ class Trainer:
         state.seconds += elapsed
         if not logged:
             return None
-        # Of the objectives that predict tokens: `select` and `kv` count texts.
-        tokens = sum(n for key, n in counts.items() if key[0] not in ("select", "kv"))
+        # Of the objectives that predict tokens; the others are regressions.
+        tokens = sum(n for key, n in counts.items() if key[0] not in ("select", "kv", "embed"))
         return self._record(
             stage, facts, loss, parts, norm, norms, factor, tokens / elapsed, latent
         )

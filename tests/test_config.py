@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,19 @@ def test_overrides_keep_what_they_do_not_name(config: RunConfig) -> None:
     assert with_overrides(config, data="a.json") == changed(config, data={"source": "a.json"})
     found = with_overrides(config, eval_examples=3)
     assert found == changed(config, data={"eval_examples": 3})
+
+
+def test_embeddings_of_answers_are_for_latents_that_may_hold_one(config: RunConfig) -> None:
+    stages = (StageConfig("align", steps=1, answer=0.0, embed=1.0), *config.stages)
+    pure = changed(config, mode="pure", stages=stages)
+    for wrong in ({"mode": "context"}, {"adapter": {"prefix": "deep"}}):
+        with pytest.raises(ConfigError, match="embed > 0 needs mode='pure'"):
+            changed(pure, **wrong)
+    assert with_overrides(pure, mode="context") == changed(pure, mode="context", stages=stages[1:])
+    assert with_overrides(pure, mode="pure") == pure
+    both = (replace(stages[0], answer=0.5), *config.stages)
+    found = with_overrides(changed(pure, stages=both), mode="context")
+    assert found.stages[0] == replace(both[0], embed=0.0)
 
 
 @pytest.mark.parametrize("given", [{"data": ""}, {"encoder": ""}, {"readers": {"a": ""}}])

@@ -17,14 +17,21 @@ from latentwire_fast.config import StageConfig
 from latentwire_fast.data.streams import TestbedStream, TrainItem
 from latentwire_fast.interlingua import TASKS, Interlingua
 from latentwire_fast.objectives import Key, Losses, Objectives, Work, halves
-from latentwire_fast.prompts import Prompt, full_text
+from latentwire_fast.prompts import Prompt, Turn, full_text
 from latentwire_fast.reader import Reader, load_readers
 from latentwire_fast.teacher import TeacherCache
 from runs import tiny_config
 
 NAMES = ("llama", "qwen2")
 EVERYTHING = StageConfig(
-    "everything", steps=1, answer=1.0, autoencode=0.2, continuation=0.8, kd=0.5, kd_tau=2.0
+    "everything",
+    steps=1,
+    answer=1.0,
+    autoencode=0.2,
+    continuation=0.8,
+    embed=0.3,
+    kd=0.5,
+    kd_tau=2.0,
 )
 
 
@@ -204,6 +211,42 @@ def test_rebuilding_is_the_naive_cross_entropy(setting: Setting) -> None:
     assert losses.right == {}
 
 
+def test_embeddings_are_the_naive_squared_error(setting: Setting) -> None:
+    """The first soft tokens against the reader's embeddings of the answer and its EOS; an answer
+    longer than the latent is cut."""
+    slots = setting.model.encoder_config.latents
+    long = replace(setting.items[0], turns=(Turn("Who?", "one two three four five six"),))
+    items = [long, *setting.items[1:]]
+    stage = StageConfig("align", steps=1, answer=0.0, embed=0.5)
+    works = setting.objectives.prepare(items, stage, NAMES)
+    counts = Objectives.counts(works)
+    losses = setting.objectives.compute(works, stage, counts)
+    total = 0.0
+    for name, reader in setting.readers.items():
+        expected, tokens = 0.0, 0
+        for item in items:
+            answer = reader.prompts.answer_ids(item.turns[0].answer or "")
+            ids = [*answer, reader.prompts.eos_id][:slots]
+            prefix = setting.model.prefix(name, setting.encode(item))[0]
+            for token, soft_D in zip(ids, prefix, strict=False):
+                error_D = soft_D - reader.embedding.weight[token]
+                expected += error_D.pow(2).mean().item() / reader.embedding_rms**2
+            tokens += len(ids)
+        assert tokens > len(items)
+        assert len(works[0].prompts["embed", name].ids) == slots
+        assert counts["embed", name] == tokens
+        assert losses.sums["embed", name].item() == pytest.approx(expected, rel=1e-4)
+        total += 0.5 * expected / tokens
+    assert set(losses.sums) == {("embed", name) for name in NAMES}
+    assert losses.total.item() == pytest.approx(total, rel=1e-4)
+    assert losses.right == {}
+    losses.total.backward()
+    assert all(p.grad is None for r in setting.readers.values() for p in r.model.parameters())
+    for part in (setting.model.encoder, *setting.model.adapters.values()):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+        part.zero_grad()
+
+
 def test_rebuilding_targets(setting: Setting) -> None:
     """Autoencoding asks for what the latent encodes, continuation for what comes after its half."""
     works, counts = setting.prepare(EVERYTHING)
@@ -224,7 +267,7 @@ def test_rebuilding_targets(setting: Setting) -> None:
                 assert not any(prompt.is_target[: prompt.latent_at])
                 assert work.counts[objective, name] == len(targets)  # type: ignore[index]
     assert set(counts) == {
-        (o, n) for o in ("answer", "autoencode", "continue", "kd") for n in NAMES
+        (o, n) for o in ("answer", "autoencode", "continue", "embed", "kd") for n in NAMES
     }
 
 
@@ -268,8 +311,8 @@ def test_quantised_steps_train_on_what_the_receiver_gets(
     assert not latent.requires_grad
     sent = setting.model.quantize(latent, 4)
     assert not torch.equal(sent, latent)
-    assert len(seen) == 3 * len(NAMES), "answer, autoencoding and continuation of each reader"
-    assert sum(torch.equal(value, sent) for value in seen) == 2 * len(NAMES)
+    assert len(seen) == 4 * len(NAMES), "answer, its embeddings, rebuilding, continuation"
+    assert sum(torch.equal(value, sent) for value in seen) == 3 * len(NAMES)
     for value in seen:
         assert torch.equal(value, setting.model.quantize(value, 4)), "codes at 4 bits"
     setting.model.zero_grad()

@@ -230,7 +230,11 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
 
 
 # What is not in nats per token.
-UNITS = {"select": "select (per text)", "kv": "kv (relative error)"}
+UNITS = {
+    "select": "select (per text)",
+    "kv": "kv (relative error)",
+    "embed": "embed (relative error)",
+}
 
 
 def _objectives(record: Mapping[str, Any]) -> dict[str, float]:
