@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from latentwire_fast.config import Mode, RunConfig, run_config_from_json, to_json
+from latentwire_fast.config import Mode, RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
@@ -19,6 +19,7 @@ from latentwire_fast.interlingua import Interlingua, ReaderCard
 from latentwire_fast.json_files import read_json
 from latentwire_fast.local_paths import absolute_paths
 from latentwire_fast.reader import Reader
+from latentwire_fast.stored_config import run_config_from_json, to_json
 from latentwire_fast.truncation import measure_truncation
 
 logger = logging.getLogger(__name__)

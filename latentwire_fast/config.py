@@ -1,30 +1,20 @@
-"""The whole configuration of a run as frozen dataclasses. Presets are functions in `presets.py`.
-
-Every stored run folder holds its configuration as `config.json`; `config_hash` names it in reports.
-"""
+"""The whole configuration of a run as frozen dataclasses. Presets are functions in `presets.py`."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from latentwire_fast.config_part import Part, require
-from latentwire_fast.errors import CheckpointError, ConfigError
-from latentwire_fast.json_files import read_json
 
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
 BITS = (16, 8, 6, 4)
-# weights of a stage
-OBJECTIVES = ("answer", "autoencode", "continuation", "select", "kv", "embed", "kd")
+OBJECTIVES = ("answer", "autoencode", "continuation", "select", "kv", "embed", "kd")  # of a stage
 
 
 def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
@@ -374,59 +364,3 @@ class RunConfig(Part):
                 return stage, step / stage.steps
             step -= stage.steps
         return self.stages[-1], 1.0
-
-
-def to_json(config: Any) -> Any:
-    """A configuration as JSON-ready values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def config_hash(config: Any) -> str:
-    """sha256 of the canonical JSON of a configuration."""
-    return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()
-
-
-def run_config_from_json(data: Any) -> RunConfig:
-    """The inverse of `to_json` for a RunConfig; what is left out takes its default.
-
-    Raises:
-        ConfigError: an unknown or missing key, or a value that cannot be.
-    """
-    parts = {
-        "encoder": EncoderConfig,
-        "quantizer": QuantizerConfig,
-        "adapter": AdapterConfig,
-        "data": DataConfig,
-        "optim": OptimConfig,
-        "evaluation": EvalConfig,
-    }
-    try:
-        values = {**data}
-        for key, kind in parts.items():
-            if key in values:
-                options = {**values[key]}
-                if key == "evaluation" and "bits" in options:
-                    options["bits"] = tuple(options["bits"])
-                values[key] = kind(**options)
-        values["readers"] = {k: ReaderConfig(**v) for k, v in values.get("readers", {}).items()}
-        stages = []
-        for stage in values.get("stages", ()):
-            facts = tuple(map(tuple, stage.get("facts", ())))
-            stages.append(StageConfig(**{**stage, "facts": facts}))
-        values["stages"] = tuple(stages)
-        return RunConfig(**values)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"configuration does not fit this version: {error}") from None
-
-
-def read_run_config(run_dir: Path) -> RunConfig:
-    """The configuration of a run folder.
-
-    Raises:
-        CheckpointError: there is none, or it is not JSON. ConfigError: it does not fit.
-    """
-    advice = f"is {run_dir} a run folder?"
-    data = read_json(run_dir / "config.json", error=CheckpointError, advice=advice)
-    return run_config_from_json(data)

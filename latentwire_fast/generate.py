@@ -93,10 +93,10 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
         ConfigError: no such reader, or no question where the model's latent holds none.
         CheckpointError: no trained model, or a reader with other weights.
     """
-    from latentwire_fast.config import read_run_config
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.interlingua import Interlingua
     from latentwire_fast.reader import Reader
+    from latentwire_fast.stored_config import read_run_config
 
     config = read_run_config(args.run)
     model = Interlingua.from_pretrained(args.run / "model")

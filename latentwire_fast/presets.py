@@ -23,11 +23,10 @@ from latentwire_fast.config import (
     ReaderConfig,
     RunConfig,
     StageConfig,
-    read_run_config,
-    run_config_from_json,
 )
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.json_files import read_json
+from latentwire_fast.stored_config import read_run_config, run_config_from_json
 
 TESTBED_READERS = {
     "llama": ReaderConfig("testbed:llama"),

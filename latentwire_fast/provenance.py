@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from latentwire_fast.config import RunConfig, config_hash
+from latentwire_fast.config import RunConfig
+from latentwire_fast.stored_config import config_hash
 
 PACKAGES = ("latentwire-fast", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 

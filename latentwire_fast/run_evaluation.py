@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 
 from latentwire_fast.assembly import check_answers
-from latentwire_fast.config import RunConfig, config_hash, read_run_config, to_json
+from latentwire_fast.config import RunConfig
 from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluator import Evaluator
@@ -25,6 +25,7 @@ from latentwire_fast.provenance import commit, model_card, run_record, versions
 from latentwire_fast.reader import load_readers
 from latentwire_fast.report import write_report
 from latentwire_fast.storage import RunLock, write_atomically
+from latentwire_fast.stored_config import config_hash, read_run_config, to_json
 from latentwire_fast.tracking import read_records
 from latentwire_fast.truncation import measure_truncation
 

@@ -31,7 +31,7 @@ from latentwire_fast.assembly import (
     check_stored_config,
     warn_of_truncation,
 )
-from latentwire_fast.config import RunConfig, StageConfig, to_json
+from latentwire_fast.config import RunConfig, StageConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.distributed import Reducer
 from latentwire_fast.errors import CheckpointError, ConfigError, RunStopped
@@ -50,6 +50,7 @@ from latentwire_fast.run_state import rng_state
 from latentwire_fast.schedules import facts_at, lr_factor
 from latentwire_fast.signals import StopSignals
 from latentwire_fast.storage import RunLock, publish_folder, write_atomically
+from latentwire_fast.stored_config import to_json
 from latentwire_fast.teacher import TeacherCache
 from latentwire_fast.tracking import Tracker, latent_statistics, module_gradient_norms
 from latentwire_fast.training_state import TrainingState

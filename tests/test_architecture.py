@@ -22,7 +22,8 @@ FLOORS = [
     "_C kernels",
     "errors reference",
     "ops placement optim",
-    "storage run_state wire json_files config_part config presets checkpoint distributed cli",
+    "storage run_state wire json_files config_part config stored_config presets checkpoint"
+    " distributed cli",
     "pretrained suitability model_folder",
     "prompts batching attention decoding blocks selection encoders truncation"
     " adapters prefix kv_cache",

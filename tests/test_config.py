@@ -23,15 +23,17 @@ from latentwire_fast.config import (
     ReaderConfig,
     RunConfig,
     StageConfig,
-    config_hash,
-    read_run_config,
-    run_config_from_json,
-    to_json,
 )
 from latentwire_fast.decoding import DecodeOptions
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.presets import PRESETS, load_preset, with_overrides
 from latentwire_fast.schedules import facts_at
+from latentwire_fast.stored_config import (
+    config_hash,
+    read_run_config,
+    run_config_from_json,
+    to_json,
+)
 from runs import changed, stored
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))

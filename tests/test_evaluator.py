@@ -25,7 +25,6 @@ from latentwire_fast.config import (
     ReaderConfig,
     RunConfig,
     StageConfig,
-    to_json,
 )
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, ConfigError
@@ -35,6 +34,7 @@ from latentwire_fast.prompts import PromptBuilder, Turn, full_text
 from latentwire_fast.reader import Reader
 from latentwire_fast.results import BY_BITS
 from latentwire_fast.run_evaluation import evaluate_run, stored_metrics
+from latentwire_fast.stored_config import to_json
 from latentwire_fast.testbed.task import make_examples
 from readers import METHODS, tiny_interlingua, tiny_model
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from latentwire_fast.config import to_json
 from latentwire_fast.presets import PRESETS
 from latentwire_fast.report import figures, write_report
 from latentwire_fast.report.checks import find_warnings
@@ -27,6 +26,7 @@ from latentwire_fast.report.samples import choose_examples
 from latentwire_fast.report.values import MISSING, Cell, cell, measured, number, percent, ratio
 from latentwire_fast.report.view import build_view, headline
 from latentwire_fast.report.wording import METHODS
+from latentwire_fast.stored_config import to_json
 from latentwire_fast.testbed.task import make_examples
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"

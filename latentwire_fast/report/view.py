@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latentwire_fast.config import to_json
 from latentwire_fast.presets import PRESETS
 from latentwire_fast.report.checks import find_warnings
 from latentwire_fast.report.claims import HYPOTHESES, hypothesis_row, verdict
@@ -27,6 +26,7 @@ from latentwire_fast.report.values import (
 )
 from latentwire_fast.report.wording import BITS, METHODS, Method
 from latentwire_fast.results import BY_BITS
+from latentwire_fast.stored_config import to_json
 
 Records = Sequence[Mapping[str, Any]]
 

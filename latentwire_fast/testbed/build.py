@@ -18,11 +18,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from latentwire_fast.cli import quiet_libraries, run_entry_point
-from latentwire_fast.config import to_json
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.metrics import exact_match, f1
 from latentwire_fast.prompts import Turn, full_text
 from latentwire_fast.reader import Reader
+from latentwire_fast.stored_config import to_json
 from latentwire_fast.testbed import task
 from latentwire_fast.testbed.recipes import RECIPES
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer

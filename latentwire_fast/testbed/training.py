@@ -23,7 +23,6 @@ from latentwire_fast.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from latentwire_fast.config import to_json
 from latentwire_fast.errors import CheckpointError
 from latentwire_fast.optim import build_optimizers, scale_learning_rates
 from latentwire_fast.run_state import (
@@ -32,6 +31,7 @@ from latentwire_fast.run_state import (
     restore_rng_state,
     rng_state,
 )
+from latentwire_fast.stored_config import to_json
 from latentwire_fast.testbed.induction import add_induction_circuit
 from latentwire_fast.testbed.recipes import Recipe
 from latentwire_fast.testbed.rows import DRILLS, RowMaker, collate, drill_rows
