@@ -581,6 +581,11 @@ BAD_CALLS: dict[str, tuple[type[LatentWireError], str, Callable[[], object]]] = 
         "linear_kd_kl: tau is -1.0; expected a positive number",
         lambda: ops.linear_kd_kl(LATENT, LATENT, torch.zeros(5, 8), tau=-1.0),
     ),
+    "tau as text": (
+        ConfigError,
+        "kd_kl: tau is '2'; expected a positive number",
+        lambda: ops.kd_kl(LATENT, LATENT, tau="2"),  # type: ignore[arg-type]
+    ),
     "tau without a value": (
         ConfigError,
         "kd_kl: tau is nan; expected a positive number",

@@ -20,8 +20,8 @@ REDUCTIONS = ("mean", "sum", "none")
 def check_distillation(
     op: str, tau: float, mask: Tensor | None, rows: Tensor, reduction: str
 ) -> None:
-    if not 0 < tau < math.inf:
-        raise ConfigError(f"{op}: tau is {tau}; expected a positive number")
+    if not (isinstance(tau, (int, float)) and 0 < tau < math.inf):
+        raise ConfigError(f"{op}: tau is {tau!r}; expected a positive number")
     one_of(op, "reduction", reduction, REDUCTIONS)
     if mask is not None and mask.dtype != torch.bool:
         raise KernelError(
