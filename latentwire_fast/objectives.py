@@ -133,8 +133,9 @@ class Objectives:
                     work.counts["select", name] = work.counts["kv", name] = 1
                 if stage.embed:
                     slots = self.model.encoder_config.latents
-                    prompt = builder.build_answer(item.turns[0], limit=slots)
-                    self._add(work, ("embed", name), prompt, None)
+                    answer = Prompt()
+                    answer.add(builder.target_ids(item.turns[0].answer or "")[:slots], target=True)
+                    self._add(work, ("embed", name), answer, None)
             works.append(work)
         return works
 
@@ -237,7 +238,7 @@ class Objectives:
         places = [(b, m) for b, ids in enumerate(answers) for m in range(len(ids))]
         rows_N, slots_N = torch.tensor(places, device=latent.device).unbind(1)
         ids_N = torch.tensor([i for ids in answers for i in ids], device=reader.device)
-        target_ND = reader.embedding(ids_N).detach().to(latent)
+        target_ND = reader.embedding(ids_N).to(latent)
         soft_BMD = self.model.prefix(name, latent)
         error_ND = (soft_BMD[rows_N, slots_N] - target_ND) / reader.embedding_rms
         losses.sums["embed", name] = error_ND.pow(2).mean(-1).sum()

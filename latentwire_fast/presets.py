@@ -206,6 +206,8 @@ def with_overrides(
         config = _added_to(base, config)
     elif readers:
         encoder = encoder or next(iter(readers.values()))
+    if mode is not None:  # before the steps are counted: it may leave out stages
+        config = _in_mode(mode, config)
     if encoder is not None:
         config = replace(config, encoder=replace(config.encoder, source=encoder))
     if data is not None or eval_examples is not None:
@@ -226,6 +228,4 @@ def with_overrides(
         config = replace(config, stages=stages)
     if batch_size is not None:
         config = replace(config, optim=replace(config.optim, batch_size=batch_size))
-    if mode is not None:
-        config = _in_mode(mode, config)
     return config if seed is None else replace(config, seed=seed)

@@ -185,6 +185,10 @@ class PromptBuilder:
         """Token ids of an answer after the anchor (its leading space included), without EOS."""
         return self.text_ids(" " + answer)
 
+    def target_ids(self, answer: str) -> list[int]:
+        """The same with EOS: what cross-entropy is taken over."""
+        return [*self.answer_ids(answer), self.eos_id]
+
     def build(
         self,
         turns: Sequence[Turn],
@@ -211,7 +215,7 @@ class PromptBuilder:
             prompt.add(self._to_assistant)
             prompt.add(self.anchor_ids)
             if turn.answer is not None:
-                prompt.add([*self.answer_ids(turn.answer), self.eos_id], target=True)
+                prompt.add(self.target_ids(turn.answer), target=True)
         return prompt
 
     def build_context(self, context: str, *, max_tokens: int | None = None) -> Prompt:
@@ -231,13 +235,7 @@ class PromptBuilder:
         prompt.add(self._opening)
         prompt.add(self.label_ids)
         prompt.latent_at = len(prompt.ids)
-        prompt.add([*self.text_ids(" " + target), self.eos_id], target=True)
-        return prompt
-
-    def build_answer(self, turn: Turn, *, limit: int) -> Prompt:
-        """A turn's answer and its EOS alone, or the first `limit` of their tokens."""
-        prompt = Prompt()
-        prompt.add([*self.answer_ids(turn.answer or ""), self.eos_id][:limit], target=True)
+        prompt.add(self.target_ids(target), target=True)
         return prompt
 
     def _add_user(

@@ -1,6 +1,6 @@
 """Train an interlingua for a set of frozen readers, then evaluate it.
 
-    python -m latentwire_fast.train testbed                                # minutes, one CPU core
+    python -m latentwire_fast.train testbed                                # minutes, two CPU cores
     python -m latentwire_fast.train testbed_context --run runs/context
     python -m latentwire_fast.train testbed --data squad.json \\
         --reader llama=PATH --reader qwen=PATH

@@ -280,7 +280,7 @@ class Trainer:
         state.seconds += elapsed
         if not logged:
             return None
-        # Of the objectives that predict tokens; the others are regressions.
+        # Of the objectives that predict tokens: `select` and `kv` count texts, `embed` embeddings.
         tokens = sum(n for key, n in counts.items() if key[0] not in ("select", "kv", "embed"))
         return self._record(
             stage, facts, loss, parts, norm, norms, factor, tokens / elapsed, latent

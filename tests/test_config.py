@@ -305,6 +305,7 @@ def test_embeddings_of_answers_are_for_latents_that_may_hold_one(config: RunConf
             changed(pure, **wrong)
     assert with_overrides(pure, mode="context") == changed(pure, mode="context", stages=stages[1:])
     assert with_overrides(pure, mode="pure") == pure
+    assert with_overrides(pure, mode="context", steps=40).total_steps == 40
     both = (replace(stages[0], answer=0.5), *config.stages)
     found = with_overrides(changed(pure, stages=both), mode="context")
     assert found.stages[0] == replace(both[0], embed=0.0)

@@ -122,7 +122,7 @@ class RowMaker:
         anchor = self.builder.text_ids(f"\n{self.builder.anchor}")
         self.rng.shuffle(words)
         for word in words:
-            answer = [*self.builder.answer_ids(word), self.builder.eos_id]
+            answer = self.builder.target_ids(word)
             ids += anchor + answer
             weights += [0.0] * (len(anchor) + 1) + [1.0] * (len(answer) - 1)
         return ids, weights
