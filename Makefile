@@ -50,24 +50,24 @@ format: $(VENV)/.installed  ## rewrite the sources in the project's format
 bench: $(VENV)/.installed  ## time the kernels into runs/bench (without a GPU: small shapes), and placement
 	@mkdir -p runs/bench
 	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=runs/bench/benchmark.json
-	$(BIN)/python bench/tables.py runs/bench/benchmark.json > runs/bench/results.md
-	$(BIN)/python bench/placement.py
+	$(BIN)/python -m bench.kernels.tables runs/bench/benchmark.json > runs/bench/results.md
+	$(BIN)/python -m bench.placement.placement
 	$(BIN)/python bench/prefill_latency.py --readers testbed:llama testbed:qwen --encoder llama-tiny \
 	    --text-tokens 57 200 --latents 12 --batches 1 8 --out runs/bench/prefill
 
 fuzz: $(VENV)/.installed  ## the property and mutation tests with fresh random examples
-	$(BIN)/python tests/fuzz_wire.py --seconds 60
-	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/test_wire.py
+	$(BIN)/python tests/wire/fuzz_wire.py --seconds 60
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/wire/test_payload.py
 
 gpu:  ## everything that needs a CUDA device
 	$(MAKE) --keep-going gpu-kernels gpu-prefill
 
 gpu-kernels:  ## the kernels on a GPU: ceilings, tests, benchmarks, targets, into OUT (under 9 minutes)
-	$(GPU_PYTHON) bench/gpu_kernels.py $(OUT)
+	$(GPU_PYTHON) -m bench.kernels.gpu_kernels $(OUT)
 
 gpu-prefill: OUT := runs/gpu-prefill
 gpu-prefill:  ## prefill of 8B and 7B readers on a GPU: tests and the paper's tables, into OUT (under 9 minutes)
-	$(GPU_PYTHON) bench/gpu_prefill.py $(OUT)
+	$(GPU_PYTHON) -m bench.prefill.gpu_prefill $(OUT)
 
 clean:  ## remove build products and caches (keeps .venv and runs)
 	rm -rf build dist *.egg-info latentwire_fast/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -92,5 +92,5 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt CMake
 	@$(PIP) install -c constraints.txt $(BUILD_TOOLS)
 	@echo "[4/4] dependencies, and the C++ extension"
 	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
-	@$(BIN)/python -c "from latentwire_fast import placement"
+	@$(BIN)/python -c "from latentwire_fast.readers import kv_placement"
 	@touch $@

@@ -4,7 +4,7 @@
     LATENTWIRE_NO_EXTENSION=1 pip install --no-build-isolation -e .    # without it
 
 Without torch, CMake or a compiler the package is installed without the extension, with a warning:
-`latentwire_fast.placement` then runs its torch path, which gives the same results.
+`latentwire_fast.readers.kv_placement` then runs its torch path, which gives the same results.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from processes import OK, ROOT, finish, start
+from bench.processes import OK, ROOT, finish, start
 
 # A GPU machine's pytest may be older than the project's, and its libraries may warn.
 PYTEST = (
@@ -29,7 +29,7 @@ def device_tests(tiny: bool) -> tuple[list[Path], list[Path]]:
     Not the compiling tests, which need no GPU.
     """
     kernels, others = [], []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text()
         if "needs_kernels" in text:
             kernels.append(path)

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# This folder, which Python put there, holds others named like packages (`kernels`).
+sys.path[0] = str(ROOT)
 
-from prefill_rows import (  # noqa: E402
+from bench.prefill.rows import (  # noqa: E402
     DTYPES,
     ENGINES,
     METHODS,
@@ -96,10 +97,10 @@ def _listed(value: int | list[int]) -> list[int]:
 
 def predict(args: argparse.Namespace) -> None:
     """Print what a table should look like, from configurations and datasheets."""
-    from ceilings import DATASHEETS, REACHABLE
-    from prefill_results import Results, for_text, result_of
-    from prefill_shapes import Dims, config_of
-    from prefill_tables import markdown
+    from bench.kernels.ceilings import DATASHEETS, REACHABLE
+    from bench.prefill.results import Results, for_text, result_of
+    from bench.prefill.shapes import Dims, config_of
+    from bench.prefill.tables import markdown
 
     args.engines = args.engines or ["eager", "graph"]
     plan, element = plan_of(args), DTYPES[args.dtype or "bfloat16"]
@@ -128,8 +129,8 @@ def predict(args: argparse.Namespace) -> None:
 def payload_bytes(latents: int | None, d_z: int, bits: int | None) -> int | None:
     """The length of a payload of this shape."""
     import torch
-    from prefill_cases import GROUP_SIZE
 
+    from bench.prefill.cases import GROUP_SIZE
     from latentwire_fast import wire
 
     if latents is None or bits is None:
@@ -142,7 +143,7 @@ def payload_bytes(latents: int | None, d_z: int, bits: int | None) -> int | None
 
 def measure(args: argparse.Namespace) -> Any:
     """Measure all rows; see `prefill_measure.py`."""
-    from prefill_measure import measure
+    from bench.prefill.measure import measure
 
     return measure(args)
 

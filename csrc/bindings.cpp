@@ -28,7 +28,7 @@ std::vector<std::pair<std::string, Runs>> plan(const std::vector<std::string>& l
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "K/V prefix placement (see csrc/placement.h); use it through latentwire_fast.placement.";
+  m.doc() = "K/V prefix placement (see csrc/placement.h); use it through latentwire_fast.readers.kv_placement.";
 
   m.def("plan", torch::wrap_pybind_function(plan), py::arg("layer_devices"));
 

@@ -40,11 +40,11 @@ def main() -> None:
     args = tyro.cli(EncodeArguments, prog="latentwire_fast.encode")
     quiet_libraries()
     from latentwire_fast import wire
-    from latentwire_fast.data.text import read_text
     from latentwire_fast.errors import ConfigError
-    from latentwire_fast.interlingua import Interlingua
-    from latentwire_fast.prompts import replaced_text
-    from latentwire_fast.storage import check_replaceable
+    from latentwire_fast.files.atomic import check_replaceable
+    from latentwire_fast.files.text import read_text
+    from latentwire_fast.models.interlingua import Interlingua
+    from latentwire_fast.prompts.builder import replaced_text
 
     text = read_text(args.context)
     check_replaceable(args.out)

@@ -54,7 +54,7 @@ class ScoreArguments:
 def score(arguments: list[str]) -> None:
     """Print official scores as JSON."""
     args = tyro.cli(ScoreArguments, args=arguments, prog="latentwire_fast.evaluate score")
-    from latentwire_fast.score import score_file
+    from latentwire_fast.evaluation.squad_score import score_file
 
     print(json.dumps(score_file(args.data, args.predictions)))
 
@@ -64,12 +64,12 @@ def evaluate() -> None:
     args = tyro.cli(RunArguments, prog="latentwire_fast.evaluate")
     quiet_libraries()
     from latentwire_fast.errors import ConfigError
-    from latentwire_fast.run_evaluation import evaluate_run
+    from latentwire_fast.evaluation.pipeline import evaluate_run
 
     if args.fresh_seed is not None and args.out is None:
         raise ConfigError("--fresh-seed needs --out FILE: the run's own report stays as it is")
     metrics = evaluate_run(args.run, fresh_seed=args.fresh_seed, count=args.examples, out=args.out)
-    from latentwire_fast.summary import summary_lines
+    from latentwire_fast.evaluation.console import summary_lines
 
     print("\n".join(summary_lines(metrics)))
     print(f"metrics: {args.out}" if args.out else f"report: {args.run / 'eval' / 'report.html'}")

@@ -19,9 +19,9 @@ import tyro
 from latentwire_fast.cli import check_question, quiet_libraries, run_entry_point
 
 if TYPE_CHECKING:  # imported for real where they are used: `--help` does without torch
-    from latentwire_fast.decoding import DecodeOptions
-    from latentwire_fast.interlingua import Interlingua
-    from latentwire_fast.reader import Reader
+    from latentwire_fast.models.interlingua import Interlingua
+    from latentwire_fast.readers.decoding import DecodeOptions
+    from latentwire_fast.readers.reader import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ def decode_options(args: GenerateArguments) -> DecodeOptions:
     Raises:
         ConfigError: an option, the gain included, outside its range.
     """
-    from latentwire_fast.decoding import DecodeOptions
     from latentwire_fast.errors import ConfigError
+    from latentwire_fast.readers.decoding import DecodeOptions
 
     if not 0 < args.prefix_gain < math.inf:
         raise ConfigError(f"prefix_gain={args.prefix_gain}, expected above 0")
@@ -93,10 +93,10 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
         ConfigError: no such reader, or no question where the model's latent holds none.
         CheckpointError: no trained model, or a reader with other weights.
     """
+    from latentwire_fast.config.serialization import read_run_config
     from latentwire_fast.errors import ConfigError
-    from latentwire_fast.interlingua import Interlingua
-    from latentwire_fast.reader import Reader
-    from latentwire_fast.stored_config import read_run_config
+    from latentwire_fast.models.interlingua import Interlingua
+    from latentwire_fast.readers.reader import Reader
 
     config = read_run_config(args.run)
     model = Interlingua.from_pretrained(args.run / "model")
@@ -126,7 +126,7 @@ def answers(
     import torch
 
     from latentwire_fast import wire
-    from latentwire_fast.prompts import Turn
+    from latentwire_fast.prompts.builder import Turn
 
     prompt = reader.prompts.build([Turn(args.question or "")], context="", latent=model.mode)
     for number, payload in enumerate(wire.read_payloads(args.payload)):

@@ -63,9 +63,10 @@ def main() -> None:
     """Parse, train, evaluate."""
     args = tyro.cli(TrainArguments, prog="latentwire_fast.train")
     quiet_libraries()
+    from latentwire_fast.config.overrides import with_overrides
+    from latentwire_fast.config.presets import load_preset
     from latentwire_fast.data.sources import heldout_examples
-    from latentwire_fast.presets import load_preset, with_overrides
-    from latentwire_fast.trainer import Trainer
+    from latentwire_fast.training.trainer import Trainer
 
     config = with_overrides(
         load_preset(args.preset),
@@ -89,8 +90,8 @@ def main() -> None:
     leads = trainer.accelerator.is_main_process
     del trainer  # and its readers: the evaluation loads its own
     if leads and not args.no_eval:
-        from latentwire_fast.run_evaluation import evaluate_run, stored_metrics
-        from latentwire_fast.summary import summary_lines
+        from latentwire_fast.evaluation.console import summary_lines
+        from latentwire_fast.evaluation.pipeline import evaluate_run, stored_metrics
 
         metrics = stored_metrics(run_dir) if was_finished else None
         print("\n".join(summary_lines(metrics or evaluate_run(run_dir))))

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from latentwire_fast import storage
+from latentwire_fast.files import atomic
 
 STEPS = ("create", "write_tensors", "write_bytes", "sync", "rename", "remove")
 CRASHED = 77  # the exit status of a process that ended as it was meant to
@@ -31,12 +31,12 @@ CASE_SECONDS = 600
 InScript = Callable[[Callable[[Path], object], Path], dict]
 
 
-class Disk(storage.Disk):
+class Disk(atomic.Disk):
     """The disk of a save with something done round each step: `around(name, path, do)`."""
 
     def __init__(self, around: Callable[[str, Path, Callable[[], None]], None]) -> None:
         for name in STEPS:
-            real = getattr(storage.Disk, name).__get__(self)
+            real = getattr(atomic.Disk, name).__get__(self)
             setattr(self, name, self._wrapped(name, real, around))
 
     @staticmethod

@@ -21,12 +21,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from latentwire_fast.config import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
+from latentwire_fast.config.schema import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.fresh_encoder import build_encoder
-from latentwire_fast.interlingua import Interlingua, ReaderCard
-from latentwire_fast.reader import Reader
-from latentwire_fast.testbed.task import make_examples
+from latentwire_fast.data.testbed import make_examples
+from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.reader import Reader
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 
 METHODS = (  # what an evaluation gives a reader to read

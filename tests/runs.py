@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentwire_fast.checkpoint import parameter_digest
-from latentwire_fast.config import ReaderConfig, RunConfig
+from latentwire_fast.config.presets import testbed_smoke
+from latentwire_fast.config.schema import ReaderConfig, RunConfig
+from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
-from latentwire_fast.presets import testbed_smoke
-from latentwire_fast.run_state import optimizer_state, rng_state
-from latentwire_fast.stored_config import run_config_from_json, to_json
-from latentwire_fast.testbed.task import make_examples
-from latentwire_fast.trainer import Trainer
+from latentwire_fast.data.testbed import make_examples
+from latentwire_fast.files.tensors import parameter_digest
+from latentwire_fast.training.optimizer_state import optimizer_state, rng_state
+from latentwire_fast.training.trainer import Trainer
 
 TIMES = ("seconds", "tokens_per_second")
 

@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentwire_fast import wire
-from latentwire_fast.checkpoint import load_checkpoint
 from latentwire_fast.cli import parse_pairs, run_entry_point
-from latentwire_fast.config import StageConfig
+from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.data.sources import in_split
+from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.errors import ConfigError, RunStopped, TrainingError
-from latentwire_fast.prompts import full_text
-from latentwire_fast.storage import RunLock
-from latentwire_fast.testbed.task import make_examples
+from latentwire_fast.files.lock import RunLock
+from latentwire_fast.prompts.builder import full_text
+from latentwire_fast.training.checkpoint import load_checkpoint
 from runs import (
     contents,
     environment_on_the_cpu,

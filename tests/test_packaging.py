@@ -105,7 +105,7 @@ def test_wheel(repository: Path, source: Path, tmp_path: Path) -> None:
         *(
             sys.executable,
             "-c",
-            "from latentwire_fast import placement as p; assert p.has_extension()",
+            "from latentwire_fast.readers import kv_placement as p; assert p.has_extension()",
         ),
         cwd=tmp_path,
         PYTHONPATH=str(site),

@@ -1,4 +1,4 @@
-// Tests of placement.cpp, run by tests/test_placement.py: the plan, and the order of copies on streams.
+// Tests of placement.cpp, run by tests/readers/test_kv_placement.py: the plan, and the order of copies on streams.
 #include "placement.h"
 
 #include <c10/core/StreamGuard.h>

@@ -9,7 +9,7 @@ A source is written as
     hub:NAME             the set NAME from the hub
     A,B,...              several of these in equal shares
 
-where NAME is a key of `hub.HUB_SETS`.
+where NAME is a key of `HUB_SETS`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from latentwire_fast.config import DataConfig
+from latentwire_fast.config.schema import DataConfig
 from latentwire_fast.data import hub
-from latentwire_fast.data.examples import Example
-from latentwire_fast.data.hub import Split
+from latentwire_fast.data.converters import HUB_SETS
+from latentwire_fast.data.examples import Example, Split
 from latentwire_fast.data.squad import load_squad
 from latentwire_fast.errors import DataError
 
@@ -173,13 +173,13 @@ def _parse(spec: str) -> tuple[str, Path | None]:
         raise DataError(
             f"data source {spec!r}: no such file or folder; sources are testbed, a SQuAD JSON "
             "file, a save_to_disk folder, NAME=PATH or hub:NAME, with NAME one of "
-            + ", ".join(hub.HUB_SETS)
+            + ", ".join(HUB_SETS)
         )
     return name or ("squad" if path.is_dir() else ""), path
 
 
 def _load_testbed(split: Split, count: int | None, seed: int, facts: int) -> list[Example]:
-    from latentwire_fast.testbed.task import make_examples
+    from latentwire_fast.data.testbed import make_examples
 
     if split == "all" or count is None:
         raise DataError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import DataError
-from latentwire_fast.json_files import read_json
+from latentwire_fast.files.json_files import read_json
 
 # What a generating reader is taught to say where v2.0 has no answer; scoring files use "" instead.
 NO_ANSWER = "unanswerable"

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from latentwire_fast.config import DataConfig, Mode
+from latentwire_fast.config.schema import DataConfig, Mode
 from latentwire_fast.data.examples import Example
+from latentwire_fast.data.testbed import make_passage
 from latentwire_fast.errors import DataError
-from latentwire_fast.prompts import Turn
-from latentwire_fast.testbed.task import make_passage
+from latentwire_fast.prompts.builder import Turn
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ implementation is a Triton launcher (imported on first use), wrapped in an `auto
 
 from __future__ import annotations
 
-from latentwire_fast.ops.adapter import CALIBRATIONS, project_calibrate
 from latentwire_fast.ops.dispatch import backend
-from latentwire_fast.ops.distill import REDUCTIONS, kd_kl
-from latentwire_fast.ops.linear_distill import linear_kd_kl
-from latentwire_fast.ops.payload import dequantize_project_calibrate
-from latentwire_fast.ops.quantize import (
+from latentwire_fast.ops.distillation import REDUCTIONS, kd_kl
+from latentwire_fast.ops.linear_distillation import linear_kd_kl
+from latentwire_fast.ops.packed_projection import dequantize_project_calibrate
+from latentwire_fast.ops.projection import CALIBRATIONS, project_calibrate
+from latentwire_fast.ops.quantization import (
     BITS,
     GROUP_SIZES,
     fake_quantize,

@@ -18,12 +18,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from latentwire_fast.cli import quiet_libraries, run_entry_point
+from latentwire_fast.config.serialization import to_json
+from latentwire_fast.data import testbed
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.metrics import exact_match, f1
-from latentwire_fast.prompts import Turn, full_text
-from latentwire_fast.reader import Reader
-from latentwire_fast.stored_config import to_json
-from latentwire_fast.testbed import task
+from latentwire_fast.evaluation.metrics import exact_match, f1
+from latentwire_fast.prompts.builder import Turn, full_text
+from latentwire_fast.readers.reader import Reader
 from latentwire_fast.testbed.recipes import RECIPES
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 from latentwire_fast.testbed.training import ReaderTraining
@@ -38,7 +38,7 @@ def score_reader(folder: Path, *, examples: int = 500, budget: int = 12) -> dict
     """Text EM and F1 of a built reader on held-out prompts, and F1 on prompts cut to `budget`
     tokens."""
     reader = Reader.load(folder, name="reader")
-    held_out = task.make_examples(examples, seed=99)
+    held_out = testbed.make_examples(examples, seed=99)
     scores: dict[str, float] = {}
     for method in ("text", "token_budget"):
         prompts = []
@@ -66,7 +66,7 @@ license: apache-2.0
 
 A {recipe["architecture"]} of {recipe["layers"]} layers, width {recipe["hidden_size"]},
 {record["parameters"]:,} parameters, in half precision. It reads passages of the built-in task
-(`latentwire_fast.testbed.task`) and nothing else: invented names, six relations, English.
+(`latentwire_fast.data.testbed`) and nothing else: invented names, six relations, English.
 
 On {record["examples"]} held-out prompts:
 exact match {record["text_em"]:.3f}, F1 {record["text_f1"]:.3f};

@@ -8,8 +8,8 @@ import random
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from latentwire_fast.prompts import CONTEXT_LABEL, PromptBuilder, Turn, context_text
-from latentwire_fast.testbed import task
+from latentwire_fast.data import testbed
+from latentwire_fast.prompts.builder import CONTEXT_LABEL, PromptBuilder, Turn, context_text
 
 Row = tuple[list[int], list[float]]
 OTHER_TOKEN_WEIGHT = 0.1
@@ -58,7 +58,7 @@ class RowMaker:
         return rows
 
     def _passage(self, facts: int) -> Row:
-        passage = task.make_passage(self.rng, facts=facts, split="train")
+        passage = testbed.make_passage(self.rng, facts=facts, split="train")
         turns = [Turn(question, answer) for question, answer in passage.questions]
         prompt = self.builder.build(turns, context=passage.context)
         return prompt.ids, [1.0 if t else OTHER_TOKEN_WEIGHT for t in prompt.is_target]
@@ -69,7 +69,7 @@ class RowMaker:
         Only this kind. Readers that also learned to say nothing to a question on somebody else said
         nothing to every latent that was not yet perfect, which left little to learn from.
         """
-        passage = task.make_passage(self.rng, facts=facts, split="train")
+        passage = testbed.make_passage(self.rng, facts=facts, split="train")
         text = self.builder.text_ids(context_text(passage.context))
         cut = text[: self.rng.randint(1, len(text))]
         prompt = self.builder.build([Turn("")], context=None, user_ids=cut)
@@ -107,11 +107,11 @@ class RowMaker:
         while len(words) < items:
             kind = self.rng.random()
             if kind < 0.65:
-                word = task.random_name(self.rng)
+                word = testbed.random_name(self.rng)
             elif kind < 0.8:
                 word = str(self.rng.randint(10, 99))
             else:
-                word = f"{self.rng.choice(task.COLOURS)} {self.rng.choice(task.OBJECTS)}"
+                word = f"{self.rng.choice(testbed.COLOURS)} {self.rng.choice(testbed.OBJECTS)}"
             start = word[0] if word.isdigit() else word.split()[0][:3]
             if start not in starts:
                 starts.add(start)

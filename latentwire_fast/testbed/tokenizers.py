@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from latentwire_fast.prompts import ANCHOR, full_text
-from latentwire_fast.testbed.task import make_passage, random_name
+from latentwire_fast.data.testbed import make_passage, random_name
+from latentwire_fast.prompts.builder import ANCHOR, full_text
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"

@@ -17,24 +17,24 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from latentwire_fast.checkpoint import (
+from latentwire_fast.config.serialization import to_json
+from latentwire_fast.errors import CheckpointError
+from latentwire_fast.testbed.induction import add_induction_circuit
+from latentwire_fast.testbed.recipes import Recipe
+from latentwire_fast.testbed.rows import DRILLS, RowMaker, collate, drill_rows
+from latentwire_fast.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from latentwire_fast.errors import CheckpointError
-from latentwire_fast.optim import build_optimizers, scale_learning_rates
-from latentwire_fast.run_state import (
+from latentwire_fast.training.optimizer_state import (
     load_optimizer_state,
     optimizer_state,
     restore_rng_state,
     rng_state,
 )
-from latentwire_fast.stored_config import to_json
-from latentwire_fast.testbed.induction import add_induction_circuit
-from latentwire_fast.testbed.recipes import Recipe
-from latentwire_fast.testbed.rows import DRILLS, RowMaker, collate, drill_rows
+from latentwire_fast.training.optimizers import build_optimizers, scale_learning_rates
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from latentwire_fast.errors import PayloadError
-from latentwire_fast.storage import write_atomically
+from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.wire.header import HEADER_BYTES, check_frame, located, read_header
 
 

@@ -1,0 +1,262 @@
+"""The kernels on one GPU: ceilings, extension, tests, benchmarks, targets. Under nine minutes.
+
+    python bench/gpu_kernels.py OUT           # writes OUT/results.json and OUT/results.md
+    python bench/gpu_kernels.py OUT --tiny    # the same path on a CPU: tests it, measures nothing
+    python bench/gpu_kernels.py --predict     # floors and predicted times, before measuring
+
+Runs from a checkout that need not be installed, on torch, triton, transformers, numpy, pytest and
+pytest-benchmark; Liger-Kernel and bitsandbytes are rows of the tables where they are installed.
+Every section is a process of its own with a time limit, and what it found is written when it ends:
+a kernel that crashes or hangs costs its own section.
+
+Exit status: 0; 1 where a section or a test failed or our result was wrong; 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import processes
+from bench.gpu_tests import run_tests
+from bench.processes import FAILED, OK, finish, start
+
+TOTAL_SECONDS = 520
+# A worker stops starting cases this long before it would be killed.
+MARGIN_SECONDS = 15
+# The benchmarks' workers. What a section may take is a share of the whole run; together they are
+# more than it, because hardly one takes all of its own.
+BENCHMARKS = {"K1": 0.17, "K2": 0.21, "K3a": 0.13, "K3b": 0.17, "K4": 0.09}
+
+
+@dataclass
+class Run:
+    """What is found, written after every section.
+
+    Attributes:
+        folder: where to; parts: scratch files of the workers.
+        tiny: on a CPU, at small shapes.
+        seconds: of the whole run, from now on.
+        results: the content of results.json.
+    """
+
+    folder: Path
+    parts: Path
+    tiny: bool
+    commit: str | None
+    seconds: float
+    results: dict[str, Any]
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        return self.started + self.seconds - time.monotonic()
+
+    def section(self, name: str, share: float, work: Callable[[float], str]) -> None:
+        """One section within its share of the run's time, and what is left of that."""
+        limit = min(share * self.seconds, self.left())
+        if limit < MARGIN_SECONDS:
+            outcome, taken = "not run: out of time", 0.0
+        else:
+            print(f"== {name}: at most {limit:.0f} s, {self.left():.0f} s left", flush=True)
+            started = time.monotonic()
+            outcome = work(limit)
+            taken = time.monotonic() - started
+        print(f"== {name}: {outcome}, {taken:.0f} s", flush=True)
+        self.results["sections"].append({"name": name, "outcome": outcome, "seconds": taken})
+        self.write()
+
+    def write(self) -> None:
+        """results.json and results.md, as far as they are known."""
+        from bench.kernels.ceilings import Ceilings
+        from bench.kernels.records import Record
+        from bench.kernels.tables import results_page
+        from bench.kernels.targets import targets
+
+        if self.results["ceilings"]:
+            records = [Record.from_json(entry) for entry in self.results["records"]]
+            verdicts = targets(Ceilings(**self.results["ceilings"]))
+            self.results["targets"] = [target.verdict(records) for target in verdicts]
+        text = json.dumps(self.results, indent=1, allow_nan=False)
+        (self.folder / "results.json").write_text(text + "\n")
+        (self.folder / "results.md").write_text(results_page(self.results))
+
+
+# --- The sections ---------------------------------------------------------------------------------
+
+
+def run_worker(run: Run, name: str, limit: float) -> str:
+    """`name` in a process of its own, and its lines into the results."""
+    lines = run.parts / f"{name}.jsonl"
+    command = [sys.executable, "-m", "bench.kernels.gpu_kernels", str(run.parts), "--worker", name]
+    command += ["--seconds", str(limit - MARGIN_SECONDS), *(["--tiny"] if run.tiny else [])]
+    outcome = finish(start(command), by=time.monotonic() + limit)
+    for line in lines.read_text().splitlines() if lines.exists() else ():
+        entry = json.loads(line)
+        if name == "ceilings":
+            about = entry["about"]
+            run.results["about"] = {**about, "commit": run.commit or about["commit"]}
+            run.results["ceilings"] = entry["ceilings"]
+        else:
+            run.results["records"].append(entry)
+    return outcome
+
+
+def assume_ceilings(run: Run) -> None:
+    """Those that an H200 is known to reach, whose name says so: tests and benchmarks run without
+    measured ones."""
+    from bench.kernels.ceilings import REACHABLE
+
+    run.results["ceilings"] = REACHABLE["H200"].to_json()
+    entry = {"about": run.results["about"], "ceilings": run.results["ceilings"]}
+    (run.parts / "ceilings.jsonl").write_text(json.dumps(entry) + "\n")
+
+
+def build_extension(run: Run, limit: float) -> str:
+    """In place, for this Python; placement has a torch path without it, so this is no failure."""
+    if run.tiny:
+        return "skipped: nothing is built at tiny shapes"
+    return processes.build_extension(run.parts / "build.log", limit)
+
+
+def test_kernels(run: Run, limit: float) -> str:
+    reports = run_tests(run.parts, limit, tiny=run.tiny)
+    run.results["tests"] = reports
+    for report in reports:
+        print(f"  {report['file']}: {report['passed']} passed, {report['failed']} failed, "
+              f"{report['skipped']} skipped. {report['note']}")  # fmt: skip
+    return FAILED if any(report["bad"] for report in reports) else OK
+
+
+# --- The workers ----------------------------------------------------------------------------------
+
+
+def work(name: str, folder: Path, seconds: float) -> None:
+    """One section, in its own process: lines of JSON into `folder / name.jsonl`."""
+    from bench.kernels.ceilings import Ceilings, measure_ceilings
+    from bench.kernels.harness import DEVICE, run_cases
+    from bench.kernels.records import Record
+
+    with (folder / f"{name}.jsonl").open("w", buffering=1) as out:
+        if name == "ceilings":
+            ceilings = measure_ceilings(DEVICE)
+            entry = {"about": about(ceilings.name), "ceilings": ceilings.to_json()}
+            out.write(json.dumps(entry) + "\n")
+            return
+
+        def keep(records: list[Record]) -> None:
+            out.writelines(json.dumps(record.to_json()) + "\n" for record in records)
+
+        known = json.loads((folder / "ceilings.jsonl").read_text())["ceilings"]
+        run_cases(cases_of(name), ceilings=Ceilings(**known), seconds=seconds, keep=keep)
+
+
+def cases_of(name: str, **options: bool) -> list[Any]:
+    """The cases of a section."""
+    if name == "K1":
+        from bench.kernels.bench_quantize import cases
+    elif name == "K2":
+        from bench.kernels.bench_projection import cases
+    elif name == "K4":
+        from bench.placement.bench_placement import cases
+    else:
+        from bench.kernels.bench_distill import hidden_cases, logits_cases
+
+        return (logits_cases if name == "K3a" else hidden_cases)(**options)
+    return cases(**options)
+
+
+def about(device: str) -> dict[str, str]:
+    """Where the numbers come from."""
+    from datetime import UTC, datetime
+    from importlib.metadata import PackageNotFoundError, version
+
+    from latentwire_fast.evaluation.provenance import commit
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("torch", "triton", "transformers", "numpy", "liger-kernel", "bitsandbytes")
+    return {
+        "device": device,
+        "driver": processes.driver() or "unknown",
+        "python": sys.version.split()[0],
+        **{package: installed(package) for package in packages},
+        "commit": commit() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def predict() -> None:
+    from bench.kernels.tables import prediction_table
+
+    cases = [case for name in BENCHMARKS for case in cases_of(name, gpu=True)]
+    print(prediction_table(cases))
+
+
+def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> int:
+    """Every section in turn; the exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as parts:
+        empty: dict[str, Any] = {"about": {"device": "unknown"}, "ceilings": None, "targets": []}
+        run = Run(
+            *(folder, Path(parts), tiny, commit, seconds),
+            results={**empty, "sections": [], "tests": [], "records": []},
+        )
+        run.section("ceilings", 0.12, lambda limit: run_worker(run, "ceilings", limit))
+        measured = run.results["ceilings"] is not None
+        if not measured:
+            assume_ceilings(run)
+        run.section("extension", 0.17, lambda limit: build_extension(run, limit))
+        run.section("tests", 0.21, lambda limit: test_kernels(run, limit))
+        for name, share in BENCHMARKS.items():
+            run.section(name, share, lambda limit, name=name: run_worker(run, name, limit))
+    wrong = [
+        r
+        for r in run.results["records"]
+        if r["row"] == "ours" and (r["absent"] or "").startswith(("wrong", "failed"))
+    ]
+    failed = [s for s in run.results["sections"] if s["outcome"].startswith((FAILED, "stopped"))]
+    print((folder / "results.md").read_text())
+    print(f"written: {folder / 'results.json'}, {folder / 'results.md'}")
+    return 1 if wrong or failed or not measured else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="for results.json and results.md")
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, at shapes that mean nothing")
+    parser.add_argument("--predict", action="store_true", help="print floors and predicted times")
+    parser.add_argument("--commit", help="of this tree, where git cannot tell")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of the whole run")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.predict:
+        predict()
+        return 0
+    if options.folder is None:
+        parser.error("name the folder for the results")
+    if options.worker:
+        work(options.worker, options.folder, options.seconds)
+        return 0
+    import torch
+
+    if not (torch.cuda.is_available() or options.tiny):
+        print("gpu_kernels needs a CUDA device, and torch sees none", file=sys.stderr)
+        return 2
+    return run_all(
+        *(options.folder,), tiny=options.tiny, commit=options.commit, seconds=options.seconds
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

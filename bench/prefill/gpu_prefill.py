@@ -1,0 +1,171 @@
+"""The prefill engine on one GPU: its tests, and the tables of an 8B and a 7B reader, in 9 minutes.
+
+    python bench/gpu_prefill.py OUT           # OUT/tables, OUT/compile, OUT/two_devices, OUT/*.log
+    python bench/gpu_prefill.py OUT --tiny    # the same path on a CPU: tests it, measures nothing
+
+Runs from a checkout that need not be installed, on torch, triton, transformers and numpy (pytest
+for the tests, accelerate for two devices, matplotlib for the figure, and a compiler with cmake and
+pybind11 for the extension, where they are there). Every section is a process of its own with a time
+limit, and writes what it has after every group of rows; OUT/all.tar.gz holds everything so far.
+`compile` is one batch and length only: a backbone of 32 layers compiles for a minute or more, and
+where the arithmetic decides there is nothing in it.
+
+Exit status: 0; 1 where a section failed; 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.gpu_tests import PYTEST, report_of
+from bench.processes import FAILED, OK, ROOT, build_extension, finish, start
+
+TOTAL_SECONDS = 530
+# A section stops starting rows this long before it would be ended: the row that runs, and writing.
+MARGIN_SECONDS = 12
+# What a section spends before its first reader: torch and transformers imported, ceilings measured.
+IMPORT_SECONDS = 12
+LATENCY = ROOT / "bench" / "prefill_latency.py"
+TESTS = tuple(
+    ROOT / "tests" / f"{name}.py"
+    for name in ("serving/test_receiver", "kernels/test_kernels_prefill", "readers/test_kv_cache")
+)
+EXTENSION_SECONDS, TESTS_SECONDS = 40, 45
+
+
+@dataclass(frozen=True)
+class Section:
+    """One process: options of `prefill_latency.py`, and the seconds that it may take in all."""
+
+    name: str
+    seconds: int
+    options: str
+
+
+# Batches of more than 32,000 tokens of text take seconds each: 4,000 tokens at batch 32 are left to
+# the prediction. The sender's rows are there for one batch. The last section may also have what the
+# others left.
+SECTIONS = (
+    Section(
+        "tables",
+        320,
+        "--readers llama-3.1-8b qwen2.5-7b --engines eager graph --most-tokens 32000 "
+        "--sender-batches 8",
+    ),
+    Section(
+        "two_devices",
+        28,
+        "--readers llama-160m --half-on-cpu --batches 1 --text-tokens 250 --latents 32 "
+        "--methods text latent_cached deep_prefix --warm-ups 3 --repeats 20",
+    ),
+    Section(
+        "compile",
+        97,
+        "--readers llama-3.1-8b --engines eager compile --batches 1 --text-tokens 250 --latents 32 "
+        "--methods text latent_cached",
+    ),
+)
+TINY = (
+    "--readers llama-tiny --encoder llama-tiny --device cpu --engines eager --batches 1 "
+    "--text-tokens 40 --latents 4 --warm-ups 1 --repeats 5"
+)
+
+
+def tests(folder: Path, seconds: float) -> str:
+    """The engine's and the placement's tests on the GPU, side by side: compiling kernels takes most
+    of their time."""
+    by = time.monotonic() + seconds
+    logs = [folder / f"{path.stem}.log" for path in TESTS]
+    running = [start([*PYTEST, "-m", "gpu", p], log) for p, log in zip(TESTS, logs, strict=True)]
+    endings = [finish(process, by=by) for process in running]
+    notes = []
+    for path, log, ending in zip(TESTS, logs, endings, strict=True):
+        report = report_of(path.name, log.read_text(errors="replace"), ending)
+        print(f"  {report}")
+        notes += [f"{path.name}: {report['note']}"] if report["bad"] else []
+    return f"{FAILED}: {'; '.join(notes)}" if notes else OK
+
+
+def latency(section: Section, folder: Path, seconds: float, commit: str | None) -> str:
+    """One run of the benchmark."""
+    ends = time.monotonic() + seconds
+    command = [sys.executable, str(LATENCY), *section.options.split()]
+    command += ["--out", str(folder / section.name), "--until", str(ends - MARGIN_SECONDS)]
+    command += ["--commit", commit] if commit else []
+    return finish(start(command), by=ends)
+
+
+def pack(folder: Path) -> None:
+    """Everything in a folder, as one file in it."""
+    archive, temporary = folder / "all.tar.gz", folder / ".all.tmp"
+    with tarfile.open(temporary, "w:gz") as tar:
+        for path in sorted(folder.iterdir()):
+            if path not in (archive, temporary):
+                tar.add(path, arcname=path.name)
+    temporary.replace(archive)
+
+
+def run_all(
+    folder: Path,
+    sections: Sequence[Section],
+    *,
+    seconds: float,
+    tiny: bool,
+    commit: str | None = None,
+) -> int:
+    """Every section in turn; the exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    outcomes: dict[str, str] = {}
+
+    def run(name: str, most: float, work: Callable[[float], str]) -> None:
+        limit = min(most, deadline - time.monotonic())
+        print(f"== {name}: at most {limit:.0f} s", flush=True)
+        started = time.monotonic()
+        late = limit < MARGIN_SECONDS
+        outcomes[name] = "not run: out of time" if late else work(limit)
+        print(f"== {name}: {outcomes[name]}, {time.monotonic() - started:.0f} s", flush=True)
+        lines = [f"{name}: {outcome}" for name, outcome in outcomes.items()]
+        (folder / "sections.txt").write_text("\n".join(lines) + "\n")
+        pack(folder)
+
+    if not tiny:
+        log = folder / "extension.log"
+        run("extension", EXTENSION_SECONDS, lambda limit: build_extension(log, limit))
+        run("tests", TESTS_SECONDS, lambda limit: tests(folder, limit))
+    for section in sections:
+        most = seconds if section == sections[-1] else section.seconds
+        run(section.name, most, lambda limit, s=section: latency(s, folder, limit, commit))
+    print((folder / "sections.txt").read_text())
+    # Placement has a torch path: without the extension the tables are right, and say so.
+    return int(any(o != OK for name, o in outcomes.items() if name != "extension"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="for everything that is found")
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, at shapes that mean nothing")
+    parser.add_argument("--commit", help="of this tree, where git cannot tell")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of the whole run")
+    options = parser.parse_args(arguments)
+    import torch
+
+    if not (torch.cuda.is_available() or options.tiny):
+        print("gpu_prefill.py needs a CUDA device, and torch sees none", file=sys.stderr)
+        return 2
+    return run_all(
+        *(options.folder, [Section("tables", 120, TINY)] if options.tiny else SECTIONS),
+        seconds=options.seconds,
+        tiny=options.tiny,
+        commit=options.commit,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""Readers, encoders and texts for the prefill benchmark.
+
+A shape is a published model's configuration, built with random weights on the device: how long a
+prefill takes does not depend on what the weights are. Such a reader has no tokenizer of its own and
+gets the testbed's, so that text rows do tokenise: the same library and kind (byte-pair encoding in
+Rust) with a vocabulary of under a thousand, hence fewer bytes per token than the published one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from latentwire_fast.config.schema import EncoderConfig
+from latentwire_fast.data.squad import load_squad
+from latentwire_fast.data.testbed import make_examples
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.models.encoders.lm import LMEncoder
+from latentwire_fast.prompts.builder import (
+    Prompt,
+    PromptBuilder,
+    Turn,
+    context_text,
+    full_text,
+    question_text,
+)
+from latentwire_fast.readers.kv_cache import key_value_heads
+from latentwire_fast.readers.loading import load_tokenizer, resolve_source
+from latentwire_fast.readers.reader import Reader
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SMALL = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 8192,
+}
+TINY = {
+    **SMALL,
+    "vocab_size": 1000,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+# Llama-3.1-8B and Qwen2.5-7B as on the hub; the others are ours: 160M parameters, and for tests.
+SHAPES: dict[str, LlamaConfig | Qwen2Config] = {
+    "llama-3.1-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters=LLAMA_3_ROPE,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+    "llama-160m": LlamaConfig(**SMALL),
+    "qwen2-160m": Qwen2Config(**{**SMALL, "intermediate_size": 3328, "num_key_value_heads": 4}),
+    "llama-tiny": LlamaConfig(**TINY),
+    "qwen2-tiny": Qwen2Config(**TINY),
+}
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a decoder's costs depend on."""
+
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Dims:
+        """Those of a transformers configuration."""
+        config = config.get_text_config(decoder=True)
+        head_width = getattr(config, "head_dim", None)
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            _inner_width(config),
+            config.num_attention_heads,
+            key_value_heads(config),
+            head_width or config.hidden_size // config.num_attention_heads,
+            config.vocab_size,
+        )
+
+
+def _inner_width(config: Any) -> int:
+    """Of the MLPs; OPT and GPT-2 have names of their own for it."""
+    names = ("intermediate_size", "ffn_dim", "n_inner")
+    found = (getattr(config, name, None) for name in names)
+    return next(filter(None, found), 4 * config.hidden_size)
+
+
+def config_of(source: str) -> Any:
+    """The configuration of a shape, a local folder or a hub id.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if source in SHAPES:
+        return SHAPES[source]
+    try:
+        return AutoConfig.from_pretrained(resolve_source(source))
+    except (OSError, ValueError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{source!r} is neither a shape ({', '.join(SHAPES)}) nor a model that can be loaded: "
+            f"{why}"
+        ) from error
+
+
+def build_reader(
+    source: str, *, dtype: torch.dtype, device: str, attention: str, load_in_4bit: bool = False
+) -> Reader:
+    """A shape with random weights, made on the device; anything else as `Reader.load` does."""
+    if source not in SHAPES:
+        return Reader.load(
+            source,
+            name=source,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attention,
+            load_in_4bit=load_in_4bit,
+        )
+    if load_in_4bit:
+        raise ConfigError(f"{source} has random weights; 4-bit readers are loaded from files")
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            SHAPES[source], dtype=dtype, attn_implementation=attention
+        )
+    return Reader(model, _tokenizer_for(source), name=source)
+
+
+def build_encoder(
+    source: str, *, latents: int, d_z: int, max_tokens: int, dtype: torch.dtype, device: str
+) -> LMEncoder:
+    """An LM encoder of a shape, with random weights."""
+    if source not in SHAPES:
+        raise ConfigError(f"--encoder {source!r}: there are {sorted(SHAPES)}")
+    config = EncoderConfig(source=source, latents=latents, d_z=d_z, max_tokens=max_tokens)
+    with torch.device(device):
+        core = AutoModel.from_config(SHAPES[source], dtype=dtype)
+        encoder = LMEncoder(core, _tokenizer_for(source), config)
+    return encoder.eval().requires_grad_(False)
+
+
+def _tokenizer_for(shape: str) -> Any:
+    return load_tokenizer("testbed:qwen" if shape.startswith("qwen") else "testbed:llama")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Contexts with a question each, one per row of a batch.
+
+    Attributes:
+        tokens: of a context, the longest of them.
+    """
+
+    contexts: list[str]
+    questions: list[str]
+    tokens: int
+
+    @property
+    def text_bytes(self) -> float:
+        """UTF-8 bytes of a context, on average."""
+        return sum(len(c.encode()) for c in self.contexts) / len(self.contexts)
+
+
+def synthetic_workload(prompts: PromptBuilder, *, rows: int, tokens: int, seed: int) -> Workload:
+    """Testbed passages, as many as it takes; every row has the same number of tokens."""
+    rng = random.Random(seed)
+    # A passage has at least 30 tokens.
+    examples = make_examples(rows * (tokens // 30 + 1), seed=rng.randrange(2**31))
+    per_row = len(examples) // rows
+    contexts, questions = [], []
+    for i in range(rows):
+        mine = examples[i * per_row : (i + 1) * per_row]
+        words = " ".join(e.context for e in mine).split(" ")
+        contexts.append(_cut(prompts, words, tokens))
+        questions.append(mine[0].question)
+    return _workload(prompts, contexts, questions)
+
+
+def workload_from_file(prompts: PromptBuilder, path: Path, *, rows: int) -> Workload:
+    """The first contexts and questions of a SQuAD-format file."""
+    examples = load_squad(path)[:rows]
+    if len(examples) < rows:
+        raise ConfigError(f"{path} has {len(examples)} examples, a batch of {rows} needs as many")
+    return _workload(prompts, [e.context for e in examples], [e.question for e in examples])
+
+
+def _workload(prompts: PromptBuilder, contexts: list[str], questions: list[str]) -> Workload:
+    longest = max(len(prompts.text_ids(context_text(c))) for c in contexts)
+    return Workload(contexts, questions, longest)
+
+
+def _cut(prompts: PromptBuilder, words: Sequence[str], tokens: int) -> str:
+    """The longest text of whole words within so many tokens, filled up with a short one."""
+
+    def length(text: str) -> int:
+        return len(prompts.text_ids(context_text(text)))
+
+    low, high = 0, len(words)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (
+            (middle, high) if length(" ".join(words[:middle])) <= tokens else (low, middle - 1)
+        )
+    text = " ".join(words[:low])
+    while length(longer := f"{text} a") <= tokens:
+        text = longer
+    return text
+
+
+def text_prompts(prompts: PromptBuilder, workload: Workload) -> list[Prompt]:
+    """Text prompts of a batch, tokenised together: the fastest way that the library has."""
+    texts = [
+        full_text(context, question)
+        for context, question in zip(workload.contexts, workload.questions, strict=True)
+    ]
+    encoded = prompts.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+    return [prompts.build([Turn("")], context=None, user_ids=ids) for ids in encoded["input_ids"]]
+
+
+def split_prompts(prompts: PromptBuilder, workload: Workload) -> tuple[list[list[int]], list[str]]:
+    """Text prompts of a batch cut before the last word of their contexts.
+
+    Tokens are cut, not texts: tokenizers join the end of a context with what follows (".\n" is one
+    token of Llama 3 and Qwen2), but none across the space before a word.
+
+    Returns:
+        The ids of each prompt up to there, and the rest of its text.
+
+    Raises:
+        ConfigError: a tokenizer that does join there.
+    """
+    rests = [
+        " " + context_text(context).rpartition(" ")[2] + question_text(question)
+        for context, question in zip(workload.contexts, workload.questions, strict=True)
+    ]
+    held = []
+    for whole, rest in zip(
+        text_prompts(prompts, workload), rest_prompts(prompts, rests), strict=True
+    ):
+        cut = len(whole.ids) - len(rest.ids)
+        if whole.ids[cut:] != rest.ids:
+            raise ConfigError(
+                "this tokenizer joins the last word of a context with the one before it; keys and "
+                "values of the words before it cannot be reused"
+            )
+        held.append(whole.ids[:cut])
+    return held, rests
+
+
+def rest_prompts(prompts: PromptBuilder, rests: list[str]) -> list[Prompt]:
+    """What follows the held part: the rest of the text, then template and anchor."""
+    encoded = prompts.tokenizer(rests, add_special_tokens=False, split_special_tokens=True)
+    whole = [prompts.build([Turn("")], context=None, user_ids=ids) for ids in encoded["input_ids"]]
+    return [Prompt(prompt.ids[prompts.content_start :]) for prompt in whole]

@@ -1,0 +1,156 @@
+"""Projection and RMS calibration: `gamma * s * y + beta`, `y = f(W norm(x) + b)`, f 1 or tanh.
+
+s = target_rms * gain / sqrt(r2 + eps), r2 the mean square of y over a token, an example or the
+batch. s needs r2, and r2 all of a row's y, which is the large tensor: `[N, D]`, D >> d.
+
+Folded (without tanh, d <= 512). No y is needed for r2: ||W x + b||^2 = x'Gx + 2c'x + b'b with
+G = W'W, c = W'b. With P = (W | b | 0) `[D, K]` all three lie in P'P `[K, K]`, and
+
+    rows     X = [s x, s, 1, 0 ...] `[N, K]`      one kernel: unpack, LayerNorm, G, s
+    output   X (gamma * P)' + beta                 one matmul, beta its bias
+
+Traffic N*D*e + D*K*e + 2*N*(d + K)*e bytes, arithmetic 2*N*D*K and about N*d^2 (times three for
+fp32's accuracy). At d = 256 the arithmetic is the floor: 2*D*d / F = 2.7 ns per row at D = 4096 and
+790 TFLOP/s, against 1.9 ns to write it at 4.3 TB/s. G pays while 3*d^2 / F < 2*D*e / BW, what
+writing y and reading it back would cost: d < 1000 for D = 4096 if its tiles ran at the peak rate;
+they are small and at half of it the bound is 700. G of `[D, D]` (the MLP adapter) would cost as
+much as the projection.
+
+Backward needs no y either, `adapter_backward`. Saved: x and r2.
+
+Everything else (tanh; d > 512) goes through tiles of y, `adapter_tiles`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latentwire_fast.kernels.matmul import matmul_fp32
+from latentwire_fast.kernels.projection_rows import (
+    Calibration,
+    Norm,
+    Packed,
+    normalised_rows,
+    scaled_rows,
+)
+from latentwire_fast.kernels.projection_tiles import Tiles
+
+# The widest x whose Gram matrix is used.
+GRAM_WIDTH = 512
+# Outputs that a program folds.
+FOLDED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What the folded form needs of the parameters, whatever the rows.
+
+    plain: P = (W | b | 0) `[D, K]` in W's dtype; scaled: gamma * P in the rows' dtype; gram: P'P
+    `[K, K]` fp32. K is d + 2 rounded up to 8, so that rows are whole 16-byte pieces.
+    """
+
+    plain: Tensor
+    scaled: Tensor
+    gram: Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The arguments that forward and backward share; weight `[D, d]`, bias and gamma `[D]`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    norm: Norm
+    calibration: Calibration
+    tanh: bool
+    # Of weight, bias and gamma as they are now; None goes through tiles.
+    folded: Folded | None
+
+
+def is_folded(width: int, *, tanh: bool) -> bool:
+    """Whether rows of so many values go through the Gram matrix."""
+    return not tanh and width <= GRAM_WIDTH
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def _fold_kernel(
+    weight_ptr, bias_ptr, gamma_ptr, plain_ptr, scaled_ptr, outputs, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    output = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    live = output < outputs
+    plain = tl.load(
+        weight_ptr + output[:, None] * WIDTH + column,
+        mask=live[:, None] & (column < WIDTH),
+        other=0.0,
+    ).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + output, mask=live, other=0.0).to(tl.float32)
+        plain = tl.where(column == WIDTH, bias[:, None], plain)
+    scaled = plain
+    if HAS_GAMMA:
+        scaled *= tl.load(gamma_ptr + output, mask=live, other=0.0).to(tl.float32)[:, None]
+    place = output[:, None] * PADDED + column
+    inside = live[:, None] & (column < PADDED)
+    tl.store(plain_ptr + place, plain.to(plain_ptr.dtype.element_ty), mask=inside)
+    tl.store(scaled_ptr + place, scaled.to(scaled_ptr.dtype.element_ty), mask=inside)
+
+
+def fold(
+    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, *, dtype: torch.dtype
+) -> Folded:
+    """Two launches. `dtype` is the rows'."""
+    weight = weight.contiguous()
+    bias, gamma = (None if t is None else t.contiguous() for t in (bias, gamma))
+    outputs, width = weight.shape
+    padded = -(-(width + 2) // 8) * 8
+    plain = weight.new_empty((outputs, padded), dtype=weight.dtype)
+    scaled = weight.new_empty((outputs, padded), dtype=dtype)
+    _fold_kernel[(triton.cdiv(outputs, FOLDED_ROWS),)](
+        *(weight, *(plain if t is None else t for t in (bias, gamma)), plain, scaled, outputs),
+        WIDTH=width,
+        PADDED=padded,
+        HAS_BIAS=bias is not None,
+        HAS_GAMMA=gamma is not None,
+        TILE_ROWS=FOLDED_ROWS,
+        BLOCK=triton.next_power_of_2(padded),
+        num_warps=4,
+    )
+    return Folded(plain, scaled, matmul_fp32(plain.T, plain))
+
+
+def project_calibrate(
+    source: Tensor | Packed, p: Projection, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(out [N, D] in the source's dtype, mean squares [N / group_rows] in fp32)`.
+
+    Args:
+        source: x `[N, d]`, or a payload's codes, which are unpacked on the way.
+    """
+    source = source.contiguous() if isinstance(source, Tensor) else source
+    outputs = p.weight.shape[0]
+    if not source.shape[0]:
+        out = source.new_empty((0, outputs), dtype=source.dtype)
+        return out, source.new_empty(0, dtype=torch.float32)
+    if p.folded is None:
+        x = normalised_rows(source, p.norm)[0]
+        return Tiles(
+            *(x, p.weight),
+            bias=p.bias,
+            gamma=p.gamma,
+            beta=beta,
+            calibration=p.calibration,
+            tanh=p.tanh,
+        ).forward()
+    rows, squares = scaled_rows(source, p.norm, p.calibration, p.folded.gram, outputs)
+    if beta is None:
+        return rows @ p.folded.scaled.T, squares
+    return torch.addmm(beta.to(rows.dtype), rows, p.folded.scaled.T), squares

@@ -1,0 +1,108 @@
+"""A configuration with some of its parts replaced, as the command line asks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from latentwire_fast.config.schema import (
+    OBJECTIVES,
+    Mode,
+    ReaderConfig,
+    RunConfig,
+    StageConfig,
+)
+from latentwire_fast.config.serialization import read_run_config
+from latentwire_fast.errors import ConfigError
+
+
+def _in_mode(mode: Mode, config: RunConfig) -> RunConfig:
+    """A run in this mode, without the stages that only the other has."""
+    stages = config.stages if mode == "pure" else _without("embed", config.stages)
+    return replace(config, mode=mode, stages=stages)
+
+
+def _without(objective: str, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+    """Stages without an objective; those that have no other are left out."""
+    others = [name for name in OBJECTIVES if name != objective]
+    off: dict[str, Any] = {objective: 0.0}
+    return tuple(
+        replace(stage, **off) for stage in stages if any(getattr(stage, name) for name in others)
+    )
+
+
+def _added_to(base: str, config: RunConfig) -> RunConfig:
+    """A run that teaches its readers what the encoder of another run writes."""
+    kept = read_run_config(Path(base))
+    if kept.base is not None:
+        raise ConfigError(f"{base} has its encoder from {kept.base}; give that run as the base")
+    config = _in_mode(kept.mode, config)
+    return replace(
+        config,
+        base=base,
+        encoder=kept.encoder,
+        quantizer=kept.quantizer,
+        # Its positions are chosen already. What else a stage does with them, readers do.
+        stages=_without("select", config.stages),
+    )
+
+
+def with_overrides(
+    config: RunConfig,
+    *,
+    readers: dict[str, str] | None = None,
+    encoder: str | None = None,
+    data: str | None = None,
+    mode: Mode | None = None,
+    base: str | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    eval_examples: int | None = None,
+) -> RunConfig:
+    """A configuration with some of its parts replaced; None (or no reader) keeps a part.
+
+    Args:
+        readers: sources by name, instead of the configuration's; an LM encoder then starts from the
+            first of them unless `encoder` says otherwise.
+        base: a trained run to add the readers to; its encoder, quantiser and mode are taken over.
+        steps: total over all stages, which shrink or grow in proportion, to one step at least.
+    """
+    given = {"data": data, "encoder": encoder, "base": base, **(readers or {})}
+    for option, value in given.items():
+        if value == "":  # an unset variable of a shell, say
+            raise ConfigError(f"{option} is given as nothing; leave it out, or name a source")
+    if readers:
+        config = replace(config, readers={n: ReaderConfig(s) for n, s in readers.items()})
+    base = base or config.base
+    if base is not None:
+        if encoder or mode:
+            raise ConfigError(f"--base {base} brings its encoder and mode; leave out the other")
+        config = _added_to(base, config)
+    elif readers:
+        encoder = encoder or next(iter(readers.values()))
+    if mode is not None:  # before the steps are counted: it may leave out stages
+        config = _in_mode(mode, config)
+    if encoder is not None:
+        config = replace(config, encoder=replace(config.encoder, source=encoder))
+    if data is not None or eval_examples is not None:
+        kept = config.data
+        count = kept.eval_examples if eval_examples is None else eval_examples
+        config = replace(
+            config, data=replace(kept, source=data or kept.source, eval_examples=count)
+        )
+    if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"steps={steps}, expected at least 1")
+        share = steps / config.total_steps
+        ends = [round(end * share) for end in accumulate(s.steps for s in config.stages)]
+        stages = tuple(
+            replace(stage, steps=max(1, end - start))
+            for stage, start, end in zip(config.stages, [0, *ends[:-1]], ends, strict=True)
+        )
+        config = replace(config, stages=stages)
+    if batch_size is not None:
+        config = replace(config, optim=replace(config.optim, batch_size=batch_size))
+    return config if seed is None else replace(config, seed=seed)

@@ -1,0 +1,1 @@
+"""Scores of a trained model: methods, metrics, hypotheses, timings and the report."""

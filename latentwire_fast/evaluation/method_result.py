@@ -1,0 +1,76 @@
+"""Per-example results of one method with one reader, and their summary for metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentwire_fast.evaluation import metrics as scores
+
+# A reader's entries that hold scores by bit width, beside those by method.
+BY_BITS = ("latent_bits", "byte_budget_bits")
+
+
+def mean(values: Sequence[float]) -> float:
+    """Plain mean."""
+    return sum(values) / len(values)
+
+
+@dataclass
+class MethodResult:
+    """Per-example results of one method with one reader."""
+
+    predictions: list[str]
+    em: list[float]
+    f1: list[float]
+    positions: list[int] = field(default_factory=list)
+    first_token_ids: list[int | None] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    top5: list[float] = field(default_factory=list)
+    reciprocal_ranks: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    gold_logprobs: list[list[float]] = field(default_factory=list)
+    prefill_ms: float | None = None
+    end_to_end_ms: float | None = None
+
+    def intervals(self, *, seed: int, resamples: int) -> dict[str, Any]:
+        """The method's entry of metrics.json."""
+
+        def interval(values: Sequence[float]) -> dict[str, float] | None:
+            if not values:
+                return None
+            return scores.mean_interval(values, seed=seed, resamples=resamples)._asdict()
+
+        nll = None
+        if self.nll:
+            nll = scores.ratio_interval(
+                self.nll, self.tokens, seed=seed, resamples=resamples
+            )._asdict()
+        return {
+            "f1": interval(self.f1),
+            "em": interval(self.em),
+            "first_token_top1": interval(self.top1),
+            "first_token_top5": interval(self.top5),
+            "nll_per_token": nll,
+            "diversity": interval(scores.distinct_shares(self.predictions)),
+            "prefix_positions_mean": mean(self.positions) if self.positions else None,
+            "prefill_ms_p50": self.prefill_ms,
+            "end_to_end_ms_p50": self.end_to_end_ms,
+        }
+
+    def scores_of(self, i: int) -> dict[str, Any]:
+        """Prediction and scores of one example."""
+        return {"prediction": self.predictions[i], "em": self.em[i], "f1": self.f1[i]}
+
+    def example(self, i: int) -> dict[str, Any]:
+        """Everything known of one example, as in predictions.jsonl."""
+        entry = self.scores_of(i)
+        if self.positions:
+            entry["positions"] = self.positions[i]
+        if self.nll:
+            entry["first_token_id"] = self.first_token_ids[i]
+            entry["first_token_reciprocal_rank"] = self.reciprocal_ranks[i]
+            entry["gold_logprobs"] = self.gold_logprobs[i]
+        return entry

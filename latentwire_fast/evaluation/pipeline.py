@@ -1,0 +1,197 @@
+"""The evaluation of a run folder, from its model and readers to the files of `RUN/eval`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from latentwire_fast.config.schema import RunConfig
+from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
+from latentwire_fast.data.sources import heldout_examples
+from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.evaluation.evaluator import Evaluator
+from latentwire_fast.evaluation.model_card import model_card
+from latentwire_fast.evaluation.provenance import commit, run_record, versions
+from latentwire_fast.evaluation.report import write_report
+from latentwire_fast.evaluation.results import Outcome
+from latentwire_fast.files.atomic import write_atomically
+from latentwire_fast.files.lock import RunLock
+from latentwire_fast.models.encoders.truncation import measure_truncation
+from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.readers.answer_checks import check_answers
+from latentwire_fast.readers.reader import load_readers
+from latentwire_fast.training.tracking import read_records
+
+logger = logging.getLogger(__name__)
+
+RUN_FILES = {
+    *("config.json", "diagnostics.jsonl", "nonfinite.json", ".lock"),
+    *("model", "checkpoints", "teacher", "tensorboard"),
+}
+EVAL_FILES = {"metrics.json", "metrics.csv", "predictions.jsonl", "report.html", "report.md"}
+
+
+def evaluate_run(
+    run_dir: Path,
+    *,
+    fresh_seed: int | None = None,
+    count: int | None = None,
+    out: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a trained run and write its report.
+
+    Args:
+        fresh_seed: score held-out examples drawn with this seed instead of the run's own: new ones
+            of the testbed, another sample of a finite set.
+        count: how many examples.
+        out: write metrics.json to this file only, without a report; none of the run's own files.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        CheckpointError: the run is not trained, or its readers have other weights than it was
+            trained for. ConfigError: `out` cannot be written to or belongs to the run, no report
+            can be written there, or a reader cannot score the answers. TrainingError: the run
+            folder is in use, or cannot be written to.
+    """
+    if not (run_dir / "model" / "config.json").exists():
+        raise CheckpointError(
+            f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
+            "or resume it with the same command if it was stopped"
+        )
+    if out is None:
+        with RunLock(run_dir):  # only the run's own report goes there
+            _check_eval_dir(run_dir / "eval")
+            result, outcome = _evaluate(run_dir, fresh_seed, count, progress)
+            _write(run_dir, result, outcome)
+        return result
+    _check_out(run_dir, out)
+    result, _ = _evaluate(run_dir, fresh_seed, count, progress)
+    write_atomically(out, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def stored_metrics(run_dir: Path) -> dict[str, Any] | None:
+    """metrics.json of the run's own report, if this code made it of this configuration."""
+    try:
+        metrics: dict[str, Any] = json.loads((run_dir / "eval" / "metrics.json").read_text())
+        made = [metrics["run"][key] for key in ("config_sha256", "commit", "versions")]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    now = [config_hash(read_run_config(run_dir)), commit(), versions()]
+    return metrics if made == now else None
+
+
+def _check_out(run_dir: Path, out: Path) -> None:
+    """Raise now, rather than after the evaluation, unless metrics can be written to `out`."""
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise ConfigError(f"cannot write {out}: {out.parent} is no folder that can be written to")
+    if out.exists() and not out.is_file():  # a device would be replaced by a file
+        raise ConfigError(f"cannot write {out}: it is no file; give the path of one")
+    place, run = out.resolve(), run_dir.resolve()
+    if place.is_relative_to(run) and _belongs_to_the_run(place.relative_to(run)):
+        raise ConfigError(
+            f"{out} belongs to the run; choose another name, or leave --out away to write the "
+            "run's own report"
+        )
+
+
+def _belongs_to_the_run(path: Path) -> bool:
+    """Whether a path within a run folder is one that training or evaluation writes."""
+    return path.parts[0] in RUN_FILES or (str(path.parent) == "eval" and path.name in EVAL_FILES)
+
+
+def _check_eval_dir(folder: Path) -> None:
+    """Raise now, rather than after the evaluation, if something else is where the report goes."""
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder, the report goes there; move it away")
+
+
+def _evaluate(
+    run_dir: Path, fresh_seed: int | None, count: int | None, progress: bool
+) -> tuple[dict[str, Any], Outcome]:
+    """The content of metrics.json, and what it was made from."""
+    config = read_run_config(run_dir)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    start = time.perf_counter()
+    device = PartialState().device  # as in training: the GPU where there is one
+    gc.collect()  # what a training in this process leaves is in reference cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    model = Interlingua.from_pretrained(run_dir / "model").to(device)
+    _check_settings(config, model, run_dir)
+    readers = load_readers(config.readers, device)
+    examples = heldout_examples(config.data, count=count, seed=fresh_seed)
+    check_answers(examples, readers, source=f"{config.data.source} (held out)")
+    evaluator = Evaluator(config, model, readers, examples, progress=progress)
+    measured = _truncated(evaluator)
+    outcome = evaluator.run()
+    measured |= outcome.metrics()
+    diagnostics = read_records(run_dir / "diagnostics.jsonl")
+    seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
+    seed = config.data.eval_seed if fresh_seed is None else fresh_seed
+    run = run_record(config, name=run_dir.resolve().name, device=device, eval_seed=seed)
+    run["wall_seconds"] = seconds + time.perf_counter() - start
+    run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
+    return {"schema_version": 1, "run": run, **measured}, outcome
+
+
+def _check_settings(config: RunConfig, model: Interlingua, run_dir: Path) -> None:
+    """Raise unless the model is what the configuration says: the scores name its settings."""
+    # An encoder may read less than it was asked to, and the LM that it started from may have moved.
+    trained = model.encoder_config
+    encoder = replace(config.encoder, max_tokens=trained.max_tokens, source=trained.source)
+    pairs = {
+        "mode": (config.mode, model.mode),
+        "encoder": (encoder, trained),
+        "quantizer": (config.quantizer, model.quantizer),
+        "adapter": (config.adapter, model.adapter_config),
+    }
+    differ = [name for name, (stated, found) in pairs.items() if stated != found]
+    if differ:
+        raise CheckpointError(
+            f"{run_dir / 'config.json'} is not of the model beside it (differs in "
+            f"{', '.join(differ)}); put back the file that the training wrote"
+        )
+
+
+def _truncated(evaluator: Evaluator) -> dict[str, Any]:
+    """The `truncated` entry of metrics.json: how much of the text no latent holds. There is none
+    where the encoder reads all of it."""
+    texts = ((e.context, e.question) for e in evaluator.examples)
+    model = evaluator.model
+    truncation = measure_truncation(model.encoder, texts, mode=model.mode)
+    if not truncation.cut:
+        return {}
+    logger.warning("held-out data: %s; scores and text sizes are of the whole text", truncation)
+    return {"truncated": {"examples": truncation.cut, "text_share": truncation.share}}
+
+
+def _write(run_dir: Path, result: dict[str, Any], outcome: Outcome) -> None:
+    """The files of `RUN/eval`; metrics.json is the last."""
+    records = outcome.records()
+    eval_dir = run_dir / "eval"
+    eval_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(eval_dir / "predictions.jsonl", lines)
+    write_report(
+        eval_dir,
+        metrics=result,
+        predictions=records,
+        diagnostics=read_records(run_dir / "diagnostics.jsonl"),
+        config=to_json(outcome.config),
+    )
+    write_atomically(run_dir / "model" / "README.md", model_card(outcome.config, result))
+    write_atomically(eval_dir / "metrics.json", json.dumps(result, indent=2) + "\n")

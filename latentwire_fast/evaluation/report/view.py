@@ -1,0 +1,284 @@
+"""What a report shows: the numbers of one evaluation arranged for the templates, as text.
+
+Both templates print the same view, so HTML and Markdown cannot disagree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from latentwire_fast.config.presets import PRESETS
+from latentwire_fast.config.serialization import to_json
+from latentwire_fast.evaluation.method_result import BY_BITS
+from latentwire_fast.evaluation.report.extra_scores import FURTHER, Means
+from latentwire_fast.evaluation.report.formatting import (
+    MISSING,
+    Cell,
+    cell,
+    mean,
+    number,
+    percent,
+    ratio,
+    size,
+)
+from latentwire_fast.evaluation.report.hypothesis_rows import HYPOTHESES, hypothesis_row, verdict
+from latentwire_fast.evaluation.report.labels import BITS, METHODS, Method
+from latentwire_fast.evaluation.report.sanity_checks import find_warnings
+from latentwire_fast.evaluation.report.shown_examples import choose_examples
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def build_view(
+    metrics: Mapping[str, Any],
+    predictions: Records,
+    diagnostics: Records,
+    config: Mapping[str, Any],
+    *,
+    further: Means,
+) -> dict[str, Any]:
+    """Everything that the templates print, except the figures."""
+    return {
+        "run": metrics.get("run") or {},
+        "examples": metrics.get("examples") or 0,
+        "base": config.get("base"),
+        "is_pure": (metrics.get("run") or {}).get("mode") == "pure",
+        "headline": headline(metrics),
+        "tiles": list(_tiles(metrics)),
+        "warnings": find_warnings(metrics, predictions, diagnostics),
+        "hypotheses": [hypothesis_row(metrics, key) for key in HYPOTHESES],
+        "columns": [title for title, *_ in _COLUMNS],
+        "readers": [
+            {"name": name, "rows": list(_method_rows(methods, metrics))}
+            for name, methods in _readers(metrics).items()
+        ],
+        "widths": list(_width_rows(metrics)),
+        "joint": _joint(metrics),
+        "further_columns": list(FURTHER.values()),
+        "further": list(_further_rows(further)),
+        "samples": choose_examples(predictions, metrics),
+        "facts": list(_facts(metrics)),
+        "commands": _commands(metrics.get("run") or {}, config),
+        "config": json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False),
+        "missing": MISSING,
+    }
+
+
+# --- the head of the page -------------------------------------------------------------------------
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """The result in one sentence."""
+    payload, sizes = _payload(metrics), metrics.get("bytes") or {}
+    bits = (metrics.get("latent") or {}).get("bits")
+    readers = _readers(metrics)
+    scores = "; ".join(
+        f"{name} answers with F1 {_f1(methods, 'latent')} from it, {_f1(methods, 'text')} from "
+        "the text"
+        for name, methods in readers.items()
+    )
+    subject = f"One payload of {size(payload)} bytes" + (f" at {bits} bits" if bits else "")
+    receivers = "1 frozen reader" if len(readers) == 1 else f"{len(readers)} frozen readers"
+    return (
+        f"{subject} stands in for {size(sizes.get('text_utf8_mean'))} bytes of text "
+        f"({size(sizes.get('text_brotli_mean'))} after brotli) for {receivers}: {scores}."
+    )
+
+
+def _tiles(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    payload, sizes = _payload(metrics), metrics.get("bytes") or {}
+    against = [
+        f"{ratio(payload, sizes.get(key))} {label}"
+        for key, label in (("text_utf8_mean", "the text"), ("text_brotli_mean", "its brotli form"))
+        if sizes.get(key)
+    ]
+    yield {"value": size(payload), "label": "bytes per payload", "note": ", ".join(against)}
+    for name, methods in _readers(metrics).items():
+        latent, text = methods.get("latent") or {}, methods.get("text") or {}
+        share = _quotient(latent.get("f1"), text.get("f1"))
+        fewer = ratio(
+            text.get("prefix_positions_mean"), latent.get("prefix_positions_mean"), digits=1
+        )
+        yield {
+            "value": MISSING if share is None else f"{number(100 * share, digits=0)}%",
+            "label": f"of {name}'s text F1",
+            "note": "" if fewer == MISSING else f"with {fewer} fewer prefix positions",
+        }
+    verdicts = [verdict(metrics, key) for key in HYPOTHESES]
+    yield {
+        "value": f"{verdicts.count('pass')} of {len(verdicts)}",
+        "label": "hypotheses pass",
+        "note": f"{verdicts.count('fail')} fail, {verdicts.count('not measured')} not measured",
+    }
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _positions(value: Any) -> Cell:
+    found = mean(value)
+    return cell(value, digits=0 if found is not None and found == round(found) else 1)
+
+
+_COLUMNS = (
+    ("F1", "f1", percent),
+    ("EM", "em", percent),
+    ("FirstTok@1", "first_token_top1", percent),
+    ("FirstTok@5", "first_token_top5", percent),
+    ("NLL / token", "nll_per_token", lambda value: cell(value, digits=3)),
+    ("Distinct", "diversity", percent),
+    ("Positions", "prefix_positions_mean", _positions),
+    ("Prefill ms", "prefill_ms_p50", lambda value: cell(value, digits=2)),
+    ("End to end ms", "end_to_end_ms_p50", lambda value: cell(value, digits=1)),
+)
+
+
+def _method_rows(
+    methods: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Known methods in the order of `METHODS`, then any other."""
+    others = [name for name in methods if name not in METHODS and name not in BY_BITS]
+    for name in (*METHODS, *others):
+        if methods.get(name) is None:
+            continue
+        method = METHODS.get(name) or Method(name.replace("_", " "), "", "budget")
+        yield {
+            "label": method.label,
+            "note": method.note,
+            "kind": method.kind,
+            "cells": [show(methods[name].get(key)) for _, key, show in _COLUMNS],
+            "bytes": _bytes_of(name, metrics),
+        }
+
+
+def _bytes_of(method: str, metrics: Mapping[str, Any]) -> str:
+    """What the method sends in place of the text, where that is a size of its own."""
+    sizes, payload = metrics.get("bytes") or {}, size(_payload(metrics))
+    if method == "text":
+        utf8, brotli = size(sizes.get("text_utf8_mean")), size(sizes.get("text_brotli_mean"))
+        return f"{utf8}, brotli {brotli}"
+    if method in ("latent", "shuffled_latent", "zero_latent"):
+        return payload
+    return f"≤ {payload}" if method == "byte_budget" and payload != MISSING else MISSING
+
+
+def _width_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    sizes = metrics.get("bytes") or {}
+    readers = _readers(metrics)
+    for bits in BITS:
+        scores, budgets = (
+            [(methods.get(key) or {}).get(bits) or {} for methods in readers.values()]
+            for key in BY_BITS
+        )
+        payload = (sizes.get("payload_mean") or {}).get(bits)
+        if payload is None and not any(scores):
+            continue
+        yield {
+            "bits": bits,
+            "is_run": bits == str((metrics.get("latent") or {}).get("bits")),
+            "payload": size(payload),
+            "of_utf8": ratio(payload, sizes.get("text_utf8_mean")),
+            "of_brotli": ratio(payload, sizes.get("text_brotli_mean")),
+            "scores": [
+                (percent(s.get("f1")), percent(s.get("em")), percent(b.get("f1")))
+                for s, b in zip(scores, budgets, strict=True)
+            ],
+        }
+
+
+def _joint(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    joint = metrics.get("joint") or {}
+    rows = (
+        ("Joint rescoring", "f1", "F1 of the candidate that the readers together find most likely"),
+        ("Best single reader", "best_single_f1", "F1 of the better reader's own answers"),
+        ("Oracle", "oracle_f1", "F1 when the better answer of each example is known"),
+        ("Agreement", "agreement", "of the examples are answered alike"),
+    )
+    return [
+        {"label": label, "note": note, "value": percent(joint.get(key))}
+        for label, key, note in rows
+        if joint.get(key) is not None
+    ]
+
+
+def _further_rows(further: Means) -> Iterator[dict[str, Any]]:
+    for name, methods in further.items():
+        for method in METHODS:
+            if method in methods:
+                yield {
+                    "reader": name,
+                    "label": METHODS[method].label,
+                    "cells": [percent(methods[method].get(key)) for key in FURTHER],
+                }
+
+
+# --- the foot of the page -------------------------------------------------------------------------
+
+
+def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    run, latent = metrics.get("run") or {}, metrics.get("latent") or {}
+    for label, key in (("Run", "name"), ("Preset", "preset"), ("Mode", "mode"), ("Seed", "seed")):
+        if run.get(key) is not None:
+            yield label, str(run[key])
+    if latent:
+        yield (
+            "Latent",
+            f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
+            f"groups of {latent.get('group_size')}",
+        )
+    yield "Examples", number(metrics.get("examples") or 0, digits=0)
+    if run.get("wall_seconds") is not None:
+        yield "Time", f"{number(run['wall_seconds'] / 60)} minutes"
+    for label, key in (
+        ("Device", "device"),
+        ("Commit", "commit"),
+        ("Configuration", "config_sha256"),
+    ):
+        if run.get(key):
+            yield label, str(run[key])
+    versions = sorted((run.get("versions") or {}).items())
+    if versions:
+        yield "Versions", ", ".join(f"{name} {version}" for name, version in versions)
+
+
+def _commands(run: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """The commands that reproduce the run: a preset by its name, any other by its config.json."""
+    commit, changed, _ = (run.get("commit") or "").partition("+changes")
+    preset = run.get("preset")
+    is_preset = preset in PRESETS and to_json(PRESETS[preset]()) == config
+    what, folder = preset if is_preset else "config.json", f"runs/{run.get('name') or 'NAME'}"
+    lines = [
+        f"python -m latentwire_fast.train {what} --run {folder}",
+        f"python -m latentwire_fast.evaluate --run {folder}",
+    ]
+    if not is_preset:
+        lines.insert(0, "# with the config.json of the run folder:")
+    if commit:
+        lines.insert(0, f"git checkout {commit}")
+    if changed:
+        lines.insert(1, "# with the changes that were not committed")
+    return lines
+
+
+# --- shorthands -----------------------------------------------------------------------------------
+
+
+def _readers(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    return metrics.get("readers") or {}
+
+
+def _payload(metrics: Mapping[str, Any]) -> float | None:
+    """Mean payload bytes at the run's bits."""
+    bits = str((metrics.get("latent") or {}).get("bits"))
+    return ((metrics.get("bytes") or {}).get("payload_mean") or {}).get(bits)
+
+
+def _f1(methods: Mapping[str, Any], method: str) -> str:
+    return percent((methods.get(method) or {}).get("f1")).text
+
+
+def _quotient(top: Any, bottom: Any) -> float | None:
+    upper, lower = mean(top), mean(bottom)
+    return None if upper is None or not lower else upper / lower

@@ -1,0 +1,1 @@
+"""The trained model: encoder, bottleneck, adapters; saved and loaded as one."""

@@ -1,0 +1,1 @@
+"""Latent to what one reader takes in."""

@@ -1,0 +1,1 @@
+"""Text to latent `[B, M, d_z]`."""

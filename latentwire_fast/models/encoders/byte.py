@@ -1,0 +1,87 @@
+"""An encoder on raw bytes, without pretrained weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from latentwire_fast.config.schema import EncoderConfig
+from latentwire_fast.models.encoders.base import Texts, check_length, rms_normalize
+from latentwire_fast.models.layers import pre_norm_layer
+from latentwire_fast.prompts.builder import encoded_text
+
+
+class ByteEncoder(nn.Module):
+    """UTF-8 bytes, two strided convolutions, a transformer, and a cross-attention latent pooler.
+
+    The pooler's queries read the byte states; a gated residual adds their mean, so that a fresh
+    pooler starts from a summary of the text.
+    """
+
+    PAD = 256
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.byte_width, config.byte_heads
+        self.embed = nn.Embedding(257, width, padding_idx=self.PAD)
+        self.position = nn.Parameter(torch.randn((config.byte_max + 3) // 4, width) * 0.02)
+        self.convolve = nn.Sequential(
+            nn.Conv1d(width, width, 5, padding=2),
+            nn.GELU(),
+            nn.Conv1d(width, width, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv1d(width, width, 4, stride=2, padding=1),
+        )
+        layer = pre_norm_layer(width, heads)
+        self.body = nn.TransformerEncoder(layer, config.byte_layers, enable_nested_tensor=False)
+        self.queries = nn.Parameter(torch.randn(config.latents, width) * 0.5)
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.refine = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, config.d_z)
+
+    def check_length(self, context: str, question: str | None = None) -> None:
+        """Raise unless the encoder reads all of a text.
+
+        Raises:
+            DataError: more than `byte_max` bytes.
+        """
+        size = len(encoded_text(context, question).encode())
+        check_length(size, self.config.byte_max, "bytes")
+
+    def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
+        """Latents `[B, M, d_z]` fp32. Texts beyond `byte_max` bytes are cut."""
+        asked = [None] * len(contexts) if questions is None else questions
+        texts = [encoded_text(c, q) for c, q in zip(contexts, asked, strict=True)]
+        device = self.gate.device
+        rows = [torch.tensor(list(t.encode()[: self.config.byte_max])) for t in texts]
+        width = -(-max(len(r) for r in rows) // 4) * 4
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.PAD)
+        ids = nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.PAD).to(device)
+        padding = (ids == self.PAD).view(len(texts), -1, 4).all(-1)
+        states = self._convolve(self.embed(ids), padding)
+        states = self.body(states + self.position[: states.shape[1]], src_key_padding_mask=padding)
+        queries = self.queries.expand(len(texts), -1, -1)
+        read, _ = self.attend(queries, states, states, key_padding_mask=padding, need_weights=False)
+        real = (~padding).unsqueeze(-1).to(states)
+        mean = (states * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        pooled = self.refine(queries + read + torch.sigmoid(self.gate) * mean)
+        return rms_normalize(self.project(self.norm(pooled)).float())
+
+    def _convolve(self, bytes_BND: Tensor, padding_BT: Tensor) -> Tensor:
+        """States `[B, T, D]`, one per four bytes.
+
+        What a filter makes of padding is set to zero, which is what a text on its own has beyond
+        its border: its latent does not depend on its batch.
+        """
+        real_B1T = (~padding_BT).unsqueeze(1).to(bytes_BND)
+        states_BDN = bytes_BND.transpose(1, 2)
+        for layer in self.convolve:
+            states_BDN = layer(states_BDN)
+            states_BDN = states_BDN * real_B1T.repeat_interleave(
+                states_BDN.shape[-1] // padding_BT.shape[1], -1
+            )
+        return states_BDN.transpose(1, 2)

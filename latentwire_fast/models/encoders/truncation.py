@@ -1,0 +1,59 @@
+"""How much of a data set an encoder does not read: in a batch, longer texts are cut.
+
+A single text that is to be sent is refused instead (`check_length` of the encoders).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from latentwire_fast.config.schema import Mode
+from latentwire_fast.models.encoders.byte import ByteEncoder
+from latentwire_fast.models.encoders.lm import Encoder
+from latentwire_fast.prompts.builder import encoded_text
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What is cut of some examples.
+
+    Attributes:
+        examples: how many there are.
+        cut: how many of them have a text that is longer than the encoder reads.
+        share: of the text of all examples, how much is not read (0..1).
+        limit: the setting that says how much is read, with its value.
+    """
+
+    examples: int
+    cut: int
+    share: float
+    limit: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cut:,} of {self.examples:,} examples are longer than the encoder reads "
+            f"({self.limit}): {self.share:.2%} of all text is cut off and not in the latents"
+        )
+
+
+def measure_truncation(
+    encoder: Encoder, texts: Iterable[tuple[str, str]], *, mode: Mode
+) -> Truncation:
+    """Count what `encoder` cuts of (context, question) pairs, one pair per example."""
+    length: Callable[[str], int]
+    if isinstance(encoder, ByteEncoder):
+        name, limit, length = "byte_max", encoder.config.byte_max, lambda t: len(t.encode())
+    else:
+        ids = encoder.prompts.text_ids
+        name, limit, length = "max_tokens", encoder.config.max_tokens, lambda t: len(ids(t))
+    known: dict[str, int] = {}  # several questions on one passage: it is tokenised once
+    lengths = []
+    for context, question in texts:
+        text = encoded_text(context, question if mode == "pure" else None)
+        if text not in known:
+            known[text] = length(text)
+        lengths.append(known[text])
+    over = [max(0, n - limit) for n in lengths]
+    share = sum(over) / max(1, sum(lengths))
+    return Truncation(len(over), sum(n > 0 for n in over), share, f"{name}={limit}")

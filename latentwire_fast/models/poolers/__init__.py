@@ -1,0 +1,1 @@
+"""Hidden states `[B, T, D]` to M latents."""

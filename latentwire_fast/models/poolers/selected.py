@@ -1,0 +1,91 @@
+"""Which positions of a text become latents: those that readers look at when they answer.
+
+A reader needs few of a text's positions. On the testbed, with its view of the text cut down to the
+12 of about 42 positions that its answers attend to most, the Llama reader still answers 95% of
+the prompts, and the Qwen reader 98% (98% both with all of them). So a latent stands at such a
+position, describes what the encoder's LM holds there, and a deep prefix makes keys and values of
+it. What attends is a question, which a context-only encoder does not see: a linear score of the
+LM's states is trained on the readers' attention instead (`objectives.py`).
+
+Shapes: B texts, T positions, D the LM's width, M latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentwire_fast.models.layers import pre_norm_layer
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of a batch of texts.
+
+    Attributes:
+        scores_BT: of every position, minus infinity where none may be chosen.
+        places_BM: the chosen ones, ascending.
+        states_BMD: what the LM holds there.
+    """
+
+    scores_BT: Tensor
+    places_BM: Tensor
+    states_BMD: Tensor
+
+
+class PositionSelector(nn.Module):
+    """Scores positions by the hidden states of all of an LM's layers, and describes the best M.
+
+    All layers, because what a token is stands in the first, and what it belongs to in later ones.
+    A transformer over the positions adds what other readers bind to a token and this LM does not:
+    where it stands at a fact's value, the testbed's Llama knows the first syllable of the person's
+    name and nothing of the second (linear probes: 0.38 and 0.03 of 64), the Qwen reader the
+    second and nothing of the first (0.57 and 0.02).
+    """
+
+    def __init__(
+        self, *, layers: int, width: int, latents: int, heads: int = 4, blocks: int = 2
+    ) -> None:
+        super().__init__()
+        self.latents = latents
+        states = layers + 1  # the embeddings as well
+        self.scores = nn.ModuleList(nn.Linear(width, 1, bias=False) for _ in range(states))
+        self.mixes = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(states))
+        self.body = nn.TransformerEncoder(
+            pre_norm_layer(width, heads),
+            blocks,
+            enable_nested_tensor=False,
+        )
+
+    def forward(self, states: Sequence[Tensor], allowed_BT: Tensor) -> Selection:
+        """Select among the allowed positions.
+
+        Args:
+            states: hidden states `[B, T, D]`, embeddings first.
+            allowed_BT: True where a position may be chosen; at least once in each row.
+        """
+        normed = [F.layer_norm(h.float(), h.shape[-1:]) for h in states]
+        scores_BT = torch.stack([f(h) for f, h in zip(self.scores, normed, strict=True)]).sum(0)
+        scores_BT = scores_BT.squeeze(-1).masked_fill(~allowed_BT, -torch.inf)
+        places_BM = best_places(scores_BT.detach(), self.latents)
+        mixed = [f(h) for f, h in zip(self.mixes, normed, strict=True)]
+        states_BTD = self.body(torch.stack(mixed).sum(0), src_key_padding_mask=~allowed_BT)
+        index = places_BM[..., None].expand(-1, -1, states_BTD.shape[-1])
+        return Selection(scores_BT, places_BM, states_BTD.gather(1, index))
+
+
+def best_places(scores_BT: Tensor, count: int) -> Tensor:
+    """The `count` best positions `[B, count]`, ascending; a row with fewer repeats its last.
+
+    Args:
+        scores_BT: minus infinity where a position is none, but not in a whole row.
+    """
+    best, places = scores_BT.topk(min(count, scores_BT.shape[1]))
+    real = best > -torch.inf
+    last = places.masked_fill(~real, 0).amax(1, keepdim=True)
+    places = torch.where(real, places, last).sort(1).values
+    return F.pad(places, (0, count - places.shape[1]), mode="replicate")

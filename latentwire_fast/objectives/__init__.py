@@ -1,0 +1,1 @@
+"""What is learned: the losses of a training stage."""

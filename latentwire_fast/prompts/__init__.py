@@ -1,0 +1,1 @@
+"""Prompts: one builder for training and evaluation, and their batches."""

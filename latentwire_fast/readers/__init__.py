@@ -1,0 +1,1 @@
+"""Frozen LLMs: loading, checks, prompts to logits, decoding, caches, what they attend to."""

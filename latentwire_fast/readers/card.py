@@ -1,0 +1,38 @@
+"""What a model stores of each of its readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latentwire_fast.readers.kv_geometry import KVGeometry
+from latentwire_fast.readers.reader import Reader
+
+
+@dataclass(frozen=True)
+class ReaderCard:
+    """What an adapter must know of its reader, and how it recognises it."""
+
+    d_model: int
+    embedding_rms: float
+    fingerprint: str
+    kv: KVGeometry
+    source: str = ""
+
+    @classmethod
+    def of(cls, reader: Reader) -> ReaderCard:
+        """The card of a loaded reader."""
+        return cls(
+            reader.d_model,
+            reader.embedding_rms,
+            reader.fingerprint,
+            reader.kv_geometry,
+            reader.source,
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ReaderCard:
+        """The inverse of `dataclasses.asdict` and JSON."""
+        kv = {**data["kv"], "rms": tuple(map(tuple, data["kv"]["rms"]))}
+        return cls(**{**data, "kv": KVGeometry(**kv)})

@@ -1,0 +1,65 @@
+"""How a reader picks tokens: greedily, but for the options that say otherwise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentwire_fast.config.schema import check_decoding
+from latentwire_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Greedy decoding and its few exceptions.
+
+    Attributes:
+        max_new_tokens: stop after so many tokens.
+        first_token_temperature: above 0, the first token is sampled.
+        first_token_top_p: nucleus for that sample.
+        eos_ban_steps: forbid EOS for the first steps. Forces babbling on short answers: default 0.
+        seed: decides the first-token samples, together with each example's number.
+    """
+
+    max_new_tokens: int = 12
+    first_token_temperature: float = 0.0
+    first_token_top_p: float = 1.0
+    eos_ban_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}, expected at least 1")
+        check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)
+
+
+def pick_tokens(
+    logits_BV: Tensor,
+    step: int,
+    options: DecodeOptions,
+    *,
+    numbers: Sequence[int],
+    eos_id: int,
+) -> Tensor:
+    """The tokens `[B]` of one decoding step from fp32 logits.
+
+    Args:
+        numbers: of the examples; they and the seed decide what is sampled.
+    """
+    if step < options.eos_ban_steps:
+        logits_BV = logits_BV.clone()
+        logits_BV[:, eos_id] = -torch.inf
+    if step > 0 or options.first_token_temperature <= 0:
+        return logits_BV.argmax(-1)
+    probs = (logits_BV / options.first_token_temperature).softmax(-1)
+    sorted_probs, order = probs.sort(-1, descending=True)
+    outside = sorted_probs.cumsum(-1) - sorted_probs >= options.first_token_top_p
+    cumulative = sorted_probs.masked_fill(outside, 0.0).double().cumsum(-1)
+    uniform = [random.Random(f"{options.seed}:{number}").random() for number in numbers]
+    level = cumulative.new_tensor(uniform)[:, None] * cumulative[:, -1:]
+    rank = torch.minimum((cumulative <= level).sum(-1), (~outside).sum(-1) - 1)
+    return order.gather(1, rank[:, None])[:, 0]

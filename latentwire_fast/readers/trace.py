@@ -1,0 +1,130 @@
+"""What a frozen reader makes of a text: where its answers look, and the keys and values it keeps.
+
+Both are targets: of an encoder's scores for positions, and of a deep prefix, which is to hold at
+slot k what the reader would hold at the position that latent k stands for. Matching keys and values
+is a regression without a reader to differentiate, and has no plateau: after 600 steps of it on the
+testbed, the first batch of answers had 0.93 (Llama) and 0.91 (Qwen) of its tokens right, where 500
+steps of cross-entropy, with learned queries, had come to 0.82 and 0.76.
+
+Shapes: L layers, B texts, H key/value heads, T positions, M latents, D head width, N positions that
+predict an answer's token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from latentwire_fast.prompts.batch import PromptBatch
+from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.readers.attention import causal_attention, own_attention
+from latentwire_fast.readers.reader import Reader
+
+OBSERVED = "latentwire_observed"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One forward pass of a reader over text prompts with their answers.
+
+    Attributes:
+        attention_BT: what the positions that predict answers pay to each position, summed over
+            those, the layers and the heads.
+        layers: the keys and the values `[B, H, T, D]` of each layer.
+        rotary: makes its rotary position embeddings, if it has any.
+    """
+
+    attention_BT: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    rotary: nn.Module | None
+
+    def keys_values(self, places_BM: Tensor) -> Tensor:
+        """Keys and values `[L, 2, B, H, M, D]` at these positions, fp32.
+
+        The keys are turned from the position that they had to the slot (0 to M - 1) that they get:
+        what follows attends to them from as far as it will. With positions chosen by hand, the
+        Qwen reader's cross-entropy after 200 steps was 1.4 without that and 0.6 with it.
+        """
+        turn = None
+        if self.rotary is not None:
+            slots_M = torch.arange(places_BM.shape[1], device=places_BM.device)
+            cos, sin = self.rotary(places_BM.new_zeros(1, dtype=torch.float), slots_M - places_BM)
+            gain = getattr(self.rotary, "attention_scaling", 1.0)
+            turn = cos / gain, sin / gain
+        chosen = []
+        for sides in self.layers:
+            index = places_BM.to(sides[0].device)[:, None, :, None]
+            keys, values = (
+                side.gather(2, index.expand(-1, side.shape[1], -1, side.shape[3]))
+                .float()
+                .to(places_BM.device)
+                for side in sides
+            )
+            if turn is not None:
+                keys, _ = apply_rotary_pos_emb(keys, keys, *turn)
+            chosen.append(torch.stack([keys, values]))
+        return torch.stack(chosen)
+
+
+@torch.no_grad()
+def observe(reader: Reader, prompts: Sequence[Prompt]) -> Observation:
+    """Read text prompts that hold their answers."""
+    batch = reader.collate(prompts)
+    tally = _Tally(batch)
+    cache = DynamicCache(config=reader.model.config)
+    with _attending(reader, tally):
+        reader.backbone(**batch.model_inputs(), past_key_values=cache, use_cache=True)
+    layers = [(layer.keys, layer.values) for layer in cast(Any, cache).layers]
+    return Observation(tally.attention_BT, layers, getattr(reader.backbone, "rotary_emb", None))
+
+
+class _Tally:
+    """Causal attention that adds up what the scored positions of a batch attend to."""
+
+    def __init__(self, batch: PromptBatch) -> None:
+        self.rows_N, self.cols_N = batch.rows_N, batch.cols_N
+        self.attention_BT = torch.zeros(batch.ids_BT.shape, device=batch.ids_BT.device)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        with torch.autocast(query.device.type, enabled=False):
+            paid_NT = self._paid(
+                query, key, query.shape[-1] ** -0.5 if scaling is None else scaling
+            )
+        self.attention_BT.index_add_(0, self.rows_N, paid_NT.to(self.attention_BT.device))
+        return causal_attention(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+
+    def _paid(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """What each scored position pays to each position `[N, T]`, summed over heads, fp32."""
+        rows_N, cols_N = self.rows_N.to(query.device), self.cols_N.to(query.device)
+        asks_NHQD = query[rows_N, :, cols_N].unflatten(1, (key.shape[1], -1)).float() * scale
+        scores_NHQT = asks_NHQD @ key[rows_N].float().mT
+        later_NT = torch.arange(key.shape[2], device=query.device) > cols_N[:, None]
+        return scores_NHQT.masked_fill(later_NT[:, None, None], -torch.inf).softmax(-1).sum((1, 2))
+
+
+@contextmanager
+def _attending(reader: Reader, attention: _Tally) -> Iterator[None]:
+    """Inside the block the reader's layers run this attention."""
+    AttentionInterface.register(OBSERVED, attention)
+    with own_attention(reader.model, OBSERVED):
+        yield

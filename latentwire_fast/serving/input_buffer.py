@@ -1,0 +1,143 @@
+"""What a prefill is given: prompts laid out as arrays, and one block of bytes that holds them all.
+
+Shapes: B rows, T columns, R payloads, M soft tokens of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.prompts.builder import Prompt
+
+# Fields of an input buffer start at multiples of this, so that kernels read whole vectors.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Prompts padded on the right: causal attention then needs no mask.
+
+    Attributes:
+        ids_BT: token ids; the pad id where a soft token will stand, and behind the prompt.
+        slots_BT: number of the soft token that stands there; -1 where a token id does.
+        lengths_B: real positions of each row.
+    """
+
+    ids_BT: np.ndarray
+    slots_BT: np.ndarray
+    lengths_B: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """T."""
+        return self.ids_BT.shape[1]
+
+
+def lay_out(
+    prompts: Sequence[Prompt],
+    *,
+    soft_tokens: int | None,
+    pad_id: int,
+    multiple: int = 1,
+    most: int | None = None,
+) -> Layout:
+    """Lay prompts out for a prefill.
+
+    `batching.collate` does this for training too, id by id, which takes longer than the prefill of
+    a long prompt on a GPU; prompts of one latent are three slices.
+
+    Args:
+        soft_tokens: M for prompts with a latent; None for text prompts.
+        multiple: T is rounded up to a multiple of this.
+        most: but not above this, unless a prompt is longer.
+
+    Raises:
+        ConfigError: no prompts, an empty one, one whose latent is outside it, or one with a latent
+            where none is given, or the other way round.
+    """
+    if not prompts:
+        raise ConfigError("no prompts to read; give at least one")
+    for i, prompt in enumerate(prompts):
+        _check(prompt, i, soft_tokens=soft_tokens)
+    soft = soft_tokens or 0
+    lengths = np.array([len(prompt.ids) + soft for prompt in prompts])
+    if not lengths.all():
+        raise ConfigError(f"prompt {int(lengths.argmin())} is empty; it needs at least one token")
+    longest = int(lengths.max())
+    width = -(-longest // multiple) * multiple
+    if most is not None:
+        width = max(longest, min(width, most))
+    ids_BT = np.full((len(prompts), width), pad_id, np.int64)
+    slots_BT = np.full_like(ids_BT, -1)
+    for ids_T, slots_T, prompt in zip(ids_BT, slots_BT, prompts, strict=True):
+        start, ids = prompt.latent_at or 0, prompt.ids
+        ids_T[:start] = ids[:start]
+        ids_T[start + soft : len(ids) + soft] = ids[start:]
+        slots_T[start : start + soft] = range(soft)
+    return Layout(ids_BT, slots_BT, lengths)
+
+
+def _check(prompt: Prompt, number: int, *, soft_tokens: int | None) -> None:
+    at = prompt.latent_at
+    if (at is None) != (soft_tokens is None):
+        raise ConfigError(
+            f"prompt {number} was built "
+            + ("with `latent=`, but" if soft_tokens is None else "as text, and ")
+            + (" no payload is given" if soft_tokens is None else "cannot take the payload in")
+        )
+    if at is not None and not 0 <= at <= len(prompt.ids):
+        raise ConfigError(
+            f"prompt {number} has its latent at {at} of {len(prompt.ids)} tokens; build it with "
+            "`latent=`"
+        )
+
+
+Fields = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class InputBuffer:
+    """Named tensors in one block of bytes, which crosses to the device in one copy.
+
+    Args:
+        fields: dtype and shape by name.
+        device: where `tensors` live. On the CPU they are what `fill` writes to; otherwise the
+            block also exists in pinned host memory.
+    """
+
+    def __init__(self, fields: Fields, *, device: torch.device) -> None:
+        offsets, end = [], 0
+        for dtype, shape in fields.values():
+            offsets.append(end)
+            end += -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+        on_gpu = device.type == "cuda"
+        self._host = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
+        self._block = torch.empty_like(self._host, device=device) if on_gpu else self._host
+        self._sent = torch.cuda.Event() if on_gpu else None
+
+        def views(block: Tensor) -> dict[str, Tensor]:
+            return {
+                name: block[start : start + dtype.itemsize * math.prod(shape)]
+                .view(dtype)
+                .view(shape)
+                for start, (name, (dtype, shape)) in zip(offsets, fields.items(), strict=True)
+            }
+
+        self._arrays = {name: view.numpy() for name, view in views(self._host).items()}
+        self.tensors = views(self._block)
+
+    def fill(self, values: Mapping[str, np.ndarray]) -> None:
+        """Write all fields and send them off, on the current stream."""
+        if self._sent is not None:
+            self._sent.synchronize()  # the last copy may still be reading
+        for name, array in self._arrays.items():
+            np.copyto(array, values[name])
+        if self._sent is not None:
+            self._block.copy_(self._host, non_blocking=True)
+            self._sent.record()

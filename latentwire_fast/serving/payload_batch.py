@@ -1,0 +1,114 @@
+"""Payloads on their way to the device: frames checked on the host, values unpacked on the device.
+
+Shapes: R payloads, M latents, d latent width, c code bytes, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentwire_fast import ops, wire
+from latentwire_fast.errors import PayloadError
+from latentwire_fast.serving.input_buffer import Fields
+from latentwire_fast.wire.header import Header, check_frame, located
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Payloads of one layout whose header, length and CRC are right.
+
+    Attributes:
+        header: of each.
+        payloads: R of them.
+    """
+
+    header: Header
+    payloads: Sequence[bytes]
+
+    @property
+    def fields(self) -> Fields:
+        """What an input buffer needs for them. At 16 bits the codes are the values themselves, and
+        there are no scales."""
+        rows = len(self.payloads)
+        return {
+            "codes": (torch.uint8, (rows, self.header.code_bytes)),
+            "scales": (torch.float16, (rows, self.header.groups)),
+        }
+
+    def values(self) -> dict[str, np.ndarray]:
+        """The bytes as they came, cut in two."""
+        bodies_Rc = np.stack(
+            [np.frombuffer(p, np.uint8, offset=wire.HEADER_BYTES) for p in self.payloads]
+        )
+        codes_Rc, scales_Rc = np.split(bodies_Rc, [self.header.code_bytes], 1)
+        return {"codes": codes_Rc, "scales": np.ascontiguousarray(scales_Rc).view("<f2")}
+
+    def verify(self) -> None:
+        """Check every value, as unpacking on the host does.
+
+        Raises:
+            PayloadError: values that no encoder sends.
+        """
+        wire.unpack_batch(self.payloads)
+
+
+@dataclass(frozen=True)
+class PayloadKind:
+    """What payloads a receiver was made for."""
+
+    latents: int
+    d_z: int
+    fingerprint: int
+
+    def open(self, payloads: Sequence[bytes]) -> Parcel:
+        """Check everything about payloads but the values that they carry.
+
+        Raises:
+            PayloadError: none; bytes that are no payload; one of another model, of another shape or
+                of another precision than the first (the message has its index).
+        """
+        if not payloads:
+            raise PayloadError("no payloads to read; give at least one")
+        headers = []
+        for i, payload in enumerate(payloads):
+            with located(f"payload {i}"):
+                headers.append(check_frame(payload))
+                self._check(headers[i], headers[0])
+        return Parcel(headers[0], payloads)
+
+    def _check(self, header: Header, first: Header) -> None:
+        if header.fingerprint != self.fingerprint:
+            raise PayloadError(
+                f"it was written by model {header.fingerprint:#06x}, this receiver reads "
+                f"{self.fingerprint:#06x}; decode it with the model that encoded it"
+            )
+        if (header.latents, header.d_z) != (self.latents, self.d_z):
+            raise PayloadError(
+                f"it holds a latent ({header.latents}, {header.d_z}), this receiver reads "
+                f"({self.latents}, {self.d_z})"
+            )
+        if header != first:
+            raise PayloadError(
+                f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
+                f"{first.bits} in groups of {first.group_size}; read them in two batches"
+            )
+
+
+def dequantize(inputs: Mapping[str, Tensor], header: Header) -> Tensor:
+    """Latents `[R, M, d]` fp32 of codes and scales on the device."""
+    shape = (len(inputs["codes"]), header.latents, header.d_z)
+    if header.bits == 16:
+        return inputs["codes"].view(torch.float16).view(shape).float()
+    return ops.unpack_dequantize(
+        inputs["codes"],
+        inputs["scales"],
+        bits=header.bits,
+        group_size=header.group_size,
+        shape=shape,
+        dtype=torch.float32,
+    )

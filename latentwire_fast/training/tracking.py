@@ -1,0 +1,153 @@
+"""What a run writes down as it goes: `diagnostics.jsonl`, TensorBoard scalars, statistics.
+
+Shapes: B examples, M latent vectors, D latent width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from latentwire_fast.files.atomic import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Appends one JSON object per logged step and mirrors its numbers to TensorBoard.
+
+    Args:
+        run_dir: gets `diagnostics.jsonl` and `tensorboard/`.
+        resume_step: records of later steps are dropped, as the run is about to write them again;
+            None starts anew.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int | None) -> None:
+        self.path = run_dir / "diagnostics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if resume_step is not None:
+            kept = [r for r in read_records(self.path) if r["step"] <= resume_step]
+        write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
+        )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write one record with its `step`; tensors are 0-d; non-finite numbers become null."""
+        plain = _plain(record)
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in _scalars(plain):
+            if name != "step":
+                self._board.add_scalar(name, value, plain["step"])
+
+    def close(self) -> None:
+        """Flush and close both logs."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a diagnostics file, if there is one; a torn line (a kill while writing) and
+    what is no record are dropped."""
+    records: list[dict[str, Any]] = []
+    torn = 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if _is_record(record):
+            records.append(record)
+        else:
+            torn += 1
+    if torn:
+        logger.warning("dropped %d unreadable lines of %s", torn, path)
+    return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a line's value has what is read of records, as the numbers that they are."""
+
+    def are_numbers(values: Iterable[Any]) -> bool:
+        return all(isinstance(v, int | float) for v in values)
+
+    if not (isinstance(value, dict) and are_numbers(value.get(k) for k in ("step", "seconds"))):
+        return False
+    parts = [value.get(key) or {} for key in ("losses", "accuracy", "latent")]
+    return all(
+        isinstance(part, dict) and are_numbers(v for v in part.values() if v is not None)
+        for part in [*parts, {"loss": value.get("loss")}]
+    )
+
+
+def _plain(value: Any) -> Any:
+    """The value with tensors as numbers and non-finite numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a nested record under names such as `losses/answer`."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
+
+
+def latent_statistics(latent_BMD: Tensor) -> dict[str, float]:
+    """Whether latents of different examples differ.
+
+    Returns:
+        `pairwise_cosine`: mean cosine of the flattened latents of two examples; 1 means collapse.
+        `effective_rank`: exp of the entropy of the normalised singular values (Roy and Vetterli,
+        2007) of the flattened latents minus their mean: at most B - 1, and 0 when all are equal.
+        Both are NaN for fewer than two examples.
+    """
+    rows = latent_BMD.detach().flatten(1).double()
+    count = len(rows)
+    if count < 2:
+        return {"pairwise_cosine": math.nan, "effective_rank": math.nan}
+    unit = nn.functional.normalize(rows, dim=1)
+    cosines = unit @ unit.T
+    pairwise = (cosines.sum() - cosines.trace()) / (count * (count - 1))
+    singular = torch.linalg.svdvals(rows - rows.mean(0))
+    # What is left of equal rows after centring is rounding, and has a rank that means nothing.
+    noise = rows.norm() * torch.finfo(rows.dtype).eps * count
+    if bool(singular.sum() <= noise):
+        return {"pairwise_cosine": pairwise.item(), "effective_rank": 0.0}
+    entropy = torch.special.entr(singular / singular.sum()).sum()
+    return {"pairwise_cosine": pairwise.item(), "effective_rank": entropy.exp().item()}
+
+
+def module_gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, float]:
+    """2-norm of each module's gradient (0 without one), read from the device in one go."""
+    norms = []
+    for module in modules.values():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients).float())
+    values = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+    return dict(zip(modules, values, strict=True))

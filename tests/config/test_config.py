@@ -1,0 +1,345 @@
+"""Configurations: what is stored is what was meant, and a mistake is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from latentwire_fast.config.overrides import with_overrides
+from latentwire_fast.config.presets import PRESETS, load_preset
+from latentwire_fast.config.schema import (
+    AdapterConfig,
+    DataConfig,
+    EncoderConfig,
+    EvalConfig,
+    OptimConfig,
+    QuantizerConfig,
+    ReaderConfig,
+    RunConfig,
+    StageConfig,
+)
+from latentwire_fast.config.serialization import (
+    config_hash,
+    read_run_config,
+    run_config_from_json,
+    to_json,
+)
+from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.readers.decoding import DecodeOptions
+from latentwire_fast.training.schedules import facts_at
+from runs import changed, stored
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return PRESETS["testbed_smoke"]()
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name: str) -> None:
+    config = load_preset(name)
+    text = json.dumps(to_json(config))
+    assert run_config_from_json(json.loads(text)) == config
+    assert json.dumps(to_json(run_config_from_json(json.loads(text)))) == text
+    assert config.preset == name
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_file_is_a_configuration(path: Path) -> None:
+    config = load_preset(str(path))
+    assert config.total_steps > 0
+    assert run_config_from_json(to_json(config)) == config
+
+
+def test_what_is_left_out_is_the_default() -> None:
+    data = {"readers": {"a": {"source": "x"}}, "stages": [{"name": "s", "steps": 3}]}
+    config = run_config_from_json(data)
+    assert config == RunConfig(
+        readers={"a": ReaderConfig("x")}, stages=(StageConfig("s", steps=3),)
+    )
+    assert data["stages"] == [{"name": "s", "steps": 3}], "the input is not changed"
+
+
+def test_the_hash_is_of_the_values(config: RunConfig) -> None:
+    assert config_hash(config) == config_hash(run_config_from_json(to_json(config)))
+    others = [
+        changed(config, seed=1),
+        changed(config, mode="pure"),
+        changed(config, encoder={"latents": 5}),
+        changed(config, readers={"llama": ReaderConfig("testbed:qwen")}),
+        changed(config, stages=config.stages[:2]),
+        changed(config, evaluation={"bits": (16, 4)}),
+    ]
+    hashes = {config_hash(other) for other in others} | {config_hash(config)}
+    assert len(hashes) == len(others) + 1
+
+
+def test_a_run_folder_gives_back_its_configuration(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file; is .* a run folder"):
+        read_run_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
+        read_run_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"config\.json: not UTF-8 text"):
+        read_run_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    assert read_run_config(tmp_path) == config
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EncoderConfig(latents=0), "latents=0, expected 1 to 65535"),
+        (lambda: EncoderConfig(latents=65536), "latents=65536"),
+        (lambda: EncoderConfig(d_z=0), "d_z=0, expected 1 to 65535"),
+        (lambda: EncoderConfig(kind="bytes"), "kind='bytes'.*'lm'.*'byte'"),  # type: ignore[arg-type]
+        (lambda: EncoderConfig(pooling="mean"), "pooling='mean'.*'queries'.*'spans'"),  # type: ignore[arg-type]
+        (lambda: EncoderConfig(byte_width=30, byte_heads=4), "byte_width=30.*byte_heads=4"),
+        (lambda: EncoderConfig(rehearsals=-1), "rehearsals=-1, expected at least 0"),
+        (lambda: QuantizerConfig(bits=5), "bits=5, expected 16, 8, 6 or 4"),
+        (lambda: QuantizerConfig(group_size=8), "group_size=8"),
+        (lambda: AdapterConfig(gain=0.0), "gain=0.0, expected above 0"),
+        (lambda: AdapterConfig(gain=math.inf), "gain=inf, expected finite float"),
+        (lambda: AdapterConfig(dropout=1.0), "dropout=1.0"),
+        (lambda: AdapterConfig(kind="film"), "kind='film'"),  # type: ignore[arg-type]
+        (lambda: AdapterConfig(calibration="tokens"), "calibration='tokens'"),  # type: ignore[arg-type]
+        (lambda: ReaderConfig("x", dtype="fp32"), "dtype='fp32', expected 'float32' or"),  # type: ignore[arg-type]
+        (lambda: DataConfig(facts=0), "facts=0"),
+        (lambda: DataConfig(questions_per_context=0), "questions_per_context=0"),
+        (lambda: DataConfig(eval_examples=0), "eval_examples=0"),
+        (lambda: StageConfig("s", steps=0), "stage 's': steps=0, expected at least 1"),
+        (lambda: StageConfig("s", steps=1, answer=0.0), "stage 's': objective weights"),
+        (lambda: StageConfig("s", steps=1, kd=-1.0), "stage 's': objective weights"),
+        (lambda: StageConfig("s", steps=1, kd_tau=0.0), "stage 's': kd_tau=0.0"),
+        (lambda: StageConfig("s", steps=1, kd_tau=math.inf), "kd_tau=inf, expected finite"),
+        (lambda: StageConfig("s", steps=1, answer=math.nan), "answer=nan, expected finite"),
+        (lambda: StageConfig("s", steps=1, lr=0.0), "stage 's': lr=0.0, expected above 0"),
+        (lambda: StageConfig("s", steps=1, lr=-1.0), "stage 's': lr=-1.0"),
+        (lambda: StageConfig("s", steps=1, facts=((math.nan, 2),)), "facts=.*nan.*, expected"),
+        (lambda: StageConfig("s", steps=1, answer_tokens=0), "stage 's': answer_tokens=0"),
+        (lambda: StageConfig("s", steps=1, quantize=5), "stage 's': quantize=5"),
+        (lambda: StageConfig("s", steps=1, facts=((1.0, 19),)), "stage 's': facts=19"),
+        (lambda: OptimConfig(adamw_lr=0.0), "adamw_lr=0.0, expected above 0"),
+        (lambda: OptimConfig(muon_lr=-1.0), "muon_lr=-1.0, expected above 0, or none"),
+        (lambda: OptimConfig(encoder_lr=math.nan), "encoder_lr=nan"),
+        (lambda: OptimConfig(muon_lr=math.inf), "muon_lr=inf, expected finite float | None"),
+        (lambda: OptimConfig(clip=math.inf), "clip=inf, expected finite float"),
+        (lambda: OptimConfig(weight_decay=-0.1), "weight_decay=-0.1, expected at least 0"),
+        (lambda: OptimConfig(warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: EvalConfig(first_token_temperature=math.nan), "first_token_temperature=nan"),
+        (lambda: EvalConfig(first_token_top_p=0.0), "first_token_top_p=0.0"),
+        (lambda: OptimConfig(batch_size=0), "batch_size=0"),
+        (lambda: OptimConfig(micro_batch=0), "micro_batch=0"),
+        (lambda: OptimConfig(clip=0.0), "clip=0.0"),
+        (lambda: OptimConfig(readers="all"), "readers='all'"),  # type: ignore[arg-type]
+        (lambda: OptimConfig(mixed_precision="fp16"), "mixed_precision='fp16'"),  # type: ignore[arg-type]
+        (lambda: EvalConfig(bits=(16, 7)), "bits=7"),
+        (lambda: EvalConfig(batch_size=0), "batch_size=0"),
+        (lambda: EvalConfig(eos_ban_steps=-3), "eos_ban_steps=-3, expected at least 0"),
+        (lambda: DecodeOptions(eos_ban_steps=-3), "eos_ban_steps=-3, expected at least 0"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"readers": {}}, "at least one reader"),
+        ({"stages": ()}, "at least one training stage"),
+        ({"mode": "text"}, "mode='text'.*'context'.*'pure'"),
+        ({"log_every": 0}, "log_every=0"),
+        ({"save_every": 0}, "save_every=0"),
+        ({"threads": 0}, "threads=0"),
+    ],
+)
+def test_a_run_that_cannot_work_is_named(config: RunConfig, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(config, **change)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "Qwen2_5-7B-Instruct", "1a", "_"])
+def test_a_reader_may_be_called_so(config: RunConfig, name: str) -> None:
+    named = dataclasses.replace(config, readers={name: ReaderConfig("testbed:llama")})
+    assert run_config_from_json(to_json(named)) == named
+    assert nn.ModuleDict({name: nn.Identity()}).state_dict() == {}, "torch takes it"
+
+
+# The second line's are attributes of the modules that the reader's would be kept in.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "llama-3.1", "a b", "-a", "a/b", "a\n", "encoder"),
+        *("type", "keys", "half", "update", "values", "forward", "training", "_modules"),
+    ],
+)
+def test_a_reader_may_not_be_called_so(config: RunConfig, name: str) -> None:
+    data = to_json(config)
+    data["readers"] = {name: data["readers"]["llama"]}
+    with pytest.raises(ConfigError, match="reader name ") as caught:
+        run_config_from_json(data)
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.update(stepz=3), "stepz"),
+        (lambda d: d["encoder"].update(latent=3), "latent"),
+        (lambda d: d["stages"][0].update(loss=3), "loss"),
+        (lambda d: d["stages"][0].pop("steps"), "steps"),
+        (lambda d: d["readers"]["llama"].pop("source"), "source"),
+        (lambda d: d["quantizer"].update(bits=5), "bits=5, expected 16, 8, 6 or 4"),
+        (lambda d: d.update(readers=[]), "configuration does not fit"),
+        (lambda d: d.update(readers={"llama": "path"}), "configuration does not fit"),
+        (lambda d: d.update(stages={"a": 1}), "configuration does not fit"),
+        (lambda d: d.update(stages=[7]), "configuration does not fit"),
+        (lambda d: d.update(encoder=None), "configuration does not fit"),
+        (lambda d: d["optim"].update(batch_size="many"), "batch_size='many', expected int"),
+        (lambda d: d["optim"].update(batch_size=True), "batch_size=True, expected int"),
+        (lambda d: d["adapter"].update(gain="1"), "gain='1', expected finite float"),
+        (lambda d: d.update(preset=None), "preset=None, expected str"),
+        (lambda d: d["evaluation"].update(bits=16), "configuration does not fit"),
+        (lambda d: d["stages"][0].update(facts=[[1]]), r"facts=\(\(1,\),\), expected tuple"),
+        (lambda d: d["stages"][0].update(facts=[[1, 2.7]]), r"facts=.*2\.7.*, expected tuple"),
+        (lambda d: d["stages"][0].update(facts=[1]), "configuration does not fit"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(
+    config: RunConfig, damage: Callable[[Any], object], message: str
+) -> None:
+    data = to_json(config)
+    damage(data)
+    with pytest.raises(ConfigError, match=message):
+        run_config_from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nobody", None, "no preset 'nobody'; presets are testbed, testbed_context"),
+        ("missing.json", None, r"missing\.json"),
+        ("broken.json", "{", r"broken\.json"),
+        ("list.json", "[]", "configuration does not fit"),
+        ("number.json", "7", "configuration does not fit"),
+        ("latin.json", b"\xe9", r"latin\.json"),
+    ],
+)
+def test_load_preset_names_what_is_wrong(
+    tmp_path: Path, name: str, content: str | bytes | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_preset(str(path) if name.endswith(".json") else name)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_preset_takes_a_file(config: RunConfig, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(to_json(changed(config, preset="mine"))))
+    assert load_preset(str(path)) == stored(path)
+    assert load_preset(str(path)).preset == "mine"
+
+
+# --- stages -------------------------------------------------------------------------------------
+
+
+def test_stage_at_walks_the_stages(config: RunConfig) -> None:
+    stages = (StageConfig("a", steps=2), StageConfig("b", steps=1), StageConfig("c", steps=4))
+    config = changed(config, stages=stages)
+    assert config.total_steps == 7
+    found = [(stage.name, share) for stage, share in map(config.stage_at, range(8))]
+    assert found == [
+        *(("a", 0.0), ("a", 0.5), ("b", 0.0)),
+        *(("c", 0.0), ("c", 0.25), ("c", 0.5), ("c", 0.75)),
+        ("c", 1.0),
+    ]
+
+
+def test_facts_follow_the_schedule() -> None:
+    schedule = ((0.2, 1), (0.5, 2), (1.0, 4))
+    found = [facts_at(schedule, share, 9) for share in (0.0, 0.19, 0.2, 0.49, 0.5, 0.99, 1.0)]
+    assert found == [1, 1, 2, 2, 4, 4, 4]
+    assert facts_at((), 0.5, 9) == 9
+
+
+# --- overrides ----------------------------------------------------------------------------------
+
+
+def test_overrides_keep_what_they_do_not_name(config: RunConfig) -> None:
+    assert with_overrides(config) == config
+    assert with_overrides(config, seed=5) == changed(config, seed=5)
+    assert with_overrides(config, seed=0) == config
+    assert with_overrides(config, mode="pure") == changed(config, mode="pure")
+    assert with_overrides(config, batch_size=9) == changed(config, optim={"batch_size": 9})
+    assert with_overrides(config, data="a.json") == changed(config, data={"source": "a.json"})
+    found = with_overrides(config, eval_examples=3)
+    assert found == changed(config, data={"eval_examples": 3})
+
+
+def test_embeddings_of_answers_are_for_latents_that_may_hold_one(config: RunConfig) -> None:
+    stages = (StageConfig("align", steps=1, answer=0.0, embed=1.0), *config.stages)
+    pure = changed(config, mode="pure", stages=stages)
+    for wrong in ({"mode": "context"}, {"adapter": {"prefix": "deep"}}):
+        with pytest.raises(ConfigError, match="embed > 0 needs mode='pure'"):
+            changed(pure, **wrong)
+    assert with_overrides(pure, mode="context") == changed(pure, mode="context", stages=stages[1:])
+    assert with_overrides(pure, mode="pure") == pure
+    assert with_overrides(pure, mode="context", steps=40).total_steps == 40
+    both = (replace(stages[0], answer=0.5), *config.stages)
+    found = with_overrides(changed(pure, stages=both), mode="context")
+    assert found.stages[0] == replace(both[0], embed=0.0)
+
+
+@pytest.mark.parametrize("given", [{"data": ""}, {"encoder": ""}, {"readers": {"a": ""}}])
+def test_an_empty_source_is_not_taken_for_none(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is given as nothing; leave it out"):
+        with_overrides(load_preset("testbed"), **given)
+
+
+def test_override_of_readers_brings_the_encoder_along(config: RunConfig) -> None:
+    found = with_overrides(config, readers={"a": "x", "b": "y"})
+    assert found.readers == {"a": ReaderConfig("x"), "b": ReaderConfig("y")}
+    assert found.encoder.source == "x"
+    found = with_overrides(config, readers={"a": "x"}, encoder="z")
+    assert found.encoder.source == "z"
+    assert with_overrides(config, encoder="z").readers == config.readers
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(12, [4, 4, 4]), (40, [13, 14, 13]), (3, [1, 1, 1]), (1, [1, 1, 1])]
+)
+def test_override_of_steps_cuts_every_stage(
+    config: RunConfig, steps: int, expected: list[int]
+) -> None:
+    found = with_overrides(config, steps=steps)
+    assert [stage.steps for stage in found.stages] == expected
+    assert [stage.name for stage in found.stages] == [stage.name for stage in config.stages]
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "eval_examples"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_overrides_below_one_are_refused(config: RunConfig, name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}={value}"):
+        with_overrides(config, **{name: value})  # type: ignore[arg-type]

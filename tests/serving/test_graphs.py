@@ -1,0 +1,154 @@
+"""What is shared by captured passes: the order of their replays, and a process that survives one
+that fails. CUDA is stood in for; the graphs themselves are tested on a GPU in `test_prefill.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentwire_fast.serving.graphs import CapturedPass, GraphMemory
+
+POOL = (0, 7)
+
+
+class FakeStream:
+    device = torch.device("cpu")
+    device_index = 0
+
+    def __init__(self, name: str, cuda: FakeCuda) -> None:
+        self.name, self.cuda = name, cuda
+
+    def wait_event(self, event: Any) -> None:
+        self.cuda.log.append(("wait", self.name, event.last))
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.cuda.log.append(("wait", self.name, other.name))
+
+
+class FakeGenerator:
+    """Counts draws for a graph until it is given another state, as CUDA's does."""
+
+    def __init__(self) -> None:
+        self.state = "fresh"
+
+    def clone_state(self) -> str:
+        return "fresh"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.state = state
+
+
+class FakeCuda:
+    """torch.cuda as far as graphs use it: a current stream, and a log of what it was told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[str, str, Any]] = []
+        self.current = FakeStream("default", self)
+        self.generator = FakeGenerator()
+        self.ended: list[tuple[int, Any]] = []
+        cuda = self
+
+        class Event:
+            last: str | None = None
+
+            def record(self) -> None:
+                self.last = cuda.current.name
+                cuda.log.append(("record", cuda.current.name, None))
+
+        replay = lambda: cuda.log.append(("replay", cuda.current.name, None))  # noqa: E731
+        for name, stand_in in {
+            "Stream": lambda device: FakeStream("capture", cuda),
+            "Event": Event,
+            "graph_pool_handle": lambda: POOL,
+            "current_stream": lambda: cuda.current,
+            "set_stream": lambda stream: setattr(cuda, "current", stream),
+            "stream": self.on,
+            "graph": self.graph,
+            "CUDAGraph": lambda: SimpleNamespace(replay=replay),
+            "default_generators": (self.generator,),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+
+    @contextmanager
+    def on(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: FakeStream) -> Iterator[None]:
+        """As torch's: where the capture cannot be ended, nothing is put back."""
+        before, self.current = self.current, stream
+        self.generator.state = "capturing"
+        yield
+        self.generator.state, self.current = "fresh", before
+
+    def end(self, device: int, pool: Any) -> None:
+        self.ended.append((device, pool))
+        raise RuntimeError("not recording to this pool")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def make_pass(memory: GraphMemory, forward: Any = lambda inputs: inputs["ids"] * 2) -> CapturedPass:
+    values = {"ids": np.arange(3)}
+    batch: Any = SimpleNamespace(fields={"ids": (torch.int64, (3,))}, values=lambda: values)
+    cache: Any = object()
+    return CapturedPass(forward, batch, cache=cache, memory=memory)
+
+
+def test_replays_of_all_shapes_are_ordered_across_streams(cuda: FakeCuda) -> None:
+    """They share a pool: what one leaves there, the next overwrites, on whichever stream."""
+    memory = GraphMemory(torch.device("cpu"))
+    passes = [make_pass(memory) for _ in range(2)]
+    streams = [FakeStream(name, cuda) for name in ("one", "two")]
+    cuda.log.clear()
+    for number in range(4):
+        cuda.current = streams[number % 2]
+        passes[number % 2].fill({"ids": np.arange(3)})
+        assert passes[number % 2].replay().tolist() == [0, 2, 4]
+    used = "default"  # where the last capture ended
+    for number in range(4):
+        stream = streams[number % 2].name
+        assert cuda.log[3 * number : 3 * number + 3] == [
+            ("wait", stream, used), ("replay", stream, None), ("record", stream, None),
+        ]  # fmt: skip
+        used = stream
+
+
+def test_a_capture_waits_for_the_replay_before_it(cuda: FakeCuda) -> None:
+    memory = GraphMemory(torch.device("cpu"))
+    make_pass(memory).replay()
+    cuda.log.clear()
+    cuda.current = FakeStream("two", cuda)
+    make_pass(memory)
+    assert cuda.log[:2] == [("wait", "two", "default"), ("wait", "capture", "two")]
+
+
+def test_a_capture_that_fails_leaves_the_process_as_it_was(cuda: FakeCuda) -> None:
+    calls = []
+
+    def forward(inputs: Any) -> torch.Tensor:
+        calls.append(cuda.generator.state)
+        if cuda.generator.state == "capturing":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return inputs["ids"]
+
+    memory = GraphMemory(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        make_pass(memory, forward)
+    assert calls == ["fresh", "fresh", "capturing"]
+    assert cuda.current.name == "default"
+    assert cuda.generator.state == "fresh"
+    assert cuda.ended == [(0, POOL)]
+    assert make_pass(memory).replay().tolist() == [0, 2, 4]

@@ -1,0 +1,36 @@
+"""W4: payloads that were mutated and given the right CRC again (`fuzz_wire.py` makes them)."""
+
+from __future__ import annotations
+
+import fuzz_wire
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("count", "seed"), [(10_000, 0), pytest.param(200_000, 1, marks=pytest.mark.slow)]
+)
+def test_w4_mutated_payloads_are_refused_or_canonical(count: int, seed: int) -> None:
+    tally = fuzz_wire.fuzz(seed, lambda tally: tally.tried < count)
+    assert tally.tried == count
+    # The mutations reach everything: each kind of refusal, and much that is valid.
+    assert set(tally.refused) == set(fuzz_wire.REFUSALS)
+    assert tally.accepted > count / 10
+    assert tally.refused["not the one its codes ask for"] > count / 20
+
+
+def test_w4_a_failure_names_its_payload(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(payload: bytes) -> None:
+        raise IndexError
+
+    monkeypatch.setattr(fuzz_wire.wire, "unpack", crash)
+    with pytest.raises(AssertionError, match=r"IndexError for 4c57"):
+        fuzz_wire.fuzz(0, lambda _: True)
+
+
+def test_w4_a_payload_that_is_not_canonical_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = fuzz_wire.corpus()[-1]
+    wrong = fuzz_wire.repaired(payload[:-2] + b"\x00\x3c")
+    result = fuzz_wire.wire.unpack(payload)
+    monkeypatch.setattr(fuzz_wire.wire, "unpack", lambda _: result)
+    with pytest.raises(AssertionError, match="is accepted, but its latent packs to"):
+        fuzz_wire.check(wrong)
