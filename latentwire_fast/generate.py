@@ -133,7 +133,7 @@ def answers(
         start = time.perf_counter()
         with torch.no_grad():
             latent = model.decode_payloads([payload])
-            given = model.received(reader.name, latent, gain=args.prefix_gain)
+            given = model.reader_inputs(reader.name, latent, gain=args.prefix_gain)
         received = time.perf_counter()
         ids = reader.generate([prompt], **given, options=options, numbers=[number])[0]
         done = time.perf_counter()

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "latentwire_fast"
 FLOORS = [
     "_C kernels",
     "errors",
+    "registry",
     "reference",
     "ops",
     "files",

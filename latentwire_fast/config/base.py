@@ -1,12 +1,17 @@
-"""What every part of a configuration does: check that its fields have the types they declare."""
+"""Settings as frozen dataclasses: their fields have the types that they declare.
+
+`Settings` is a piece of a run's configuration. `PartSettings` is the `Config` of a registered part
+(`registry.py`): JSON says which with `"kind"`.
+"""
 
 from __future__ import annotations
 
 import math
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.registry import Registry
 
 
 def require(condition: bool, message: str) -> None:
@@ -36,11 +41,13 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-class Part:
-    """A part of the configuration: its fields have the types that they declare."""
+class Settings:
+    """A piece of the configuration: its fields have the types that they declare."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is ClassVar:
+                continue
             value = getattr(self, name)
             if not _fits(value, hint):
                 choices = get_args(hint) if get_origin(hint) is Literal else ()
@@ -53,3 +60,18 @@ class Part:
         for name in names:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value}, expected at least 1")
+
+
+class PartSettings(Settings):
+    """Settings of one registered part.
+
+    Attributes:
+        registry: the table that its class is in.
+    """
+
+    registry: ClassVar[Registry]
+
+    @property
+    def kind(self) -> str:
+        """The name that the part is registered by."""
+        return self.registry.name_of(self)

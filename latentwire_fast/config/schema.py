@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from latentwire_fast.config.base import Part, require
+from latentwire_fast.config.base import Settings, require
 
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
@@ -31,7 +31,7 @@ def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None
 
 
 # A reader's name is the key of its modules in these, and stands beside "encoder" in diagnostics.
-_TAKEN = {"encoder", *dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+_RESERVED = {"encoder", *dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 
 
 def check_reader_name(name: str) -> None:
@@ -44,11 +44,11 @@ def check_reader_name(name: str) -> None:
         re.fullmatch(r"\w[\w-]*", name) is not None,
         f"reader name {name!r}: give it one of letters, digits, _ and - that does not begin with -",
     )
-    require(name not in _TAKEN, f"reader name {name!r} is taken; give the reader another")
+    require(name not in _RESERVED, f"reader name {name!r} is taken; give the reader another")
 
 
 @dataclass(frozen=True)
-class ReaderConfig(Part):
+class ReaderConfig(Settings):
     """One frozen LLM. `source` is `testbed:NAME`, a local folder or a hub id."""
 
     source: str
@@ -60,7 +60,7 @@ class ReaderConfig(Part):
 
 
 @dataclass(frozen=True)
-class EncoderConfig(Part):
+class EncoderConfig(Settings):
     """Text to latent.
 
     Attributes:
@@ -102,7 +102,7 @@ class EncoderConfig(Part):
 
 
 @dataclass(frozen=True)
-class QuantizerConfig(Part):
+class QuantizerConfig(Settings):
     """The wire's precision: 16 sends fp16 values, 8/6/4 codes with fp16 group scales."""
 
     bits: int = 6
@@ -115,7 +115,7 @@ class QuantizerConfig(Part):
 
 
 @dataclass(frozen=True)
-class AdapterConfig(Part):
+class AdapterConfig(Settings):
     """Latent to what one reader takes in.
 
     Attributes:
@@ -152,7 +152,7 @@ class AdapterConfig(Part):
 
 
 @dataclass(frozen=True)
-class DataConfig(Part):
+class DataConfig(Settings):
     """Where examples come from.
 
     Attributes:
@@ -180,7 +180,7 @@ class DataConfig(Part):
 
 
 @dataclass(frozen=True)
-class StageConfig(Part):
+class StageConfig(Settings):
     """One training stage. Objective weights of 0 switch an objective off.
 
     Attributes:
@@ -238,7 +238,7 @@ class StageConfig(Part):
 
 
 @dataclass(frozen=True)
-class OptimConfig(Part):
+class OptimConfig(Settings):
     """Optimiser and schedule: linear warm-up, flat, then cosine to zero from `decay_from` on.
 
     Attributes:
@@ -275,7 +275,7 @@ class OptimConfig(Part):
 
 
 @dataclass(frozen=True)
-class EvalConfig(Part):
+class EvalConfig(Settings):
     """Evaluation after training."""
 
     batch_size: int = 50
@@ -296,7 +296,7 @@ class EvalConfig(Part):
 
 
 @dataclass(frozen=True)
-class RunConfig(Part):
+class RunConfig(Settings):
     """Everything that makes a run what it is.
 
     Attributes:

@@ -141,7 +141,7 @@ class Evaluator:
         for rows in self._batches(range(len(given.prompts))):
             ids = reader.generate(
                 [unanswered(given.prompts[i]) for i in rows],
-                **given.received(rows),
+                **given.reader_inputs(rows),
                 options=self.options,
                 numbers=rows,
             )
@@ -155,7 +155,7 @@ class Evaluator:
         """Decode, and score the gold answer in one teacher-forced pass."""
         result = self._generate(reader, given)
         for rows in self._batches(range(len(given.prompts))):
-            batch = reader.collate([given.prompts[i] for i in rows], **given.received(rows))
+            batch = reader.collate([given.prompts[i] for i in rows], **given.reader_inputs(rows))
             logprobs_NV = reader.target_logprobs(batch)
             gold_N = logprobs_NV.gather(1, batch.labels_N[:, None])[:, 0].tolist()
             ranked_NK = logprobs_NV.topk(RANKED, -1).indices.tolist()
@@ -224,10 +224,10 @@ class Evaluator:
 
         def from_payload() -> Tensor:
             latent = self.model.decode_payloads([payload])
-            return reader.first_logits(prompts, **self.model.received(reader.name, latent))
+            return reader.first_logits(prompts, **self.model.reader_inputs(reader.name, latent))
 
         def from_prompt() -> Tensor:
-            return reader.first_logits(prompts, **given.received(range(1)))
+            return reader.first_logits(prompts, **given.reader_inputs(range(1)))
 
         return from_payload if method == "latent" else from_prompt
 
@@ -241,7 +241,7 @@ class Evaluator:
         else:
             given = single.table[method]()
         prompts = [unanswered(given.prompts[0])]
-        ids = single.reader.generate(prompts, **given.received(range(1)), options=self.options)
+        ids = single.reader.generate(prompts, **given.reader_inputs(range(1)), options=self.options)
         return single.reader.decode(ids[0])
 
     def _answer_scores(
@@ -257,7 +257,7 @@ class Evaluator:
                 prompts.append(
                     reader.prompts.build(turn, context=example.context, latent=self.model.mode)
                 )
-            given = self.model.received(reader.name, latents[rows.start : rows.stop])
+            given = self.model.reader_inputs(reader.name, latents[rows.start : rows.stop])
             batch = reader.collate(prompts, **given)
             gold_N = reader.target_logprobs(batch).gather(1, batch.labels_N[:, None])[:, 0]
             sums = gold_N.new_zeros(len(prompts)).index_add_(0, batch.rows_N, gold_N)

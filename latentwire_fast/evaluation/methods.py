@@ -39,7 +39,7 @@ class MethodInput:
     positions: list[int]
     deep: Tensor | None = None
 
-    def received(self, rows: range) -> dict[str, Any]:
+    def reader_inputs(self, rows: range) -> dict[str, Any]:
         """What `Reader.collate` and `generate` take beside the prompts of some examples."""
         soft = None if self.prefixes is None else [self.prefixes[i] for i in rows]
         deep = None if self.deep is None else self.deep[:, :, rows.start : rows.stop]
@@ -136,7 +136,7 @@ class Methods:
             self.reader.prompts.build(self._turn(e), context=e.context, latent=self.model.mode)
             for e in self.examples
         ]
-        given = self.model.received(self.reader.name, latents)
+        given = self.model.reader_inputs(self.reader.name, latents)
         positions = [self.budget] * len(prompts)
         return MethodInput(prompts, list(given["prefixes"]), positions, given["deep"])
 

@@ -3,7 +3,7 @@
 model = Interlingua.from_pretrained("runs/demo/model")
 payload = model.encode_payloads(["Nulnak is already 94 years old."])[0]     # bytes
 prefix = model.prefix("llama", model.decode_payloads([payload]))            # [1, M, d_model]
-given = model.received("llama", model.decode_payloads([payload]))           # for generate
+given = model.reader_inputs("llama", model.decode_payloads([payload]))           # for generate
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
 
 
-class Received(TypedDict):
+class ReaderInputs(TypedDict):
     """What a latent becomes for one reader: keyword arguments of `Reader.collate` and `generate`.
 
     prefixes: soft tokens `[B, M, d_model]`, none of them (M = 0) where the prefix is deep only.
@@ -160,9 +160,9 @@ class Interlingua(nn.Module):
         module = self.parts(reader).get("deep_prefix")
         return None if module is None else cast(Tensor, module(latent_BMd, gain=gain))
 
-    def received(
+    def reader_inputs(
         self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
-    ) -> Received:
+    ) -> ReaderInputs:
         """What one reader is given in the latent's place.
 
         Args:

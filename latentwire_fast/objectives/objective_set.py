@@ -22,7 +22,7 @@ from latentwire_fast import ops
 from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.data.streams import TrainItem
 from latentwire_fast.models.encoders.lm import LMEncoder
-from latentwire_fast.models.interlingua import Interlingua, Received
+from latentwire_fast.models.interlingua import Interlingua, ReaderInputs
 from latentwire_fast.models.poolers.selected import Selection
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.objectives.token_alignment import move_attention, move_places
@@ -183,10 +183,10 @@ class Objectives:
             if ("answer", name) in works[0].prompts:
                 self._answer(works, name, sent, stage, losses)
             if stage.autoencode:
-                given = self.model.received(name, sent, task="autoencode")
+                given = self.model.reader_inputs(name, sent, task="autoencode")
                 self._rebuild(works, ("autoencode", name), given, losses)
             if half is not None:
-                given = self.model.received(name, half, task="continue")
+                given = self.model.reader_inputs(name, half, task="continue")
                 self._rebuild(works, ("continue", name), given, losses)
             if stage.embed:
                 self._embed(works, name, sent, losses)
@@ -208,7 +208,7 @@ class Objectives:
         """Cross-entropy over the answers and, if asked, distillation at the same positions."""
         reader = self.readers[name]
         prompts = [w.prompts["answer", name] for w in works]
-        batch = reader.collate(prompts, **self.model.received(name, latent))
+        batch = reader.collate(prompts, **self.model.reader_inputs(name, latent))
         hidden_ND = reader.target_hidden(batch)
         keep_N = _keep(batch, stage.answer_tokens)
         logits_NV = reader.head(hidden_ND[keep_N]).float()
@@ -226,7 +226,9 @@ class Objectives:
                 reduction="sum",
             )
 
-    def _rebuild(self, works: Sequence[Work], key: Key, given: Received, losses: Losses) -> None:
+    def _rebuild(
+        self, works: Sequence[Work], key: Key, given: ReaderInputs, losses: Losses
+    ) -> None:
         reader = self.readers[key[1]]
         batch = reader.collate([w.prompts[key] for w in works], **given)
         logits_NV = reader.head(reader.target_hidden(batch)).float()

@@ -78,15 +78,15 @@ class Observation:
 def observe(reader: Reader, prompts: Sequence[Prompt]) -> Observation:
     """Read text prompts that hold their answers."""
     batch = reader.collate(prompts)
-    tally = _Tally(batch)
+    recorder = _AttentionRecorder(batch)
     cache = DynamicCache(config=reader.model.config)
-    with _attending(reader, tally):
+    with _attending(reader, recorder):
         reader.backbone(**batch.model_inputs(), past_key_values=cache, use_cache=True)
     layers = [(layer.keys, layer.values) for layer in cast(Any, cache).layers]
-    return Observation(tally.attention_BT, layers, getattr(reader.backbone, "rotary_emb", None))
+    return Observation(recorder.attention_BT, layers, getattr(reader.backbone, "rotary_emb", None))
 
 
-class _Tally:
+class _AttentionRecorder:
     """Causal attention that adds up what the scored positions of a batch attend to."""
 
     def __init__(self, batch: PromptBatch) -> None:
@@ -105,25 +105,25 @@ class _Tally:
         **options: Any,
     ) -> tuple[Tensor, None]:
         with torch.autocast(query.device.type, enabled=False):
-            paid_NT = self._paid(
+            attention_NT = self._attention(
                 query, key, query.shape[-1] ** -0.5 if scaling is None else scaling
             )
-        self.attention_BT.index_add_(0, self.rows_N, paid_NT.to(self.attention_BT.device))
+        self.attention_BT.index_add_(0, self.rows_N, attention_NT.to(self.attention_BT.device))
         return causal_attention(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
 
-    def _paid(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """What each scored position pays to each position `[N, T]`, summed over heads, fp32."""
+    def _attention(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Attention of each scored position to each position `[N, T]`, summed over heads, fp32."""
         rows_N, cols_N = self.rows_N.to(query.device), self.cols_N.to(query.device)
-        asks_NHQD = query[rows_N, :, cols_N].unflatten(1, (key.shape[1], -1)).float() * scale
-        scores_NHQT = asks_NHQD @ key[rows_N].float().mT
+        queries_NHQD = query[rows_N, :, cols_N].unflatten(1, (key.shape[1], -1)).float() * scale
+        scores_NHQT = queries_NHQD @ key[rows_N].float().mT
         later_NT = torch.arange(key.shape[2], device=query.device) > cols_N[:, None]
         return scores_NHQT.masked_fill(later_NT[:, None, None], -torch.inf).softmax(-1).sum((1, 2))
 
 
 @contextmanager
-def _attending(reader: Reader, attention: _Tally) -> Iterator[None]:
+def _attending(reader: Reader, attention: _AttentionRecorder) -> Iterator[None]:
     """Inside the block the reader's layers run this attention."""
     AttentionInterface.register(OBSERVED, attention)
     with own_attention(reader.model, OBSERVED):

@@ -113,7 +113,7 @@ class GraphMemory:
 
 
 @contextmanager
-def whole_again(memory: GraphMemory) -> Iterator[None]:
+def recover_from_failed_capture(memory: GraphMemory) -> Iterator[None]:
     """After a capture that failed in the block, the process can go on.
 
     A capture that cannot be ended leaves the capture's stream current, the allocator serving it
@@ -164,7 +164,7 @@ class CapturedPass:
         torch.cuda.current_stream().wait_stream(memory.stream)
         self._graph = torch.cuda.CUDAGraph()
         with (
-            whole_again(memory),
+            recover_from_failed_capture(memory),
             torch.cuda.graph(self._graph, pool=memory.pool, stream=memory.stream),
         ):
             self._logits_BV = forward(self._inputs.tensors)

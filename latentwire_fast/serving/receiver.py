@@ -321,8 +321,8 @@ class Receiver:
         if self._deep_positions:
             self.reader.filler.wait()  # its hooks are not for compiled code
         # By default, what would be compiled once too often runs uncompiled, and nobody knows.
-        honest = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-        with honest, mask_free(self.reader.model):
+        strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+        with strict, mask_free(self.reader.model):
             return self._backbone(**arguments).last_hidden_state
 
     def _capture(self, batch: Batch, *, deep: int, capacity: int) -> CapturedPass:

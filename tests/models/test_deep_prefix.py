@@ -201,7 +201,7 @@ def test_positions_and_parts_follow_the_configuration(model: Interlingua) -> Non
     both = model.adapter_config.prefix == "both"
     assert model.positions == (2 * M if both else M)
     assert set(model.parts("llama")) == {"deep_prefix"} | ({"adapter"} if both else set())
-    given = model.received("llama", torch.randn(2, M, D_Z))
+    given = model.reader_inputs("llama", torch.randn(2, M, D_Z))
     assert given["prefixes"].shape[:2] == (2, M if both else 0)
     assert given["deep"] is not None
     assert given["deep"].shape[2] == 2
@@ -213,7 +213,7 @@ def test_a_saved_model_makes_the_same_prefixes(model: Interlingua, tmp_path: Pat
     latent = torch.randn(2, M, D_Z)
     assert loaded.cards == model.cards
     for name in model.cards:
-        ours, theirs = model.received(name, latent), loaded.received(name, latent)
+        ours, theirs = model.reader_inputs(name, latent), loaded.reader_inputs(name, latent)
         assert torch.equal(ours["prefixes"], theirs["prefixes"])
         assert ours["deep"] is not None
         assert theirs["deep"] is not None
@@ -222,8 +222,8 @@ def test_a_saved_model_makes_the_same_prefixes(model: Interlingua, tmp_path: Pat
 
 def test_a_task_token_stands_in_the_prompt(model: Interlingua) -> None:
     latent = torch.randn(2, M, D_Z)
-    plain = model.received("llama", latent)["prefixes"]
-    marked = model.received("llama", latent, task="continue")["prefixes"]
+    plain = model.reader_inputs("llama", latent)["prefixes"]
+    marked = model.reader_inputs("llama", latent, task="continue")["prefixes"]
     assert marked.shape[1] == plain.shape[1] + 1
     assert torch.equal(marked[:, :-1], plain)
 

@@ -92,8 +92,8 @@ def test_a_saved_model_is_loaded_bit_by_bit(
         assert torch.equal(loaded.prefix(name, latent), model.prefix(name, latent))
         for task in ("autoencode", "continue"):
             assert torch.equal(
-                loaded.received(name, latent, task=task)["prefixes"],
-                model.received(name, latent, task=task)["prefixes"],
+                loaded.reader_inputs(name, latent, task=task)["prefixes"],
+                model.reader_inputs(name, latent, task=task)["prefixes"],
             )
     payloads = model.encode_payloads(contexts, questions)
     assert loaded.encode_payloads(contexts, questions) == payloads

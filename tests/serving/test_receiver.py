@@ -81,7 +81,7 @@ def plain_path(
 ) -> tuple[Tensor, list[int]]:
     """First logits and greedy tokens of one row, by transformers alone: no batch, no padding, and
     keys and values put into the cache layer by layer."""
-    received = model.received(reader.name, model.decode_payloads([payload]))
+    received = model.reader_inputs(reader.name, model.decode_payloads([payload]))
     at = prompt.latent_at
     assert isinstance(at, int)
     embeds_TD = reader.embedding(torch.tensor(prompt.ids))
@@ -254,7 +254,7 @@ def test_it_equals_the_readers_own_path(reader: Reader) -> None:
     model = make_model(reader, "both")
     receiver = Receiver.of(model, reader)
     payloads, prompts = random_payloads(model), receiver.prompts(QUESTIONS)
-    received = model.received(reader.name, model.decode_payloads(payloads))
+    received = model.reader_inputs(reader.name, model.decode_payloads(payloads))
     expected = reader.first_logits(prompts, **received)
     torch.testing.assert_close(
         receiver.prefill(payloads, prompts).logits_BV, expected, rtol=1e-5, atol=1e-4
