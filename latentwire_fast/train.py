@@ -13,13 +13,20 @@ evaluates it only where that has not been done.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from latentwire_fast.cli import parse_pairs, quiet_libraries, run_entry_point
+from latentwire_fast.cli import (
+    Dtype,
+    choose_device,
+    parse_pairs,
+    quiet_libraries,
+    run_entry_point,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class TrainArguments:
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
-            hub id or testbed:NAME (llama, qwen, mistral).
+            hub id or testbed:NAME (llama, qwen).
         encoder: source of the encoder's LM; with --reader the first reader's unless given.
         data: testbed, a SQuAD-format file, a saved data set, or hub:NAME.
         base: a trained run to add the readers to: its encoder stays as it is, so that its payloads
@@ -43,6 +50,8 @@ class TrainArguments:
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
         no_eval: train only.
+        device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
+        dtype: of the readers; the preset's own unless given.
     """
 
     preset: Annotated[str, tyro.conf.Positional]
@@ -57,6 +66,8 @@ class TrainArguments:
     batch_size: int | None = None
     eval_examples: int | None = None
     no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
+    device: str | None = None
+    dtype: Dtype | None = None
 
 
 def main() -> None:
@@ -66,6 +77,7 @@ def main() -> None:
     from latentwire_fast.config.overrides import with_overrides
     from latentwire_fast.config.presets import load_preset
     from latentwire_fast.data.sources import heldout_examples
+    from latentwire_fast.errors import ConfigError
     from latentwire_fast.training.trainer import Trainer
 
     config = with_overrides(
@@ -79,12 +91,19 @@ def main() -> None:
         steps=args.steps,
         batch_size=args.batch_size,
         eval_examples=args.eval_examples,
+        dtype=args.dtype,
     )
+    device = None if args.device is None else choose_device(args.device)
+    if device and device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"--device {args.device}: each of several processes takes the device of its own number; "
+            f"write {device.type}"
+        )
     # An error now, not after the training.
     heldout = [] if args.no_eval else heldout_examples(config.data)
     added = [*config.readers] if config.base else []
     run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
-    trainer = Trainer(config, run_dir, heldout=heldout)
+    trainer = Trainer(config, run_dir, heldout=heldout, device=device)
     was_finished = trainer.finished
     trainer.run()
     leads = trainer.accelerator.is_main_process
@@ -94,7 +113,7 @@ def main() -> None:
         from latentwire_fast.evaluation.pipeline import evaluate_run, stored_metrics
 
         metrics = stored_metrics(run_dir) if was_finished else None
-        print("\n".join(summary_lines(metrics or evaluate_run(run_dir))))
+        print("\n".join(summary_lines(metrics or evaluate_run(run_dir, device=device))))
         print(f"report: {run_dir / 'eval' / 'report.html'}")
 
 

@@ -19,9 +19,9 @@ from latentwire_fast.config.schema import AdapterConfig
 from latentwire_fast.models.adapters.deep_prefix import DeepPrefix
 from latentwire_fast.models.adapters.soft_prompt import Adapter
 from latentwire_fast.models.encoders.lm import LMEncoder
-from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving import Receiver
+from latentwire_fast.serving import PayloadKind, Receiver, ReceiverOptions
 from latentwire_fast.serving.input_buffer import lay_out
 
 FINGERPRINT = 1
@@ -68,7 +68,6 @@ class Bench:
         engine: str,
         clock: Clock,
         deep: bool = False,
-        adapter_config: AdapterConfig | None = None,
     ) -> Receiver:
         """A receiver with freshly drawn adapters."""
         shape = {"latents": latents, "d_z": self.d_z}
@@ -80,7 +79,7 @@ class Bench:
                 prefix = DeepPrefix(DEEP, **shape, geometry=self.reader.kv_geometry)
             else:
                 adapter = Adapter(
-                    adapter_config or self.adapter,
+                    self.adapter,
                     **shape,
                     d_model=self.reader.d_model,
                     target_rms=self.reader.embedding_rms,
@@ -92,10 +91,8 @@ class Bench:
             self.reader,
             adapter,
             deep_prefix=prefix,
-            fingerprint=FINGERPRINT,
-            engine=engine,  # type: ignore[arg-type]
-            mark=clock.mark,
-            **shape,
+            payload_kind=PayloadKind(**shape, fingerprint=FINGERPRINT),
+            options=ReceiverOptions(engine=engine, mark=clock.mark),  # type: ignore[arg-type]
         )
 
     def encoder(self, latents: int, workload: Workload) -> LMEncoder:
@@ -135,6 +132,12 @@ class Case:
     payload_bytes: int | None = None
 
 
+def question_prompts(bench: Bench, workload: Workload) -> list[Prompt]:
+    """A workload's questions with room for a latent."""
+    turns = [Turn(question) for question in workload.questions]
+    return bench.reader.prompts.build_many(turns, latent="context")
+
+
 def build_case(bench: Bench, row: Row, workload: Workload) -> Case:
     """Make one row runnable.
 
@@ -165,19 +168,18 @@ def _eager(row: Row) -> Row | None:
 
 def _text(bench: Bench, row: Row, workload: Workload) -> Case:
     clock = Clock(bench.device)
-    # Text needs no adapter; the receiver is there for its engine, with the smallest one.
-    smallest = AdapterConfig(kind="linear")
-    receiver = bench.receiver(latents=1, engine=row.engine, clock=clock, adapter_config=smallest)
+    options = ReceiverOptions(engine=row.engine, mark=clock.mark)  # type: ignore[arg-type]
+    receiver = Receiver.for_text(bench.reader, options=options)
     builder = bench.reader.prompts
 
     def run() -> Sample:
         clock.start()
         prompts = text_prompts(builder, workload)
         clock.mark("tokenise")
-        return _finish(clock, receiver.read(prompts).logits_BV)
+        return _finish(clock, receiver.prefill(prompts).logits_BV)
 
     def logits() -> Tensor:
-        return receiver.read(text_prompts(builder, workload)).logits_BV
+        return receiver.prefill(text_prompts(builder, workload)).logits_BV
 
     return Case(row, run, logits, _eager(row))
 
@@ -191,12 +193,12 @@ def _cached(bench: Bench, row: Row, workload: Workload) -> Case:
 
     def run() -> Sample:
         clock.start()
-        prompts = receiver.prompts(workload.questions)
+        prompts = question_prompts(bench, workload)
         clock.mark("tokenise")
-        return _finish(clock, receiver.prefill(payloads, prompts).logits_BV)
+        return _finish(clock, receiver.prefill(prompts, payloads=payloads).logits_BV)
 
     def logits() -> Tensor:
-        return receiver.prefill(payloads, receiver.prompts(workload.questions)).logits_BV
+        return receiver.prefill(question_prompts(bench, workload), payloads=payloads).logits_BV
 
     return Case(row, run, logits, _eager(row), len(payloads[0]))
 
@@ -220,14 +222,14 @@ def _encoded(bench: Bench, row: Row, workload: Workload) -> Case:
             clock.mark(COLD)
         payloads = bench.payloads(encoder(workload.contexts), bits)
         clock.mark(WARM)
-        prompts = receiver.prompts(workload.questions)
+        prompts = question_prompts(bench, workload)
         clock.mark("tokenise")
-        return _finish(clock, receiver.prefill(payloads, prompts).logits_BV)
+        return _finish(clock, receiver.prefill(prompts, payloads=payloads).logits_BV)
 
     @torch.no_grad()
     def logits() -> Tensor:
         payloads = bench.payloads(encoder(workload.contexts), bits)
-        return receiver.prefill(payloads, receiver.prompts(workload.questions)).logits_BV
+        return receiver.prefill(question_prompts(bench, workload), payloads=payloads).logits_BV
 
     size = len(bench.random_payloads(1, latents, bits)[0])
     return Case(row, run, logits, _eager(row), size)

@@ -1,7 +1,6 @@
 """Score a model: every method, every bit width, joint rescoring, timings.
 
-Latents are judged as the receiver sees them: packed to bytes and decoded again. All methods share
-one prompt builder, one decoder and one scorer.
+Latents are judged as payloads. All methods share one prompt builder and one receiver.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
@@ -25,6 +23,7 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import Receiver
 
 TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
 LOGPROB_STEPS = 4
@@ -55,8 +54,7 @@ class Evaluator:
         *,
         progress: bool = True,
     ) -> None:
-        for reader in readers.values():
-            model.check_reader(reader)
+        self.receivers = {name: Receiver.of(model, reader) for name, reader in readers.items()}
         self.config = config
         self.model = model
         self.readers = readers
@@ -93,7 +91,6 @@ class Evaluator:
         """Score everything."""
         payloads = self.encode()
         bits = self.model.quantizer.bits
-        latents = {b: self.model.decode_payloads(p) for b, p in payloads.items()}
         bytes_by_width = {b: [len(p) for p in v] for b, v in payloads.items()}
         outcome = Outcome(self.config, self.examples, bytes_by_width)
         inputs = {
@@ -101,30 +98,29 @@ class Evaluator:
                 self.model,
                 reader,
                 self.examples,
-                latents=latents[bits],
-                payload_bytes=bytes_by_width[bits],
+                payloads=payloads[bits],
             )
             for name, reader in self.readers.items()
         }
-        rounds = sum(len(methods.table) + 2 * (len(latents) - 1) for methods in inputs.values())
+        rounds = sum(len(methods.table) + 2 * (len(payloads) - 1) for methods in inputs.values())
         self.bar.reset(total=rounds * len(self._batches(self.examples)))
         for name, methods in inputs.items():
-            reader = self.readers[name]
+            receiver = self.receivers[name]
             results = outcome.results[name] = {}
             for method, build in methods.table.items():
                 self.bar.set_postfix_str(f"{name}: {method}")
-                results[method] = self._score(reader, build())
+                results[method] = self._score(receiver, build())
             results["first_words"] = self._judge(methods.first_words())
             widths, budgets = {bits: results["latent"]}, {bits: results["byte_budget"]}
-            for width in [width for width in latents if width != bits]:
+            for width in [width for width in payloads if width != bits]:
                 self.bar.set_postfix_str(f"{name}: {width} bits")
                 cut = methods.byte_budget(bytes_by_width[width])
-                widths[width] = self._generate(reader, methods.latent(latents[width]))
-                budgets[width] = self._generate(reader, cut)
-            outcome.by_bits[name] = {width: widths[width] for width in latents}
-            outcome.budget_by_bits[name] = {width: budgets[width] for width in latents}
-            self._time(reader, latents[bits], payloads[bits], results)
-        self._joint(outcome, latents[bits])
+                widths[width] = self._generate(receiver, methods.latent(payloads[width]))
+                budgets[width] = self._generate(receiver, cut)
+            outcome.by_bits[name] = {width: widths[width] for width in payloads}
+            outcome.budget_by_bits[name] = {width: budgets[width] for width in payloads}
+            self._time(receiver, payloads[bits], results)
+        self._joint(outcome, payloads[bits])
         self.bar.close()
         return outcome
 
@@ -136,31 +132,30 @@ class Evaluator:
             [scores.f1(p, a) for p, a in zip(predictions, answers, strict=True)],
         )
 
-    def _generate(self, reader: Reader, given: MethodInput) -> MethodResult:
+    def _generate(self, receiver: Receiver, given: MethodInput) -> MethodResult:
         predictions: list[str] = []
         for rows in self._batches(range(len(given.prompts))):
-            ids = reader.generate(
+            ids = receiver.generate(
                 [unanswered(given.prompts[i]) for i in rows],
                 **given.reader_inputs(rows),
                 options=self.options,
                 numbers=rows,
             )
-            predictions += [reader.decode(row) for row in ids]
+            predictions += [receiver.reader.decode(row) for row in ids]
             self.bar.update()
         result = self._judge(predictions)
         result.positions = given.positions
         return result
 
-    def _score(self, reader: Reader, given: MethodInput) -> MethodResult:
+    def _score(self, receiver: Receiver, given: MethodInput) -> MethodResult:
         """Decode, and score the gold answer in one teacher-forced pass."""
-        result = self._generate(reader, given)
+        result = self._generate(receiver, given)
         for rows in self._batches(range(len(given.prompts))):
-            batch = reader.collate([given.prompts[i] for i in rows], **given.reader_inputs(rows))
-            logprobs_NV = reader.target_logprobs(batch)
-            gold_N = logprobs_NV.gather(1, batch.labels_N[:, None])[:, 0].tolist()
-            ranked_NK = logprobs_NV.topk(RANKED, -1).indices.tolist()
-            labels = batch.labels_N.tolist()
-            first = (batch.step_N == 0).nonzero()[:, 0].tolist()
+            scored = receiver.score([given.prompts[i] for i in rows], **given.reader_inputs(rows))
+            gold_N = scored.gold_N.tolist()
+            ranked_NK = scored.ranked_NK(RANKED).tolist()
+            labels = scored.labels_N.tolist()
+            first = (scored.step_N == 0).nonzero()[:, 0].tolist()
             for start, stop in zip(first, [*first[1:], len(labels)], strict=True):
                 gold = gold_N[start:stop]
                 result.nll.append(-sum(gold))
@@ -175,8 +170,7 @@ class Evaluator:
 
     def _time(
         self,
-        reader: Reader,
-        latents: Tensor,
+        receiver: Receiver,
         payloads: list[bytes],
         results: dict[str, MethodResult],
     ) -> None:
@@ -193,14 +187,13 @@ class Evaluator:
             example, payload = self.examples[max(i, 0)], payloads[max(i, 0)]
             single = Methods(
                 self.model,
-                reader,
+                receiver.reader,
                 [example],
-                latents=latents[max(i, 0)][None],
-                payload_bytes=[len(payload)],
+                payloads=[payload],
             )
             for method in TIMED:
-                first = self._clock(reader, self._prefill(single, method, payload))
-                answer = self._clock(reader, self._answer, single, method)
+                first = self._clock(receiver, self._prefill(receiver, single, method))
+                answer = self._clock(receiver, self._answer, receiver, single, method)
                 if i >= 0:
                     prefill[method].append(first)
                     whole[method].append(answer)
@@ -209,43 +202,37 @@ class Evaluator:
             results[method].end_to_end_ms = median(whole[method])
 
     @staticmethod
-    def _clock(reader: Reader, call: Callable[..., object], *arguments: object) -> float:
+    def _clock(receiver: Receiver, call: Callable[..., object], *arguments: object) -> float:
         """Milliseconds that a call takes."""
         start = time.perf_counter()
         call(*arguments)
-        if reader.device.type == "cuda":
+        if receiver.reader.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - start) * 1e3
 
-    def _prefill(self, single: Methods, method: str, payload: bytes) -> Callable[[], object]:
+    @staticmethod
+    def _prefill(receiver: Receiver, single: Methods, method: str) -> Callable[[], object]:
         """What one example's receiver does up to the first logits, prepared."""
-        reader, given = single.reader, single.table[method]()
+        given = single.table[method]()
         prompts = [unanswered(given.prompts[0])]
+        return lambda: receiver.prefill(prompts, **given.reader_inputs(range(1)))
 
-        def from_payload() -> Tensor:
-            latent = self.model.decode_payloads([payload])
-            return reader.first_logits(prompts, **self.model.reader_inputs(reader.name, latent))
-
-        def from_prompt() -> Tensor:
-            return reader.first_logits(prompts, **given.reader_inputs(range(1)))
-
-        return from_payload if method == "latent" else from_prompt
-
-    def _answer(self, single: Methods, method: str) -> str:
+    def _answer(self, receiver: Receiver, single: Methods, method: str) -> str:
         """One example from its text to the answer."""
         if method == "latent":
             example = single.examples[0]
             questions = [example.question] if self.model.mode == "pure" else None
             payloads = self.model.payloads(self.model.encode([example.context], questions))
-            given = single.latent(self.model.decode_payloads(payloads))
+            given = single.latent(payloads)
         else:
             given = single.table[method]()
-        prompts = [unanswered(given.prompts[0])]
-        ids = single.reader.generate(prompts, **given.reader_inputs(range(1)), options=self.options)
-        return single.reader.decode(ids[0])
+        ids = receiver.generate(
+            [unanswered(given.prompts[0])], **given.reader_inputs(range(1)), options=self.options
+        )
+        return receiver.reader.decode(ids[0])
 
     def _answer_scores(
-        self, reader: Reader, latents: Tensor, answers: Sequence[str]
+        self, receiver: Receiver, payloads: Sequence[bytes], answers: Sequence[str]
     ) -> list[float]:
         """Mean log-probability per token of one candidate per example, given the latents."""
         values: list[float] = []
@@ -255,16 +242,15 @@ class Evaluator:
                 example = self.examples[i]
                 turn = [Turn(example.question, answers[i])]
                 prompts.append(
-                    reader.prompts.build(turn, context=example.context, latent=self.model.mode)
+                    receiver.reader.prompts.build(
+                        turn, context=example.context, latent=self.model.mode
+                    )
                 )
-            given = self.model.reader_inputs(reader.name, latents[rows.start : rows.stop])
-            batch = reader.collate(prompts, **given)
-            gold_N = reader.target_logprobs(batch).gather(1, batch.labels_N[:, None])[:, 0]
-            sums = gold_N.new_zeros(len(prompts)).index_add_(0, batch.rows_N, gold_N)
-            values += (sums / torch.bincount(batch.rows_N, minlength=len(prompts))).tolist()
+            scored = receiver.score(prompts, payloads=payloads[rows.start : rows.stop])
+            values += scored.mean_gold_B.tolist()
         return values
 
-    def _joint(self, outcome: Outcome, latents: Tensor) -> None:
+    def _joint(self, outcome: Outcome, payloads: Sequence[bytes]) -> None:
         """Both readers score each other's latent answers; the best total wins."""
         names = list(self.readers)
         if len(names) < 2:
@@ -272,7 +258,7 @@ class Evaluator:
         candidates = [outcome.results[name]["latent"].predictions for name in names]
         totals = []
         for answers in candidates:
-            parts = [self._answer_scores(self.readers[n], latents, answers) for n in names]
+            parts = [self._answer_scores(self.receivers[n], payloads, answers) for n in names]
             totals.append([sum(values) for values in zip(*parts, strict=True)])
         chosen = []
         for i in range(len(self.examples)):

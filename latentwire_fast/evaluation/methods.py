@@ -1,9 +1,8 @@
-"""What a latent is compared with: for every method, the prompts and prefixes that a reader is
-given.
+"""What a latent is compared with: for every method, what a receiver is given.
 
-Every method goes through the same prompt builder, the same decoding and the same scorer. A method
-is a list of prompts (one per example) and, where something other than token ids is read, of
-prefixes `[M_i, D]`. Budgets count *content* positions: template and anchor are the same for all.
+Every method goes through the same prompt builder and the same receiver. A method is a list of
+prompts (one per example) and, where something other than token ids is read, of payloads or of
+embeddings `[M_i, D]`. Budgets count *content* positions: template and anchor are the same for all.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ class MethodInput:
 
     Attributes:
         prompts: with the gold answer as targets.
-        prefixes: None for text.
-        positions: per example, how many positions the prefix (or the text in its place) takes.
-        deep: a deep prefix for all of them, or None.
+        positions: per example, how many positions the latent (or the text in its place) takes.
+        payloads, embeddings: what stands in the prompts, one per example. Neither: text.
     """
 
     prompts: list[Prompt]
-    prefixes: list[Tensor] | None
     positions: list[int]
-    deep: Tensor | None = None
+    payloads: list[bytes] | None = None
+    embeddings: list[Tensor] | None = None
 
     def reader_inputs(self, rows: range) -> dict[str, Any]:
-        """What `Reader.collate` and `generate` take beside the prompts of some examples."""
-        soft = None if self.prefixes is None else [self.prefixes[i] for i in rows]
-        deep = None if self.deep is None else self.deep[:, :, rows.start : rows.stop]
-        return {"prefixes": soft, "deep": deep}
+        """What `Receiver.generate` and `score` take beside the prompts of some examples."""
+        return {
+            "payloads": None if self.payloads is None else [self.payloads[i] for i in rows],
+            "embeddings": None if self.embeddings is None else [self.embeddings[i] for i in rows],
+        }
 
 
 def cut_utf8(text: str, size: int) -> str:
@@ -71,8 +70,7 @@ class Methods:
 
     Args:
         model: the trained interlingua; its mode says what the latent stands for.
-        latents: `[n, M, d_z]` as decoded from the payloads.
-        payload_bytes: per example, at the run's bit width.
+        payloads: one per example, at the run's bit width.
     """
 
     def __init__(
@@ -81,26 +79,26 @@ class Methods:
         reader: Reader,
         examples: Sequence[Example],
         *,
-        latents: Tensor,
-        payload_bytes: Sequence[int],
+        payloads: Sequence[bytes],
     ) -> None:
         self.model = model
         self.reader = reader
         self.examples = list(examples)
-        self.latents = latents
-        self.payload_bytes = list(payload_bytes)
+        self.payloads = list(payloads)
         self.budget = model.positions
         # In context mode the label stands beside the latent: it is free for every method.
         self.label = len(reader.prompts.label_ids) if model.mode == "context" else 0
         self.table: dict[str, Callable[[], MethodInput]] = {
             "text": self.text,
-            "latent": lambda: self.latent(self.latents),
+            "latent": lambda: self.latent(self.payloads),
             "token_budget": self.token_budget,
             "token_budget_question": self.token_budget_question,
             "byte_budget": self.byte_budget,
             "closed_book": self.closed_book,
-            "shuffled_latent": lambda: self.latent(self.latents[other_contexts(self.examples)]),
-            "zero_latent": lambda: self.latent(torch.zeros_like(self.latents)),
+            "shuffled_latent": lambda: self.latent(
+                [self.payloads[i] for i in other_contexts(self.examples)]
+            ),
+            "zero_latent": lambda: self.latent(self._zeros()),
             "embedding_replay": self.embedding_replay,
         }
 
@@ -113,7 +111,7 @@ class Methods:
             self.reader.prompts.build(self._turn(e), context=e.context, user_ids=ids)
             for e, ids in zip(self.examples, user_ids, strict=True)
         ]
-        return MethodInput(prompts, None, [self._positions(p, e) for p, e in self._zip(prompts)])
+        return MethodInput(prompts, [self._positions(p, e) for p, e in self._zip(prompts)])
 
     def _zip(self, prompts: list[Prompt]) -> list[tuple[Prompt, Example]]:
         return list(zip(prompts, self.examples, strict=True))
@@ -130,15 +128,18 @@ class Methods:
         """The whole prompt."""
         return self._text_like([None] * len(self.examples))
 
-    def latent(self, latents: Tensor) -> MethodInput:
-        """The latent in its place."""
+    def latent(self, payloads: Sequence[bytes]) -> MethodInput:
+        """These payloads in the latent's place."""
         prompts = [
             self.reader.prompts.build(self._turn(e), context=e.context, latent=self.model.mode)
             for e in self.examples
         ]
-        given = self.model.reader_inputs(self.reader.name, latents)
-        positions = [self.budget] * len(prompts)
-        return MethodInput(prompts, list(given["prefixes"]), positions, given["deep"])
+        return MethodInput(prompts, [self.budget] * len(prompts), payloads=list(payloads))
+
+    def _zeros(self) -> list[bytes]:
+        """Payloads of latents that are zero."""
+        encoder = self.model.encoder_config
+        return self.model.payloads(torch.zeros(len(self.examples), encoder.latents, encoder.d_z))
 
     def token_budget(self) -> MethodInput:
         """The prompt cut to M tokens from its start, as the seeds do: the question is usually
@@ -167,7 +168,7 @@ class Methods:
         """The text cut to the payload's bytes (or to `sizes`): the whole prompt (pure), or the
         context (context)."""
         cut = []
-        for e, size in zip(self.examples, sizes or self.payload_bytes, strict=True):
+        for e, size in zip(self.examples, sizes or map(len, self.payloads), strict=True):
             if self.model.mode == "pure":
                 text = cut_utf8(full_text(e.context, e.question), size)
             else:  # the label and the question are free
@@ -178,12 +179,12 @@ class Methods:
     def closed_book(self) -> MethodInput:
         """The question alone."""
         prompts = [self.reader.prompts.build(self._turn(e), context=None) for e in self.examples]
-        return MethodInput(prompts, None, [self._positions(p, e) for p, e in self._zip(prompts)])
+        return MethodInput(prompts, [self._positions(p, e) for p, e in self._zip(prompts)])
 
     def embedding_replay(self) -> MethodInput:
         """The text's own input embeddings as the prefix: must equal text."""
         text = self.text()
-        prompts, prefixes = [], []
+        prompts, embeddings = [], []
         for prompt in text.prompts:
             start = self.reader.prompts.content_start
             stop = start + prompt.content
@@ -194,8 +195,8 @@ class Methods:
             )
             ids = torch.tensor(prompt.ids[start:stop], device=self.reader.device)
             prompts.append(replay)
-            prefixes.append(self.reader.embedding(ids))
-        return MethodInput(prompts, prefixes, text.positions)
+            embeddings.append(self.reader.embedding(ids))
+        return MethodInput(prompts, text.positions, embeddings=embeddings)
 
     def first_words(self) -> list[str]:
         """A floor without a model: the first words of the context as the answer."""
