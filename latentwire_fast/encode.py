@@ -69,9 +69,7 @@ def main() -> None:
     text = read_text(args.context)
     if args.out == STANDARD:
         if sys.stdout.isatty():
-            raise ConfigError(
-                "--out -: a payload is bytes, not for a terminal; pipe it or name a file"
-            )
+            raise ConfigError("--out - would write bytes to a terminal; pipe it, or name a file")
     else:
         check_replaceable(args.out)
         if args.out.exists() and args.out.samefile(args.context):

@@ -96,7 +96,7 @@ def main() -> None:
     device = None if args.device is None else choose_device(args.device)
     if device and device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            f"--device {args.device}: each of several processes takes the device of its own number; "
+            f"--device {args.device}: several processes take one device each, by their numbers; "
             f"write {device.type}"
         )
     # An error now, not after the training.

@@ -26,6 +26,7 @@ from latentwire_fast.prompts.builder import (
     question_text,
 )
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import Receiver
 from readers import METHODS, tiny_interlingua
 
 LATENTS = 12  # wide enough for some context beside a question, too small for any passage
@@ -55,8 +56,7 @@ def methods(
         model,
         reader,
         examples,
-        latents=model.decode_payloads(payloads),
-        payload_bytes=[len(p) for p in payloads],
+        payloads=payloads,
     )
 
 
@@ -73,6 +73,17 @@ def answer(prompt: Prompt) -> list[int]:
 def build(methods: Methods, name: str) -> MethodInput:
     with torch.no_grad():
         return methods.table[name]()
+
+
+def standing_in(methods: Methods, given: MethodInput) -> list[Tensor] | list[None]:
+    """The soft tokens of each prompt."""
+    if given.embeddings is not None:
+        return given.embeddings
+    if given.payloads is None:
+        return [None] * len(given.prompts)
+    with torch.no_grad():
+        latents = methods.model.decode_payloads(given.payloads)
+        return list(methods.model.prefix(methods.reader.name, latents))
 
 
 # --- every method -------------------------------------------------------------------------------
@@ -95,7 +106,7 @@ def test_every_method_asks_for_the_same_answer_in_the_same_frame(
         assert prompt.ids[:start] == whole.ids[:start]
         tail = whole.ids[start + whole.content :]
         assert prompt.ids[-len(tail) :] == tail
-        assert (prompt.latent_at is None) == (given.prefixes is None)
+        assert (prompt.latent_at is None) == (given.payloads is None and given.embeddings is None)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -104,7 +115,7 @@ def test_positions_are_those_in_the_latents_place(methods: Methods, mode: Mode, 
     for prompt, positions, prefix, e in zip(
         given.prompts,
         given.positions,
-        given.prefixes or [None] * len(given.prompts),
+        standing_in(methods, given),
         methods.examples,
         strict=True,
     ):
@@ -208,8 +219,7 @@ def test_a_byte_budget_counts_bytes_not_characters(
         model,
         readers["llama"],
         [example],
-        latents=torch.zeros(1, LATENTS, 8),
-        payload_bytes=[20],
+        payloads=[bytes(20)],
     )
     text = methods.reader.tokenizer.decode(content(methods, methods.byte_budget().prompts[0]))
     # In pure mode the label's 9 bytes count: 5 x 2 are left, and one that is half a character.
@@ -227,26 +237,17 @@ def test_closed_book_is_the_question_alone(methods: Methods) -> None:
         )
 
 
-def prefixes_of(methods: Methods, latents: Tensor) -> Tensor:
-    with torch.no_grad():
-        return methods.model.prefix(methods.reader.name, latents)
-
-
-def test_the_latent_is_what_the_payload_decodes_to(methods: Methods, payloads: list[bytes]) -> None:
-    given = build(methods, "latent")
-    assert given.prefixes is not None
-    expected = prefixes_of(methods, methods.model.decode_payloads(payloads))
-    assert torch.equal(torch.stack(given.prefixes), expected)
+def test_the_latent_is_the_payload(methods: Methods, payloads: list[bytes]) -> None:
+    assert build(methods, "latent").payloads == payloads
 
 
 def test_the_shuffled_latent_is_another_examples(methods: Methods) -> None:
     given, own = build(methods, "shuffled_latent"), build(methods, "latent")
-    assert given.prefixes is not None
-    assert own.prefixes is not None
+    assert given.payloads is not None
+    assert own.payloads is not None
     assert given.prompts == own.prompts
-    stack = torch.stack(own.prefixes)
-    for i, prefix in enumerate(given.prefixes):
-        source = (stack == prefix).all(-1).all(-1).nonzero()[:, 0].tolist()
+    for i, payload in enumerate(given.payloads):
+        source = [j for j, other in enumerate(own.payloads) if other == payload]
         assert len(source) == 1
         assert source != [i]
 
@@ -261,10 +262,8 @@ def test_questions_on_one_passage_are_not_each_others_control() -> None:
 
 def test_the_zero_latent_is_the_same_for_all(methods: Methods) -> None:
     given = build(methods, "zero_latent")
-    assert given.prefixes is not None
-    expected = prefixes_of(methods, torch.zeros(1, LATENTS, 8))[0]
-    for prefix in given.prefixes:
-        torch.testing.assert_close(prefix, expected)
+    assert given.payloads is not None
+    assert not methods.model.decode_payloads(given.payloads).any()
 
 
 def test_the_first_words_are_the_contexts(methods: Methods) -> None:
@@ -281,14 +280,15 @@ def test_embedding_replay_equals_text(methods: Methods) -> None:
     text, replay = build(methods, "text"), build(methods, "embedding_replay")
     reader = methods.reader
     assert replay.positions == text.positions
-    assert replay.prefixes is not None
+    assert replay.embeddings is not None
+    receiver = Receiver.for_text(reader)
     torch.testing.assert_close(
-        reader.target_logprobs(reader.collate(replay.prompts, prefixes=replay.prefixes)),
-        reader.target_logprobs(reader.collate(text.prompts)),
+        receiver.score(replay.prompts, embeddings=replay.embeddings).logprobs_NV,
+        receiver.score(text.prompts).logprobs_NV,
         atol=2e-5,
         rtol=0,
     )
     open_prompts = [unanswered(p) for p in replay.prompts]
-    assert reader.generate(open_prompts, prefixes=replay.prefixes) == reader.generate(
+    assert receiver.generate(open_prompts, embeddings=replay.embeddings) == receiver.generate(
         [unanswered(p) for p in text.prompts]
     )

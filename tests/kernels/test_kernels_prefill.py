@@ -12,8 +12,9 @@ from kernel_device import DEVICE, needs_kernels
 from latentwire_fast import ops, wire
 from latentwire_fast.config.schema import AdapterConfig
 from latentwire_fast.models.adapters.soft_prompt import Adapter
+from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving import Receiver
+from latentwire_fast.serving import PayloadKind, Receiver, ReceiverOptions
 from readers import tiny_model
 
 LATENTS, D_Z = 4, 24
@@ -33,14 +34,20 @@ def test_payloads_to_a_first_token(
     adapter = Adapter(
         AdapterConfig(expansion=2, **settings), **shape, d_model=reader.d_model, target_rms=0.5
     ).to(DEVICE)
-    receiver = Receiver(reader, adapter, **shape, fingerprint=7, engine="eager")
+    receiver = Receiver(
+        reader,
+        adapter,
+        payload_kind=PayloadKind(**shape, fingerprint=7),
+        options=ReceiverOptions(engine="eager"),
+    )
     latent_BMd = torch.randn(2, LATENTS, D_Z)
     payloads = wire.pack_batch(latent_BMd, bits=bits, group_size=32, fingerprint=7)
-    prompts = receiver.prompts(["Where?", "Who is a baker in Bakrim?"])
+    turns = [Turn("Where?"), Turn("Who is a baker in Bakrim?")]
+    prompts = reader.prompts.build_many(turns, latent="context")
     logits = {}
     for name in ("reference", "triton"):
         with ops.backend(name):
-            logits[name] = receiver.prefill(payloads, prompts).logits_BV
+            logits[name] = receiver.prefill(prompts, payloads=payloads).logits_BV
     # What the kernels' arithmetic is off by (see test_kernels_adapter.py), times what the reader
     # makes of it.
     largest = float(logits["reference"].abs().max())

@@ -5,10 +5,9 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,20 +15,15 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
     StaticCache,
 )
 
 from latentwire_fast import ops, wire
-from latentwire_fast.config.schema import AdapterConfig, EncoderConfig, QuantizerConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, PayloadError
-from latentwire_fast.models.encoders.build import build_encoder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers import attention
-from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import (
@@ -37,14 +31,13 @@ from latentwire_fast.serving import (
     Prefilled,
     Receiver,
     ReceiverOptions,
-    forward_pass,
-    receiver,
 )
 from latentwire_fast.serving.graphs import PassCache, set_length, write_through
 from latentwire_fast.serving.input_buffer import InputBuffer, lay_out
 from readers import tiny_model
+from receiving import D_Z, LATENTS, asking, at_most, gpt2_reader, make_model, random_payloads
 
-LATENTS, D_Z, NEW = 4, 8, 32
+NEW = 32
 CONTEXTS = ["Nulnak lives in Bakrim.", "Fosvun has a red lamp and is 94.", "Selpon is a baker."]
 QUESTIONS = ["Where does Nulnak live?", "What?", "What is the job of Selpon, if any?"]
 PREFIXES = ["soft", "deep", "both"]
@@ -53,51 +46,6 @@ needs_flash = pytest.mark.skipif(
     reason="flash_attention_2 needs the package flash-attn and a CUDA device",
 )
 ATTENTION = ["eager", "sdpa", pytest.param("flash_attention_2", marks=needs_flash)]
-
-
-def make_model(
-    reader: Reader,
-    prefix: Any = "soft",
-    mode: Literal["context", "pure"] = "context",
-    **adapter: Any,
-) -> Interlingua:
-    """An untrained model whose prefixes are far from one another."""
-    encoder = EncoderConfig(
-        kind="byte", latents=LATENTS, d_z=D_Z, byte_width=16, byte_layers=1, byte_heads=2
-    )
-    torch.manual_seed(3)
-    model = Interlingua(
-        build_encoder(encoder, {}),
-        {reader.name: ReaderCard.of(reader)},
-        encoder_config=encoder,
-        quantizer=QuantizerConfig(bits=6, group_size=16),
-        adapter=AdapterConfig(prefix=prefix, expansion=2, deep_width=16, **adapter),
-        mode=mode,
-    )
-    return model.eval()
-
-
-def gpt2_reader(like: Reader, *, positions: int) -> Reader:
-    """A tiny GPT-2 with a table of so many positions and the tokenizer of another reader."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(like.tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=positions,
-        bos_token_id=None, eos_token_id=like.tokenizer.eos_token_id,
-    )  # fmt: skip
-    return Reader(GPT2LMHeadModel(config).eval(), like.tokenizer, name="gpt2")
-
-
-def at_most(tokens: int) -> DecodeOptions:
-    return DecodeOptions(max_new_tokens=tokens)
-
-
-def asking(reader: Reader, questions: Sequence[str], mode: Any = "context") -> list[Prompt]:
-    """Prompts with room for a latent."""
-    return reader.prompts.build_many([Turn(question) for question in questions], latent=mode)
-
-
-def random_payloads(model: Interlingua, rows: int = 3, bits: int = 6) -> list[bytes]:
-    return model.payloads(torch.randn(rows, LATENTS, D_Z), bits=bits)
 
 
 @torch.no_grad()
@@ -140,43 +88,6 @@ def assert_plain(
     largest = float(logits.abs().max())
     torch.testing.assert_close(first.logits_BV, logits, rtol=1e-5, atol=1e-5 * largest)
     assert first.generate(at_most(NEW)) == [ids for _, ids in expected]
-
-
-# --- a graph's path without a GPU -----------------------------------------------------------------
-
-
-class UncapturedPass:
-    """A `CapturedPass` that runs its forward again instead of replaying it."""
-
-    def __init__(self, forward: Callable[..., Tensor], batch: Any, *, cache: Any, memory: Any):
-        self.cache, self.serial = cache, 0
-        self._forward = forward
-        self._inputs = InputBuffer(batch.fields, device=torch.device("cpu"))
-        self._inputs.fill(batch.values())
-        forward(self._inputs.tensors)
-
-    def fill(self, values: dict[str, np.ndarray]) -> None:
-        self._inputs.fill(values)
-
-    def replay(self) -> Tensor:
-        self.serial += 1
-        return self._forward(self._inputs.tensors)
-
-
-@pytest.fixture
-def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Receivers take the graph's path, with its buffers and its static cache, on the CPU."""
-    monkeypatch.setattr(forward_pass, "CapturedPass", UncapturedPass)
-    monkeypatch.setattr(receiver, "GraphMemory", lambda device: None)
-    monkeypatch.setattr(receiver, "choose_engine", lambda *_: ("graph", "a test"))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-
-
-@pytest.fixture(params=["eager", "graph"])
-def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "graph":
-        request.getfixturevalue("uncaptured")
-    return request.param
 
 
 @pytest.fixture(params=ATTENTION)
