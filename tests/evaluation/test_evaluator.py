@@ -351,9 +351,7 @@ def test_the_latent_is_judged_at_the_runs_own_width(measured: Measured) -> None:
 
 def test_fewer_bytes_hold_a_shorter_text(model: Interlingua, readers: dict[str, Reader]) -> None:
     example = make_examples(1, seed=3)[0]
-    methods = Methods(
-        model, readers["llama"], [example], latents=torch.zeros(1, 4, 8), payload_bytes=[90]
-    )
+    methods = Methods(model, readers["llama"], [example], payloads=[bytes(90)])
     own, short = methods.byte_budget(), methods.byte_budget([30])
     assert short.positions[0] < own.positions[0] < methods.text().positions[0]
     assert own.prompts == methods.byte_budget([90]).prompts
