@@ -804,6 +804,23 @@ def test_sections_fit_nine_minutes_and_their_options_parse() -> None:
     prefill_latency.parse(gpu_prefill.TINY.split())
 
 
+def test_a_relative_folder_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sections run in the root of the checkout; their tables go where the caller said."""
+    monkeypatch.chdir(tmp_path)
+    commands: list[list[Any]] = []
+
+    def start(command: list[Any], log: Path | None = None) -> None:
+        commands.append(command)
+
+    monkeypatch.setattr(gpu_prefill, "start", start)
+    monkeypatch.setattr(gpu_prefill, "finish", lambda process, by: gpu_prefill.OK)
+    section = gpu_prefill.Section("tables", 60, gpu_prefill.TINY)
+    gpu_prefill.run_all(Path("out"), [section], seconds=500, tiny=True)
+    (command,) = commands
+    assert command[command.index("--out") + 1] == str(tmp_path / "out" / "tables")
+    assert (tmp_path / "out" / "sections.txt").exists()
+
+
 def test_a_section_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def outcome(section: Any) -> str:
         return "failed: status 1" if section.name == "compile" else gpu_prefill.OK
