@@ -59,6 +59,8 @@ class Interlingua(nn.Module):
         encoder: a ready module (see `build_encoder`).
     """
 
+    table_parameters = ("task_tokens",)
+
     def __init__(
         self,
         encoder: Encoder,

@@ -39,6 +39,8 @@ class DeepPrefix(nn.Module):
         d_z: width of the latent.
     """
 
+    table_parameters = ("slots",)
+
     def __init__(
         self, config: AdapterConfig, *, latents: int, d_z: int, geometry: KVGeometry
     ) -> None:

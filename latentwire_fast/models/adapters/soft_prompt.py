@@ -26,6 +26,8 @@ class Adapter(nn.Module):
         target_rms: the reader's embedding RMS.
     """
 
+    table_parameters = ("slots",)
+
     def __init__(
         self, config: AdapterConfig, *, latents: int, d_z: int, d_model: int, target_rms: float
     ) -> None:

@@ -20,6 +20,7 @@ class ByteEncoder(nn.Module):
     """
 
     PAD = 256
+    table_parameters = ("position", "queries")
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()

@@ -44,6 +44,9 @@ class LMEncoder(nn.Module):
             knows.
     """
 
+    table_parameters = ("memory", "query_offsets")
+    pretrained_modules = ("core",)
+
     def __init__(
         self, core: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EncoderConfig
     ) -> None:
