@@ -13,6 +13,7 @@ evaluates it only where that has not been done.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +28,8 @@ class TrainArguments:
     """Train an interlingua for a set of frozen readers, then evaluate it.
 
     Args:
-        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke) or a .json file.
+        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke, squad_llama_qwen)
+            or a .json file.
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
@@ -43,6 +45,8 @@ class TrainArguments:
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
         no_eval: train only.
+        print_config: print the configuration as JSON, and do nothing else. The command takes such a
+            file in the place of a preset.
     """
 
     preset: Annotated[str, tyro.conf.Positional]
@@ -57,6 +61,7 @@ class TrainArguments:
     batch_size: int | None = None
     eval_examples: int | None = None
     no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
 def main() -> None:
@@ -65,6 +70,7 @@ def main() -> None:
     quiet_libraries()
     from latentwire_fast.config.overrides import with_overrides
     from latentwire_fast.config.presets import load_preset
+    from latentwire_fast.config.serialization import to_json
     from latentwire_fast.data.sources import heldout_examples
     from latentwire_fast.training.trainer import Trainer
 
@@ -80,6 +86,9 @@ def main() -> None:
         batch_size=args.batch_size,
         eval_examples=args.eval_examples,
     )
+    if args.print_config:
+        print(json.dumps(to_json(config), indent=2))
+        return
     # An error now, not after the training.
     heldout = [] if args.no_eval else heldout_examples(config.data)
     added = [*config.readers] if config.base else []

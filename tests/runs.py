@@ -15,15 +15,27 @@ import numpy as np
 import torch
 
 from latentwire_fast.config.presets import testbed_smoke
-from latentwire_fast.config.schema import ReaderConfig, RunConfig
+from latentwire_fast.config.schema import AttachmentConfig, ReaderConfig, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.files.tensors import parameter_digest
+from latentwire_fast.registry import ADAPTERS, ATTACHMENTS
 from latentwire_fast.training.optimizer_state import optimizer_state, rng_state
 from latentwire_fast.training.trainer import Trainer
 
 TIMES = ("seconds", "tokens_per_second")
+
+
+def soft(adapter: str = "mlp", **options: Any) -> AttachmentConfig:
+    """Soft tokens with an adapter of this kind; the options are those of either."""
+    own = {key: options.pop(key) for key in ("calibration", "gain", "tanh") if key in options}
+    return ATTACHMENTS.config("soft", adapter=ADAPTERS.config(adapter, **options), **own)
+
+
+def deep(**options: Any) -> AttachmentConfig:
+    """A deep prefix."""
+    return ATTACHMENTS.config("deep", **options)
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
@@ -44,7 +56,7 @@ def tiny_config(*folders: Path, **changes: Any) -> RunConfig:
         testbed_smoke(),
         readers={folder.name: ReaderConfig(str(folder)) for folder in folders},
         encoder={"source": str(folders[0])},
-        adapter={"kind": "mlp", "expansion": 1, "dropout": 0.1},
+        attachments=(soft(expansion=1, dropout=0.1),),
         evaluation={"batch_size": 8, "timing_examples": 1, "resamples": 50},
     )
     return changed(config, **changes)

@@ -43,7 +43,7 @@ def _added_to(base: str, config: RunConfig) -> RunConfig:
         config,
         base=base,
         encoder=kept.encoder,
-        quantizer=kept.quantizer,
+        bottleneck=kept.bottleneck,
         # Its positions are chosen already. What else a stage does with them, readers do.
         stages=_without("select", config.stages),
     )
@@ -65,9 +65,9 @@ def with_overrides(
     """A configuration with some of its parts replaced; None (or no reader) keeps a part.
 
     Args:
-        readers: sources by name, instead of the configuration's; an LM encoder then starts from the
-            first of them unless `encoder` says otherwise.
-        base: a trained run to add the readers to; its encoder, quantiser and mode are taken over.
+        readers: sources by name, instead of the configuration's; an encoder that starts from an LM
+            then starts from the first of them unless `encoder` says otherwise.
+        base: a trained run to add the readers to; its encoder, bottleneck and mode are taken over.
         steps: total over all stages, which shrink or grow in proportion, to one step at least.
     """
     given = {"data": data, "encoder": encoder, "base": base, **(readers or {})}
@@ -81,12 +81,12 @@ def with_overrides(
         if encoder or mode:
             raise ConfigError(f"--base {base} brings its encoder and mode; leave out the other")
         config = _added_to(base, config)
-    elif readers:
-        encoder = encoder or next(iter(readers.values()))
+    elif readers and encoder is None and config.encoder.source is not None:
+        encoder = next(iter(readers.values()))
     if mode is not None:  # before the steps are counted: it may leave out stages
         config = _in_mode(mode, config)
     if encoder is not None:
-        config = replace(config, encoder=replace(config.encoder, source=encoder))
+        config = replace(config, encoder=config.encoder.with_source(encoder))
     if data is not None or eval_examples is not None:
         kept = config.data
         count = kept.eval_examples if eval_examples is None else eval_examples

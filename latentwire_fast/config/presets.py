@@ -1,8 +1,9 @@
-"""Named configurations: functions that return a `RunConfig`. `configs/*.json` hold larger ones.
+"""Named configurations: functions that return a `RunConfig`.
 
 python -m latentwire_fast.train testbed             # pure mode, minutes on two CPU cores
 python -m latentwire_fast.train testbed_context     # the compression claim
-python -m latentwire_fast.train path/to/config.json
+python -m latentwire_fast.train testbed --print-config > mine.json
+python -m latentwire_fast.train mine.json
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from latentwire_fast.config.schema import (
-    AdapterConfig,
     DataConfig,
-    EncoderConfig,
+    EvalConfig,
     OptimConfig,
     ReaderConfig,
     RunConfig,
@@ -23,6 +23,7 @@ from latentwire_fast.config.schema import (
 from latentwire_fast.config.serialization import run_config_from_json
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
+from latentwire_fast.registry import ADAPTERS, ATTACHMENTS, ENCODERS, POOLERS
 
 TESTBED_READERS = {
     "llama": ReaderConfig("testbed:llama"),
@@ -42,8 +43,8 @@ def testbed() -> RunConfig:
         preset="testbed",
         mode="pure",
         readers=TESTBED_READERS,
-        encoder=EncoderConfig(rehearsals=2),
-        adapter=AdapterConfig(expansion=8),
+        encoder=ENCODERS.config("lm", pooler=POOLERS.config("queries", rehearsals=2)),
+        attachments=(ATTACHMENTS.config("soft", adapter=ADAPTERS.config("mlp", expansion=8)),),
         stages=(
             StageConfig("align", steps=80, answer=0.0, embed=1.0),
             StageConfig("answer", steps=120, lr=0.5),
@@ -64,16 +65,17 @@ def testbed_context() -> RunConfig:
     """Context-only mode on the testbed: the latent holds every fact, the question comes as text.
 
     The latents stand at the positions of the text that answers look at, and deep prefixes learn the
-    reader's own keys and values there before any answer is asked for (`selection.py`,
-    `observation.py`). The encoder's LM is frozen, so the positions stay as they were learned. Half
-    of the passages hold two kinds of facts only: facts of one kind are what is told apart last.
+    reader's own keys and values there before any answer is asked for
+    (`models/poolers/selected.py`, `readers/trace.py`). The encoder's LM is frozen, so the positions
+    stay as they were learned. Half of the passages hold two kinds of facts only: facts of one kind
+    are what is told apart last.
     """
     return RunConfig(
         preset="testbed_context",
         mode="context",
         readers=TESTBED_READERS,
-        encoder=EncoderConfig(pooling="selected", frozen=True),
-        adapter=AdapterConfig(prefix="deep"),
+        encoder=ENCODERS.config("lm", pooler=POOLERS.config("selected"), frozen=True),
+        attachments=(ATTACHMENTS.config("deep"),),
         data=DataConfig(similar=0.5),
         stages=(
             StageConfig("select", steps=100, answer=0.0, select=1.0, kv=1.0),
@@ -95,7 +97,7 @@ def testbed_byte() -> RunConfig:
     """The pure-mode run with the byte encoder in the place of the LM: the same budget, for
     comparison."""
     base = testbed()
-    return replace(base, preset="testbed_byte", encoder=EncoderConfig(kind="byte"))
+    return replace(base, preset="testbed_byte", encoder=ENCODERS.config("byte"))
 
 
 def testbed_smoke() -> RunConfig:
@@ -103,8 +105,8 @@ def testbed_smoke() -> RunConfig:
     return RunConfig(
         preset="testbed_smoke",
         readers=TESTBED_READERS,
-        encoder=EncoderConfig(latents=4, d_z=8, pooling="spans"),
-        adapter=AdapterConfig(kind="linear"),
+        encoder=ENCODERS.config("lm", latents=4, d_z=8, pooler=POOLERS.config("spans")),
+        attachments=(ATTACHMENTS.config("soft", adapter=ADAPTERS.config("linear")),),
         data=DataConfig(facts=2, eval_examples=8),
         stages=(
             StageConfig("pretrain", steps=2, answer=0.0, autoencode=0.2, continuation=0.8),
@@ -117,9 +119,51 @@ def testbed_smoke() -> RunConfig:
     )
 
 
+def squad_llama_qwen() -> RunConfig:
+    """Context mode at full size: Llama-3.1-8B and Qwen2.5-7B read passages of SQuAD, which a
+    Llama-3.2-1B has put into 32 latents. For GPUs; not run here."""
+    return RunConfig(
+        preset="squad_llama_qwen",
+        mode="context",
+        readers={
+            "llama": ReaderConfig("meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16"),
+            "qwen": ReaderConfig("Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16"),
+        },
+        encoder=ENCODERS.config(
+            "lm",
+            source="meta-llama/Llama-3.2-1B",
+            latents=32,
+            d_z=256,
+            pooler=POOLERS.config("selected"),
+            frozen=True,
+        ),
+        attachments=(ATTACHMENTS.config("deep", width=512),),
+        data=DataConfig(source="hub:squad", eval_examples=1000),
+        stages=(
+            StageConfig("select", steps=1000, answer=0.0, select=1.0, kv=1.0),
+            StageConfig("match", steps=7000, answer=0.0, kv=1.0),
+            StageConfig("answer", steps=12000, lr=0.5),
+            StageConfig("quantized", steps=4000, lr=0.5, quantize=6),
+        ),
+        optim=OptimConfig(
+            muon_lr=None,
+            adamw_lr=1e-4,
+            warmup_steps=500,
+            decay_from=0.05,
+            batch_size=64,
+            micro_batch=8,
+            mixed_precision="bf16",
+            gradient_checkpointing=True,
+        ),
+        evaluation=EvalConfig(batch_size=32, max_new_tokens=16, timing_examples=64),
+        log_every=20,
+        save_every=500,
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
-    for function in (testbed, testbed_context, testbed_byte, testbed_smoke)
+    for function in (testbed, testbed_context, testbed_byte, testbed_smoke, squad_llama_qwen)
 }
 
 

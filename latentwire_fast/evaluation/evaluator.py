@@ -82,7 +82,9 @@ class Evaluator:
         return payloads
 
     def _widths(self) -> list[int]:
-        return sorted({*self.config.evaluation.bits, self.model.quantizer.bits}, reverse=True)
+        return sorted(
+            {*self.config.evaluation.bits, self.model.bottleneck_config.bits}, reverse=True
+        )
 
     def _batches(self, items: Sequence[Any]) -> list[Any]:
         size = self.config.evaluation.batch_size
@@ -92,7 +94,7 @@ class Evaluator:
     def run(self) -> Outcome:
         """Score everything."""
         payloads = self.encode()
-        bits = self.model.quantizer.bits
+        bits = self.model.bottleneck_config.bits
         latents = {b: self.model.decode_payloads(p) for b, p in payloads.items()}
         bytes_by_width = {b: [len(p) for p in v] for b, v in payloads.items()}
         outcome = Outcome(self.config, self.examples, bytes_by_width)

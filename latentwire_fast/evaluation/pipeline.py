@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +149,13 @@ def _evaluate(
 
 def _check_settings(config: RunConfig, model: Interlingua, run_dir: Path) -> None:
     """Raise unless the model is what the configuration says: the scores name its settings."""
-    # An encoder may read less than it was asked to, and the LM that it started from may have moved.
-    trained = model.encoder_config
-    encoder = replace(config.encoder, max_tokens=trained.max_tokens, source=trained.source)
-    pairs = {
-        "mode": (config.mode, model.mode),
-        "encoder": (encoder, trained),
-        "quantizer": (config.quantizer, model.quantizer),
-        "adapter": (config.adapter, model.adapter_config),
+    same = {
+        "mode": config.mode == model.mode,
+        "encoder": config.encoder.allows(model.encoder_config),
+        "bottleneck": config.bottleneck == model.bottleneck_config,
+        "attachments": config.attachments == model.attachment_configs,
     }
-    differ = [name for name, (stated, found) in pairs.items() if stated != found]
+    differ = [name for name, is_same in same.items() if not is_same]
     if differ:
         raise CheckpointError(
             f"{run_dir / 'config.json'} is not of the model beside it (differs in "

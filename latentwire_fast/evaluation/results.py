@@ -46,14 +46,14 @@ class Outcome:
         options = {"seed": self.config.seed, "resamples": self.config.evaluation.resamples}
         texts = [self.replaced_text(e) for e in self.examples]
         brotli = [wire.brotli_bytes(t) for t in texts]
-        encoder, quantizer = self.config.encoder, self.config.quantizer
+        encoder, bottleneck = self.config.encoder, self.config.bottleneck
         measured: dict[str, Any] = {
             "examples": len(self.examples),
             "latent": {
                 "M": encoder.latents,
                 "d_z": encoder.d_z,
-                "bits": quantizer.bits,
-                "group_size": quantizer.group_size,
+                "bits": bottleneck.bits,
+                "group_size": getattr(bottleneck, "group_size", None),
             },
             "bytes": {
                 "text_utf8_mean": mean([wire.utf8_bytes(t) for t in texts]),

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from latentwire_fast import ops
 from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.data.streams import TrainItem
-from latentwire_fast.models.encoders.lm import LMEncoder
-from latentwire_fast.models.interlingua import Interlingua, ReaderInputs
-from latentwire_fast.models.poolers.selected import Selection
+from latentwire_fast.models.attachments.base import ReaderInputs
+from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.objectives.token_alignment import move_attention, move_places
 from latentwire_fast.prompts.batch import PromptBatch
@@ -257,7 +257,7 @@ class Objectives:
     ) -> None:
         """Scores against where the reader's answers look, and a deep prefix against what the
         reader holds at the chosen positions."""
-        reader, encoder = self.readers[name], cast(LMEncoder, self.model.encoder)
+        reader, encoder = self.readers[name], self.model.encoder
         pure = self.model.mode == "pure"
         places = []
         for work in works:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -126,6 +127,10 @@ class Reader:
             load_in_4bit=config.load_in_4bit,
             bos=config.bos,
         )
+
+    def sharing_weights(self, name: str, *, bos: bool | None = None) -> Reader:
+        """Another reader of the same model, which is in memory once."""
+        return Reader(self.model, self.tokenizer, name=name, source=self.source, bos=bos)
 
     @property
     def device(self) -> torch.device:
@@ -328,8 +333,17 @@ class Reader:
 def load_readers(
     configs: Mapping[str, ReaderConfig], device: torch.device | str | None = None
 ) -> dict[str, Reader]:
-    """The frozen readers of a run by name."""
-    return {name: Reader.from_config(name, config, device) for name, config in configs.items()}
+    """The frozen readers of a run by name. Those of one source and the same options share one
+    model."""
+    readers: dict[str, Reader] = {}
+    loaded: dict[ReaderConfig, Reader] = {}
+    for name, config in configs.items():
+        options = replace(config, bos=None)  # what a prompt begins with is no matter of the weights
+        if options in loaded:
+            readers[name] = loaded[options].sharing_weights(name, bos=config.bos)
+        else:
+            readers[name] = loaded[options] = Reader.from_config(name, config, device)
+    return readers
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -339,4 +353,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     deep prefix with it, from every layer.
     """
     for layer in decoder_layers(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if not isinstance(layer.forward, _Checkpointed):  # a model may be shared, and asked twice
+            layer.forward = _Checkpointed(checkpoint, layer.forward, use_reentrant=False)
+
+
+class _Checkpointed(partial[Any]):
+    """The forward pass of a layer that is run again in backward."""

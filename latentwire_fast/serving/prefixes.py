@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.models.adapters.soft_prompt import Adapter
+from latentwire_fast.models.attachments.base import Attachment
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving.payload_batch import dequantize
 from latentwire_fast.wire import Header
+from latentwire_fast.wire.payload import dequantize
 
 
 class TrainedParts:
@@ -45,7 +45,7 @@ class TrainedParts:
         self._dtype = weights[0].dtype
         # Nothing but the adapter wants the latent, and that takes the codes as they are.
         self._reads_codes = (
-            deep_prefix is None and isinstance(adapter, Adapter) and adapter.reads_codes
+            deep_prefix is None and isinstance(adapter, Attachment) and adapter.reads_codes
         )
 
     def __call__(
@@ -57,7 +57,7 @@ class TrainedParts:
         linear adapter without a deep prefix and codes of less than 16 bits.
         """
         if self._reads_codes and header.bits != 16:
-            assert isinstance(self.adapter, Adapter)
+            assert isinstance(self.adapter, Attachment)
             soft_RMD = self.adapter.of_codes(
                 inputs["codes"],
                 inputs["scales"],
@@ -67,7 +67,7 @@ class TrainedParts:
             )
             mark("adapter")
             return soft_RMD, None
-        latent_RMd = dequantize(inputs, header).to(self._dtype)
+        latent_RMd = dequantize(inputs["codes"], inputs["scales"], header).to(self._dtype)
         mark("dequantise")
         soft = None if self.adapter is None else self.adapter(latent_RMd)
         deep = None if self.deep_prefix is None else self.deep_prefix(latent_RMd)

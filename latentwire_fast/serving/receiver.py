@@ -115,11 +115,10 @@ class Receiver:
             ConfigError, CheckpointError: `model` was not trained for this reader.
         """
         model.check_reader(reader)
-        parts = model.parts(reader.name)
         return cls(
             reader,
-            parts.get("adapter"),
-            deep_prefix=parts.get("deep_prefix"),
+            model.attachment(reader.name, "prefixes"),
+            deep_prefix=model.attachment(reader.name, "deep"),
             latents=model.encoder_config.latents,
             d_z=model.encoder_config.d_z,
             fingerprint=model.fingerprint,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from latentwire_fast.config.schema import Mode, RunConfig
@@ -13,8 +12,7 @@ from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
-from latentwire_fast.models.encoders.build import build_encoder
-from latentwire_fast.models.encoders.lm import Encoder
+from latentwire_fast.models.encoders.base import Encoder, build_encoder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
@@ -55,32 +53,31 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
         ConfigError: the base does not fit the configuration, or has adapters for these readers.
         CheckpointError: it is not trained.
     """
-    encoder = (
-        build_encoder(config.encoder, readers)
-        if config.base is None
-        else _base_encoder(config, config.base, readers)
-    )
     return Interlingua(
-        encoder,
+        _fresh_encoder(config, readers)
+        if config.base is None
+        else _base_encoder(config, config.base, readers),
         {name: ReaderCard.of(reader) for name, reader in readers.items()},
-        encoder_config=encoder.config,
-        quantizer=config.quantizer,
-        adapter=config.adapter,
+        bottleneck=config.bottleneck,
+        attachments=config.attachments,
         mode=config.mode,
     )
 
 
+def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
+    try:
+        return build_encoder(config.encoder, readers)
+    except ConfigError as error:  # most of its settings are the preset's, not the user's
+        raise ConfigError(f"preset {config.preset!r}: {error}") from error
+
+
 def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> Encoder:
     model = Interlingua.from_pretrained(Path(base) / "model")
-    # An encoder may read less than it was asked to.
-    asked = replace(config.encoder, max_tokens=model.encoder_config.max_tokens)
-    if (model.encoder_config, model.quantizer, model.mode) != (
-        asked,
-        config.quantizer,
-        config.mode,
-    ):
+    kept = config.bottleneck, config.mode
+    fits = config.encoder.allows(model.encoder_config)
+    if not fits or (model.bottleneck_config, model.mode) != kept:
         raise ConfigError(
-            f"this run has another encoder, quantizer or mode than its base {base}, which it keeps"
+            f"this run has another encoder, bottleneck or mode than its base {base}, which it keeps"
         )
     served = {card.fingerprint: name for name, card in model.cards.items()}
     for name, reader in readers.items():

@@ -24,7 +24,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         name: replace(reader, source=_absolute(reader.source))
         for name, reader in config.readers.items()
     }
-    encoder = replace(config.encoder, source=_absolute(config.encoder.source))
+    encoder = config.encoder
+    if encoder.source is not None:
+        encoder = encoder.with_source(_absolute(encoder.source))
     data = replace(config.data, source=map_paths(config.data.source, _absolute))
     base = None if config.base is None else _absolute(config.base)
     return replace(config, readers=readers, encoder=encoder, data=data, base=base)

@@ -29,7 +29,7 @@ from bench.prefill import cases, clock, files, gpu_prefill, group, measure
 from bench.prefill.clock import Clock, Sample, interval
 from bench.prefill.cost import Kernels, Pass, cpu_ceilings
 from bench.prefill.results import Results, for_text, result_of
-from bench.prefill.rows import DEEP, METHODS, Plan, Row, Sizes, plan_of
+from bench.prefill.rows import DEEP, METHODS, SOFT, Plan, Row, Sizes, plan_of, soft_prompt
 from bench.prefill.shapes import (
     SHAPES,
     Dims,
@@ -42,7 +42,6 @@ from bench.prefill.shapes import (
 )
 from bench.prefill.tables import latex, markdown
 from latentwire_fast import ops
-from latentwire_fast.config.schema import AdapterConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.builder import (
     PromptBuilder,
@@ -222,7 +221,7 @@ def test_the_floor_is_below_the_prediction_and_above_the_weights() -> None:
 def test_costs_count_what_the_trained_parts_have() -> None:
     dims = Dims.of(SHAPES["llama-3.1-8b"])
     sizes = replace(TINY_SIZES, dims=dims, d_z=32)
-    linear = replace(sizes, adapter=AdapterConfig(kind="linear"))
+    linear = replace(sizes, adapter=soft_prompt("linear"))
     cached = Row("r", "latent_cached", "eager", 2, 0, 4, 6)
     assert linear.work(cached).parts[0].weights == 4096 * 32
     adapter, deep = (
@@ -232,7 +231,7 @@ def test_costs_count_what_the_trained_parts_have() -> None:
     assert adapter.weights == 4096 * (32 + 9 * 4096)
     assert adapter.rows == deep.rows == 8
     made = 2 * 32 * 8 * 128
-    assert DEEP.deep_width * made < deep.weights < 1.5 * DEEP.deep_width * made
+    assert DEEP.width * made < deep.weights < 1.5 * DEEP.width * made
 
 
 def test_a_compiled_engine_keeps_fewer_launches() -> None:
@@ -590,7 +589,7 @@ def test_peak_memory_is_that_of_a_run_and_of_what_the_row_keeps(
     arguments.name, memory = "llama-tiny", {"now": 1000, "peak": 0}
     reader = build_reader("llama-tiny", dtype=torch.float32, device="cpu", attention="sdpa")
     bench = cases.Bench(
-        *(reader, "llama-tiny", AdapterConfig(), 8),
+        *(reader, "llama-tiny", SOFT, 8),
         dtype=torch.float32, device="cpu", scratch=tmp_path,
     )  # fmt: skip
     rows = group.Group(bench, plan_of(arguments), arguments, batch=2)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,9 @@ from torch import nn
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.presets import PRESETS, load_preset
 from latentwire_fast.config.schema import (
-    AdapterConfig,
     DataConfig,
-    EncoderConfig,
     EvalConfig,
     OptimConfig,
-    QuantizerConfig,
     ReaderConfig,
     RunConfig,
     StageConfig,
@@ -34,10 +32,11 @@ from latentwire_fast.config.serialization import (
 )
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.readers.decoding import DecodeOptions
+from latentwire_fast.registry import BOTTLENECKS, ENCODERS, POOLERS
 from latentwire_fast.training.schedules import facts_at
-from runs import changed, stored
+from runs import changed, deep, soft, stored
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
+ALL = ("lm", "byte")
 
 
 @pytest.fixture
@@ -55,13 +54,6 @@ def test_every_preset_survives_json(name: str) -> None:
     assert run_config_from_json(json.loads(text)) == config
     assert json.dumps(to_json(run_config_from_json(json.loads(text)))) == text
     assert config.preset == name
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
-def test_every_shipped_file_is_a_configuration(path: Path) -> None:
-    config = load_preset(str(path))
-    assert config.total_steps > 0
-    assert run_config_from_json(to_json(config)) == config
 
 
 def test_what_is_left_out_is_the_default() -> None:
@@ -106,20 +98,26 @@ def test_a_run_folder_gives_back_its_configuration(config: RunConfig, tmp_path: 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EncoderConfig(latents=0), "latents=0, expected 1 to 65535"),
-        (lambda: EncoderConfig(latents=65536), "latents=65536"),
-        (lambda: EncoderConfig(d_z=0), "d_z=0, expected 1 to 65535"),
-        (lambda: EncoderConfig(kind="bytes"), "kind='bytes'.*'lm'.*'byte'"),  # type: ignore[arg-type]
-        (lambda: EncoderConfig(pooling="mean"), "pooling='mean'.*'queries'.*'spans'"),  # type: ignore[arg-type]
-        (lambda: EncoderConfig(byte_width=30, byte_heads=4), "byte_width=30.*byte_heads=4"),
-        (lambda: EncoderConfig(rehearsals=-1), "rehearsals=-1, expected at least 0"),
-        (lambda: QuantizerConfig(bits=5), "bits=5, expected 16, 8, 6 or 4"),
-        (lambda: QuantizerConfig(group_size=8), "group_size=8"),
-        (lambda: AdapterConfig(gain=0.0), "gain=0.0, expected above 0"),
-        (lambda: AdapterConfig(gain=math.inf), "gain=inf, expected finite float"),
-        (lambda: AdapterConfig(dropout=1.0), "dropout=1.0"),
-        (lambda: AdapterConfig(kind="film"), "kind='film'"),  # type: ignore[arg-type]
-        (lambda: AdapterConfig(calibration="tokens"), "calibration='tokens'"),  # type: ignore[arg-type]
+        *((partial(ENCODERS.config, kind, latents=0), "latents=0, expected 1") for kind in ALL),
+        *((partial(ENCODERS.config, kind, latents=65536), "latents=65536") for kind in ALL),
+        *((partial(ENCODERS.config, kind, d_z=0), "d_z=0, expected 1 to 65535") for kind in ALL),
+        (lambda: ENCODERS.config("bytes"), "no encoder 'bytes'; there are lm, byte"),
+        (lambda: ENCODERS.config("byte", frozen=True), "encoder 'byte': .*'frozen'"),
+        (lambda: ENCODERS.config("byte", width=30, heads=4), "width=30.*heads=4"),
+        (lambda: ENCODERS.config("byte", max_bytes=0), "max_bytes=0, expected at least 1"),
+        (lambda: ENCODERS.config("lm", max_tokens=0), "max_tokens=0, expected at least 1"),
+        (lambda: ENCODERS.config("lm", pooler="spans"), "pooler='spans', expected PoolerConfig"),
+        (lambda: POOLERS.config("mean"), "no pooler 'mean'; there are queries, spans, selected"),
+        (lambda: POOLERS.config("queries", rehearsals=-1), "rehearsals=-1, expected at least 0"),
+        (lambda: BOTTLENECKS.config("uniform", bits=5), "bits=5, expected 16, 8, 6 or 4"),
+        (lambda: BOTTLENECKS.config("uniform", group_size=8), "group_size=8"),
+        (lambda: soft(gain=0.0), "gain=0.0, expected above 0"),
+        (lambda: soft(gain=math.inf), "gain=inf, expected finite float"),
+        (lambda: soft(calibration="tokens"), "calibration='tokens'"),
+        (lambda: soft(dropout=1.0), "dropout=1.0"),
+        (lambda: soft("film"), "no adapter 'film'; there are linear, mlp"),
+        (lambda: deep(dropout=1.0), "dropout=1.0"),
+        (lambda: deep(width=30, heads=4), "width=30 does not divide among heads=4"),
         (lambda: ReaderConfig("x", dtype="fp32"), "dtype='fp32', expected 'float32' or"),  # type: ignore[arg-type]
         (lambda: DataConfig(facts=0), "facts=0"),
         (lambda: DataConfig(questions_per_context=0), "questions_per_context=0"),
@@ -170,6 +168,8 @@ def test_a_value_that_cannot_work_is_named(make: Callable[[], object], message: 
         ({"log_every": 0}, "log_every=0"),
         ({"save_every": 0}, "save_every=0"),
         ({"threads": 0}, "threads=0"),
+        ({"attachments": ()}, "attachments: at least one is needed"),
+        ({"attachments": (soft(), deep(), soft())}, "'soft' is not the only one that makes"),
     ],
 )
 def test_a_run_that_cannot_work_is_named(config: RunConfig, change: dict, message: str) -> None:
@@ -208,7 +208,7 @@ def test_a_reader_may_not_be_called_so(config: RunConfig, name: str) -> None:
         (lambda d: d["stages"][0].update(loss=3), "loss"),
         (lambda d: d["stages"][0].pop("steps"), "steps"),
         (lambda d: d["readers"]["llama"].pop("source"), "source"),
-        (lambda d: d["quantizer"].update(bits=5), "bits=5, expected 16, 8, 6 or 4"),
+        (lambda d: d["bottleneck"].update(bits=5), "bits=5, expected 16, 8, 6 or 4"),
         (lambda d: d.update(readers=[]), r"readers=\[\], expected dict"),
         (
             lambda d: d.update(readers={"llama": "path"}),
@@ -219,7 +219,11 @@ def test_a_reader_may_not_be_called_so(config: RunConfig, name: str) -> None:
         (lambda d: d.update(encoder=None), "encoder: None, expected an object"),
         (lambda d: d["optim"].update(batch_size="many"), "batch_size='many', expected int"),
         (lambda d: d["optim"].update(batch_size=True), "batch_size=True, expected int"),
-        (lambda d: d["adapter"].update(gain="1"), "gain='1', expected finite float"),
+        (lambda d: d["attachments"][0].update(gain="1"), r"attachments\[0\]: gain='1', expected"),
+        (lambda d: d["attachments"][0].update(kind="hard"), "no reader attachment 'hard'; there"),
+        (lambda d: d["encoder"].pop("kind"), 'encoder: its "kind" is missing'),
+        (lambda d: d["encoder"].update(kind="byte"), "encoder: does not fit this version, unknown"),
+        (lambda d: d["encoder"]["pooler"].update(kind=3), "no pooler 3; there are queries"),
         (lambda d: d.update(preset=None), "preset=None, expected str"),
         (lambda d: d["evaluation"].update(bits=16), "evaluation: bits=16, expected tuple"),
         (lambda d: d["stages"][0].update(facts=[[1]]), "1 values, expected 2"),
@@ -304,7 +308,7 @@ def test_overrides_keep_what_they_do_not_name(config: RunConfig) -> None:
 def test_embeddings_of_answers_are_for_latents_that_may_hold_one(config: RunConfig) -> None:
     stages = (StageConfig("align", steps=1, answer=0.0, embed=1.0), *config.stages)
     pure = changed(config, mode="pure", stages=stages)
-    for wrong in ({"mode": "context"}, {"adapter": {"prefix": "deep"}}):
+    for wrong in ({"mode": "context"}, {"attachments": (deep(),)}):
         with pytest.raises(ConfigError, match="embed > 0 needs mode='pure'"):
             changed(pure, **wrong)
     assert with_overrides(pure, mode="context") == changed(pure, mode="context", stages=stages[1:])

@@ -62,8 +62,8 @@ def make_config(folders: dict[str, Path], model: Interlingua, **evaluation: Any)
         seed=3,
         readers={name: ReaderConfig(str(folder)) for name, folder in folders.items()},
         encoder=model.encoder_config,
-        quantizer=model.quantizer,
-        adapter=model.adapter_config,
+        bottleneck=model.bottleneck_config,
+        attachments=model.attachment_configs,
         data=DataConfig(eval_examples=6, facts=2),
         stages=(StageConfig("answer", steps=1),),
         evaluation=EvalConfig(**{**options, **evaluation}),
@@ -575,9 +575,9 @@ def test_an_untrained_folder_says_what_to_do(tmp_path: Path) -> None:
     [
         (None, {"mode": "pure"}),
         ("encoder", {"latents": 9}),
-        ("encoder", {"pooling": "spans"}),
-        ("quantizer", {"bits": 4}),
-        ("adapter", {"gain": 2.0}),
+        ("encoder", {"width": 32}),
+        ("bottleneck", {"bits": 4}),
+        (None, {"attachments": [{"kind": "soft", "gain": 2.0}]}),
     ],
 )
 def test_a_configuration_that_is_not_the_models_is_refused(
@@ -588,7 +588,7 @@ def test_a_configuration_that_is_not_the_models_is_refused(
     config = json.loads(path.read_text())
     (config if part is None else config[part]).update(changes)
     path.write_text(json.dumps(config))
-    name = part or "mode"
+    name = part or next(iter(changes))
     with pytest.raises(CheckpointError, match=rf"not of the model beside it \(differs in {name}\)"):
         evaluate_run(run_dir, progress=False)
     assert not (run_dir / "eval").exists()

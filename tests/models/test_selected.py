@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentwire_fast.config.schema import EncoderConfig, StageConfig
+from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import TestbedStream
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.poolers.selected import best_places
@@ -24,11 +24,13 @@ from latentwire_fast.objectives.token_alignment import move_attention, move_plac
 from latentwire_fast.prompts.builder import Prompt, Turn, context_text, full_text
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.readers.trace import observe
+from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.training.builders import build_model
-from runs import tiny_config
+from runs import deep, soft, tiny_config
 
 MATCH = StageConfig("match", steps=1, answer=0.0, select=1.0, kv=1.0)
-SELECTED = {"latents": 5, "d_z": 8, "pooling": "selected", "frozen": True}
+SELECTED = {"latents": 5, "d_z": 8, "pooler": POOLERS.config("selected"), "frozen": True}
+DEEP = (deep(width=16, heads=2, expansion=1),)
 
 
 # --- which positions ----------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def test_a_text_with_fewer_positions_repeats_its_last() -> None:
 def encoder(request: pytest.FixtureRequest, readers: dict[str, Reader]) -> LMEncoder:
     reader = readers[request.param]
     torch.manual_seed(1)
-    config = EncoderConfig(source=reader.source, **SELECTED)
+    config = ENCODERS.config("lm", source=reader.source, **SELECTED)
     built = build_encoder(config, {reader.name: reader}).eval()
     assert isinstance(built, LMEncoder)
     return built
@@ -81,11 +83,11 @@ def test_an_empty_context_has_a_latent(encoder: LMEncoder) -> None:
     assert latent.shape == (2, 5, 8)
 
 
-def test_other_poolings_select_nothing(readers: dict[str, Reader]) -> None:
+def test_other_poolers_select_nothing(readers: dict[str, Reader]) -> None:
     reader = readers["llama"]
-    encoder = build_encoder(EncoderConfig(source=reader.source), {reader.name: reader})
+    encoder = build_encoder(ENCODERS.config("lm", source=reader.source), {reader.name: reader})
     assert isinstance(encoder, LMEncoder)
-    with pytest.raises(ConfigError, match="pooling='queries' selects no positions"):
+    with pytest.raises(ConfigError, match="pooler 'queries' selects no positions"):
         encoder.select(["text"])
 
 
@@ -186,7 +188,7 @@ def setting(
     config = tiny_config(
         *(llama_folder, qwen_folder),
         mode=request.param,
-        adapter={"prefix": "deep", "dropout": 0.0, "deep_width": 16, "deep_heads": 2},
+        attachments=DEEP,
         encoder=SELECTED,
         stages=(MATCH,),
     )
@@ -294,20 +296,20 @@ def test_a_saved_model_selects_the_same(setting: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "adapter", "stage", "message"),
+    ("encoder", "attachments", "stage", "message"),
     [
-        (SELECTED, {"prefix": "deep"}, {}, "need each other"),
-        ({}, {"prefix": "deep"}, {"select": 1.0}, "need each other"),
-        ({"kind": "byte"}, {}, {"select": 1.0}, "need each other"),
-        (SELECTED, {"prefix": "soft"}, {"select": 1.0, "kv": 1.0}, "prefix='deep'"),
-        ({}, {"prefix": "deep"}, {"kv": 1.0}, "pooling='selected'"),
+        (SELECTED, DEEP, {}, "need each other"),
+        ({}, DEEP, {"select": 1.0}, "need each other"),
+        (ENCODERS.config("byte"), (soft(),), {"select": 1.0}, "need each other"),
+        (SELECTED, (soft(),), {"select": 1.0, "kv": 1.0}, "attachment 'deep'"),
+        ({}, DEEP, {"kv": 1.0}, "pooler 'selected'"),
     ],
 )
 def test_selection_and_its_stages_go_together(
     llama_folder: Path,
     qwen_folder: Path,
-    encoder: dict[str, Any],
-    adapter: dict[str, Any],
+    encoder: Any,
+    attachments: Any,
     stage: dict[str, Any],
     message: str,
 ) -> None:
@@ -315,6 +317,6 @@ def test_selection_and_its_stages_go_together(
         tiny_config(
             *(llama_folder, qwen_folder),
             encoder=encoder,
-            adapter=adapter,
+            attachments=attachments,
             stages=(StageConfig("a", steps=1, **stage),),
         )

@@ -20,7 +20,7 @@ from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.prompts.builder import Prompt, Turn, full_text
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.training.builders import build_model
-from runs import tiny_config
+from runs import soft, tiny_config
 
 NAMES = ("llama", "qwen2")
 EVERYTHING = StageConfig(
@@ -71,8 +71,8 @@ def setting(request: pytest.FixtureRequest, llama_folder: Path, qwen_folder: Pat
         llama_folder,
         qwen_folder,
         mode=request.param,
-        adapter={"kind": "linear"},
-        quantizer={"bits": 6, "group_size": 16},
+        attachments=(soft("linear"),),
+        bottleneck={"bits": 6, "group_size": 16},
     )
     readers = load_readers(config.readers)
     torch.manual_seed(3)
@@ -242,7 +242,7 @@ def test_embeddings_are_the_naive_squared_error(setting: Setting) -> None:
     assert losses.right == {}
     losses.total.backward()
     assert all(p.grad is None for r in setting.readers.values() for p in r.model.parameters())
-    for part in (setting.model.encoder, *setting.model.adapters.values()):
+    for part in (setting.model.encoder, *setting.model.attachments.values()):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
         part.zero_grad()
 
@@ -375,7 +375,7 @@ def test_only_active_readers_are_prepared_and_trained(setting: Setting) -> None:
     losses = setting.objectives.compute(works, EVERYTHING, counts)
     losses.total.backward()
     assert set(losses.right) == {"qwen2"}
-    adapters = setting.model.adapters
+    adapters = setting.model.attachments
     assert all(p.grad is None for p in adapters["llama"].parameters())
     assert all(p.grad is not None for p in adapters["qwen2"].parameters())
     setting.model.zero_grad()

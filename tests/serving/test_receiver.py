@@ -25,18 +25,19 @@ from transformers import (
 )
 
 from latentwire_fast import ops, wire
-from latentwire_fast.config.schema import AdapterConfig, EncoderConfig, QuantizerConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers import attention
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import BOTTLENECKS, ENCODERS
 from latentwire_fast.serving import Prefilled, Receiver, receiver
 from latentwire_fast.serving.graphs import PassCache, set_length, write_through
 from latentwire_fast.serving.input_buffer import InputBuffer, lay_out
 from readers import tiny_model
+from runs import deep, soft
 
 LATENTS, D_Z, NEW = 4, 8, 32
 CONTEXTS = ["Nulnak lives in Bakrim.", "Fosvun has a red lamp and is 94.", "Selpon is a baker."]
@@ -53,19 +54,23 @@ def make_model(
     reader: Reader,
     prefix: Any = "soft",
     mode: Literal["context", "pure"] = "context",
-    **adapter: Any,
+    kind: str = "mlp",
+    **options: Any,
 ) -> Interlingua:
-    """An untrained model whose prefixes are far from one another."""
-    encoder = EncoderConfig(
-        kind="byte", latents=LATENTS, d_z=D_Z, byte_width=16, byte_layers=1, byte_heads=2
-    )
+    """An untrained model whose prefixes are far from one another.
+
+    Args:
+        kind, options: of the adapter of soft tokens.
+    """
+    encoder = ENCODERS.config("byte", latents=LATENTS, d_z=D_Z, width=16, layers=1, heads=2)
+    options |= {"expansion": 2} if kind == "mlp" else {}
+    parts = {"soft": soft(kind, **options), "deep": deep(width=16, expansion=2)}
     torch.manual_seed(3)
     model = Interlingua(
         build_encoder(encoder, {}),
         {reader.name: ReaderCard.of(reader)},
-        encoder_config=encoder,
-        quantizer=QuantizerConfig(bits=6, group_size=16),
-        adapter=AdapterConfig(prefix=prefix, expansion=2, deep_width=16, **adapter),
+        bottleneck=BOTTLENECKS.config("uniform", bits=6, group_size=16),
+        attachments=list(parts.values()) if prefix == "both" else [parts[prefix]],
         mode=mode,
     )
     return model.eval()
@@ -499,7 +504,7 @@ def test_a_reader_with_other_weights_is_refused(reader: Reader) -> None:
 
 def test_parts_and_layers_in_the_wrong_place_are_refused(readers: dict[str, Reader]) -> None:
     reader = readers["llama"]
-    adapter = make_model(reader).adapters["llama"]
+    adapter = make_model(reader).parts("llama")["soft"]
     shape = {"latents": LATENTS, "d_z": D_Z, "fingerprint": 0}
     with pytest.raises(ConfigError, match="needs an adapter, a deep prefix, or both"):
         Receiver(reader, None, **shape)
@@ -522,7 +527,7 @@ def test_readers_with_more_than_causal_attention_are_refused(readers: dict[str, 
     reader = Reader(sliding, whole.tokenizer, name="qwen")
     model = make_model(whole)
     with pytest.raises(ConfigError, match="layer 1 of reader 'qwen' keeps its past in a Dynamic"):
-        Receiver(reader, model.adapters["qwen"], latents=LATENTS, d_z=D_Z, fingerprint=0)
+        Receiver(reader, model.parts("qwen")["soft"], latents=LATENTS, d_z=D_Z, fingerprint=0)
     query = torch.randn(1, 2, 3, 4)
     with pytest.raises(ConfigError, match="wants attention with softcap"):
         attention.causal_attention(whole.model, query, query, query, None, softcap=50.0)

@@ -10,7 +10,6 @@ import pytest
 
 from latentwire_fast.config.schema import (
     DataConfig,
-    EncoderConfig,
     ReaderConfig,
     RunConfig,
     StageConfig,
@@ -19,6 +18,7 @@ from latentwire_fast.data.sources import map_paths
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.evaluation.pipeline import evaluate_run
+from latentwire_fast.registry import ENCODERS
 from latentwire_fast.training.local_paths import absolute_paths
 from latentwire_fast.training.trainer import Trainer
 from runs import changed, contents, squad_file, tiny_config, train
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 def config_of(source: str, data: str = "testbed") -> RunConfig:
     return RunConfig(
         readers={"one": ReaderConfig(source)},
-        encoder=EncoderConfig(source=source),
+        encoder=ENCODERS.config("lm", source=source),
         data=DataConfig(source=data),
         stages=(StageConfig("answer", steps=1),),
     )

@@ -26,7 +26,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.files.tensors import parameter_digest
-from latentwire_fast.models.adapters.soft_prompt import Adapter
+from latentwire_fast.models.attachments.soft import SoftPrompt
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import Losses, Objectives
 from latentwire_fast.prompts.builder import PromptBuilder
@@ -45,6 +45,7 @@ from runs import (
     environment_on_the_cpu,
     model_digest,
     records,
+    soft,
     store,
     tiny_config,
     tiny_squad,
@@ -145,7 +146,10 @@ def test_alternate_readers_train_in_turn(config: RunConfig, tmp_path: Path) -> N
 
     def keep(trainer: Trainer) -> None:
         adapters.append(
-            {n: parameter_digest(a.named_parameters()) for n, a in trainer.model.adapters.items()}
+            {
+                n: parameter_digest(a.named_parameters())
+                for n, a in trainer.model.attachments.items()
+            }
         )
 
     with pytest.MonkeyPatch.context() as patch:
@@ -157,7 +161,7 @@ def test_alternate_readers_train_in_turn(config: RunConfig, tmp_path: Path) -> N
 
 
 def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
-    config = changed(config, adapter={"dropout": 0.0})
+    config = changed(config, attachments=(soft(expansion=1),))
     train(config, tmp_path / "plain")
     saving = changed(
         config, optim={"gradient_checkpointing": True}, encoder={"gradient_checkpointing": True}
@@ -169,7 +173,7 @@ def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Pat
 
 
 def test_bf16_stays_close_to_fp32(config: RunConfig, tmp_path: Path) -> None:
-    config = changed(config, adapter={"dropout": 0.0}, stages=config.stages[:2])
+    config = changed(config, attachments=(soft(expansion=1),), stages=config.stages[:2])
     train(config, tmp_path / "fp32")
     AcceleratorState._reset_state(reset_partial_state=True)
     train(changed(config, optim={"mixed_precision": "bf16"}), tmp_path / "bf16")
@@ -216,7 +220,7 @@ def poison(
 
 @pytest.mark.parametrize(
     ("owner", "method"),
-    [(Reader, "target_hidden"), (Adapter, "forward")],
+    [(Reader, "target_hidden"), (SoftPrompt, "forward")],
     ids=["reader", "adapter"],
 )
 def test_n1_a_nan_stops_the_run_before_the_optimiser(
@@ -320,7 +324,7 @@ class Memory:
 def test_o1_out_of_memory_is_retried_with_the_same_gradient(
     config: RunConfig, tmp_path: Path, begin: int, fits: int, free: int, first: list[int]
 ) -> None:
-    config = changed(config, adapter={"dropout": 0.0}, optim={"batch_size": 8})
+    config = changed(config, attachments=(soft(expansion=1),), optim={"batch_size": 8})
     memories = {}
     for micro, room in ((8, 8), (begin, fits)):
         with pytest.MonkeyPatch.context() as patch:
@@ -531,7 +535,9 @@ def test_two_processes_give_the_losses_of_one(
 ) -> None:
     """The same global batch cut in two. AdamW alone: Muon orthogonalises in bf16, which makes more
     of the last digit of a gradient."""
-    config = changed(config, adapter={"dropout": 0.0}, optim={"muon_lr": None, "readers": turns})
+    config = changed(
+        config, attachments=(soft(expansion=1),), optim={"muon_lr": None, "readers": turns}
+    )
     train(config, tmp_path / "one")
     process = in_two_processes(store(config, tmp_path / "config.json"), tmp_path / "two")
     output, _ = process.communicate(timeout=1800)
@@ -545,7 +551,7 @@ def test_c3_two_processes_with_dropout_go_on_bit_exactly_from_a_signal_to_one(
 ) -> None:
     """Each has its own random state, which the checkpoint holds: both draw on every step, and not
     as many numbers (a batch of three is cut into two and one)."""
-    assert config.adapter.dropout > 0
+    assert config.attachments[0].adapter.dropout > 0  # type: ignore[attr-defined]
     stages = (StageConfig("answer", steps=40),)
     config = changed(config, optim={"batch_size": 3}, stages=stages, save_every=1000)
     path, run_dir = store(config, tmp_path / "config.json"), tmp_path / "two"

@@ -1,8 +1,8 @@
 """Latent `[B, M, d_z]` to a deep prefix: keys and values for every layer of one reader.
 
     geometry = reader.kv_geometry
-    deep = DeepPrefix(AdapterConfig(prefix="deep"), latents=12, d_z=16, geometry=geometry)
-    reader.collate(prompts, deep_L2BHPD=deep(latent_BMd))
+    deep = DeepPrefix(DeepPrefix.Config(), latents=12, d_z=16, geometry=geometry)
+    reader.collate(prompts, deep=deep(latent_BMd))
 
 A soft token has to make its way through the reader's first layers; a deep prefix tells each layer
 directly what it would have found there (prefix tuning, arXiv:2101.00190, with the prefix generated
@@ -14,15 +14,21 @@ width of the generator.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import AdapterConfig
+from latentwire_fast.config.base import require
+from latentwire_fast.config.schema import AttachmentConfig
+from latentwire_fast.models.attachments.base import Attachment, rms_of
 from latentwire_fast.models.layers import pre_norm_layer
+from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.kv_geometry import KVGeometry
 
 
-class DeepPrefix(nn.Module):
+class DeepPrefix(Attachment):
     """Residual MLP on each latent, a transformer over the slots, then one projection per layer to
     `H x D` keys and values.
 
@@ -39,14 +45,39 @@ class DeepPrefix(nn.Module):
         d_z: width of the latent.
     """
 
-    table_parameters = ("slots",)
+    @dataclass(frozen=True)
+    class Config(AttachmentConfig):
+        """Keys and values for every layer of the reader's cache.
 
-    def __init__(
-        self, config: AdapterConfig, *, latents: int, d_z: int, geometry: KVGeometry
-    ) -> None:
-        super().__init__()
+        Attributes:
+            width, layers, heads: of the transformer that makes them.
+            expansion: inner width of its MLPs, as a multiple of its width.
+            dropout: in it.
+        """
+
+        width: int = 256
+        layers: int = 2
+        heads: int = 8
+        expansion: int = 4
+        dropout: float = 0.0
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.at_least_one("width", "layers", "heads", "expansion")
+            require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
+            require(
+                self.width % self.heads == 0,
+                f"width={self.width} does not divide among heads={self.heads}",
+            )
+
+    gives = "deep"
+    table_parameters: ClassVar[tuple[str, ...]] = ("slots",)
+
+    def __init__(self, config: Config, *, latents: int, d_z: int, geometry: KVGeometry) -> None:
+        super().__init__(config)
         self.geometry = geometry
-        width = config.deep_width
+        self.latents = latents
+        width = config.width
         self.lift = nn.Linear(d_z, width)
         self.slots = nn.Parameter(torch.randn(latents, width) * 0.5)
         self.norm = nn.LayerNorm(width)
@@ -54,10 +85,8 @@ class DeepPrefix(nn.Module):
         self.down = nn.Linear(config.expansion * width, width)
         self.dropout = nn.Dropout(config.dropout)
         self.body = nn.TransformerEncoder(
-            pre_norm_layer(
-                width, config.deep_heads, expansion=config.expansion, dropout=config.dropout
-            ),
-            config.deep_layers,
+            pre_norm_layer(width, config.heads, expansion=config.expansion, dropout=config.dropout),
+            config.layers,
             norm=nn.LayerNorm(width),
             enable_nested_tensor=False,
         )
@@ -67,6 +96,19 @@ class DeepPrefix(nn.Module):
         nn.init.normal_(self.project.weight, std=width**-0.5)
         nn.init.zeros_(self.project.bias)
         self.gain = nn.Parameter(torch.tensor(geometry.rms))
+
+    @classmethod
+    def build(
+        cls, config: AttachmentConfig, card: ReaderCard, *, latents: int, d_z: int
+    ) -> DeepPrefix:
+        """A deep prefix for the reader of a card."""
+        assert isinstance(config, DeepPrefix.Config)
+        return cls(config, latents=latents, d_z=d_z, geometry=card.kv)
+
+    @property
+    def positions(self) -> int:
+        """One per latent."""
+        return self.latents
 
     def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
         """Keys and values `[L, 2, B, H, M, D]`, in the generator's dtype.
@@ -83,3 +125,9 @@ class DeepPrefix(nn.Module):
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
         return made.permute(2, 3, 0, 4, 1, 5) * scale_L2[:, :, None, None, None, None]
+
+    @torch.no_grad()
+    def rms(self, latent_BMd: Tensor) -> dict[str, float]:
+        """RMS of keys and of values."""
+        keys, values = self(latent_BMd).unbind(1)
+        return {"keys": rms_of(keys), "values": rms_of(values)}
