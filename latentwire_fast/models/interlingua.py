@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -50,6 +50,8 @@ class Interlingua(nn.Module):
         mode: `context`: the latent stands for the context, the question stays text. `pure`: it
             stands for both, so the encoder may answer and send the answer.
     """
+
+    table_parameters: ClassVar[tuple[str, ...]] = ("task_tokens",)
 
     def __init__(
         self,

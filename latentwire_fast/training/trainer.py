@@ -154,15 +154,7 @@ class Trainer:
         if config.optim.gradient_checkpointing:
             for reader in self.readers.values():
                 reader.enable_gradient_checkpointing()
-        optimizers = build_optimizers(
-            self.model.trained_parameters(),
-            muon_lr=config.optim.muon_lr,
-            adamw_lr=config.optim.adamw_lr,
-            weight_decay=config.optim.weight_decay,
-            lr_scale=lambda name: (
-                config.optim.encoder_lr if name.startswith("encoder.core.") else 1.0
-            ),
-        )
+        optimizers = build_optimizers(self.model, config.optim)
         teacher = None
         if any(stage.kd for stage in config.stages) and config.data.source != "testbed":
             rank = self.accelerator.process_index

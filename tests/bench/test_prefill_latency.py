@@ -726,7 +726,7 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
     file = Path((globals or {}).get("__file__") or "/")
     if level == 0 and root in file.parents and ".venv" not in file.parts:
         top = name.split(".")[0]
-        mine = (root / "bench" / f"{top}.py").exists() or top == "latentwire_fast"
+        mine = top in ("bench", "latentwire_fast")
         if top not in allowed and not mine:
             found.add(top)
     return original(name, globals, locals, fromlist, level)
@@ -761,7 +761,7 @@ def test_a_run_imports_nothing_that_a_bare_gpu_machine_lacks(tmp_path: Path) -> 
         cwd=ROOT,
         env={
             "PATH": "",
-            "PYTHONPATH": "bench",
+            "PYTHONPATH": ".",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "HOME": str(tmp_path),
@@ -801,6 +801,23 @@ def test_sections_fit_nine_minutes_and_their_options_parse() -> None:
     for section in gpu_prefill.SECTIONS:
         prefill_latency.parse(section.options.split())
     prefill_latency.parse(gpu_prefill.TINY.split())
+
+
+def test_a_relative_folder_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sections run in the root of the checkout; their tables go where the caller said."""
+    monkeypatch.chdir(tmp_path)
+    commands: list[list[Any]] = []
+
+    def start(command: list[Any], log: Path | None = None) -> None:
+        commands.append(command)
+
+    monkeypatch.setattr(gpu_prefill, "start", start)
+    monkeypatch.setattr(gpu_prefill, "finish", lambda process, by: gpu_prefill.OK)
+    section = gpu_prefill.Section("tables", 60, gpu_prefill.TINY)
+    gpu_prefill.run_all(Path("out"), [section], seconds=500, tiny=True)
+    (command,) = commands
+    assert command[command.index("--out") + 1] == str(tmp_path / "out" / "tables")
+    assert (tmp_path / "out" / "sections.txt").exists()
 
 
 def test_a_section_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

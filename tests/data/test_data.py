@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 
-from latentwire_fast.data import hub, sources
+from latentwire_fast.data import converters, hub, sources
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import in_split, load_examples, mix
 from latentwire_fast.data.squad import NO_ANSWER, load_squad
@@ -265,9 +265,9 @@ def test_hotpot_keeps_the_supporting_paragraphs() -> None:
 def test_contexts_are_cut_between_words() -> None:
     long = {"title": ["A"], "sentences": [["word " * 900]]}
     context = convert("hotpot_qa", HOTPOT | {"context": long}).context
-    assert len(context) <= hub.CONTEXT_CHARS
+    assert len(context) <= converters.CONTEXT_CHARS
     assert context.endswith(" word")
-    assert len(context) > hub.CONTEXT_CHARS - 6
+    assert len(context) > converters.CONTEXT_CHARS - 6
 
 
 def test_ms_marco_keeps_the_selected_passage() -> None:
