@@ -26,6 +26,7 @@ FLOORS = [
     "ops",
     "files",
     "config",
+    "schedules",
     "wire",
     "cli",
     "prompts",

@@ -15,6 +15,7 @@ from latentwire_fast.config.schema import (
     AdapterConfig,
     DataConfig,
     EncoderConfig,
+    ObjectiveConfig,
     OptimConfig,
     ReaderConfig,
     RunConfig,
@@ -23,11 +24,17 @@ from latentwire_fast.config.schema import (
 from latentwire_fast.config.serialization import run_config_from_json
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
+from latentwire_fast.registry import OBJECTIVES, SCHEDULES
 
 TESTBED_READERS = {
     "llama": ReaderConfig("testbed:llama"),
     "qwen": ReaderConfig("testbed:qwen"),
 }
+
+
+def weighted(**weights: float) -> tuple[ObjectiveConfig, ...]:
+    """Objectives by name with their weights, for `StageConfig.objectives`."""
+    return tuple(OBJECTIVES.config(kind, weight=weight) for kind, weight in weights.items())
 
 
 def testbed() -> RunConfig:
@@ -45,7 +52,7 @@ def testbed() -> RunConfig:
         encoder=EncoderConfig(rehearsals=2),
         adapter=AdapterConfig(expansion=8),
         stages=(
-            StageConfig("align", steps=80, answer=0.0, embed=1.0),
+            StageConfig("align", steps=80, objectives=weighted(embed=1.0)),
             StageConfig("answer", steps=120, lr=0.5),
             StageConfig("quantized", steps=500, lr=0.5, quantize=6),
         ),
@@ -54,8 +61,7 @@ def testbed() -> RunConfig:
             muon_lr=0.02,
             adamw_lr=3e-3,
             encoder_lr=0.1,
-            warmup_steps=20,
-            decay_from=0.25,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=20, decay_from=0.25),
         ),
     )
 
@@ -76,8 +82,8 @@ def testbed_context() -> RunConfig:
         adapter=AdapterConfig(prefix="deep"),
         data=DataConfig(similar=0.5),
         stages=(
-            StageConfig("select", steps=100, answer=0.0, select=1.0, kv=1.0),
-            StageConfig("match", steps=500, answer=0.0, kv=1.0),
+            StageConfig("select", steps=100, objectives=weighted(select=1.0, kv=1.0)),
+            StageConfig("match", steps=500, objectives=weighted(kv=1.0)),
             StageConfig("answer", steps=600, lr=0.5),
             StageConfig("quantized", steps=800, lr=0.5, quantize=6),
         ),
@@ -85,8 +91,7 @@ def testbed_context() -> RunConfig:
             batch_size=24,
             muon_lr=0.02,
             adamw_lr=3e-3,
-            warmup_steps=20,
-            decay_from=0.45,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=20, decay_from=0.45),
         ),
     )
 
@@ -107,11 +112,20 @@ def testbed_smoke() -> RunConfig:
         adapter=AdapterConfig(kind="linear"),
         data=DataConfig(facts=2, eval_examples=8),
         stages=(
-            StageConfig("pretrain", steps=2, answer=0.0, autoencode=0.2, continuation=0.8),
-            StageConfig("answer", steps=2, kd=0.5),
-            StageConfig("quantized", steps=2, quantize=6, answer_tokens=2),
+            StageConfig("pretrain", steps=2, objectives=weighted(autoencode=0.2, continuation=0.8)),
+            StageConfig("answer", steps=2, objectives=weighted(answer=1.0, kd=0.5)),
+            StageConfig(
+                "quantized",
+                steps=2,
+                objectives=(OBJECTIVES.config("answer", tokens=2),),
+                quantize=6,
+            ),
         ),
-        optim=OptimConfig(batch_size=4, micro_batch=2, warmup_steps=2),
+        optim=OptimConfig(
+            batch_size=4,
+            micro_batch=2,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=2),
+        ),
         log_every=1,
         save_every=2,
     )
