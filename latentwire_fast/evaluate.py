@@ -70,9 +70,10 @@ def evaluate() -> None:
         raise ConfigError("--fresh-seed needs --out FILE: the run's own report stays as it is")
     metrics = evaluate_run(args.run, fresh_seed=args.fresh_seed, count=args.examples, out=args.out)
     from latentwire_fast.evaluation.console import summary_lines
+    from latentwire_fast.files.run_folder import RunFolder
 
     print("\n".join(summary_lines(metrics)))
-    print(f"metrics: {args.out}" if args.out else f"report: {args.run / 'eval' / 'report.html'}")
+    print(f"metrics: {args.out}" if args.out else f"report: {RunFolder(args.run).report}")
 
 
 def main() -> None:

@@ -72,6 +72,7 @@ def main() -> None:
     from latentwire_fast.config.presets import load_preset
     from latentwire_fast.config.serialization import to_json
     from latentwire_fast.data.sources import heldout_examples
+    from latentwire_fast.files.run_folder import RunFolder
     from latentwire_fast.training.trainer import Trainer
 
     config = with_overrides(
@@ -104,7 +105,7 @@ def main() -> None:
 
         metrics = stored_metrics(run_dir) if was_finished else None
         print("\n".join(summary_lines(metrics or evaluate_run(run_dir))))
-        print(f"report: {run_dir / 'eval' / 'report.html'}")
+        print(f"report: {RunFolder(run_dir).report}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from latentwire_fast.config.schema import (
-    OBJECTIVES,
     Mode,
+    ObjectiveConfig,
     ReaderConfig,
     RunConfig,
     StageConfig,
@@ -19,18 +19,21 @@ from latentwire_fast.errors import ConfigError
 
 
 def _in_mode(mode: Mode, config: RunConfig) -> RunConfig:
-    """A run in this mode, without the stages that only the other has."""
-    stages = config.stages if mode == "pure" else _without("embed", config.stages)
+    """A run in this mode, without the objectives that only the other has."""
+    stages = _with_objectives(config.stages, lambda objective: mode in objective.modes)
     return replace(config, mode=mode, stages=stages)
 
 
-def _without(objective: str, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
-    """Stages without an objective; those that have no other are left out."""
-    others = [name for name in OBJECTIVES if name != objective]
-    off: dict[str, Any] = {objective: 0.0}
-    return tuple(
-        replace(stage, **off) for stage in stages if any(getattr(stage, name) for name in others)
-    )
+def _with_objectives(
+    stages: tuple[StageConfig, ...], keep: Callable[[ObjectiveConfig], bool]
+) -> tuple[StageConfig, ...]:
+    """Stages with the objectives to keep; a stage that has nothing left to train is left out."""
+    kept = []
+    for stage in stages:
+        objectives = tuple(filter(keep, stage.objectives))
+        if any(objective.weight for objective in objectives):
+            kept.append(replace(stage, objectives=objectives))
+    return tuple(kept)
 
 
 def _added_to(base: str, config: RunConfig) -> RunConfig:
@@ -45,7 +48,7 @@ def _added_to(base: str, config: RunConfig) -> RunConfig:
         encoder=kept.encoder,
         bottleneck=kept.bottleneck,
         # Its positions are chosen already. What else a stage does with them, readers do.
-        stages=_without("select", config.stages),
+        stages=_with_objectives(config.stages, lambda objective: not objective.teaches_positions),
     )
 
 

@@ -240,7 +240,7 @@ def test_training_reaches_a_deep_prefix(config: RunConfig, tmp_path: Path) -> No
     trainer = train(config, tmp_path / "run")
     lines = records(tmp_path / "run")
     assert len(lines) == config.total_steps
-    for name in trainer.readers:
+    for name in trainer.session.readers:
         assert all(line["grad_norms"][name] > 0 for line in lines)
         assert {"keys", "values"} <= lines[-1]["rms"][name].keys()
 

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from torch import Tensor
 
+from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -28,15 +29,16 @@ from latentwire_fast.files.lock import RunLock
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.attachments.soft import SoftPrompt
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.objectives.objective_set import Losses, Objectives
+from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
 from latentwire_fast.prompts.builder import PromptBuilder
 from latentwire_fast.readers.loading import load_tokenizer
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import SCHEDULES
 from latentwire_fast.training.checkpoint import load_checkpoint
 from latentwire_fast.training.distributed import Reducer
 from latentwire_fast.training.guards import NonFiniteGuard
 from latentwire_fast.training.optimizer_state import optimizer_state
-from latentwire_fast.training.schedules import lr_factor
+from latentwire_fast.training.step import facts_at, lr_factor
 from latentwire_fast.training.trainer import Trainer
 from readers import tiny_model
 from runs import (
@@ -100,7 +102,7 @@ def test_diagnostics_hold_every_stage(config: RunConfig, plain: tuple[Path, dict
     names = {"llama", "qwen2"}
     pretrain, answer, quantized = lines[0], lines[2], lines[4]
     assert set(pretrain["losses"]) == {
-        f"{o}/{n}" for o in ("autoencode", "continue") for n in names
+        f"{o}/{n}" for o in ("autoencode", "continuation") for n in names
     }
     assert pretrain["accuracy"] == {}
     assert set(answer["losses"]) == {f"{o}/{n}" for o in ("answer", "kd") for n in names}
@@ -108,12 +110,7 @@ def test_diagnostics_hold_every_stage(config: RunConfig, plain: tuple[Path, dict
     assert set(answer["accuracy"]) == names
     for line in lines:
         stage = next(s for s in config.stages if s.name == line["stage"])
-        weights = {
-            "answer": stage.answer,
-            "kd": stage.kd,
-            "autoencode": stage.autoencode,
-            "continue": stage.continuation,
-        }
+        weights = {objective.kind: objective.weight for objective in stage.objectives}
         total = sum(weights[k.split("/")[0]] * v for k, v in line["losses"].items())
         assert line["loss"] == pytest.approx(total, rel=1e-5)
         assert set(line["grad_norms"]) == {"encoder", *names}
@@ -148,7 +145,7 @@ def test_alternate_readers_train_in_turn(config: RunConfig, tmp_path: Path) -> N
         adapters.append(
             {
                 n: parameter_digest(a.named_parameters())
-                for n, a in trainer.model.attachments.items()
+                for n, a in trainer.session.model.attachments.items()
             }
         )
 
@@ -167,7 +164,10 @@ def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Pat
         config, optim={"gradient_checkpointing": True}, encoder={"gradient_checkpointing": True}
     )
     trainer = train(saving, tmp_path / "saving")
-    cores = [trainer.model.encoder.core, *(r.backbone for r in trainer.readers.values())]
+    cores = [
+        trainer.session.model.encoder.core,
+        *(r.backbone for r in trainer.session.readers.values()),
+    ]
     assert all(isinstance(layer.forward, partial) for core in cores for layer in core.layers)
     assert records(tmp_path / "saving") == records(tmp_path / "plain")
 
@@ -187,14 +187,14 @@ def test_a_file_is_trained_on_in_epochs_with_cached_teachers(
 ) -> None:
     """From the second epoch on the teacher's states come from the disk, also in a later process."""
     data = tiny_squad(tmp_path / "data.json", passages=4)
-    stages = (StageConfig("answer", steps=4, kd=1.0),)
+    stages = (StageConfig("answer", steps=4, objectives=weighted(answer=1.0, kd=1.0)),)
     config = changed(config, data={"source": str(data)}, stages=stages)
     trainer = train(config, tmp_path / "run")
-    items = len(trainer.stream.items)
-    cache = trainer.objectives.teacher
+    items = len(trainer.session.stream.items)
+    cache = trainer.session.objectives.teacher
     assert cache is not None
-    asked = 4 * config.optim.batch_size * len(trainer.readers)
-    assert cache.misses == items * len(trainer.readers)
+    asked = 4 * config.optim.batch_size * len(trainer.session.readers)
+    assert cache.misses == items * len(trainer.session.readers)
     assert cache.hits == asked - cache.misses
 
 
@@ -209,7 +209,7 @@ def poison(
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         output = original(self, *args, **kwargs)
-        if trainer.state.step != step:
+        if trainer.session.state.step != step:
             return output
         mask = torch.zeros_like(output, dtype=torch.bool)
         mask.view(-1)[-1] = True
@@ -238,15 +238,18 @@ def test_n1_a_nan_stops_the_run_before_the_optimiser(
             trainer.run()
     report = json.loads((tmp_path / "nonfinite.json").read_text())
     assert report["step"] == 3
-    batch = trainer.stream.batch(3, config.optim.batch_size, facts=config.data.facts)
+    batch = trainer.session.stream.batch(3, config.optim.batch_size, facts=config.data.facts)
     assert report["example_ids"] == [item.id for item in batch]
     assert report["loss"] == "nan"
     assert report["parameters_with_nonfinite_gradients"]
     before = load_checkpoint(tmp_path / "checkpoints")  # saved at the end of the step before
     assert before.step == 3
-    now, _ = optimizer_state(trainer.state.optimizers, trainer.state.named)
+    now, _ = optimizer_state(trainer.session.state.optimizers, trainer.session.state.named)
     assert parameter_digest(now.items()) == parameter_digest(before.tensors["optimizer"].items())
-    assert parameter_digest(trainer.model.trained_state().items()) == before.state["model_digest"]
+    assert (
+        parameter_digest(trainer.session.model.trained_state().items())
+        == before.state["model_digest"]
+    )
     assert len(records(tmp_path)) == 3, "the poisoned step was logged"
     assert not trainer.finished
     train(config, tmp_path)  # without the poison the run goes on as if nothing had been
@@ -259,7 +262,7 @@ def test_n1_a_nan_stops_the_run_before_the_optimiser(
 def test_n3_readers_are_the_same_before_and_after(config: RunConfig, tmp_path: Path) -> None:
     before = {n: Reader.from_config(n, c).weights_digest() for n, c in config.readers.items()}
     trainer = train(config, tmp_path)
-    for name, reader in trainer.readers.items():
+    for name, reader in trainer.session.readers.items():
         assert reader.weights_digest() == before[name]
         assert all(p.grad is None and not p.requires_grad for p in reader.model.parameters())
 
@@ -273,7 +276,7 @@ def test_n3_a_touched_reader_is_never_saved_with(
 
     def meddle() -> None:
         save()
-        weight = trainer.readers["qwen2"].model.model.norm.weight
+        weight = trainer.session.readers["qwen2"].model.model.norm.weight
         if touch == "weight":
             weight[0] += 1e-6
         else:
@@ -289,7 +292,7 @@ def test_n3_a_touched_reader_is_never_saved_with(
 
 
 class Memory:
-    """`Objectives.compute` with room for `fits` items once it was called `free` times.
+    """`ObjectiveSet.compute` with room for `fits` items once it was called `free` times.
 
     Keeps the sizes that were tried, and the gradients that reach the optimiser.
     """
@@ -297,15 +300,15 @@ class Memory:
     def __init__(self, patch: pytest.MonkeyPatch, *, fits: int, free: int = 0) -> None:
         self.sizes: list[int] = []
         self.gradients: list[dict[str, Tensor]] = []
-        compute = Objectives.compute
+        compute = ObjectiveSet.compute
 
-        def limited(objectives: Objectives, works: Any, stage: Any, counts: Any) -> Losses:
-            self.sizes.append(len(works))
-            if len(works) > fits and len(self.sizes) > free:
+        def limited(objectives: ObjectiveSet, items: Any, *args: Any, **options: Any) -> Losses:
+            self.sizes.append(len(items))
+            if len(items) > fits and len(self.sizes) > free:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-            return compute(objectives, works, stage, counts)
+            return compute(objectives, items, *args, **options)
 
-        patch.setattr(Objectives, "compute", limited)
+        patch.setattr(ObjectiveSet, "compute", limited)
         check = NonFiniteGuard.check
 
         def watched(guard: NonFiniteGuard, loss: Tensor, **options: Any) -> None:
@@ -331,7 +334,7 @@ def test_o1_out_of_memory_is_retried_with_the_same_gradient(
             memories[room] = Memory(patch, fits=room, free=free)
             now = changed(config, optim={"micro_batch": micro})
             trainer = train(now, tmp_path / str(room))
-        assert trainer.state.micro_batch == room
+        assert trainer.session.state.micro_batch == room
     assert memories[8].sizes == [8] * 6
     assert memories[fits].sizes == first + [fits] * (5 * 8 // fits), "tried once, remembered"
     expected, found = memories[8].gradients[0], memories[fits].gradients[0]
@@ -488,17 +491,23 @@ def test_more_processes_than_examples_are_refused(
     assert not (tmp_path / "config.json").exists()
 
 
-def test_learning_rate_schedule(config: RunConfig) -> None:
+def test_a_stage_has_its_share_of_the_learning_rate(config: RunConfig) -> None:
+    schedule = SCHEDULES.config("warmup_cosine", warmup_steps=10, decay_from=0.3)
     stages = (StageConfig("a", steps=50), StageConfig("b", steps=50, lr=0.5))
-    config = changed(config, stages=stages, optim={"warmup_steps": 10, "decay_from": 0.3})
-    factors = [lr_factor(config, step, config.stage_at(step)[0]) for step in range(100)]
+    config = changed(config, stages=stages, optim={"lr_schedule": schedule})
+    factors = [lr_factor(config, step) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10:31] == [1.0] * 21
     assert factors[65] == pytest.approx(0.25), "half way down the cosine, in the stage of half rate"
     assert factors[99] == pytest.approx(0.0, abs=1e-3)
     assert all(a >= b for a, b in itertools.pairwise(factors[30:]))
-    flat = changed(config, optim={"decay_from": 1.0, "warmup_steps": 0})
-    assert lr_factor(flat, 99, flat.stages[0]) == 1.0
+
+
+def test_a_curriculum_counts_the_steps_of_its_stage(config: RunConfig) -> None:
+    levels = SCHEDULES.config("steps", levels=((0.5, 1), (1.0, 4)))
+    stages = (StageConfig("a", steps=3), StageConfig("b", steps=4, facts=levels))
+    config = changed(config, stages=stages, data={"facts": 2})
+    assert [facts_at(config, step) for step in range(7)] == [2, 2, 2, 1, 1, 4, 4]
 
 
 # --- several processes --------------------------------------------------------------------------
