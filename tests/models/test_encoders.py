@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from latentwire_fast.config.schema import EncoderConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.errors import DataError
+from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.models.encoders.base import Encoder, build_encoder, rms_normalize
 from latentwire_fast.models.encoders.byte import ByteEncoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.poolers.spans import pool_spans
-from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.loading import load_tokenizer
+from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.registry import ENCODERS, POOLERS
+from latentwire_fast.training.builders import build_model
+from runs import tiny_config
 
 CONFIGS = {
     "queries": ENCODERS.config("lm", latents=5, d_z=8, pooler=POOLERS.config("queries")),
@@ -249,3 +254,21 @@ def test_an_encoder_from_a_folder_that_is_no_reader(readers: dict[str, Reader]) 
     weights = dict(readers["qwen"].backbone.named_parameters())
     assert all(torch.equal(p, weights[n]) for n, p in encoder.core.named_parameters())
     assert all(p.requires_grad for p in encoder.core.parameters())
+
+
+@pytest.mark.parametrize("preset", ["testbed", "mine"])
+def test_rehearsals_with_untied_embeddings_say_who_asks_for_them(
+    llama_folder: Path, tmp_path: Path, preset: str
+) -> None:
+    """Nobody set them on the command line: the preset did."""
+    model = LlamaForCausalLM.from_pretrained(llama_folder, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    load_tokenizer(llama_folder).save_pretrained(tmp_path)
+    encoder = {"source": str(tmp_path), "pooler": POOLERS.config("queries", rehearsals=2)}
+    config = tiny_config(llama_folder, preset=preset, encoder=encoder)
+    wanted = (
+        rf"preset '{preset}': encoder\.pooler\.rehearsals=2 needs .* tied embeddings, and .*"
+        rf"{tmp_path.name}.*another LM \(--encoder\), or set rehearsals to 0"
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        build_model(config, load_readers(config.readers))

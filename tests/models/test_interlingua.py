@@ -206,6 +206,14 @@ def test_a_model_of_another_version_is_refused(model: Interlingua, tmp_path: Pat
         Interlingua.from_pretrained(folder)
 
 
+def test_an_older_format_is_refused_with_what_to_do(model: Interlingua, tmp_path: Path) -> None:
+    folder = model.save_pretrained(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"format_version": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"format version 1, this release reads 2; train the"):
+        Interlingua.from_pretrained(folder)
+
+
 def test_payloads_of_another_shape_are_refused(model: Interlingua) -> None:
     payload = wire.pack(torch.zeros(5, 8), bits=6, group_size=32, fingerprint=model.fingerprint)
     with pytest.raises(PayloadError, match=r"latents \(5, 8\), this model's are \(4, 8\)"):

@@ -230,6 +230,17 @@ def test_a_latent_on_the_gpu_gives_the_same_payload(bits: int) -> None:
     assert wire.pack(latent.cuda(), bits=bits, group_size=16) == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", wire.BITS)
+def test_a_payload_is_unpacked_on_the_gpu_alike(bits: int) -> None:
+    payloads = wire.pack_batch(latent_of((4, 3, 21)), bits=bits, group_size=16)
+    expected, headers = wire.unpack_batch(payloads)
+    found, again = wire.unpack_batch(payloads, device="cuda")
+    assert found.is_cuda
+    assert torch.equal(found.cpu(), expected)
+    assert again == headers
+
+
 # --- W1, W2: damage -------------------------------------------------------------------------------
 
 # (M, d_z, bits, group size, bytes)
