@@ -22,7 +22,7 @@ from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.provenance import commit, run_record, versions
 from latentwire_fast.evaluation.report import write_report
-from latentwire_fast.evaluation.results import Outcome
+from latentwire_fast.evaluation.results import EvaluationResults
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.models.encoders.truncation import measure_truncation
@@ -73,13 +73,13 @@ def evaluate_run(
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
             _check_eval_dir(run_dir / "eval")
-            result, outcome = _evaluate(run_dir, fresh_seed, count, progress)
-            _write(run_dir, result, outcome)
-        return result
+            metrics, results = _evaluate(run_dir, fresh_seed, count, progress)
+            _write(run_dir, metrics, results)
+        return metrics
     _check_out(run_dir, out)
-    result, _ = _evaluate(run_dir, fresh_seed, count, progress)
-    write_atomically(out, json.dumps(result, indent=2) + "\n")
-    return result
+    metrics, _ = _evaluate(run_dir, fresh_seed, count, progress)
+    write_atomically(out, json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 
 def stored_metrics(run_dir: Path) -> dict[str, Any] | None:
@@ -120,7 +120,7 @@ def _check_eval_dir(folder: Path) -> None:
 
 def _evaluate(
     run_dir: Path, fresh_seed: int | None, count: int | None, progress: bool
-) -> tuple[dict[str, Any], Outcome]:
+) -> tuple[dict[str, Any], EvaluationResults]:
     """The content of metrics.json, and what it was made from."""
     config = read_run_config(run_dir)
     if config.threads:
@@ -137,15 +137,15 @@ def _evaluate(
     check_answers(examples, readers, source=f"{config.data.source} (held out)")
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
-    outcome = evaluator.run()
-    measured |= outcome.metrics()
+    results = evaluator.run()
+    measured |= results.metrics()
     diagnostics = read_records(run_dir / "diagnostics.jsonl")
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     seed = config.data.eval_seed if fresh_seed is None else fresh_seed
     run = run_record(config, name=run_dir.resolve().name, device=device, eval_seed=seed)
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
-    return {"schema_version": 1, "run": run, **measured}, outcome
+    return {"schema_version": 1, "run": run, **measured}, results
 
 
 def _check_settings(config: RunConfig, model: Interlingua, run_dir: Path) -> None:
@@ -179,19 +179,19 @@ def _truncated(evaluator: Evaluator) -> dict[str, Any]:
     return {"truncated": {"examples": truncation.cut, "text_share": truncation.share}}
 
 
-def _write(run_dir: Path, result: dict[str, Any], outcome: Outcome) -> None:
+def _write(run_dir: Path, metrics: dict[str, Any], results: EvaluationResults) -> None:
     """The files of `RUN/eval`; metrics.json is the last."""
-    records = outcome.records()
+    records = results.records()
     eval_dir = run_dir / "eval"
     eval_dir.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     write_atomically(eval_dir / "predictions.jsonl", lines)
     write_report(
         eval_dir,
-        metrics=result,
+        metrics=metrics,
         predictions=records,
         diagnostics=read_records(run_dir / "diagnostics.jsonl"),
-        config=to_json(outcome.config),
+        config=to_json(results.config),
     )
-    write_atomically(run_dir / "model" / "README.md", model_card(outcome.config, result))
-    write_atomically(eval_dir / "metrics.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(run_dir / "model" / "README.md", model_card(results.config, metrics))
+    write_atomically(eval_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")

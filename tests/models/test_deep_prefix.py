@@ -15,7 +15,7 @@ from torch import Tensor
 from latentwire_fast.config.schema import AdapterConfig, RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.evaluation.methods import unanswered
+from latentwire_fast.evaluation.methods.base import unanswered
 from latentwire_fast.models.adapters.deep_prefix import DeepPrefix
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.batch import PaddingSide
