@@ -9,8 +9,8 @@ from pathlib import Path
 
 from latentwire_fast.config.schema import Mode, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.data.sources import load_examples
-from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
+from latentwire_fast.data.sources import endless_stream, load_examples
+from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.models.encoders.build import build_encoder
@@ -24,7 +24,7 @@ from latentwire_fast.training.local_paths import absolute_paths
 
 logger = logging.getLogger(__name__)
 
-TESTBED_SAMPLE = 300  # answers of an endless stream that are checked
+ENDLESS_SAMPLE = 300  # answers of an endless stream that are checked
 
 
 def check_stored_config(path: Path, config: RunConfig) -> None:
@@ -93,17 +93,17 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
 
 
 def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
-    """Training data, its answers checked (of the testbed's, which have no end, a sample).
+    """Training data, its answers checked (a sample of those that have no end).
 
     Raises:
         ConfigError: as `check_answers`.
     """
-    is_testbed = config.data.source == "testbed"
-    count = TESTBED_SAMPLE if is_testbed else None
+    endless = endless_stream(config.data, mode=config.mode, seed=config.seed)
+    count = None if endless is None else ENDLESS_SAMPLE
     examples = load_examples(config.data.source, split="train", count=count, seed=config.seed)
     check_answers(examples, readers, source=config.data.source)
-    if is_testbed:
-        return TestbedStream(config.data, mode=config.mode, seed=config.seed)
+    if endless is not None:
+        return endless
     return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
 
 
