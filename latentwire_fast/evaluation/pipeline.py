@@ -21,7 +21,7 @@ from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.provenance import commit, run_record, versions
 from latentwire_fast.evaluation.report import write_report
-from latentwire_fast.evaluation.results import Outcome
+from latentwire_fast.evaluation.results import EvaluationResults
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.files.run_folder import RunFolder
@@ -68,13 +68,13 @@ def evaluate_run(
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
             _check_eval_dir(folder.eval)
-            result, outcome = _evaluate(folder, fresh_seed, count, progress)
-            _write(folder, result, outcome)
-        return result
+            metrics, results = _evaluate(folder, fresh_seed, count, progress)
+            _write(folder, metrics, results)
+        return metrics
     _check_out(folder, out)
-    result, _ = _evaluate(folder, fresh_seed, count, progress)
-    write_atomically(out, json.dumps(result, indent=2) + "\n")
-    return result
+    metrics, _ = _evaluate(folder, fresh_seed, count, progress)
+    write_atomically(out, json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 
 def stored_metrics(run_dir: Path) -> dict[str, Any] | None:
@@ -109,7 +109,7 @@ def _check_eval_dir(folder: Path) -> None:
 
 def _evaluate(
     folder: RunFolder, fresh_seed: int | None, count: int | None, progress: bool
-) -> tuple[dict[str, Any], Outcome]:
+) -> tuple[dict[str, Any], EvaluationResults]:
     """The content of metrics.json, and what it was made from."""
     config = read_run_config(folder.path)
     if config.threads:
@@ -126,15 +126,15 @@ def _evaluate(
     check_answers(examples, readers, source=f"{config.data.source} (held out)")
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
-    outcome = evaluator.run()
-    measured |= outcome.metrics()
+    results = evaluator.run()
+    measured |= results.metrics()
     diagnostics = read_records(folder.diagnostics)
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     seed = config.data.eval_seed if fresh_seed is None else fresh_seed
     run = run_record(config, name=folder.name, device=device, eval_seed=seed)
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
-    return {"schema_version": 1, "run": run, **measured}, outcome
+    return {"schema_version": 1, "run": run, **measured}, results
 
 
 def _check_settings(config: RunConfig, model: Interlingua, folder: RunFolder) -> None:
@@ -165,18 +165,18 @@ def _truncated(evaluator: Evaluator) -> dict[str, Any]:
     return {"truncated": {"examples": truncation.cut, "text_share": truncation.share}}
 
 
-def _write(folder: RunFolder, result: dict[str, Any], outcome: Outcome) -> None:
+def _write(folder: RunFolder, metrics: dict[str, Any], results: EvaluationResults) -> None:
     """The files of `RUN/eval`; metrics.json is the last."""
-    records = outcome.records()
+    records = results.records()
     folder.eval.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     write_atomically(folder.predictions, lines)
     write_report(
         folder.eval,
-        metrics=result,
+        metrics=metrics,
         predictions=records,
         diagnostics=read_records(folder.diagnostics),
-        config=to_json(outcome.config),
+        config=to_json(results.config),
     )
-    write_atomically(folder.model_card, model_card(outcome.config, result))
-    write_atomically(folder.metrics, json.dumps(result, indent=2) + "\n")
+    write_atomically(folder.model_card, model_card(results.config, metrics))
+    write_atomically(folder.metrics, json.dumps(metrics, indent=2) + "\n")

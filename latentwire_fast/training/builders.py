@@ -15,8 +15,8 @@ from pathlib import Path
 
 from latentwire_fast.config.schema import Mode, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.data.sources import load_examples, map_paths
-from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
+from latentwire_fast.data.sources import endless_stream, load_examples, map_paths
+from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.run_folder import RunFolder
@@ -29,7 +29,7 @@ from latentwire_fast.readers.reader import Reader
 
 logger = logging.getLogger(__name__)
 
-TESTBED_SAMPLE = 300  # answers of an endless stream that are checked
+ENDLESS_SAMPLE = 300  # answers of an endless stream that are checked
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -120,17 +120,17 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
 
 
 def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
-    """Training data, its answers checked (of the testbed's, which have no end, a sample).
+    """Training data, its answers checked (a sample of those that have no end).
 
     Raises:
         ConfigError: as `check_answers`.
     """
-    is_testbed = config.data.source == "testbed"
-    count = TESTBED_SAMPLE if is_testbed else None
+    endless = endless_stream(config.data, mode=config.mode, seed=config.seed)
+    count = None if endless is None else ENDLESS_SAMPLE
     examples = load_examples(config.data.source, split="train", count=count, seed=config.seed)
     check_answers(examples, readers, source=config.data.source)
-    if is_testbed:
-        return TestbedStream(config.data, mode=config.mode, seed=config.seed)
+    if endless is not None:
+        return endless
     return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
 
 

@@ -16,7 +16,7 @@ import runs
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.evaluation.methods import unanswered
+from latentwire_fast.evaluation.methods.base import unanswered
 from latentwire_fast.models.attachments.deep import DeepPrefix
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.batch import PaddingSide
