@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 from latentwire_fast.config.schema import (
     Mode,
@@ -64,6 +65,7 @@ def with_overrides(
     steps: int | None = None,
     batch_size: int | None = None,
     eval_examples: int | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> RunConfig:
     """A configuration with some of its parts replaced; None (or no reader) keeps a part.
 
@@ -71,6 +73,7 @@ def with_overrides(
         readers: sources by name, instead of the configuration's; an encoder that starts from an LM
             then starts from the first of them unless `encoder` says otherwise.
         base: a trained run to add the readers to; its encoder, bottleneck and mode are taken over.
+        dtype: of every reader.
         steps: total over all stages, which shrink or grow in proportion, to one step at least.
     """
     given = {"data": data, "encoder": encoder, "base": base, **(readers or {})}
@@ -108,4 +111,7 @@ def with_overrides(
         config = replace(config, stages=stages)
     if batch_size is not None:
         config = replace(config, optim=replace(config.optim, batch_size=batch_size))
+    if dtype is not None:
+        loaded = {name: replace(reader, dtype=dtype) for name, reader in config.readers.items()}
+        config = replace(config, readers=loaded)
     return config if seed is None else replace(config, seed=seed)

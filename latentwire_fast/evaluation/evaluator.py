@@ -1,7 +1,6 @@
 """Score a model: every method, every bit width, joint rescoring, timings.
 
-Latents are judged as the receiver sees them: packed to bytes and decoded again. All methods share
-one prompt builder, one decoder and one scorer.
+Latents are judged as payloads. All methods share one prompt builder and one receiver.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ from latentwire_fast.evaluation.methods.base import (
     evaluation_methods,
 )
 from latentwire_fast.evaluation.results import EvaluationResults, ReaderResults
-from latentwire_fast.evaluation.scoring import PayloadReader, Scorer, batches
+from latentwire_fast.evaluation.scoring import Scorer, batches
 from latentwire_fast.evaluation.timing import time_methods
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import Receiver
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,10 @@ class Evaluator:
         *,
         progress: bool = True,
     ) -> None:
-        for reader in readers.values():
-            model.check_reader(reader)
+        self.receivers = {name: Receiver.of(model, reader) for name, reader in readers.items()}
         self.config = config
         self.model = model
         self.bits = model.bottleneck_config.bits
-        self.receivers = {name: PayloadReader(model, reader) for name, reader in readers.items()}
         self.examples = [e for e in examples if e.answers]
         self.methods = evaluation_methods()
         self.options = DecodeOptions(
@@ -149,6 +147,7 @@ class Evaluator:
             results.joint = rescore(
                 self.receivers,
                 self.examples,
+                mode=self.model.mode,
                 payloads=payloads,
                 answers={n: r.methods["latent"].predictions for n, r in results.readers.items()},
                 batch_size=self.config.evaluation.batch_size,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from latentwire_fast.config.schema import Mode
 from latentwire_fast.data.examples import Example
 from latentwire_fast.evaluation.method_result import MethodResult
-from latentwire_fast.evaluation.scoring import PayloadReader, batches, judge_answers
+from latentwire_fast.evaluation.scoring import batches, judge_answers
 from latentwire_fast.prompts.builder import Turn
+from latentwire_fast.serving import Receiver
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class JointResult:
 
 
 def rescore(
-    receivers: Mapping[str, PayloadReader],
+    receivers: Mapping[str, Receiver],
     examples: Sequence[Example],
     *,
+    mode: Mode,
     payloads: Sequence[bytes],
     answers: Mapping[str, Sequence[str]],
     batch_size: int,
@@ -35,13 +38,14 @@ def rescore(
     """Choose, per example, the answer that all readers together find likeliest.
 
     Args:
+        mode: what a payload stands for.
         payloads: one per example.
         answers: per reader, its own answer to every example.
     """
     totals: dict[str, list[float]] = {}
     for name, candidates in answers.items():
         scores = [
-            _mean_logprobs(receiver, examples, payloads, candidates, batch_size)
+            _mean_logprobs(receiver, examples, mode, payloads, candidates, batch_size)
             for receiver in receivers.values()
         ]
         totals[name] = [sum(of_example) for of_example in zip(*scores, strict=True)]
@@ -53,14 +57,15 @@ def rescore(
 
 
 def _mean_logprobs(
-    receiver: PayloadReader,
+    receiver: Receiver,
     examples: Sequence[Example],
+    mode: Mode,
     payloads: Sequence[bytes],
     candidates: Sequence[str],
     batch_size: int,
 ) -> list[float]:
     """Mean log-probability per token of one candidate per example, given the payloads."""
-    builder, mode = receiver.reader.prompts, receiver.model.mode
+    builder = receiver.reader.prompts
     means: list[float] = []
     for rows in batches(len(examples), batch_size):
         prompts = [
@@ -72,5 +77,5 @@ def _mean_logprobs(
             for i in rows
         ]
         scores = receiver.score(prompts, payloads=[payloads[i] for i in rows])
-        means += [sum(gold) / len(gold) for gold in scores.gold_logprobs]
+        means += scores.mean_gold_B.tolist()
     return means

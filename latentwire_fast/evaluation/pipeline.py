@@ -8,11 +8,12 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 
+from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
 from latentwire_fast.data.sources import heldout_examples
@@ -41,6 +42,8 @@ def evaluate_run(
     count: int | None = None,
     out: Path | None = None,
     progress: bool = True,
+    device: torch.device | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained run and write its report.
 
@@ -49,6 +52,9 @@ def evaluate_run(
             of the testbed, another sample of a finite set.
         count: how many examples.
         out: write metrics.json to this file only, without a report; none of the run's own files.
+        device: where to evaluate; as in training unless given.
+        dtype: that the readers compute in; the run's own unless given. metrics.json then names the
+            configuration with it.
 
     Returns:
         The content of metrics.json.
@@ -68,11 +74,13 @@ def evaluate_run(
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
             _check_eval_dir(folder.eval)
-            metrics, results = _evaluate(folder, fresh_seed, count, progress)
+            metrics, results = _evaluate(
+                folder, fresh_seed, count, progress, device=device, dtype=dtype
+            )
             _write(folder, metrics, results)
         return metrics
     _check_out(folder, out)
-    metrics, _ = _evaluate(folder, fresh_seed, count, progress)
+    metrics, _ = _evaluate(folder, fresh_seed, count, progress, device=device, dtype=dtype)
     write_atomically(out, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -108,20 +116,28 @@ def _check_eval_dir(folder: Path) -> None:
 
 
 def _evaluate(
-    folder: RunFolder, fresh_seed: int | None, count: int | None, progress: bool
+    folder: RunFolder,
+    fresh_seed: int | None,
+    count: int | None,
+    progress: bool,
+    *,
+    device: torch.device | None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None,
 ) -> tuple[dict[str, Any], EvaluationResults]:
     """The content of metrics.json, and what it was made from."""
     config = read_run_config(folder.path)
     if config.threads:
         torch.set_num_threads(config.threads)
     start = time.perf_counter()
-    device = PartialState().device  # as in training: the GPU where there is one
+    device = device or PartialState().device  # as in training: the GPU where there is one
     gc.collect()  # what a training in this process leaves is in reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
     model = Interlingua.from_pretrained(folder.model).to(device)
     _check_settings(config, model, folder)
-    readers = load_readers(config.readers, device)
+    readers = load_readers(config.readers, device, dtype=dtype)
+    if dtype is not None:
+        config = with_overrides(config, dtype=dtype)  # what the results are of
     examples = heldout_examples(config.data, count=count, seed=fresh_seed)
     check_answers(examples, readers, source=f"{config.data.source} (held out)")
     evaluator = Evaluator(config, model, readers, examples, progress=progress)

@@ -1,17 +1,13 @@
 """Scores of one method with one reader: answers decoded, gold answers weighed in one pass.
 
-`PayloadReader` is all that the evaluation asks of a reader. Payloads are decoded for one batch at a
-time, so that never more than one batch of prefixes is held.
+Readers are asked through their `Receiver`, as a user's program asks them. It decodes payloads batch
+by batch, so that never more than one batch of prefixes is held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from latentwire_fast.data.examples import Example
 from latentwire_fast.evaluation.method_result import MethodResult
@@ -22,98 +18,12 @@ from latentwire_fast.evaluation.methods.base import (
     unanswered,
 )
 from latentwire_fast.evaluation.metrics import exact_match, f1, first_token_hit, reciprocal_rank
-from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
-from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.target_scores import TargetScores
+from latentwire_fast.serving import Receiver
 
 TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
 LOGPROB_STEPS = 4  # tokens of the gold answer whose log-probabilities predictions.jsonl holds
-
-
-class TargetScores(NamedTuple):
-    """How likely a reader finds the answers in its prompts.
-
-    Attributes:
-        gold_logprobs: per prompt, the log-probability of every token of its answer, EOS included.
-        gold_ids: those tokens.
-        first_ids: per prompt, the `RANKED` likeliest first tokens, the likeliest first.
-    """
-
-    gold_logprobs: list[list[float]]
-    gold_ids: list[list[int]]
-    first_ids: list[list[int]]
-
-
-class PayloadReader:
-    """A reader that answers from text, from payloads, or from ready soft prefixes.
-
-    Every call takes prompts, and for a prompt with a place for a latent either `payloads` (of one
-    bit width) or `embeddings` (`[M_i, D]`), one per prompt.
-    """
-
-    def __init__(self, model: Interlingua, reader: Reader) -> None:
-        self.model = model
-        self.reader = reader
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        payloads: Sequence[bytes] | None = None,
-        embeddings: Sequence[Tensor] | None = None,
-        options: DecodeOptions | None = None,
-        numbers: Sequence[int] | None = None,
-    ) -> list[list[int]]:
-        """Token ids of each answer, without EOS.
-
-        Args:
-            numbers: of the examples, see `Reader.generate`.
-        """
-        inputs = self._inputs(payloads, embeddings)
-        return self.reader.generate(prompts, **inputs, options=options, numbers=numbers)
-
-    @torch.no_grad()
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        payloads: Sequence[bytes] | None = None,
-        embeddings: Sequence[Tensor] | None = None,
-    ) -> TargetScores:
-        """Log-probabilities of the answers that the prompts hold, in one teacher-forced pass."""
-        batch = self.reader.collate(prompts, **self._inputs(payloads, embeddings))
-        logprobs_NV = self.reader.target_logprobs(batch)
-        gold_N = logprobs_NV.gather(1, batch.labels_N[:, None])[:, 0].tolist()
-        labels_N = batch.labels_N.tolist()
-        starts = (batch.step_N == 0).nonzero()[:, 0]
-        first_BK = logprobs_NV[starts].topk(RANKED, -1).indices.tolist()
-        spans = list(zip(starts.tolist(), [*starts.tolist()[1:], len(labels_N)], strict=True))
-        return TargetScores(
-            [gold_N[start:stop] for start, stop in spans],
-            [labels_N[start:stop] for start, stop in spans],
-            first_BK,
-        )
-
-    def prefill(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        payloads: Sequence[bytes] | None = None,
-        embeddings: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """Logits `[B, V]` of the first new token."""
-        return self.reader.first_logits(prompts, **self._inputs(payloads, embeddings))
-
-    @torch.no_grad()
-    def _inputs(
-        self, payloads: Sequence[bytes] | None, embeddings: Sequence[Tensor] | None
-    ) -> dict[str, Any]:
-        """What `Reader.collate` takes beside the prompts."""
-        if payloads is None:
-            return {"prefixes": embeddings}
-        latent_BMd = self.model.decode_payloads(payloads)
-        return dict(self.model.reader_inputs(self.reader.name, latent_BMd))
 
 
 def judge_answers(answers: list[str], examples: Sequence[Example]) -> MethodResult:
@@ -140,7 +50,7 @@ class Scorer:
     """
 
     case: EvaluationCase
-    receiver: PayloadReader
+    receiver: Receiver
     options: DecodeOptions
     batch_size: int
     progress: Callable[[], object] = lambda: None
@@ -187,11 +97,17 @@ class Scorer:
 
 def add_likelihoods(result: MethodResult, scores: TargetScores) -> None:
     """Append what a batch of gold answers is worth to a method's result."""
-    for gold, labels, ranked in zip(*scores, strict=True):
+    first = (scores.step_N == 0).nonzero()[:, 0]
+    ranked_BK = scores.ranked_NK(RANKED)[first.to(scores.logprobs_NV.device)].tolist()
+    labels = scores.labels_N[first].tolist()
+    for gold_n, ranked, label in zip(
+        scores.by_prompt(scores.gold_N), ranked_BK, labels, strict=True
+    ):
+        gold = gold_n.tolist()
         result.nll.append(-sum(gold))
         result.tokens.append(len(gold))
         result.gold_logprobs.append(gold[:LOGPROB_STEPS])
         result.first_token_ids.append(ranked[0])
-        result.top1.append(first_token_hit(ranked, labels[0], k=1))
-        result.top5.append(first_token_hit(ranked, labels[0], k=TOP_K))
-        result.reciprocal_ranks.append(reciprocal_rank(ranked, {labels[0]}))
+        result.top1.append(first_token_hit(ranked, label, k=1))
+        result.top5.append(first_token_hit(ranked, label, k=TOP_K))
+        result.reciprocal_ranks.append(reciprocal_rank(ranked, {label}))

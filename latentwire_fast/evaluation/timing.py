@@ -16,8 +16,8 @@ from latentwire_fast.evaluation.methods.base import (
     MethodInput,
     unanswered,
 )
-from latentwire_fast.evaluation.scoring import PayloadReader
 from latentwire_fast.readers.decoding import DecodeOptions
+from latentwire_fast.serving import Receiver
 
 WARM_UPS = 2
 
@@ -37,7 +37,7 @@ class Times(NamedTuple):
 
 def time_methods(
     case: EvaluationCase,
-    receiver: PayloadReader,
+    receiver: Receiver,
     methods: Mapping[str, EvaluationMethod],
     *,
     count: int,
@@ -62,7 +62,7 @@ class _Clock:
     """Times one example by one method."""
 
     def __init__(
-        self, case: EvaluationCase, receiver: PayloadReader, *, bits: int, options: DecodeOptions
+        self, case: EvaluationCase, receiver: Receiver, *, bits: int, options: DecodeOptions
     ) -> None:
         self.case, self.receiver = case, receiver
         self.bits, self.options = bits, options

@@ -48,6 +48,7 @@ class Trainer:
         run_dir: made if missing. An unfinished run there is resumed, a finished one is left alone.
         heldout: what it will be evaluated on; whether that can be is checked before the training.
         progress: show a progress bar.
+        device: where to train; what accelerate chooses unless given.
 
     Attributes:
         folder: the paths of the run.
@@ -60,14 +61,17 @@ class Trainer:
         *,
         heldout: Sequence[Example] = (),
         progress: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.config = absolute_paths(config)
         self.heldout = heldout
         self.folder = RunFolder(run_dir)
         precision = config.optim.mixed_precision
         # Unless told, accelerate takes several processes on a CPU for one each.
-        on_cpu = not torch.accelerator.is_available()
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+        on_cpu = not torch.accelerator.is_available() or (device and device.type == "cpu")
+        if device and device.index is not None and device.type != "cpu":
+            torch.accelerator.set_device_index(device.index)  # accelerate takes the current one
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=bool(on_cpu))
         self.reducer = Reducer(self.accelerator)
         self.progress = progress and self.accelerator.is_main_process
         self.signals = StopSignals()

@@ -457,9 +457,8 @@ def test_a_total_is_the_sum_of_both_readers_mean_log_probabilities(
                     [Turn(e.question, answer)], context=None, latent="context"
                 )
                 with torch.no_grad():
-                    batch = reader.collate([prompt], prefixes=model.prefix(name, latent))
-                    logprobs = reader.target_logprobs(batch)
-                expected += logprobs.gather(1, batch.labels_N[:, None]).mean().item()
+                    scores = reader.score([prompt], prefixes=model.prefix(name, latent))
+                expected += scores.gold_N.mean().item()
             assert total == pytest.approx(expected, abs=1e-4)
 
 

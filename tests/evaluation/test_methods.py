@@ -22,7 +22,6 @@ from latentwire_fast.evaluation.methods.base import (
     other_contexts,
     unanswered,
 )
-from latentwire_fast.evaluation.scoring import PayloadReader
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import (
     CONTEXT_LABEL,
@@ -32,6 +31,7 @@ from latentwire_fast.prompts.builder import (
     question_text,
 )
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import Receiver
 from readers import METHODS, tiny_interlingua
 
 BITS = 6
@@ -312,13 +312,13 @@ def test_embedding_replay_equals_text(case: EvaluationCase) -> None:
     reader = case.reader
     assert replay.positions == text.positions
     assert replay.embeddings is not None
+    receiver = Receiver.for_text(reader)
     torch.testing.assert_close(
-        reader.target_logprobs(reader.collate(replay.prompts, prefixes=replay.embeddings)),
-        reader.target_logprobs(reader.collate(text.prompts)),
+        receiver.score(replay.prompts, embeddings=replay.embeddings).logprobs_NV,
+        receiver.score(text.prompts).logprobs_NV,
         atol=2e-5,
         rtol=0,
     )
-    receiver = PayloadReader(case.model, reader)
     open_prompts = [unanswered(p) for p in replay.prompts]
     assert receiver.generate(open_prompts, embeddings=replay.embeddings) == receiver.generate(
         [unanswered(p) for p in text.prompts]
