@@ -39,6 +39,7 @@ from latentwire_fast.evaluation.report import write_report
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import PromptBuilder, Turn, full_text
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving.prefixes import TrainedParts
 from readers import METHODS, tiny_interlingua, tiny_model
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -278,17 +279,17 @@ def test_never_more_than_one_batch_of_prefixes_is_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Deep prefixes of 1,000 examples would be 8.4 GB on the shapes of an 8B reader."""
-    build, alive, counts = model.reader_inputs, {}, []
+    make, alive, counts = TrainedParts.__call__, {}, []
 
     def counted(*args: Any, **options: Any) -> Any:
-        inputs = build(*args, **options)
+        soft, deep = make(*args, **options)
         number = len(counts)
-        alive[number] = len(inputs["prefixes"])
-        weakref.finalize(inputs["prefixes"], alive.pop, number)
+        alive[number] = len(soft)
+        weakref.finalize(soft, alive.pop, number)
         counts.append(sum(alive.values()))
-        return inputs
+        return soft, deep
 
-    monkeypatch.setattr(model, "reader_inputs", counted)
+    monkeypatch.setattr(TrainedParts, "__call__", counted)
     evaluate(make_config(folders, model, batch_size=3), model, readers, examples)
     assert max(counts) == 3
 
