@@ -104,7 +104,7 @@ class Trainer:
                 logger.info("%s is trained already", self.folder.path)
             else:
                 self._train()
-            self._part()
+            self._leave_together()
 
     def _train(self) -> None:
         self._session = open_session(
@@ -118,7 +118,7 @@ class Trainer:
             self._loop(tracker)
         self._finish()
 
-    def _part(self) -> None:
+    def _leave_together(self) -> None:
         """Leave the other processes together with them: a launcher ends those that are left when
         one has ended, and one that ends with its connections open may crash at that."""
         self.accelerator.wait_for_everyone()
@@ -172,7 +172,7 @@ class Trainer:
 
     def _save_and_stop(self) -> None:
         self.save()
-        self._part()
+        self._leave_together()
         raise RunStopped(
             f"stopped by a signal after step {self.session.state.step} of "
             f"{self.config.total_steps}; everything is saved. Run the same command to go on",

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import ReaderConfig, RunConfig, StageConfig
+from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from latentwire_fast.files.lock import RunLock
@@ -155,6 +156,36 @@ def test_alternate_readers_train_in_turn(config: RunConfig, tmp_path: Path) -> N
     assert [set(line["accuracy"]) for line in records(tmp_path)] == [{"llama"}, {"qwen2"}] * 2
     moved = [{n for n in a if a[n] != b[n]} for a, b in itertools.pairwise(adapters)]
     assert moved == [{"qwen2"}, {"llama"}, {"qwen2"}]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_readers_in_sequence_train_as_their_sum(
+    config: RunConfig, tmp_path: Path, precision: str
+) -> None:
+    """Stages of every kind in micro-batches. AdamW alone: Muon makes more of a last digit."""
+    optim = {"muon_lr": None, "mixed_precision": precision}
+    config = changed(config, attachments=(soft(expansion=1),), optim=optim)
+    train(config, tmp_path / "sum")
+    train(changed(config, optim={"readers": "sequential"}), tmp_path / "sequential")
+    found, expected = records(tmp_path / "sequential"), records(tmp_path / "sum")
+    assert [line["step"] for line in found] == list(range(6))
+    near = {"no": 1e-5, "bf16": 1e-2}[precision]  # in bf16 each step's rounding moves the next
+    for line, other in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=near)
+        assert line["losses"] == pytest.approx(other["losses"], rel=near)
+        assert line["grad_norms"] == pytest.approx(other["grad_norms"], rel=10 * near)
+    assert found[0]["losses"] == expected[0]["losses"]
+
+
+def test_distillation_is_switched_on_in_a_file(config: RunConfig, tmp_path: Path) -> None:
+    """The JSON form of a configuration with one more objective in a stage."""
+    data = to_json(config)
+    data["stages"][2]["objectives"].append({"kind": "kd", "weight": 0.5})
+    train(run_config_from_json(data), tmp_path)
+    last = records(tmp_path)[-1]
+    assert set(last["losses"]) == {f"{o}/{n}" for o in ("answer", "kd") for n in config.readers}
+    total = sum({"answer": 1.0, "kd": 0.5}[k.split("/")[0]] * v for k, v in last["losses"].items())
+    assert last["loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
@@ -320,14 +351,25 @@ class Memory:
 
 
 @pytest.mark.parametrize(
-    ("begin", "fits", "free", "first"),
-    [(8, 4, 0, [8, 4, 4]), (4, 2, 1, [4, 4, 2, 2, 2, 2])],
-    ids=["at once", "in mid-accumulation"],
+    ("begin", "fits", "free", "first", "readers"),
+    [
+        (8, 4, 0, [8, 4, 4], "sum"),
+        (4, 2, 1, [4, 4, 2, 2, 2, 2], "sum"),
+        (4, 2, 1, [4, 4, 2, 2, 2, 2], "sequential"),
+    ],
+    ids=["at once", "in mid-accumulation", "readers in sequence"],
 )
 def test_o1_out_of_memory_is_retried_with_the_same_gradient(
-    config: RunConfig, tmp_path: Path, begin: int, fits: int, free: int, first: list[int]
+    config: RunConfig,
+    tmp_path: Path,
+    begin: int,
+    fits: int,
+    free: int,
+    first: list[int],
+    readers: str,
 ) -> None:
-    config = changed(config, attachments=(soft(expansion=1),), optim={"batch_size": 8})
+    optim = {"batch_size": 8, "readers": readers}
+    config = changed(config, attachments=(soft(expansion=1),), optim=optim)
     memories = {}
     for micro, room in ((8, 8), (begin, fits)):
         with pytest.MonkeyPatch.context() as patch:
