@@ -24,6 +24,11 @@ from latentwire_fast.config.serialization import run_config_from_json
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
 
+# More threads wait for one another, and spin while they do. Milliseconds of a step of `testbed` on
+# two cores, alone and beside one busy process: one thread 688 and 784, two 596 and 1,696, two that
+# sleep while they wait 974 and 1,660. And one thread gives the same losses on any number of cores.
+TESTBED_THREADS = 1
+
 TESTBED_READERS = {
     "llama": ReaderConfig("testbed:llama"),
     "qwen": ReaderConfig("testbed:qwen"),
@@ -40,6 +45,7 @@ def testbed() -> RunConfig:
     """
     return RunConfig(
         preset="testbed",
+        threads=TESTBED_THREADS,
         mode="pure",
         readers=TESTBED_READERS,
         encoder=EncoderConfig(rehearsals=2),
@@ -70,6 +76,7 @@ def testbed_context() -> RunConfig:
     """
     return RunConfig(
         preset="testbed_context",
+        threads=TESTBED_THREADS,
         mode="context",
         readers=TESTBED_READERS,
         encoder=EncoderConfig(pooling="selected", frozen=True),
@@ -102,6 +109,7 @@ def testbed_smoke() -> RunConfig:
     """A few steps of everything (both pretraining tasks, KD, quantisation): does it run at all?"""
     return RunConfig(
         preset="testbed_smoke",
+        threads=TESTBED_THREADS,
         readers=TESTBED_READERS,
         encoder=EncoderConfig(latents=4, d_z=8, pooling="spans"),
         adapter=AdapterConfig(kind="linear"),
