@@ -71,7 +71,8 @@ def with_overrides(
 
     Args:
         readers: sources by name, instead of the configuration's; an encoder that starts from an LM
-            then starts from the first of them unless `encoder` says otherwise.
+            then starts from the first of them unless `encoder` says otherwise. Readers from outside
+            the testbed may be large, so torch then chooses the number of threads.
         base: a trained run to add the readers to; its encoder, bottleneck and mode are taken over.
         dtype: of every reader.
         steps: total over all stages, which shrink or grow in proportion, to one step at least.
@@ -81,7 +82,12 @@ def with_overrides(
         if value == "":  # an unset variable of a shell, say
             raise ConfigError(f"{option} is given as nothing; leave it out, or name a source")
     if readers:
-        config = replace(config, readers={n: ReaderConfig(s) for n, s in readers.items()})
+        small = all(source.startswith("testbed:") for source in readers.values())
+        config = replace(
+            config,
+            readers={n: ReaderConfig(s) for n, s in readers.items()},
+            threads=config.threads if small else None,
+        )
     base = base or config.base
     if base is not None:
         if encoder or mode:

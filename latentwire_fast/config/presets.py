@@ -33,6 +33,11 @@ from latentwire_fast.registry import (
     SCHEDULES,
 )
 
+# More threads wait for one another, and spin while they do. Milliseconds of a step of `testbed` on
+# two cores, alone and beside one busy process: one thread 688 and 784, two 596 and 1,696, two that
+# sleep while they wait 974 and 1,660. And one thread gives the same losses on any number of cores.
+TESTBED_THREADS = 1
+
 TESTBED_READERS = {
     "llama": ReaderConfig("testbed:llama"),
     "qwen": ReaderConfig("testbed:qwen"),
@@ -54,6 +59,7 @@ def testbed() -> RunConfig:
     """
     return RunConfig(
         preset="testbed",
+        threads=TESTBED_THREADS,
         mode="pure",
         readers=TESTBED_READERS,
         encoder=ENCODERS.config("lm", pooler=POOLERS.config("queries", rehearsals=2)),
@@ -84,6 +90,7 @@ def testbed_context() -> RunConfig:
     """
     return RunConfig(
         preset="testbed_context",
+        threads=TESTBED_THREADS,
         mode="context",
         readers=TESTBED_READERS,
         encoder=ENCODERS.config("lm", pooler=POOLERS.config("selected"), frozen=True),
@@ -115,6 +122,7 @@ def testbed_smoke() -> RunConfig:
     """A few steps of everything (both pretraining tasks, KD, quantisation): does it run at all?"""
     return RunConfig(
         preset="testbed_smoke",
+        threads=TESTBED_THREADS,
         readers=TESTBED_READERS,
         encoder=ENCODERS.config("lm", latents=4, d_z=8, pooler=POOLERS.config("spans")),
         attachments=(ATTACHMENTS.config("soft", adapter=ADAPTERS.config("linear")),),

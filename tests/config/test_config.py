@@ -382,6 +382,13 @@ def test_an_empty_source_is_not_taken_for_none(given: dict[str, Any]) -> None:
         with_overrides(load_preset("testbed"), **given)
 
 
+def test_threads_of_the_testbed_are_for_its_small_readers() -> None:
+    config = load_preset("testbed_smoke")
+    assert config.threads == 1
+    assert with_overrides(config, readers={"one": "testbed:qwen"}).threads == 1
+    assert with_overrides(config, readers={"one": "testbed:qwen", "two": "LM"}).threads is None
+
+
 def test_override_of_readers_brings_the_encoder_along(config: RunConfig) -> None:
     found = with_overrides(config, readers={"a": "x", "b": "y"})
     assert found.readers == {"a": ReaderConfig("x"), "b": ReaderConfig("y")}
