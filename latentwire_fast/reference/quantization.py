@@ -9,6 +9,20 @@ from torch.nn import functional as F
 LARGEST_FP16 = 65504.0
 
 
+def largest_code(bits: int) -> int:
+    """The largest code, qmax; the smallest is its negative."""
+    return 2 ** (bits - 1) - 1
+
+
+def largest_value(bits: int, *, clip: bool = False) -> float:
+    """The largest magnitude that codes carry: with the largest scale, fp16's 65504.
+
+    The largest code's value, or with `clip` half a step more, which is clamped to it. What is
+    larger would come out as that code without a word.
+    """
+    return LARGEST_FP16 * (largest_code(bits) + (0.5 if clip else 0.0))
+
+
 def code_bytes(values: int, *, bits: int, group_size: int) -> int:
     """Bytes of the packed codes of `values` numbers.
 
@@ -41,7 +55,7 @@ def quantize(
     2**-24, that is groups whose largest value is under qmax**2 * 2**-24 (1e-3 at 8 bits, 3e-6 at
     4).
     """
-    qmax = 2 ** (bits - 1) - 1
+    qmax = largest_code(bits)
     padding = -z_Bn.shape[-1] % group_size
     z = F.pad(z_Bn.float(), (0, padding)).unflatten(-1, (-1, group_size))
     amax = z.abs().amax(-1)

@@ -41,7 +41,7 @@ def test_payloads_to_a_first_token(
     for name in ("reference", "triton"):
         with ops.backend(name):
             logits[name] = receiver.prefill(payloads, prompts).logits_BV
-    # What the kernels' arithmetic is off by (see test_kernels_adapter.py), times what the reader
+    # What the kernels' arithmetic is off by (see test_kernels_projection.py), times what the reader
     # makes of it.
     largest = float(logits["reference"].abs().max())
     torch.testing.assert_close(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from latentwire_fast.config import schema
+
 
 class Method(NamedTuple):
     """How a method is named and explained."""
@@ -29,4 +31,4 @@ METHODS = {
     "zero_latent": Method("Zero latent", "a payload of zeros", "floor"),
     "first_words": Method("First words", "five words of the context, no model", "floor"),
 }
-BITS = ("16", "8", "6", "4")
+BITS = tuple(str(bits) for bits in schema.BITS)
