@@ -855,8 +855,8 @@ def test_linear_kl_memory_is_bounded_by_the_chunk() -> None:
     logger.info("MiB: 64 rows %.0f, 384 rows %.0f, naive at 384 %.0f", few, ours, naive)
     assert loss == pytest.approx(naive_loss, rel=1e-4)
     assert grad == pytest.approx(naive_grad, rel=1e-4)
-    # A chunk and its temporaries are about 20 MiB, the rest is the allocator's; one [384, V] in fp32
-    # would be 188.
+    # A chunk and its temporaries are about 20 MiB, the rest is the allocator's; one [384, V] in
+    # fp32 would be 188.
     assert ours < 100
     assert ours < few + 50
     assert ours < naive / 10
