@@ -16,9 +16,9 @@ writing y and reading it back would cost: d < 1000 for D = 4096 if its tiles ran
 they are small and at half of it the bound is 700. G of `[D, D]` (the MLP adapter) would cost as
 much as the projection.
 
-Backward needs no y either, `adapter_backward`. Saved: x and r2.
+Backward needs no y either, `projection_backward`. Saved: x and r2.
 
-Everything else (tanh; d > 512) goes through tiles of y, `adapter_tiles`.
+Everything else (tanh; d > 512) goes through tiles of y, `projection_tiles`.
 """
 
 from __future__ import annotations

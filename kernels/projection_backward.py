@@ -1,4 +1,4 @@
-"""The projection's gradients, from x and r2 alone (`adapter` has the names).
+"""The projection's gradients, from x and r2 alone (`projection` has the names).
 
 Folded: with U = dout (gamma * P) `[N, K]` one matmul gives the pieces of <dout, gamma * y> as
 <U, [x, 1]>, and
@@ -12,7 +12,7 @@ Folded: with U = dout (gamma * P) `[N, K]` one matmul gives the pieces of <dout,
 Two matmuls of N*D*K and two reads of dout in all; y's gradient is never written. LayerNorm's own
 backward is torch's, on `[N, d]`.
 
-Tiles: y's gradient dy `[N, D]` is made as `adapter_tiles` says; two matmuls give those of x and W.
+Tiles: y's gradient dy `[N, D]` is made as `projection_tiles` says; two matmuls give those of x, W.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from latentwire_fast.kernels.activations import tanh
 from latentwire_fast.kernels.projection_rows import Calibration
 
 RECOMPUTED = 256
@@ -30,15 +31,6 @@ NUM_WARPS, NUM_STAGES = 8, 3
 # Row tiles that run next to each other, so that they share the columns' W in L2.
 BAND = 8
 SQUARES, WRITE, DOTS, GRADIENT = range(4)
-
-
-@triton.jit
-def _tanh(x):
-    """Exact to relative rounding for small x too: a calibration may enlarge it."""
-    square = x * x
-    series = 2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))
-    series = x + x * square * (-1.0 / 3 + square * series)
-    return tl.where(tl.abs(x) < 0.25, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
 @triton.jit
@@ -101,7 +93,7 @@ def _tiles_kernel(
     if HAS_BIAS:
         y += _column_values(bias_ptr, column, WIDTH)
     if TANH:
-        y = _tanh(y)
+        y = tanh(y)
     if MODE == 0:
         sums = tl.sum(tl.where(column[None, :] < WIDTH, y * y, 0.0), 1)
         tl.store(out_ptr + column_tile.to(tl.int64) * rows + row, sums, mask=row < rows)

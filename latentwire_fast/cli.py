@@ -1,4 +1,4 @@
-"""What the entry points share: one way to report errors, to log, and to read NAME=SOURCE."""
+"""What the entry points share: reporting errors, logging, reading NAME=SOURCE and devices."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from latentwire_fast.errors import ConfigError, LatentWireError, RunStopped
+
+if TYPE_CHECKING:  # `--help` does without torch
+    import torch
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+STANDARD = Path("-")  # in the place of a file: standard input, or standard output
 
 _ADVICE = {
     errno.ENOSPC: "make room on that disk and run the same command again",
@@ -52,6 +60,36 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score names its tokenizer there
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of `--device`; without one the accelerator that torch sees, or else the CPU.
+
+    Raises:
+        ConfigError: torch knows no such device, or this machine has not got it.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    found = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+    if name is None:
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is no device; this machine has {found}") from None
+    if device.type != "cpu":
+        count = torch.accelerator.device_count() if accelerator is not None else 0
+        if accelerator is None or device.type != accelerator.type:
+            raise ConfigError(f"--device {name}: torch sees no such device here; it has {found}")
+        if device.index is not None and device.index >= count:
+            raise ConfigError(
+                f"--device {name}: there are {count} of them here, counted from 0; take a lower "
+                "number"
+            )
+    elif device.index:
+        raise ConfigError(f"--device {name}: there is one CPU device; write cpu")
+    return device
 
 
 def check_question(question: str) -> None:

@@ -3,17 +3,31 @@
     python -m latentwire_fast.encode --run runs/context --context note.txt --out note.lwire
     python -m latentwire_fast.encode --run runs/demo --context note.txt --question "Who?" \\
         --out question.lwire
+    python -m latentwire_fast.encode --run runs/context --context note.txt --out - | ...
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
-from latentwire_fast.cli import check_question, quiet_libraries, run_entry_point
+from latentwire_fast.cli import (
+    STANDARD,
+    Dtype,
+    check_question,
+    choose_device,
+    quiet_libraries,
+    run_entry_point,
+)
+
+if TYPE_CHECKING:  # `--help` does without torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -23,9 +37,12 @@ class EncodeArguments:
     Args:
         run: the run folder of a trained model.
         context: a UTF-8 text file.
-        out: the payload file to write.
+        out: the payload file to write, or - for standard output; the sizes and times are then
+            printed on standard error.
         question: for a model of pure mode, whose latent holds the question too.
         bits: 16, 8, 6 or 4; the model's own if not given.
+        device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
+        dtype: that the encoder computes in; float32, as it was trained, unless given.
     """
 
     run: Path
@@ -33,6 +50,8 @@ class EncodeArguments:
     out: Path
     question: str | None = None
     bits: int | None = None
+    device: str | None = None
+    dtype: Dtype | None = None
 
 
 def main() -> None:
@@ -42,29 +61,57 @@ def main() -> None:
     from latentwire_fast import wire
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.files.atomic import check_replaceable
+    from latentwire_fast.files.run_folder import RunFolder
     from latentwire_fast.files.text import read_text
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.prompts.builder import replaced_text
 
+    device = choose_device(args.device)
     text = read_text(args.context)
-    check_replaceable(args.out)
-    if args.out.exists() and args.out.samefile(args.context):
-        raise ConfigError(f"--out {args.out} is the context's own file; give another")
+    if args.out == STANDARD:
+        if sys.stdout.isatty():
+            raise ConfigError("--out - would write bytes to a terminal; pipe it, or name a file")
+    else:
+        check_replaceable(args.out)
+        if args.out.exists() and args.out.samefile(args.context):
+            raise ConfigError(f"--out {args.out} is the context's own file; give another")
     if args.question is not None:
         check_question(args.question)
     start = time.perf_counter()
-    model = Interlingua.from_pretrained(args.run / "model")
+    model = Interlingua.from_pretrained(RunFolder(args.run).model).to(device)
     loaded = time.perf_counter()
     questions = None if args.question is None else [args.question]
-    payload = model.encode_payloads([text], questions, bits=args.bits)[0]
+    with _computing_in(args.dtype, device):
+        payload = model.encode_payloads([text], questions, bits=args.bits)[0]
     encoded = time.perf_counter()
-    wire.write_payloads(args.out, [payload])
+    if args.out == STANDARD:
+        sys.stdout.buffer.write(payload)
+        sys.stdout.buffer.flush()
+    else:
+        wire.write_payloads(args.out, [payload])
+    report = sys.stderr if args.out == STANDARD else sys.stdout
     replaced = replaced_text(text, args.question or "", mode=model.mode)
     print(
         f"{args.out}: {len(payload)} bytes for {wire.utf8_bytes(replaced)} bytes of text "
-        f"({wire.brotli_bytes(replaced)} with brotli)"
+        f"({wire.brotli_bytes(replaced)} with brotli)",
+        file=report,
     )
-    print(f"load {(loaded - start) * 1e3:.0f} ms, encode {(encoded - loaded) * 1e3:.1f} ms")
+    print(
+        f"load {(loaded - start) * 1e3:.0f} ms, encode {(encoded - loaded) * 1e3:.1f} ms",
+        file=report,
+    )
+
+
+def _computing_in(
+    dtype: Dtype | None, device: torch.device
+) -> contextlib.AbstractContextManager[object]:
+    """Inside the block, matrix products are computed in this dtype; the weights, by which payloads
+    are recognised, stay as they are."""
+    import torch
+
+    if dtype is None or dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from latentwire_fast.cli import quiet_libraries, run_entry_point
+from latentwire_fast.cli import Dtype, choose_device, quiet_libraries, run_entry_point
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,16 @@ class RunArguments:
         examples: how many examples (the run's own number if not given).
         out: write metrics.json to this file only, outside the run folder; required with
             --fresh-seed.
+        device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
+        dtype: that the readers compute in; the run's own unless given.
     """
 
     run: Path
     fresh_seed: int | None = None
     examples: int | None = None
     out: Path | None = None
+    device: str | None = None
+    dtype: Dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,19 @@ def evaluate() -> None:
 
     if args.fresh_seed is not None and args.out is None:
         raise ConfigError("--fresh-seed needs --out FILE: the run's own report stays as it is")
-    metrics = evaluate_run(args.run, fresh_seed=args.fresh_seed, count=args.examples, out=args.out)
+    metrics = evaluate_run(
+        args.run,
+        fresh_seed=args.fresh_seed,
+        count=args.examples,
+        out=args.out,
+        device=None if args.device is None else choose_device(args.device),
+        dtype=args.dtype,
+    )
     from latentwire_fast.evaluation.console import summary_lines
+    from latentwire_fast.files.run_folder import RunFolder
 
     print("\n".join(summary_lines(metrics)))
-    print(f"metrics: {args.out}" if args.out else f"report: {args.run / 'eval' / 'report.html'}")
+    print(f"metrics: {args.out}" if args.out else f"report: {RunFolder(args.run).report}")
 
 
 def main() -> None:

@@ -2,12 +2,13 @@
 
     python -m latentwire_fast.generate --run runs/context --reader llama --payload note.lwire \\
         --question "Where does Nulnak live?"
+    ... | python -m latentwire_fast.generate --run runs/demo --reader llama --payload -
 """
 
 from __future__ import annotations
 
 import logging
-import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
-from latentwire_fast.cli import check_question, quiet_libraries, run_entry_point
+from latentwire_fast.cli import (
+    STANDARD,
+    Dtype,
+    check_question,
+    choose_device,
+    quiet_libraries,
+    run_entry_point,
+)
 
 if TYPE_CHECKING:  # imported for real where they are used: `--help` does without torch
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.readers.decoding import DecodeOptions
     from latentwire_fast.readers.reader import Reader
+    from latentwire_fast.serving import ReceiverOptions
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +42,8 @@ class GenerateArguments:
     Args:
         run: the run folder whose model wrote the payload.
         reader: name of a reader that the model has an adapter for.
-        payload: a file written by `latentwire_fast.encode`; each payload in it is answered.
+        payload: a file written by `latentwire_fast.encode`, or - for standard input; each payload
+            in it is answered.
         question: the question, as text in context mode; in pure mode it is in the payload
             already, and one given here is not used.
         max_new_tokens: longest answer.
@@ -42,6 +52,8 @@ class GenerateArguments:
         top_p: nucleus of that sample.
         eos_ban_steps: forbid the end of the answer for so many tokens.
         seed: of the sample.
+        device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
+        dtype: that the reader computes in; the run's own unless given.
     """
 
     run: Path
@@ -54,6 +66,8 @@ class GenerateArguments:
     top_p: float = 1.0
     eos_ban_steps: int = 0
     seed: int = 0
+    device: str | None = None
+    dtype: Dtype | None = None
 
 
 class Answer(NamedTuple):
@@ -62,7 +76,7 @@ class Answer(NamedTuple):
     text: str
     tokens: int
     payload_bytes: int
-    receive_seconds: float
+    prefill_seconds: float
     decode_seconds: float
 
 
@@ -70,13 +84,10 @@ def decode_options(args: GenerateArguments) -> DecodeOptions:
     """How to decode, from the command line.
 
     Raises:
-        ConfigError: an option, the gain included, outside its range.
+        ConfigError: an option outside its range.
     """
-    from latentwire_fast.errors import ConfigError
     from latentwire_fast.readers.decoding import DecodeOptions
 
-    if not 0 < args.prefix_gain < math.inf:
-        raise ConfigError(f"prefix_gain={args.prefix_gain}, expected above 0")
     return DecodeOptions(
         max_new_tokens=args.max_new_tokens,
         first_token_temperature=args.temperature,
@@ -86,20 +97,33 @@ def decode_options(args: GenerateArguments) -> DecodeOptions:
     )
 
 
+def receiver_options(args: GenerateArguments) -> ReceiverOptions:
+    """How to receive, from the command line.
+
+    Raises:
+        ConfigError: a gain outside its range.
+    """
+    from latentwire_fast.serving import ReceiverOptions
+
+    return ReceiverOptions(new_tokens=max(1, args.max_new_tokens), prefix_gain=args.prefix_gain)
+
+
 def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
     """The run's model, and the reader that is to answer.
 
     Raises:
-        ConfigError: no such reader, or no question where the model's latent holds none.
+        ConfigError: no such reader or device, or no question where the model's latent holds none.
         CheckpointError: no trained model, or a reader with other weights.
     """
     from latentwire_fast.config.serialization import read_run_config
     from latentwire_fast.errors import ConfigError
+    from latentwire_fast.files.run_folder import RunFolder
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.readers.reader import Reader
 
+    device = choose_device(args.device)
     config = read_run_config(args.run)
-    model = Interlingua.from_pretrained(args.run / "model")
+    model = Interlingua.from_pretrained(RunFolder(args.run).model).to(device)
     if args.reader not in config.readers:
         raise ConfigError(
             f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}"
@@ -110,48 +134,61 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
         if args.question is None:
             raise ConfigError("this model's latent holds the context only; give --question")
         check_question(args.question)
-    reader = Reader.from_config(args.reader, config.readers[args.reader])
-    model.check_reader(reader)
+    reader = Reader.from_config(args.reader, config.readers[args.reader], device, dtype=args.dtype)
     return model, reader
 
 
 def answers(
-    model: Interlingua, reader: Reader, options: DecodeOptions, args: GenerateArguments
+    model: Interlingua,
+    reader: Reader,
+    args: GenerateArguments,
+    *,
+    receiving: ReceiverOptions,
+    decoding: DecodeOptions,
 ) -> Iterator[Answer]:
-    """The answers to the payloads of a file, in their order.
+    """The answers to the payloads of a file or of standard input, in their order.
 
     Raises:
         PayloadError: a payload that is damaged, or of another model.
+        CheckpointError: the reader has other weights than the model was trained for.
     """
     import torch
 
     from latentwire_fast import wire
     from latentwire_fast.prompts.builder import Turn
+    from latentwire_fast.serving import Receiver
 
-    prompt = reader.prompts.build([Turn(args.question or "")], context="", latent=model.mode)
-    for number, payload in enumerate(wire.read_payloads(args.payload)):
+    receiver = Receiver.of(model, reader, options=receiving)
+    prompt = reader.prompts.build([Turn(args.question or "")], context=None, latent=model.mode)
+    payloads = (
+        wire.read_payload_stream(sys.stdin.buffer, name="standard input")
+        if args.payload == STANDARD
+        else wire.read_payloads(args.payload)
+    )
+    for number, payload in enumerate(payloads):
         start = time.perf_counter()
-        with torch.no_grad():
-            latent = model.decode_payloads([payload])
-            given = model.reader_inputs(reader.name, latent, gain=args.prefix_gain)
-        received = time.perf_counter()
-        ids = reader.generate([prompt], **given, options=options, numbers=[number])[0]
+        first = receiver.prefill([prompt], payloads=[payload])
+        if reader.device.type == "cuda":
+            torch.cuda.synchronize(reader.device)
+        prefilled = time.perf_counter()
+        (ids,) = first.generate(decoding, numbers=[number])
         done = time.perf_counter()
-        yield Answer(reader.decode(ids), len(ids), len(payload), received - start, done - received)
+        seconds = prefilled - start, done - prefilled
+        yield Answer(reader.decode(ids), len(ids), len(payload), *seconds)
 
 
 def main() -> None:
     """Decode the payloads and print each answer, its bytes and times."""
     args = tyro.cli(GenerateArguments, prog="latentwire_fast.generate")
     quiet_libraries()
-    options = decode_options(args)
+    decoding, receiving = decode_options(args), receiver_options(args)
     start = time.perf_counter()
     model, reader = load(args)
     print(f"load {(time.perf_counter() - start) * 1e3:.0f} ms")
-    for answer in answers(model, reader, options, args):
+    for answer in answers(model, reader, args, receiving=receiving, decoding=decoding):
         print(f"answer: {answer.text}")
         print(
-            f"{answer.payload_bytes} bytes, payload to prefix {answer.receive_seconds * 1e3:.1f} "
+            f"{answer.payload_bytes} bytes, payload to logits {answer.prefill_seconds * 1e3:.1f} "
             f"ms, {answer.tokens} tokens in {answer.decode_seconds * 1e3:.1f} ms"
         )
 

@@ -14,13 +14,20 @@ evaluates it only where that has not been done.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from latentwire_fast.cli import parse_pairs, quiet_libraries, run_entry_point
+from latentwire_fast.cli import (
+    Dtype,
+    choose_device,
+    parse_pairs,
+    quiet_libraries,
+    run_entry_point,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class TrainArguments:
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
-            hub id or testbed:NAME (llama, qwen, mistral).
+            hub id or testbed:NAME (llama, qwen).
         encoder: source of the encoder's LM; with --reader the first reader's unless given.
         data: testbed, a SQuAD-format file, a saved data set, or hub:NAME.
         base: a trained run to add the readers to: its encoder stays as it is, so that its payloads
@@ -47,6 +54,8 @@ class TrainArguments:
         no_eval: train only.
         print_config: print the configuration as JSON, and do nothing else. The command takes such a
             file in the place of a preset.
+        device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
+        dtype: of the readers; the preset's own unless given.
     """
 
     preset: Annotated[str, tyro.conf.Positional]
@@ -62,6 +71,8 @@ class TrainArguments:
     eval_examples: int | None = None
     no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    device: str | None = None
+    dtype: Dtype | None = None
 
 
 def main() -> None:
@@ -72,6 +83,8 @@ def main() -> None:
     from latentwire_fast.config.presets import load_preset
     from latentwire_fast.config.serialization import to_json
     from latentwire_fast.data.sources import heldout_examples
+    from latentwire_fast.errors import ConfigError
+    from latentwire_fast.files.run_folder import RunFolder
     from latentwire_fast.training.trainer import Trainer
 
     config = with_overrides(
@@ -85,15 +98,22 @@ def main() -> None:
         steps=args.steps,
         batch_size=args.batch_size,
         eval_examples=args.eval_examples,
+        dtype=args.dtype,
     )
     if args.print_config:
         print(json.dumps(to_json(config), indent=2))
         return
+    device = None if args.device is None else choose_device(args.device)
+    if device and device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"--device {args.device}: several processes take one device each, by their numbers; "
+            f"write {device.type}"
+        )
     # An error now, not after the training.
     heldout = [] if args.no_eval else heldout_examples(config.data)
     added = [*config.readers] if config.base else []
     run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
-    trainer = Trainer(config, run_dir, heldout=heldout)
+    trainer = Trainer(config, run_dir, heldout=heldout, device=device)
     was_finished = trainer.finished
     trainer.run()
     leads = trainer.accelerator.is_main_process
@@ -103,8 +123,8 @@ def main() -> None:
         from latentwire_fast.evaluation.pipeline import evaluate_run, stored_metrics
 
         metrics = stored_metrics(run_dir) if was_finished else None
-        print("\n".join(summary_lines(metrics or evaluate_run(run_dir))))
-        print(f"report: {run_dir / 'eval' / 'report.html'}")
+        print("\n".join(summary_lines(metrics or evaluate_run(run_dir, device=device))))
+        print(f"report: {RunFolder(run_dir).report}")
 
 
 if __name__ == "__main__":

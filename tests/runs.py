@@ -123,14 +123,15 @@ def train(config: RunConfig, run_dir: Path, *, process: int = 0) -> Trainer:
 
 def training_state(trainer: Trainer) -> dict[str, Any]:
     """Weights, optimisers, random generators and guards; `==` compares them bit by bit."""
-    tensors, options = optimizer_state(trainer.state.optimizers, trainer.state.named)
+    session, state = trainer.session, trainer.session.state
+    tensors, options = optimizer_state(state.optimizers, state.named)
     rng_tensors, rng_json = rng_state({})
     return {
-        "step": trainer.state.step,
-        "model": parameter_digest(trainer.model.trained_state().items()),
+        "step": state.step,
+        "model": parameter_digest(session.model.trained_state().items()),
         "optimizer": (parameter_digest(tensors.items()), options),
         "rng": (parameter_digest(rng_tensors.items()), rng_json),
-        "spikes": trainer.state.spikes.state,
+        "spikes": state.spikes.state,
     }
 
 

@@ -27,6 +27,7 @@ FLOORS = [
     "ops",
     "files",
     "config",
+    "schedules",
     "wire",
     "cli",
     "prompts",

@@ -156,7 +156,7 @@ def run_dir(
     config = tiny_config(llama_folder, qwen_folder, stages=stages)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        return train(config, tmp_path_factory.mktemp("runs") / "testbed").run_dir
+        return train(config, tmp_path_factory.mktemp("runs") / "testbed").folder.path
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def pure_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     config = tiny_config(llama_folder, mode="pure", stages=(StageConfig("answer", steps=1),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        return train(config, tmp_path_factory.mktemp("runs") / "pure").run_dir
+        return train(config, tmp_path_factory.mktemp("runs") / "pure").folder.path
 
 
 @pytest.mark.slow

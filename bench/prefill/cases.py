@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from bench.prefill.clock import Clock, Sample
-from bench.prefill.rows import COLD, DEEP, WARM, Row, soft_prompt
+from bench.prefill.rows import COLD, DEEP, WARM, Row
 from bench.prefill.shapes import Workload, build_encoder, rest_prompts, split_prompts, text_prompts
 from latentwire_fast import wire
 from latentwire_fast.config.schema import AttachmentConfig
 from latentwire_fast.models.encoders.lm import LMEncoder
-from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ATTACHMENTS
-from latentwire_fast.serving import Receiver
+from latentwire_fast.serving import PayloadKind, Receiver, ReceiverOptions
 from latentwire_fast.serving.input_buffer import lay_out
 
 FINGERPRINT = 1
@@ -68,11 +68,10 @@ class Bench:
         engine: str,
         clock: Clock,
         deep: bool = False,
-        adapter_config: AttachmentConfig | None = None,
     ) -> Receiver:
         """A receiver with freshly drawn adapters."""
         shape = {"latents": latents, "d_z": self.d_z}
-        config = DEEP if deep else adapter_config or self.adapter
+        config = DEEP if deep else self.adapter
         reader = self.reader
         # Without the digest of its weights, which takes longer than the rows: nobody asks for it.
         card = ReaderCard(reader.d_model, reader.embedding_rms, "", reader.kv_geometry)
@@ -84,10 +83,8 @@ class Bench:
             self.reader,
             None if deep else part,
             deep_prefix=part if deep else None,
-            fingerprint=FINGERPRINT,
-            engine=engine,  # type: ignore[arg-type]
-            mark=clock.mark,
-            **shape,
+            payload_kind=PayloadKind(**shape, fingerprint=FINGERPRINT),
+            options=ReceiverOptions(engine=engine, mark=clock.mark),  # type: ignore[arg-type]
         )
 
     def encoder(self, latents: int, workload: Workload) -> LMEncoder:
@@ -127,6 +124,12 @@ class Case:
     payload_bytes: int | None = None
 
 
+def question_prompts(bench: Bench, workload: Workload) -> list[Prompt]:
+    """A workload's questions with room for a latent."""
+    turns = [Turn(question) for question in workload.questions]
+    return bench.reader.prompts.build_many(turns, latent="context")
+
+
 def build_case(bench: Bench, row: Row, workload: Workload) -> Case:
     """Make one row runnable.
 
@@ -157,19 +160,18 @@ def _eager(row: Row) -> Row | None:
 
 def _text(bench: Bench, row: Row, workload: Workload) -> Case:
     clock = Clock(bench.device)
-    # Text needs no adapter; the receiver is there for its engine, with the smallest one.
-    smallest = soft_prompt("linear")
-    receiver = bench.receiver(latents=1, engine=row.engine, clock=clock, adapter_config=smallest)
+    options = ReceiverOptions(engine=row.engine, mark=clock.mark)  # type: ignore[arg-type]
+    receiver = Receiver.for_text(bench.reader, options=options)
     builder = bench.reader.prompts
 
     def run() -> Sample:
         clock.start()
         prompts = text_prompts(builder, workload)
         clock.mark("tokenise")
-        return _finish(clock, receiver.read(prompts).logits_BV)
+        return _finish(clock, receiver.prefill(prompts).logits_BV)
 
     def logits() -> Tensor:
-        return receiver.read(text_prompts(builder, workload)).logits_BV
+        return receiver.prefill(text_prompts(builder, workload)).logits_BV
 
     return Case(row, run, logits, _eager(row))
 
@@ -183,12 +185,12 @@ def _cached(bench: Bench, row: Row, workload: Workload) -> Case:
 
     def run() -> Sample:
         clock.start()
-        prompts = receiver.prompts(workload.questions)
+        prompts = question_prompts(bench, workload)
         clock.mark("tokenise")
-        return _finish(clock, receiver.prefill(payloads, prompts).logits_BV)
+        return _finish(clock, receiver.prefill(prompts, payloads=payloads).logits_BV)
 
     def logits() -> Tensor:
-        return receiver.prefill(payloads, receiver.prompts(workload.questions)).logits_BV
+        return receiver.prefill(question_prompts(bench, workload), payloads=payloads).logits_BV
 
     return Case(row, run, logits, _eager(row), len(payloads[0]))
 
@@ -212,14 +214,14 @@ def _encoded(bench: Bench, row: Row, workload: Workload) -> Case:
             clock.mark(COLD)
         payloads = bench.payloads(encoder(workload.contexts), bits)
         clock.mark(WARM)
-        prompts = receiver.prompts(workload.questions)
+        prompts = question_prompts(bench, workload)
         clock.mark("tokenise")
-        return _finish(clock, receiver.prefill(payloads, prompts).logits_BV)
+        return _finish(clock, receiver.prefill(prompts, payloads=payloads).logits_BV)
 
     @torch.no_grad()
     def logits() -> Tensor:
         payloads = bench.payloads(encoder(workload.contexts), bits)
-        return receiver.prefill(payloads, receiver.prompts(workload.questions)).logits_BV
+        return receiver.prefill(question_prompts(bench, workload), payloads=payloads).logits_BV
 
     size = len(bench.random_payloads(1, latents, bits)[0])
     return Case(row, run, logits, _eager(row), size)

@@ -15,6 +15,7 @@ from pathlib import Path
 from latentwire_fast.config.schema import (
     DataConfig,
     EvalConfig,
+    ObjectiveConfig,
     OptimConfig,
     ReaderConfig,
     RunConfig,
@@ -23,12 +24,29 @@ from latentwire_fast.config.schema import (
 from latentwire_fast.config.serialization import run_config_from_json
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
-from latentwire_fast.registry import ADAPTERS, ATTACHMENTS, ENCODERS, POOLERS
+from latentwire_fast.registry import (
+    ADAPTERS,
+    ATTACHMENTS,
+    ENCODERS,
+    OBJECTIVES,
+    POOLERS,
+    SCHEDULES,
+)
+
+# More threads wait for one another, and spin while they do. Milliseconds of a step of `testbed` on
+# two cores, alone and beside one busy process: one thread 688 and 784, two 596 and 1,696, two that
+# sleep while they wait 974 and 1,660. And one thread gives the same losses on any number of cores.
+TESTBED_THREADS = 1
 
 TESTBED_READERS = {
     "llama": ReaderConfig("testbed:llama"),
     "qwen": ReaderConfig("testbed:qwen"),
 }
+
+
+def weighted(**weights: float) -> tuple[ObjectiveConfig, ...]:
+    """Objectives by name with their weights, for `StageConfig.objectives`."""
+    return tuple(OBJECTIVES.config(kind, weight=weight) for kind, weight in weights.items())
 
 
 def testbed() -> RunConfig:
@@ -41,12 +59,13 @@ def testbed() -> RunConfig:
     """
     return RunConfig(
         preset="testbed",
+        threads=TESTBED_THREADS,
         mode="pure",
         readers=TESTBED_READERS,
         encoder=ENCODERS.config("lm", pooler=POOLERS.config("queries", rehearsals=2)),
         attachments=(ATTACHMENTS.config("soft", adapter=ADAPTERS.config("mlp", expansion=8)),),
         stages=(
-            StageConfig("align", steps=80, answer=0.0, embed=1.0),
+            StageConfig("align", steps=80, objectives=weighted(embed=1.0)),
             StageConfig("answer", steps=120, lr=0.5),
             StageConfig("quantized", steps=500, lr=0.5, quantize=6),
         ),
@@ -55,8 +74,7 @@ def testbed() -> RunConfig:
             muon_lr=0.02,
             adamw_lr=3e-3,
             encoder_lr=0.1,
-            warmup_steps=20,
-            decay_from=0.25,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=20, decay_from=0.25),
         ),
     )
 
@@ -72,14 +90,15 @@ def testbed_context() -> RunConfig:
     """
     return RunConfig(
         preset="testbed_context",
+        threads=TESTBED_THREADS,
         mode="context",
         readers=TESTBED_READERS,
         encoder=ENCODERS.config("lm", pooler=POOLERS.config("selected"), frozen=True),
         attachments=(ATTACHMENTS.config("deep"),),
         data=DataConfig(similar=0.5),
         stages=(
-            StageConfig("select", steps=100, answer=0.0, select=1.0, kv=1.0),
-            StageConfig("match", steps=500, answer=0.0, kv=1.0),
+            StageConfig("select", steps=100, objectives=weighted(select=1.0, kv=1.0)),
+            StageConfig("match", steps=500, objectives=weighted(kv=1.0)),
             StageConfig("answer", steps=600, lr=0.5),
             StageConfig("quantized", steps=800, lr=0.5, quantize=6),
         ),
@@ -87,8 +106,7 @@ def testbed_context() -> RunConfig:
             batch_size=24,
             muon_lr=0.02,
             adamw_lr=3e-3,
-            warmup_steps=20,
-            decay_from=0.45,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=20, decay_from=0.45),
         ),
     )
 
@@ -104,16 +122,26 @@ def testbed_smoke() -> RunConfig:
     """A few steps of everything (both pretraining tasks, KD, quantisation): does it run at all?"""
     return RunConfig(
         preset="testbed_smoke",
+        threads=TESTBED_THREADS,
         readers=TESTBED_READERS,
         encoder=ENCODERS.config("lm", latents=4, d_z=8, pooler=POOLERS.config("spans")),
         attachments=(ATTACHMENTS.config("soft", adapter=ADAPTERS.config("linear")),),
         data=DataConfig(facts=2, eval_examples=8),
         stages=(
-            StageConfig("pretrain", steps=2, answer=0.0, autoencode=0.2, continuation=0.8),
-            StageConfig("answer", steps=2, kd=0.5),
-            StageConfig("quantized", steps=2, quantize=6, answer_tokens=2),
+            StageConfig("pretrain", steps=2, objectives=weighted(autoencode=0.2, continuation=0.8)),
+            StageConfig("answer", steps=2, objectives=weighted(answer=1.0, kd=0.5)),
+            StageConfig(
+                "quantized",
+                steps=2,
+                objectives=(OBJECTIVES.config("answer", tokens=2),),
+                quantize=6,
+            ),
         ),
-        optim=OptimConfig(batch_size=4, micro_batch=2, warmup_steps=2),
+        optim=OptimConfig(
+            batch_size=4,
+            micro_batch=2,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=2),
+        ),
         log_every=1,
         save_every=2,
     )
@@ -121,7 +149,9 @@ def testbed_smoke() -> RunConfig:
 
 def squad_llama_qwen() -> RunConfig:
     """Context mode at full size: Llama-3.1-8B and Qwen2.5-7B read passages of SQuAD, which a
-    Llama-3.2-1B has put into 32 latents. For GPUs; not run here."""
+    Llama-3.2-1B has put into 32 latents. Answers are learned from the text and distilled from the
+    reader that has the whole context. For GPUs; not run here."""
+    answers = weighted(answer=1.0, kd=0.5)
     return RunConfig(
         preset="squad_llama_qwen",
         mode="context",
@@ -140,16 +170,15 @@ def squad_llama_qwen() -> RunConfig:
         attachments=(ATTACHMENTS.config("deep", width=512),),
         data=DataConfig(source="hub:squad", eval_examples=1000),
         stages=(
-            StageConfig("select", steps=1000, answer=0.0, select=1.0, kv=1.0),
-            StageConfig("match", steps=7000, answer=0.0, kv=1.0),
-            StageConfig("answer", steps=12000, lr=0.5),
-            StageConfig("quantized", steps=4000, lr=0.5, quantize=6),
+            StageConfig("select", steps=1000, objectives=weighted(select=1.0, kv=1.0)),
+            StageConfig("match", steps=7000, objectives=weighted(kv=1.0)),
+            StageConfig("answer", steps=12000, lr=0.5, objectives=answers),
+            StageConfig("quantized", steps=4000, lr=0.5, quantize=6, objectives=answers),
         ),
         optim=OptimConfig(
             muon_lr=None,
             adamw_lr=1e-4,
-            warmup_steps=500,
-            decay_from=0.05,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=500, decay_from=0.05),
             batch_size=64,
             micro_batch=8,
             mixed_precision="bf16",

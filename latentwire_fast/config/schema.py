@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,14 +16,16 @@ from latentwire_fast.registry import (
     ATTACHMENTS,
     BOTTLENECKS,
     ENCODERS,
+    OBJECTIVES,
     POOLERS,
+    SCHEDULES,
     Registry,
 )
 
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
 BITS = (16, 8, 6, 4)
-OBJECTIVES = ("answer", "autoencode", "continuation", "select", "kv", "embed", "kd")  # of a stage
+FACTS = range(1, 19)  # how many facts a passage of the testbed may hold
 
 
 def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
@@ -180,87 +183,116 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(1 <= self.facts <= 18, f"facts={self.facts}, expected 1 to 18")
+        require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
         self.at_least_one("questions_per_context", "eval_examples")
 
 
 @dataclass(frozen=True)
+class ScheduleConfig(PartSettings):
+    """How a number changes over the steps of a run or of a stage (`schedules/`)."""
+
+    registry: ClassVar[Registry] = SCHEDULES
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(PartSettings):
+    """One thing that a stage trains on (`objectives/`).
+
+    Attributes:
+        weight: its factor in the stage's loss; with 0 it is computed and reported, not trained on.
+        modes: the modes that it has a meaning in.
+        teaches_positions: whether it teaches an encoder which positions become latents.
+    """
+
+    registry: ClassVar[Registry] = OBJECTIVES
+    modes: ClassVar[tuple[Mode, ...]] = ("context", "pure")
+    teaches_positions: ClassVar[bool] = False
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.weight >= 0, f"objective {self.kind!r}: weight={self.weight}, expected at least 0"
+        )
+
+    def check(self, run: RunConfig) -> None:
+        """Raise unless the rest of a run has what this objective needs.
+
+        Raises:
+            ConfigError: it has not; the message says what is missing.
+        """
+
+
+@dataclass(frozen=True)
 class StageConfig(Settings):
-    """One training stage. Objective weights of 0 switch an objective off.
+    """One training stage.
 
     Attributes:
         steps: optimiser steps.
-        answer: weight of the answer cross-entropy, over `answer_tokens` tokens (None: all and EOS).
-        autoencode, continuation: weights of rebuilding the context, and of going on from its half.
-        select: weight of scoring the text's positions as the readers' answers attend to them
-            (cross-entropy; encoder with pooler `selected`).
-        kv: weight of a deep prefix's squared distance, relative to its size, to the keys and values
-            that the reader itself holds at those positions.
-        embed: weight of the first soft tokens' squared distance, relative to its size, to the
-            reader's own embeddings of the answer and its EOS (pure mode).
-        kd, kd_tau: weight and temperature of distillation from the text-prompted teacher.
-        facts: testbed curriculum, `((until_share, facts), ...)`.
+        objectives: what is trained on, each kind at most once.
+        facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
         lr: factor on the run's learning rates.
     """
 
     name: str
     steps: int
-    answer: float = 1.0
-    answer_tokens: int | None = None
-    autoencode: float = 0.0
-    continuation: float = 0.0
-    select: float = 0.0
-    kv: float = 0.0
-    embed: float = 0.0
-    kd: float = 0.0
-    kd_tau: float = 1.0
-    facts: tuple[tuple[float, int], ...] = ()
+    objectives: tuple[ObjectiveConfig, ...] = field(
+        default_factory=lambda: (OBJECTIVES.config("answer"),)
+    )
+    facts: ScheduleConfig | None = None
     quantize: int | None = None
     lr: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.steps >= 1, f"stage {self.name!r}: steps={self.steps}, expected at least 1")
-        weights = tuple(getattr(self, name) for name in OBJECTIVES)
+        stage = f"stage {self.name!r}"
+        require(self.steps >= 1, f"{stage}: steps={self.steps}, expected at least 1")
+        kinds = Counter(objective.kind for objective in self.objectives)
+        for kind, times in kinds.items():
+            require(times == 1, f"{stage}: {times} objectives {kind!r}, expected each once")
         require(
-            min(weights) >= 0 and max(weights) > 0,
-            f"stage {self.name!r}: objective weights {weights}, expected >= 0 and one above 0",
+            any(objective.weight for objective in self.objectives),
+            f"{stage}: no objective with a weight above 0; add one to `objectives`",
         )
-        for name in ("kd_tau", "lr"):
-            value = getattr(self, name)
-            require(value > 0, f"stage {self.name!r}: {name}={value}, expected above 0")
-        require(
-            self.answer_tokens is None or self.answer_tokens >= 1,
-            f"stage {self.name!r}: answer_tokens={self.answer_tokens}, expected at least 1",
-        )
+        require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
         require(
             self.quantize is None or self.quantize in BITS,
-            f"stage {self.name!r}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
+            f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
         )
-        for _, facts in self.facts:
-            require(1 <= facts <= 18, f"stage {self.name!r}: facts={facts}, expected 1 to 18")
+        if self.facts is not None:
+            schedule = SCHEDULES.part_of(self.facts)(self.facts)
+            for facts in {schedule.value(step, self.steps) for step in range(self.steps)}:
+                require(
+                    facts in FACTS,
+                    f"{stage}: facts={facts:g}, expected a whole number from 1 to 18",
+                )
 
 
 @dataclass(frozen=True)
 class OptimConfig(Settings):
-    """Optimiser and schedule: linear warm-up, flat, then cosine to zero from `decay_from` on.
+    """Optimiser, learning rates and batches.
 
     Attributes:
         encoder_lr: factor on both learning rates for the encoder's pretrained LM.
+        lr_schedule: factor on all learning rates over the steps of the run.
+        micro_batch: examples per forward pass; None begins with the whole batch.
+        readers: `sum` adds the losses of all readers and goes backward once. `sequential` goes
+            backward after each reader: the same gradients with one reader's activations in memory
+            at a time. `alternate` trains one reader per step, in turn.
     """
 
     muon_lr: float | None = 0.01
     encoder_lr: float = 1.0
     adamw_lr: float = 2e-3
     weight_decay: float = 0.0
-    warmup_steps: int = 100
-    decay_from: float = 0.3
+    lr_schedule: ScheduleConfig = field(default_factory=lambda: SCHEDULES.config("warmup_cosine"))
     clip: float = 1.0
     batch_size: int = 24
     micro_batch: int | None = None
-    readers: Literal["sum", "alternate"] = "sum"
+    readers: Literal["sum", "sequential", "alternate"] = "sum"
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
 
@@ -274,10 +306,7 @@ class OptimConfig(Settings):
             self.muon_lr is None or self.muon_lr > 0,
             f"muon_lr={self.muon_lr}, expected above 0, or none for AdamW alone",
         )
-        for name in ("weight_decay", "warmup_steps"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value}, expected at least 0")
-        require(0 <= self.decay_from <= 1, f"decay_from={self.decay_from}, expected in [0, 1]")
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay}, expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -355,24 +384,20 @@ class RunConfig(Settings):
             )
 
     def _check_objectives(self) -> None:
-        selects = self.encoder.selects_positions
-        learns = any(stage.select for stage in self.stages)
+        objectives = [objective for stage in self.stages for objective in stage.objectives]
+        for objective in objectives:
+            require(
+                self.mode in objective.modes,
+                f"objective {objective.kind!r} needs mode={' or '.join(map(repr, objective.modes))}"
+                f", this run has mode={self.mode!r}",
+            )
+            objective.check(self)
         require(
-            learns == (selects and self.base is None),
-            "encoder pooler 'selected' and a stage with select > 0 need each other: the positions "
-            "are learned there"
-            if self.base is None
-            else f"a stage has select > 0: the encoder of {self.base} keeps its positions",
-        )
-        require(
-            not any(stage.kv for stage in self.stages) or (selects and self.gives("deep")),
-            "a stage with kv > 0 needs encoder pooler 'selected' and an attachment 'deep'",
-        )
-        require(
-            not any(stage.embed for stage in self.stages)
-            or (self.mode == "pure" and self.gives("prefixes")),
-            "a stage with embed > 0 needs mode='pure', where a latent may hold an answer, and an "
-            "attachment 'soft'",
+            not self.encoder.selects_positions
+            or self.base is not None
+            or any(objective.teaches_positions and objective.weight for objective in objectives),
+            "encoder pooler 'selected' and an objective that teaches positions ('select') need "
+            "each other: add it to a stage",
         )
 
     def gives(self, place: str) -> bool:
@@ -384,10 +409,10 @@ class RunConfig(Settings):
         """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> tuple[StageConfig, float]:
-        """The stage of a 0-based step, and the share of that stage already done."""
+    def stage_at(self, step: int) -> tuple[StageConfig, int]:
+        """The stage of a 0-based step of the run, and how many steps of it are done by then."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage, step / stage.steps
+                return stage, step
             step -= stage.steps
-        return self.stages[-1], 1.0
+        return self.stages[-1], self.stages[-1].steps

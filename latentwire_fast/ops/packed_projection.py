@@ -16,6 +16,7 @@ from latentwire_fast.ops.projection import (
     ProjectCalibrate,
     checked,
     dense,
+    is_empty,
     projection_of,
 )
 from latentwire_fast.ops.quantization import check_packed, unpack_dequantize
@@ -38,7 +39,8 @@ def _dequantize_project_calibrate(
 ) -> Tensor:
     computes_in = torch.float64 if dtype == torch.float64 else torch.float32
     parameters = (weight, bias, norm_weight, norm_bias, gamma)
-    if not uses_triton("dequantize_project_calibrate", codes, computes_in=computes_in):
+    triton = uses_triton("dequantize_project_calibrate", codes, computes_in=computes_in)
+    if not triton or is_empty(shape, weight):
         return reference.dequantize_project_calibrate(
             *(codes, scales, bits, group_size, shape, dtype, *parameters, beta, *rest)
         )

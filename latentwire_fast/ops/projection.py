@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, KernelError
-from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register, uses_triton
+from latentwire_fast.ops.dispatch import (
+    check_float,
+    check_shape,
+    is_number,
+    one_of,
+    register,
+    uses_triton,
+)
 from latentwire_fast.ops.projection_cache import folded
 
 if TYPE_CHECKING:
@@ -26,6 +34,11 @@ SETTINGS = "float target_rms, str calibration, bool tanh"
 def dense(vector: Tensor | None) -> Tensor | None:
     """As the kernels index it."""
     return None if vector is None else vector.contiguous()
+
+
+def is_empty(shape: Sequence[int], weight: Tensor) -> bool:
+    """Whether a projection has no rows, or rows of no values: those are the reference's."""
+    return not (math.prod(shape) and weight.numel())
 
 
 def projection_of(
@@ -60,7 +73,8 @@ def _project_calibrate(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     parameters = (weight, bias, norm_weight, norm_bias, gamma)
-    if not uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)):
+    triton = uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x))
+    if not triton or is_empty(x.shape, weight):
         return reference.project_calibrate(x, *parameters, beta, *rest)
     from latentwire_fast.kernels import projection as kernels
 
@@ -84,21 +98,24 @@ def _project_calibrate_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple
     return out, x.new_empty(shape, dtype=reference.compute_dtype(x))
 
 
-def _project_calibrate_backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+def _project_calibrate_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *arguments: Any
+) -> list[Tensor]:
     needs = arguments[-1]
-    if uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)) and x.numel():
+    triton = uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x))
+    if triton and not is_empty(x.shape, weight):
         from latentwire_fast.kernels import projection_backward as kernels
 
-        *tensors, squares, target_rms, calibration, tanh, needs = arguments
+        *others, squares, target_rms, calibration, tanh, needs = arguments
         settings = (target_rms, calibration, tanh)
         grads = kernels.project_calibrate_backward(
             *(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), squares.reshape(-1)),
-            projection_of(x.shape, x.dtype, *tensors, *settings),
+            projection_of(x.shape, x.dtype, weight, *others, *settings),
             needs,
         )
         grads[0] = None if grads[0] is None else grads[0].view(x.shape)
     else:
-        grads = reference.project_calibrate_backward(grad, x, *arguments)
+        grads = reference.project_calibrate_backward(grad, x, weight, *arguments)
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 
@@ -210,9 +227,12 @@ def checked(
         on: the tensor whose device counts; shape: of the rows, `[..., M, d]`.
     """
     one_of(op, "calibration", calibration, CALIBRATIONS)
-    if calibration != "none" and not (target_rms is not None and 0 < target_rms < math.inf):
+    if calibration != "none" and not (
+        is_number(target_rms) and target_rms > 0  # type: ignore[operator]
+    ):
         raise ConfigError(
-            f"{op}: target_rms is {target_rms}; calibration {calibration!r} needs a positive number"
+            f"{op}: target_rms is {target_rms!r}; calibration {calibration!r} needs a positive "
+            "number"
         )
     check_float(op, "weight", weight, dims=2)
     if weight.dim() != 2:
@@ -234,8 +254,8 @@ def checked(
         check_shape(op, name, tensor, expected, on)
     scale = 1.0 if calibration == "none" or target_rms is None else float(target_rms)
     if not isinstance(gain, Tensor):
-        if not math.isfinite(gain):
-            raise ConfigError(f"{op}: gain is {gain}; expected a finite number")
+        if not is_number(gain):
+            raise ConfigError(f"{op}: gain is {gain!r}; expected a finite number, or a tensor")
         return scale * float(gain), None
     if gain.numel() != 1:
         raise KernelError(f"{op}: gain has shape {tuple(gain.shape)}; expected one element")

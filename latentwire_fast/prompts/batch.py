@@ -1,7 +1,7 @@
 """Ragged prompts and latent prefixes to one padded batch, for readers and LM encoders alike.
 
 Shapes: B rows, T positions, D embedding width, N scored tokens, M prefix positions; a deep prefix
-`[L, 2, B or 1, H, P, d_head]` (see `prefix.py`) stands before them all, in the cache.
+`[L, 2, B or 1, H, P, d_head]` stands before them all, in the cache (`CacheFiller` puts it there).
 """
 
 from __future__ import annotations

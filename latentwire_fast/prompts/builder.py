@@ -82,6 +82,15 @@ def replaced_text(context: str, question: str, *, mode: Mode) -> str:
     return full_text(context, question) if mode == "pure" else context
 
 
+def _user_text(question: str, context: str | None, latent: Mode | None) -> str:
+    """The text of a first turn's user part; a latent stands for the rest, in pure mode for all."""
+    if latent == "pure":
+        return ""
+    if latent == "context" or context is None:
+        return question_text(question)
+    return full_text(context, question)
+
+
 class PromptBuilder:
     """Builds prompts for one tokenizer.
 
@@ -174,6 +183,11 @@ class PromptBuilder:
             "input_ids"
         ]
 
+    def text_ids_of_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`text_ids` of each text, tokenised together."""
+        encoded = self.tokenizer([*texts], add_special_tokens=False, split_special_tokens=True)
+        return encoded["input_ids"]
+
     def text_ends(self, text: str) -> list[int]:
         """Index of the character behind each token of `text_ids(text)`."""
         spans = self.tokenizer(
@@ -186,7 +200,7 @@ class PromptBuilder:
         return self.text_ids(" " + answer)
 
     def target_ids(self, answer: str) -> list[int]:
-        """The same with EOS: what cross-entropy is taken over."""
+        """Answer ids plus EOS: the targets of the cross-entropy."""
         return [*self.answer_ids(answer), self.eos_id]
 
     def build(
@@ -197,7 +211,7 @@ class PromptBuilder:
         latent: Mode | None = None,
         user_ids: Sequence[int] | None = None,
     ) -> Prompt:
-        """Build the receiver's input.
+        """The receiver's input for one or more turns.
 
         Args:
             turns: at least one; every turn but the last needs an answer. An answer becomes targets.
@@ -206,12 +220,52 @@ class PromptBuilder:
                 keeps the question as text; `pure` puts it in the place of the whole user text.
             user_ids: replaces the first turn's user text by these ids (truncated baselines).
         """
+        if user_ids is None:
+            text = _user_text(turns[0].question, context, latent)
+            first = self.text_ids(text) if text else []
+        else:
+            first, latent = [*user_ids], None
+        rest = [self.text_ids(question_text(turn.question)) for turn in turns[1:]]
+        return self._assemble(turns, [first, *rest], latent)
+
+    def build_many(
+        self,
+        turns: Sequence[Turn],
+        *,
+        contexts: Sequence[str | None] | None = None,
+        latent: Mode | None = None,
+    ) -> list[Prompt]:
+        """One prompt of one turn for each of `turns`; equal to `build` one by one, and faster.
+
+        Their user texts are tokenised together: one by one, a batch of 32 takes milliseconds.
+
+        Args:
+            contexts: one per turn; not needed for closed book or where a latent stands for them.
+            latent: as in `build`.
+        """
+        passages = [None] * len(turns) if contexts is None else contexts
+        texts = [
+            _user_text(turn.question, passage, latent)
+            for turn, passage in zip(turns, passages, strict=True)
+        ]
+        users = self.text_ids_of_many(texts) if any(texts) else [[] for _ in texts]
+        return [
+            self._assemble([turn], [ids], latent) for turn, ids in zip(turns, users, strict=True)
+        ]
+
+    def _assemble(
+        self, turns: Sequence[Turn], users: Sequence[Sequence[int]], latent: Mode | None
+    ) -> Prompt:
+        """The template's pieces around the user ids of each turn; a latent is in the first."""
         prompt = Prompt()
         prompt.add(self._opening)
-        for i, turn in enumerate(turns):
-            if i:
+        for number, (turn, user_ids) in enumerate(zip(turns, users, strict=True)):
+            if number:
                 prompt.add(self._to_user)
-            self._add_user(prompt, turn, context if i == 0 else None, i, latent, user_ids)
+            elif latent is not None:
+                prompt.add(self.label_ids if latent == "context" else [])
+                prompt.latent_at = len(prompt.ids)
+            prompt.add(user_ids, content=True)
             prompt.add(self._to_assistant)
             prompt.add(self.anchor_ids)
             if turn.answer is not None:
@@ -237,30 +291,6 @@ class PromptBuilder:
         prompt.latent_at = len(prompt.ids)
         prompt.add(self.target_ids(target), target=True)
         return prompt
-
-    def _add_user(
-        self,
-        prompt: Prompt,
-        turn: Turn,
-        context: str | None,
-        index: int,
-        latent: Mode | None,
-        user_ids: Sequence[int] | None,
-    ) -> None:
-        if index == 0 and user_ids is not None:
-            prompt.add(user_ids, content=True)
-        elif index == 0 and latent == "pure":
-            prompt.latent_at = len(prompt.ids)
-        elif index == 0 and latent == "context":
-            prompt.add(self.label_ids)
-            prompt.latent_at = len(prompt.ids)
-            prompt.add(self.text_ids(question_text(turn.question)), content=True)
-        else:
-            text = question_text(turn.question)
-            prompt.add(
-                self.text_ids(text if context is None else context_text(context) + text),
-                content=True,
-            )
 
     def check_alignment(self, answers: Sequence[str]) -> list[str]:
         """The answers whose first token would change when tokenised together with the anchor.

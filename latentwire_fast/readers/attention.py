@@ -56,8 +56,8 @@ def causal_attention(
     asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if asked:
         raise ConfigError(
-            f"a {type(module).__name__} wants attention with {asked[0]}, which graphs and compiled "
-            "readers do not have here; use engine='eager'"
+            f"a {type(module).__name__} wants attention with {asked[0]}, and only plain causal "
+            "attention can be put in the place of a model's own"
         )
     queries, keys = query.shape[2], key.shape[2]
     causal: dict[str, Any] = {"is_causal": True}

@@ -21,7 +21,8 @@ class DecodeOptions:
         max_new_tokens: stop after so many tokens.
         first_token_temperature: above 0, the first token is sampled.
         first_token_top_p: nucleus for that sample.
-        eos_ban_steps: forbid EOS for the first steps. Forces babbling on short answers: default 0.
+        eos_ban_steps: forbid the tokens that end an answer for the first steps. Short answers go
+            on with words that mean nothing then, so the default is 0.
         seed: decides the first-token samples, together with each example's number.
     """
 
@@ -43,16 +44,21 @@ def pick_tokens(
     options: DecodeOptions,
     *,
     numbers: Sequence[int],
-    eos_id: int,
+    stop_ids: Sequence[int],
+    vocabulary: int,
 ) -> Tensor:
     """The tokens `[B]` of one decoding step from fp32 logits.
 
     Args:
         numbers: of the examples; they and the seed decide what is sampled.
+        stop_ids: the tokens that end an answer.
+        vocabulary: how many tokens there are. Output embeddings may have more rows, to fill a block
+            of memory; those stand for nothing and are never picked.
     """
+    logits_BV = logits_BV[:, :vocabulary]
     if step < options.eos_ban_steps:
         logits_BV = logits_BV.clone()
-        logits_BV[:, eos_id] = -torch.inf
+        logits_BV[:, [i for i in stop_ids if i < vocabulary]] = -torch.inf
     if step > 0 or options.first_token_temperature <= 0:
         return logits_BV.argmax(-1)
     probs = (logits_BV / options.first_token_temperature).softmax(-1)

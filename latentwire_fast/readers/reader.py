@@ -1,11 +1,13 @@
 """One frozen LLM that answers from text or from a latent prefix.
 
 Shapes: B rows, T positions, D `d_model`, V vocabulary, N scored answer tokens, M prefix positions;
-a deep prefix is `[L, 2, B or 1, H, P, d_head]` (see `prefix.py`).
+a deep prefix is `[L, 2, B or 1, H, P, d_head]`.
 
     reader = Reader.load("path/or/hub-id", name="llama")
     prompt = reader.prompts.build([Turn("Who?")], context="...", latent="context")
-    reader.generate([prompt], prefixes=[prefix_MD])
+    reader.score([prompt], prefixes=[prefix_MD])
+
+Answers are decoded by `latentwire_fast.serving.Receiver`, which takes payloads too.
 """
 
 from __future__ import annotations
@@ -21,19 +23,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from latentwire_fast.config.schema import ReaderConfig
-from latentwire_fast.errors import DataError
+from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.checks import check_logits, check_vocabulary, learns_positions
-from latentwire_fast.readers.decoding import DecodeOptions, pick_tokens
 from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
+from latentwire_fast.readers.target_scores import TargetScores
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +74,9 @@ class Reader:
         if self.pad_id is None or self.pad_id >= len(self.embedding.weight):
             self.pad_id = self.prompts.eos_id
         check_vocabulary(tokenizer, model, name=f"reader {name!r}")
-        ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
-        check_logits(model, ids, name=f"reader {name!r}")
-        self._learns_positions = learns_positions(model)
-        config = model.config.get_text_config()
-        self._max_positions: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        self._warned = False
+        self._check_logits()
+        self.learns_positions = learns_positions(model)
+        self._warned: set[str] = set()
 
     @classmethod
     def load(
@@ -114,10 +113,22 @@ class Reader:
 
     @classmethod
     def from_config(
-        cls, name: str, config: ReaderConfig, device: torch.device | str | None = None
+        cls,
+        name: str,
+        config: ReaderConfig,
+        device: torch.device | str | None = None,
+        *,
+        dtype: str | None = None,
     ) -> Reader:
-        """Load a reader as a run's configuration says."""
-        return cls.load(
+        """Load a reader as a run's configuration says.
+
+        Args:
+            dtype: to compute in, where that is not the configuration's.
+
+        Raises:
+            ConfigError: as `load` and `compute_in`.
+        """
+        reader = cls.load(
             config.source,
             name=name,
             dtype=getattr(torch, config.dtype),
@@ -127,6 +138,31 @@ class Reader:
             load_in_4bit=config.load_in_4bit,
             bos=config.bos,
         )
+        if dtype not in (None, config.dtype):
+            reader.compute_in(getattr(torch, dtype))
+        return reader
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Compute in another dtype from now on. The fingerprint stays that of the weights as they
+        were: a model that was trained for them knows this reader.
+
+        Call it before anything is read.
+
+        Raises:
+            ConfigError: quantised weights, which have a dtype of their own; or the logits overflow.
+        """
+        if getattr(self.model, "is_quantized", False):
+            raise ConfigError(
+                f"reader {self.name!r} has quantised weights, whose dtype is given when they are "
+                "loaded; leave --dtype away"
+            )
+        assert self.fingerprint  # computed now, and kept
+        self.model.to(dtype)
+        self._check_logits()
+
+    def _check_logits(self) -> None:
+        ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
+        check_logits(self.model, ids, name=f"reader {self.name!r}")
 
     def sharing_weights(self, name: str, *, bos: bool | None = None) -> Reader:
         """Another reader of the same model, which is in memory once."""
@@ -156,6 +192,28 @@ class Reader:
     def embedding(self) -> nn.Embedding:
         """The input embedding, `[V, D]`."""
         return cast(nn.Embedding, self.model.get_input_embeddings())
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every token that ends an answer: the tokenizer's EOS, and what the model's own
+        `generation_config` declares beside it (chat models often end a turn with another token).
+        """
+        declared = getattr(self.model.generation_config, "eos_token_id", None)
+        further = declared if isinstance(declared, list | tuple) else [declared]
+        return list(dict.fromkeys([self.prompts.eos_id, *(i for i in further if i is not None)]))
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many token ids there are. The output embedding may have more rows, which stand for
+        nothing."""
+        rows = int(self.head_weight.shape[0])
+        return min(rows, 1 + max(self.tokenizer.get_vocab().values()))
+
+    @property
+    def max_positions(self) -> int:
+        """How many positions the model was made for."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
     @property
     def d_model(self) -> int:
@@ -209,8 +267,8 @@ class Reader:
         cache, a deep prefix.
 
         Raises:
-            DataError: more positions than a model with a table of positions has. Others are warned
-                of, once.
+            ConfigError: prompts and prefixes do not match.
+            DataError: as `check_positions`.
         """
         batch = collate(
             prompts,
@@ -220,21 +278,31 @@ class Reader:
             deep=deep,
             side=side,
         )
-        positions = batch.deep_positions + batch.ids_BT.shape[1]
-        if positions > self._max_positions:
-            self._report_overlong(positions)
+        self.check_positions(batch.deep_positions + batch.ids_BT.shape[1])
         return batch
 
-    def _report_overlong(self, positions: int) -> None:
+    def check_positions(self, positions: int) -> None:
+        """Raise unless a prompt of so many positions, a deep prefix included, can be read.
+
+        Raises:
+            DataError: the model has a table of positions, and it is shorter. Other models compute
+                positions; that they were not made for so many is logged once.
+        """
+        if positions <= self.max_positions:
+            return
         message = (
             f"a prompt takes {positions:,} positions, reader {self.name!r} knows "
-            f"{self._max_positions:,}"
+            f"{self.max_positions:,}"
         )
-        if self._learns_positions:
+        if self.learns_positions:
             raise DataError(f"{message}; shorten the texts, or choose another reader")
-        if not self._warned:
-            self._warned = True
-            logger.warning("%s: what it says to such prompts means little", message)
+        self.warn_once("positions", f"{message}: what it says to such prompts means little")
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Log a warning, the first time that there is one on this topic."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            logger.warning("%s", message)
 
     def target_hidden(self, batch: PromptBatch) -> Tensor:
         """Last hidden states `[N, D]` at the scored positions (gradients flow to the prefixes)."""
@@ -251,79 +319,27 @@ class Reader:
         """Log-probabilities `[N, V]` at the scored positions, fp32."""
         return self.head(self.target_hidden(batch)).float().log_softmax(-1)
 
-    @torch.no_grad()
-    def generate(
+    def score(
         self,
         prompts: Sequence[Prompt],
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
-        options: DecodeOptions | None = None,
-        numbers: Sequence[int] | None = None,
-        side: PaddingSide = "left",
-    ) -> list[list[int]]:
-        """Decode with a KV cache; returns the new token ids of each row, without EOS.
+        side: PaddingSide = "right",
+    ) -> TargetScores:
+        """Log-probabilities of the prompts' answer tokens, in one teacher-forced pass; gradients
+        flow to the prefixes.
 
         Args:
-            numbers: of the examples, so that what is sampled for one does not depend on how a data
-                set is cut into batches; 0, 1, ... if not given.
+            prefixes, deep, side: as in `collate`.
+
+        Raises:
+            ConfigError, DataError: as `collate`.
         """
-        options, eos = options or DecodeOptions(), self.prompts.eos_id
-        numbers = numbers or range(len(prompts))
         batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
-        mask = batch.attention_mask()
-        lengths = batch.lengths_B
-        position = batch.deep_positions + lengths
-        inputs = {**batch.model_inputs(), "attention_mask": mask}
-        output = self.backbone(**inputs, past_key_values=self._cache(batch), use_cache=True)
-        rows = torch.arange(len(prompts), device=self.device)
-        width = batch.ids_BT.shape[1]
-        last = lengths - 1 if side == "right" else torch.full_like(lengths, width - 1)
-        logits_BV = self.head(output.last_hidden_state[rows, last]).float()
-        new_ids: list[Tensor] = []
-        done = torch.zeros_like(rows, dtype=torch.bool)
-        for step in range(options.max_new_tokens):
-            token_B = pick_tokens(logits_BV, step, options, numbers=numbers, eos_id=eos)
-            done |= token_B == eos
-            new_ids.append(torch.where(done, eos, token_B))
-            if step + 1 == options.max_new_tokens or bool(done.all()):
-                break
-            if self._learns_positions and int(position.max()) + step >= self._max_positions:
-                break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            output = self.backbone(
-                input_ids=token_B[:, None],
-                attention_mask=mask,
-                position_ids=(position + step)[:, None],
-                past_key_values=output.past_key_values,
-                use_cache=True,
-            )
-            logits_BV = self.head(output.last_hidden_state[:, -1]).float()
-        ids = torch.stack(new_ids, 1).tolist()
-        return [row[: row.index(eos)] if eos in row else row for row in ids]
-
-    @torch.no_grad()
-    def first_logits(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        prefixes: Sequence[Tensor] | Tensor | None = None,
-        deep: Tensor | None = None,
-    ) -> Tensor:
-        """Logits `[B, V]` of the first new token: a prefill, with its KV cache made and dropped."""
-        batch = self.collate(prompts, prefixes=prefixes, deep=deep, side="left")
-        inputs = batch.model_inputs()
-        if len(prompts) == 1:
-            inputs["attention_mask"] = None  # nothing is padded
-        output = self.backbone(**inputs, past_key_values=self._cache(batch), use_cache=True)
-        return self.head(output.last_hidden_state[:, -1])
-
-    def _cache(self, batch: PromptBatch) -> DynamicCache:
-        """A cache to decode with, holding the batch's deep prefix."""
-        cache = DynamicCache(config=self.model.config)
-        if batch.deep is not None:
-            self.filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
-        return cache
+        return TargetScores(
+            self.target_logprobs(batch), batch.labels_N, batch.rows_N, batch.step_N, len(prompts)
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Answer text of generated ids."""
@@ -331,10 +347,17 @@ class Reader:
 
 
 def load_readers(
-    configs: Mapping[str, ReaderConfig], device: torch.device | str | None = None
+    configs: Mapping[str, ReaderConfig],
+    device: torch.device | str | None = None,
+    *,
+    dtype: str | None = None,
 ) -> dict[str, Reader]:
     """The frozen readers of a run by name. Those of one source and the same options share one
-    model."""
+    model.
+
+    Args:
+        device, dtype: as in `Reader.from_config`.
+    """
     readers: dict[str, Reader] = {}
     loaded: dict[ReaderConfig, Reader] = {}
     for name, config in configs.items():
@@ -342,7 +365,8 @@ def load_readers(
         if options in loaded:
             readers[name] = loaded[options].sharing_weights(name, bos=config.bos)
         else:
-            readers[name] = loaded[options] = Reader.from_config(name, config, device)
+            reader = Reader.from_config(name, config, device, dtype=dtype)
+            readers[name] = loaded[options] = reader
     return readers
 
 

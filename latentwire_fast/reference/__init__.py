@@ -16,8 +16,10 @@ from latentwire_fast.reference.projection import (
     project_calibrate_backward,
 )
 from latentwire_fast.reference.quantization import (
+    LARGEST_FP16,
     code_bytes,
     fake_quantize,
+    largest_value,
     pack_codes,
     quantize,
     quantize_pack,
@@ -26,6 +28,7 @@ from latentwire_fast.reference.quantization import (
 )
 
 __all__ = [
+    "LARGEST_FP16",
     "LAYER_NORM_EPS",
     "RMS_EPS",
     "code_bytes",
@@ -34,6 +37,7 @@ __all__ = [
     "fake_quantize",
     "gradient_unit",
     "kd_kl",
+    "largest_value",
     "linear_kd_kl",
     "pack_codes",
     "project_calibrate",

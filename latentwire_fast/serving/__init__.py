@@ -1,6 +1,8 @@
-"""The prefill engine: payload bytes to a first token. `receiver.py` is where to start."""
+"""The one receiver: prompts about payloads, texts or embeddings to answers. See `receiver.py`."""
 
+from latentwire_fast.serving.options import Engine, ReceiverOptions
+from latentwire_fast.serving.payload_batch import PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
-from latentwire_fast.serving.receiver import Engine, Receiver
+from latentwire_fast.serving.receiver import Receiver
 
-__all__ = ["Engine", "Prefilled", "Receiver"]
+__all__ = ["Engine", "PayloadKind", "Prefilled", "Receiver", "ReceiverOptions"]

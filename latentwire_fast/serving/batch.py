@@ -1,11 +1,13 @@
-"""One batch of a prefill: prompts, and the payloads that they are about."""
+"""One batch of a prefill: prompts, and what stands in the place of their latents."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latentwire_fast.serving.input_buffer import Fields, Layout
 from latentwire_fast.serving.payload_batch import Parcel
@@ -31,10 +33,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts with their payloads, or without: then they are text."""
+    """Prompts laid out for a reader.
+
+    Attributes:
+        layout: the prompts.
+        parcel: the payloads that they are about, or None.
+        embeddings: ready soft tokens `[M_i, D]` of each prompt, or None. Neither: text.
+    """
 
     layout: Layout
-    parcel: Parcel | None
+    parcel: Parcel | None = None
+    embeddings: Sequence[Tensor] | None = None
 
     @property
     def header(self) -> Header | None:
@@ -55,26 +64,27 @@ class Batch:
         """Dtypes and shapes of `values`."""
         shape = self.layout.ids_BT.shape
         fields: Fields = {"ids": (torch.int64, shape), "last": (torch.int64, shape[:1])}
-        if self.parcel is None:
-            return fields
-        return {**fields, "source": (torch.int64, shape), **self.parcel.fields}
+        if self.parcel is not None or self.embeddings is not None:
+            fields = {**fields, "source": (torch.int64, shape)}
+        return fields if self.parcel is None else {**fields, **self.parcel.fields}
 
     def values(self) -> dict[str, np.ndarray]:
-        """Everything that the device needs.
+        """Everything that the device needs, but for `embeddings`.
 
-        `ids` and `last`: token ids `[B, T]`, and where each prompt ends. With payloads also
-        `source` `[B, T]`: which of their soft tokens, counted over all of them, stands there, or
-        -1; and their `codes` and `scales`.
+        `ids` and `last`: token ids `[B, T]`, and where each prompt ends. With soft tokens also
+        `source` `[B, T]`: which of them, counted over all rows, stands there, or -1. With payloads
+        their `codes` and `scales`.
         """
         layout = self.layout
         values = {"ids": layout.ids_BT, "last": layout.lengths_B - 1}
-        if self.parcel is None:
+        if self.parcel is None and self.embeddings is None:
             return values
-        slots_BT = layout.slots_BT
-        per_payload = slots_BT.max() + 1
-        rows_B1 = np.arange(len(slots_BT))[:, None] if len(self.parcel.payloads) > 1 else 0
-        source_BT = np.where(slots_BT < 0, -1, slots_BT + per_payload * rows_B1)
-        return {**values, "source": source_BT, **self.parcel.values()}
+        before_B = np.cumsum(layout.soft_B) - layout.soft_B
+        if self.parcel is not None and len(self.parcel.payloads) == 1:
+            before_B = np.zeros_like(before_B)  # all rows read the same ones
+        source_BT = np.where(layout.slots_BT < 0, -1, layout.slots_BT + before_B[:, None])
+        values |= {"source": source_BT}
+        return values if self.parcel is None else {**values, **self.parcel.values()}
 
     def verify(self) -> None:
         """Check the values of the payloads.

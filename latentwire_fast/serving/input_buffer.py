@@ -28,11 +28,13 @@ class Layout:
         ids_BT: token ids; the pad id where a soft token will stand, and behind the prompt.
         slots_BT: number of the soft token that stands there; -1 where a token id does.
         lengths_B: real positions of each row.
+        soft_B: how many of them soft tokens take.
     """
 
     ids_BT: np.ndarray
     slots_BT: np.ndarray
     lengths_B: np.ndarray
+    soft_B: np.ndarray
 
     @property
     def width(self) -> int:
@@ -43,18 +45,18 @@ class Layout:
 def lay_out(
     prompts: Sequence[Prompt],
     *,
-    soft_tokens: int | None,
+    soft_tokens: int | Sequence[int] | None,
     pad_id: int,
     multiple: int = 1,
     most: int | None = None,
 ) -> Layout:
     """Lay prompts out for a prefill.
 
-    `batching.collate` does this for training too, id by id, which takes longer than the prefill of
-    a long prompt on a GPU; prompts of one latent are three slices.
+    `prompts.batch.collate` does this for training too, id by id, which takes longer than the
+    prefill of a long prompt on a GPU; prompts of one latent are three slices.
 
     Args:
-        soft_tokens: M for prompts with a latent; None for text prompts.
+        soft_tokens: M for prompts with a latent, of all or of each; None for text prompts.
         multiple: T is rounded up to a multiple of this.
         most: but not above this, unless a prompt is longer.
 
@@ -65,9 +67,9 @@ def lay_out(
     if not prompts:
         raise ConfigError("no prompts to read; give at least one")
     for i, prompt in enumerate(prompts):
-        _check(prompt, i, soft_tokens=soft_tokens)
-    soft = soft_tokens or 0
-    lengths = np.array([len(prompt.ids) + soft for prompt in prompts])
+        _check(prompt, i, is_text=soft_tokens is None)
+    soft_B = np.broadcast_to(np.array(soft_tokens or 0, np.int64), len(prompts))
+    lengths = np.array([len(prompt.ids) for prompt in prompts]) + soft_B
     if not lengths.all():
         raise ConfigError(f"prompt {int(lengths.argmin())} is empty; it needs at least one token")
     longest = int(lengths.max())
@@ -76,21 +78,25 @@ def lay_out(
         width = max(longest, min(width, most))
     ids_BT = np.full((len(prompts), width), pad_id, np.int64)
     slots_BT = np.full_like(ids_BT, -1)
-    for ids_T, slots_T, prompt in zip(ids_BT, slots_BT, prompts, strict=True):
+    for ids_T, slots_T, prompt, soft in zip(ids_BT, slots_BT, prompts, soft_B, strict=True):
         start, ids = prompt.latent_at or 0, prompt.ids
         ids_T[:start] = ids[:start]
         ids_T[start + soft : len(ids) + soft] = ids[start:]
         slots_T[start : start + soft] = range(soft)
-    return Layout(ids_BT, slots_BT, lengths)
+    return Layout(ids_BT, slots_BT, lengths, soft_B)
 
 
-def _check(prompt: Prompt, number: int, *, soft_tokens: int | None) -> None:
+def _check(prompt: Prompt, number: int, *, is_text: bool) -> None:
     at = prompt.latent_at
-    if (at is None) != (soft_tokens is None):
+    if is_text and at is not None:
         raise ConfigError(
-            f"prompt {number} was built "
-            + ("with `latent=`, but" if soft_tokens is None else "as text, and ")
-            + (" no payload is given" if soft_tokens is None else "cannot take the payload in")
+            f"prompt {number} was built with `latent=`, but nothing is given to stand there; give "
+            "its payload, or build it as text"
+        )
+    if not is_text and at is None:
+        raise ConfigError(
+            f"prompt {number} was built as text, and has no place for a latent; build it with "
+            "`latent=`"
         )
     if at is not None and not 0 <= at <= len(prompt.ids):
         raise ConfigError(

@@ -1,12 +1,13 @@
 """What a prefill leaves: the first token's logits, and a cache to decode from.
 
-Shapes: B rows, T columns of the padded prompts, P deep positions before them, V vocabulary.
+Shapes: B rows, T columns of the padded prompts, P deep positions before them, N columns of the
+cache, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.readers.decoding import DecodeOptions, pick_tokens
+from latentwire_fast.readers.decoding_cache import move_right, without_limit
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.graphs import CapturedPass, set_length
 
@@ -24,11 +27,14 @@ class Prefilled:
 
     Attributes:
         logits_BV: of the first new token.
-        positions: P + T, how many positions the cache holds. Those of a row end earlier where its
-            prompt is shorter than the longest; `generate` masks the rest out.
+        positions: P + T, how many columns the cache holds. Where a prompt is shorter than the
+            longest, some of its columns are padding, which `generate` masks out: at the row's end
+            in a graph's static cache, otherwise at its start (see `move_right`).
 
     Args:
-        capacity: positions that may be held, new tokens included.
+        cache: of the padded prompts and what is before them, padding at the end of each row.
+        lengths_B: real positions of each row, the deep ones included.
+        positions: see above.
         captured: the graph that made it, if one did, and that owns the cache.
     """
 
@@ -39,20 +45,20 @@ class Prefilled:
         *,
         cache: Cache,
         lengths_B: np.ndarray,
-        width: int,
-        deep_positions: int,
-        capacity: int,
+        positions: int,
         captured: CapturedPass | None,
     ) -> None:
         self.logits_BV = logits_BV
-        self.positions = deep_positions + width
+        self.positions = positions
         self._reader = reader
         self._cache = cache
         self._lengths_B = lengths_B
-        self._deep_positions = deep_positions
-        self._capacity = capacity
         self._captured = captured
         self._serial = captured.serial if captured else 0
+        self._padded_right = isinstance(cache, StaticCache)
+        padding_B = positions - lengths_B
+        if not self._padded_right and padding_B.any():
+            move_right(cast(DynamicCache, cache), padding_B.tolist())
 
     @property
     def cache(self) -> Cache:
@@ -75,44 +81,132 @@ class Prefilled:
         return self._cache
 
     @torch.no_grad()
-    def generate(self, max_new_tokens: int) -> list[list[int]]:
-        """Decode greedily. Returns the new token ids of each row, up to its EOS and without it.
+    def generate(
+        self, options: DecodeOptions | None = None, *, numbers: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Decode. Returns the new token ids of each row, up to what ends its answer and without it.
+
+        A row also ends where the reader's table of positions does, if it has one.
+
+        Args:
+            options: greedy with their defaults.
+            numbers: of the examples, so that what is sampled for one does not depend on how a data
+                set is cut into batches; 0, 1, ... if not given.
 
         Raises:
-            ConfigError: so many tokens do not fit the cache, or see `cache`.
+            ConfigError: see `cache`; or not one number for each row.
         """
-        reader, cache = self._reader, self.cache
-        last = self.positions + max_new_tokens - 1  # the last token is not fed back
-        if max_new_tokens < 1 or last > self._capacity:
-            raise ConfigError(
-                f"max_new_tokens={max_new_tokens} after {self.positions} positions do not fit the "
-                f"{self._capacity} of this prefill; make the receiver with a larger `new_tokens`"
-            )
-        is_static = isinstance(cache, StaticCache)
-        columns = self._capacity if is_static else last
-        starts_B = torch.from_numpy(self._lengths_B).to(reader.device) + self._deep_positions
-        mask_BN = (torch.arange(columns, device=reader.device) < starts_B[:, None]).long()
-        logits_BV = self.logits_BV
+        reader, options = self._reader, options or DecodeOptions()
+        rows = len(self._lengths_B)
+        numbers = range(rows) if numbers is None else numbers
+        if len(numbers) != rows:
+            raise ConfigError(f"{len(numbers)} numbers for {rows} prompts; give one for each")
+        feed = _Decoder(
+            reader,
+            self._roomy_cache(options.max_new_tokens - 1),  # the last token is not fed back
+            lengths_B=self._lengths_B,
+            columns=self.positions,
+            padded_right=self._padded_right,
+        )
+        stops, logits_BV = reader.stop_ids, self.logits_BV
+        stop_ids = torch.tensor(stops, device=logits_BV.device)
+        done_B = torch.zeros(rows, dtype=torch.bool, device=logits_BV.device)
         new_ids: list[Tensor] = []
-        done_B = torch.zeros(len(starts_B), dtype=torch.bool, device=logits_BV.device)
-        for step in range(max_new_tokens):
-            token_B = logits_BV.float().argmax(-1)
-            done_B |= token_B == reader.prompts.eos_id
-            new_ids.append(token_B)
-            if step + 1 == max_new_tokens or bool(done_B.all()):
+        for step in range(options.max_new_tokens):
+            token_B = pick_tokens(
+                logits_BV.float(),
+                step,
+                options,
+                numbers=numbers,
+                stop_ids=stops,
+                vocabulary=reader.vocabulary,
+            )
+            done_B |= torch.isin(token_B, stop_ids)
+            new_ids.append(torch.where(done_B, stop_ids[0], token_B))
+            if step + 1 == options.max_new_tokens:
                 break
-            end = self.positions + step + 1
-            mask_BN[:, end - 1] = 1
-            hidden_B1D = reader.backbone(
-                input_ids=token_B[:, None].to(reader.device),
-                attention_mask=mask_BN if is_static else mask_BN[:, :end],
-                position_ids=(starts_B + step)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            logits_BV = reader.head(hidden_B1D[:, -1])
-        return _until(torch.stack(new_ids, 1).tolist(), eos=reader.prompts.eos_id)
+            if reader.learns_positions:
+                done_B |= self._beyond_table(step, done_B)
+            if bool(done_B.all()):
+                break
+            logits_BV = feed(token_B, step)
+        return _until(torch.stack(new_ids, 1).tolist(), stop=stops[0])
+
+    def _roomy_cache(self, new_tokens: int) -> Cache:
+        """`cache`, or one that grows where a static one has no room for so many tokens."""
+        cache = self.cache
+        if isinstance(cache, StaticCache) and self.positions + new_tokens > _capacity(cache):
+            return without_limit(cache, self.positions)
+        return cache
+
+    def _beyond_table(self, step: int, done_B: Tensor) -> Tensor:
+        """Which rows `[B]` cannot take the token of this step in; the first time, it is said."""
+        reader = self._reader
+        beyond = torch.from_numpy(self._lengths_B + step >= reader.max_positions)
+        beyond_B = beyond.to(done_B.device)
+        if bool((beyond_B & ~done_B).any()):
+            reader.warn_once(
+                "answers",
+                f"an answer was cut: reader {reader.name!r} has a table of "
+                f"{reader.max_positions:,} positions, and prompt and answer fill it; shorten the "
+                "prompt, or choose another reader",
+            )
+        return beyond_B
 
 
-def _until(rows: Sequence[list[int]], *, eos: int) -> list[list[int]]:
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+class _Decoder:
+    """Reads one token more of each row, with everything before it in the cache.
+
+    Args:
+        lengths_B: real positions of each row before the first new token.
+        columns: of the cache, padding included.
+        padded_right: whether padding stands at the end of those columns, or at their start.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        cache: Cache,
+        *,
+        lengths_B: np.ndarray,
+        columns: int,
+        padded_right: bool,
+    ) -> None:
+        self._reader, self._cache, self._columns = reader, cache, columns
+        self._lengths_B = torch.from_numpy(lengths_B).to(reader.device)
+        self._static = isinstance(cache, StaticCache)
+        column_1N = torch.arange(columns, device=reader.device)[None]
+        length_B1 = self._lengths_B[:, None]
+        mask_BN = (
+            column_1N < length_B1 if padded_right else column_1N >= columns - length_B1
+        ).long()
+        if isinstance(cache, StaticCache):  # all of its columns need an entry
+            mask_BN = torch.nn.functional.pad(mask_BN, (0, _capacity(cache) - columns))
+        self._mask_BN = mask_BN
+
+    def __call__(self, token_B: Tensor, step: int) -> Tensor:
+        """Logits `[B, V]` of the token after this one, which is number `step` of its answer."""
+        reader, end = self._reader, self._columns + step
+        if self._static:
+            self._mask_BN[:, end] = 1
+        else:
+            self._mask_BN = torch.nn.functional.pad(self._mask_BN, (0, 1), value=1)
+        position_B = self._lengths_B + step
+        if reader.learns_positions:  # rows that are done go on reading, to no effect
+            position_B = position_B.clamp(max=reader.max_positions - 1)
+        hidden_B1D = reader.backbone(
+            input_ids=token_B[:, None].to(reader.device),
+            attention_mask=self._mask_BN,
+            position_ids=position_B[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        return reader.head(hidden_B1D[:, -1])
+
+
+def _until(rows: Sequence[list[int]], *, stop: int) -> list[list[int]]:
+    return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def _capacity(cache: StaticCache) -> int:
+    return cast(int, cast(Any, cache.layers[0]).max_cache_len)

@@ -7,6 +7,7 @@ key/value heads, P deep positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +20,44 @@ from latentwire_fast.wire.payload import dequantize
 
 
 class TrainedParts:
-    """What was trained for one reader.
+    """What was trained for one reader, in that reader's dtype.
 
     Args:
-        adapter, deep_prefix: see `Receiver`.
+        adapter, deep_prefix: see `Receiver`. Of another dtype than the reader's, they are copied.
+        gain: see `ReceiverOptions.prefix_gain`.
 
     Raises:
         ConfigError: neither; one of them elsewhere than the reader's embeddings.
     """
 
     def __init__(
-        self, adapter: nn.Module | None, deep_prefix: nn.Module | None, *, reader: Reader
+        self,
+        adapter: nn.Module | None,
+        deep_prefix: nn.Module | None,
+        *,
+        reader: Reader,
+        gain: float = 1.0,
     ) -> None:
-        self.adapter, self.deep_prefix = adapter, deep_prefix
         parts = [part for part in (adapter, deep_prefix) if part is not None]
         weights = [weight for part in parts for weight in part.parameters()]
         if not weights:
-            raise ConfigError("a receiver needs an adapter, a deep prefix, or both")
+            raise ConfigError("a receiver of payloads needs an adapter, a deep prefix, or both")
         devices = {weight.device for weight in weights} - {reader.device}
         if devices:
             raise ConfigError(
                 f"the adapter is on {devices.pop()}, the reader's embeddings on "
                 f"{reader.device}; move the adapter there"
             )
-        self._dtype = weights[0].dtype
+        self._dtype = reader.embedding.weight.dtype
+        self._gain = gain
+        self.adapter = _in_dtype(adapter, self._dtype)
+        self.deep_prefix = _in_dtype(deep_prefix, self._dtype)
         # Nothing but the adapter wants the latent, and that takes the codes as they are.
         self._reads_codes = (
-            deep_prefix is None and isinstance(adapter, Attachment) and adapter.reads_codes
+            gain == 1.0
+            and deep_prefix is None
+            and isinstance(adapter, Attachment)
+            and adapter.reads_codes
         )
 
     def __call__(
@@ -69,14 +81,25 @@ class TrainedParts:
             return soft_RMD, None
         latent_RMd = dequantize(inputs["codes"], inputs["scales"], header).to(self._dtype)
         mark("dequantise")
-        soft = None if self.adapter is None else self.adapter(latent_RMd)
-        deep = None if self.deep_prefix is None else self.deep_prefix(latent_RMd)
+        soft, deep = (
+            None if part is None else part(latent_RMd, gain=self._gain)
+            for part in (self.adapter, self.deep_prefix)
+        )
         mark("adapter")
         return soft, deep
 
 
-def put_soft(embeds_BTD: Tensor, soft_RMD: Tensor, source_BT: Tensor) -> Tensor:
+def _in_dtype(part: nn.Module | None, dtype: torch.dtype) -> nn.Module | None:
+    """The module itself, or a copy of it where its weights are of another dtype."""
+    if part is None or all(weight.dtype == dtype for weight in part.parameters()):
+        return part
+    return deepcopy(part).to(dtype).requires_grad_(False)
+
+
+def put_soft(embeds_BTD: Tensor, soft_ND: Tensor, source_BT: Tensor) -> Tensor:
     """Embeddings with soft tokens in the places where `source_BT` has their number, not -1."""
-    soft_ND = soft_RMD.to(embeds_BTD.dtype).flatten(0, 1)
+    if not len(soft_ND):
+        return embeds_BTD
+    soft_ND = soft_ND.to(embeds_BTD.dtype)
     picked_ND = soft_ND.index_select(0, source_BT.clamp(min=0).flatten())
     return torch.where(source_BT[..., None] < 0, embeds_BTD, picked_ND.view_as(embeds_BTD))

@@ -1,12 +1,13 @@
-"""Payload bytes to a first token: what a reader does with a latent, and no more.
+"""The one way to read prompts and answer them: text, payloads, or embeddings.
 
     receiver = Receiver.of(model, reader)
-    first = receiver.prefill([payload], [receiver.prompt("Where does Nulnak live?")])
-    first.logits_BV, first.generate(32)
+    prompts = reader.prompts.build_many([Turn("Where does Nulnak live?")], latent=model.mode)
+    receiver.generate(prompts, payloads=[payload])
 
 On the CPU, and where a reader's layers are on several devices, a prefill runs op by op. On a CUDA
 device it is one graph from the payload's codes to the logits, captured once for each shape of batch
-(`graphs.py`). Both give what `Reader.generate` gives. `docs/prefill.md` has the timings.
+(`graphs.py`). What cannot be captured is read op by op as well, with the same result: `engine` says
+which it is, `reason` why. `docs/prefill.md` has the timings.
 
 Shapes: B rows, T columns of the padded prompts, R payloads (1 or B), M latents, d latent width, D
 `d_model`, V vocabulary; L layers, H key/value heads, P deep positions.
@@ -14,231 +15,194 @@ Shapes: B rows, T columns of the padded prompts, R payloads (1 or B), M latents,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
-from typing import Any, Literal
+import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
-from latentwire_fast.config.schema import Mode
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.prompts.builder import Prompt, Turn, question_text
-from latentwire_fast.readers.attention import causal_mask, mask_free
-from latentwire_fast.readers.kv_cache import layer_devices
-from latentwire_fast.readers.kv_placement import plan
+from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.serving.batch import Batch
-from latentwire_fast.serving.graphs import CapturedPass, GraphMemory, PassCache, write_through
-from latentwire_fast.serving.input_buffer import InputBuffer, Layout, lay_out
+from latentwire_fast.serving.engines import choose_engine
+from latentwire_fast.serving.forward_pass import ForwardPass
+from latentwire_fast.serving.graphs import CapturedPass, GraphMemory, PassCache
+from latentwire_fast.serving.input_buffer import lay_out
+from latentwire_fast.serving.options import Engine, ReceiverOptions
 from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
-from latentwire_fast.serving.prefixes import TrainedParts, put_soft
-from latentwire_fast.wire import Header
+from latentwire_fast.serving.prefixes import TrainedParts
 
-Engine = Literal["auto", "eager", "compile", "graph"]
-Mark = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 # A graph serves prompts of up to so many different lengths: on average half of it is padding.
 WIDTH_STEP = 8
 
 
-def unmarked(_phase: str) -> None:
-    """The `mark` of a receiver that nobody times."""
-
-
 class Receiver:
-    """Turns payloads into first tokens of one reader.
+    """Reads prompts with one reader.
 
     Args:
         reader: on a device, frozen.
-        adapter: latent `[R, M, d]` to soft tokens `[R, M, D]`; None with a deep prefix only.
+        adapter: latent `[R, M, d]` to soft tokens `[R, M, D]`; None with a deep prefix only, and
+            for text.
+        payload_kind: of the payloads that the adapter was trained for; None for text.
         deep_prefix: latent to keys and values `[L, 2, R, H, P, d_head]`, P = M; None without one.
-        latents, d_z, fingerprint: of the payloads that these were trained for.
-        mode: what the latent stands for, see `PromptBuilder.build`.
-        engine: `auto` is `graph` where all of the reader is on one CUDA device, else `eager`;
-            `compile` is `torch.compile` of the backbone, which raises where it would be compiled
-            more often than torch allows.
-        new_tokens: how many tokens a cache made by a graph has room for behind the prompt.
-        max_graphs: how many shapes of batch are kept captured.
-        mark: called with the name of each phase when it has been queued: `parse`, `dequantise`
-            (where it is not part of the adapter, see `TrainedParts`), `adapter`, `placement`,
-            `reader`.
+        options: see `ReceiverOptions`.
+
+    Attributes:
+        engine: what reads: `eager`, `compile` or `graph`.
+        reason: why it is that one.
+        passes: the graphs that were captured.
 
     Raises:
-        ConfigError: neither adapter nor deep prefix; parts on different devices; a reader that
-            cannot be captured, whose layers are where nothing can be placed, or one with a layer
-            that does not attend to all positions.
+        ConfigError: neither adapter nor deep prefix, but payloads; parts on different devices; a
+            reader that keeps something else than keys and values, whose layers are where nothing
+            can be placed, or that cannot be read with the engine asked for.
     """
 
     def __init__(
         self,
         reader: Reader,
-        adapter: nn.Module | None,
+        adapter: nn.Module | None = None,
         *,
-        latents: int,
-        d_z: int,
-        fingerprint: int,
+        payload_kind: PayloadKind | None = None,
         deep_prefix: nn.Module | None = None,
-        mode: Mode = "context",
-        engine: Engine = "auto",
-        new_tokens: int = 32,
-        max_graphs: int = 8,
-        mark: Mark = unmarked,
+        options: ReceiverOptions | None = None,
     ) -> None:
-        self.reader, self.mode = reader, mode
-        self._kind = PayloadKind(latents, d_z, fingerprint)
-        self._soft_tokens = latents if adapter is not None else 0
-        self._deep_positions = latents if deep_prefix is not None else 0
-        self._new_tokens = new_tokens
-        self._mark = mark
-        self._config = reader.model.config.get_text_config(decoder=True)
-        self._check_layers()
-        self.engine = self._choose(engine)
-        self._parts = TrainedParts(adapter, deep_prefix, reader=reader)
-        self._backbone: Callable[..., Any] = reader.backbone
-        if self.engine == "compile":
-            # One compilation for all lengths of a batch; one for each takes a minute of a reader.
-            self._backbone = torch.compile(reader.backbone, dynamic=True)
+        self.reader = reader
+        self.options = options = options or ReceiverOptions()
+        self._kind = payload_kind
+        self.engine: Engine
+        self.engine, self.reason = choose_engine(options.engine, reader)
+        parts = None
+        if payload_kind is not None:
+            parts = TrainedParts(adapter, deep_prefix, reader=reader, gain=options.prefix_gain)
+        self._pass = ForwardPass(
+            reader, parts, compiled=self.engine == "compile", mark=options.mark
+        )
         if self.engine == "graph":
             self._memory = GraphMemory(reader.device)
-        self.passes = PassCache(max_graphs)
+        self.passes = PassCache(options.max_graphs)
 
     @classmethod
-    def of(cls, model: Interlingua, reader: Reader, **options: Any) -> Receiver:
-        """A receiver for what `model` encodes.
+    def of(
+        cls, model: Interlingua, reader: Reader, *, options: ReceiverOptions | None = None
+    ) -> Receiver:
+        """A receiver for what `model` encodes, and for text.
 
         Raises:
             ConfigError, CheckpointError: `model` was not trained for this reader.
         """
         model.check_reader(reader)
+        encoder = model.encoder_config
         return cls(
             reader,
             model.attachment(reader.name, "prefixes"),
             deep_prefix=model.attachment(reader.name, "deep"),
-            latents=model.encoder_config.latents,
-            d_z=model.encoder_config.d_z,
-            fingerprint=model.fingerprint,
-            mode=model.mode,
-            **options,
+            payload_kind=PayloadKind(encoder.latents, encoder.d_z, model.fingerprint),
+            options=options,
         )
 
-    def prompt(self, question: str = "") -> Prompt:
-        """The reader's template with room for a latent, and in context mode the question."""
-        return self.reader.prompts.build([Turn(question)], context="", latent=self.mode)
-
-    def prompts(self, questions: Sequence[str]) -> list[Prompt]:
-        """`prompt` of each question. They are tokenised together: one by one, a batch of 32 takes
-        milliseconds."""
-        builder = self.reader.prompts
-        before = [] if self.mode == "pure" else self._before_latent
-        after: list[list[int]] = [[] for _ in questions]
-        if self.mode == "context":
-            texts = [question_text(question) for question in questions]
-            encoded = builder.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-            after = encoded["input_ids"]
-        prompts = []
-        for ids in after:
-            prompt = builder.build([Turn("")], context=None, user_ids=[*before, *ids])
-            prompt.latent_at = builder.content_start + len(before)
-            prompt.content = len(ids)
-            prompts.append(prompt)
-        return prompts
-
-    @cached_property
-    def _before_latent(self) -> list[int]:
-        """What announces the context in context mode."""
-        return self.reader.prompts.label_ids
+    @classmethod
+    def for_text(cls, reader: Reader, *, options: ReceiverOptions | None = None) -> Receiver:
+        """A receiver of text and of embeddings, which needs no trained model."""
+        return cls(reader, options=options)
 
     @torch.no_grad()
-    def prefill(self, payloads: Sequence[bytes], prompts: Sequence[Prompt]) -> Prefilled:
-        """Read payloads with their prompts.
+    def prefill(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        payloads: Sequence[bytes] | None = None,
+        embeddings: Sequence[Tensor] | None = None,
+    ) -> Prefilled:
+        """Read prompts up to the first token's logits.
 
         Args:
+            prompts: without their answers. Built with `latent=` where payloads or embeddings are
+                given, as text where neither is.
             payloads: one per prompt, or one that all prompts ask about; all of one bit width.
-            prompts: built with `latent=`, as by `prompt`.
+            embeddings: ready soft tokens `[M_i, D]` per prompt, in their place. They are always
+                read op by op, and without a deep prefix.
 
         Raises:
             PayloadError: bytes that are no payload, or not one that this receiver was made for.
-            ConfigError: counts that do not match, prompts without room for a latent, more positions
-                than the reader has.
+            ConfigError: counts that do not match, prompts of the other kind, tokens that the
+                reader has not.
+            DataError: more positions than the reader's table has.
         """
-        parcel = self._kind.open(payloads)
-        if len(payloads) not in (1, len(prompts)):
-            raise ConfigError(
-                f"{len(payloads)} payloads for {len(prompts)} prompts; give one for each, or one "
-                "for all of them"
-            )
-        return self._run(prompts, parcel)
-
-    @torch.no_grad()
-    def read(self, prompts: Sequence[Prompt]) -> Prefilled:
-        """Read text prompts with the same engine: what latents are compared with.
-
-        Raises:
-            ConfigError: prompts with room for a latent, more positions than the reader has.
-        """
-        return self._run(prompts, None)
+        batch = self._batch(prompts, payloads, embeddings)
+        if self.engine == "graph" and embeddings is None:
+            return self._replay(batch)
+        return self._read(batch)
 
     def generate(
-        self, payloads: Sequence[bytes], prompts: Sequence[Prompt], *, max_new_tokens: int = 32
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        payloads: Sequence[bytes] | None = None,
+        embeddings: Sequence[Tensor] | None = None,
+        options: DecodeOptions | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Prefill and decode greedily; the new token ids of each row, without EOS."""
-        return self.prefill(payloads, prompts).generate(max_new_tokens)
+        """New token ids of each prompt: `prefill`, then `Prefilled.generate`. Theirs are the
+        arguments and errors."""
+        first = self.prefill(prompts, payloads=payloads, embeddings=embeddings)
+        return first.generate(options, numbers=numbers)
 
-    # --- checks -----------------------------------------------------------------------------------
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        payloads: Sequence[bytes] | None = None,
+        embeddings: Sequence[Tensor] | None = None,
+    ) -> TargetScores:
+        """Log-probabilities of the answers that the prompts end in, in one teacher-forced pass.
 
-    def _choose(self, engine: Engine) -> Engine:
-        devices = {group.device for group in plan(layer_devices(self.reader.model))}
-        devices.add(str(self.reader.device))
-        on_one_gpu = len(devices) == 1 and self.reader.device.type == "cuda"
-        if engine == "graph" and not on_one_gpu:
-            raise ConfigError(
-                f"a graph needs all of reader {self.reader.name!r} on one CUDA device; it is on "
-                f"{sorted(devices)}: use engine='eager'"
-            )
-        return ("graph" if on_one_gpu else "eager") if engine == "auto" else engine
+        Arguments and errors as of `prefill`; it always runs op by op.
+        """
+        batch = self._batch(prompts, payloads, embeddings)
+        if batch.parcel is None:
+            return self.reader.score(prompts, prefixes=batch.embeddings)
+        soft_RMD, deep_L2RHPd = self._pass.prefixes(batch)
+        if soft_RMD is None:
+            soft_RMD = self.reader.embedding.weight.new_zeros(1, 0, self.reader.d_model)
+        soft_BMD = soft_RMD.expand(len(prompts), -1, -1)
+        return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd)
 
-    def _check_layers(self) -> None:
-        for number, layer in enumerate(DynamicCache(config=self.reader.model.config).layers):
-            if type(layer) is not DynamicLayer:
-                # Its window would count the padding behind a shorter prompt.
-                raise ConfigError(
-                    f"layer {number} of reader {self.reader.name!r} keeps its past in a "
-                    f"{type(layer).__name__}; a receiver takes full attention in every layer: use "
-                    "`Reader.generate`"
-                )
+    # --- what is read -----------------------------------------------------------------------------
 
-    @property
-    def _position_limit(self) -> int | None:
-        """Padding stays within it too: a learned table of positions has no more rows."""
-        return getattr(self._config, "max_position_embeddings", None)
-
-    def _capacity(self, layout: Layout, deep: int) -> int:
-        """Positions that a cache for this batch may hold."""
-        limit = self._position_limit
-        longest = int(layout.lengths_B.max())
-        if limit is not None and deep + longest + self._new_tokens > limit:
-            raise ConfigError(
-                f"{deep} deep positions, a prompt of {longest} and {self._new_tokens} new tokens "
-                f"exceed the {limit} positions of reader {self.reader.name!r}; shorten the prompt "
-                "or ask for fewer tokens"
-            )
-        return deep + layout.width + self._new_tokens
-
-    # --- the pass ---------------------------------------------------------------------------------
-
-    def _run(self, prompts: Sequence[Prompt], parcel: Parcel | None) -> Prefilled:
-        deep = 0 if parcel is None else self._deep_positions
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        payloads: Sequence[bytes] | None,
+        embeddings: Sequence[Tensor] | None,
+    ) -> Batch:
+        """Everything checked that can be without the values of the payloads."""
+        parcel = self._open(payloads, len(prompts), with_embeddings=embeddings is not None)
+        if embeddings is not None:
+            self._check_embeddings(embeddings, len(prompts))
+        soft: int | list[int] | None = None
+        if parcel is not None:
+            soft = self._pass.soft_tokens(parcel)
+        elif embeddings is not None:
+            soft = [len(embedding) for embedding in embeddings]
+        deep = self._pass.deep_positions(parcel)
+        # Padding has positions too: a table of them has no more rows.
+        most = self.reader.max_positions - deep if self.reader.learns_positions else None
         layout = lay_out(
             prompts,
-            soft_tokens=None if parcel is None else self._soft_tokens,
+            soft_tokens=soft,
             pad_id=self.reader.pad_id,
-            multiple=1 if self.engine == "eager" else WIDTH_STEP,
-            most=None if self._position_limit is None else self._position_limit - deep,
+            multiple=1 if self.engine == "eager" or embeddings is not None else WIDTH_STEP,
+            most=most,
         )
         largest, vocabulary = int(layout.ids_BT.max()), self.reader.embedding.num_embeddings
         if largest >= vocabulary:  # on a GPU the error would come too late to say where from
@@ -246,104 +210,88 @@ class Receiver:
                 f"a prompt has token {largest}, and reader {self.reader.name!r} knows {vocabulary} "
                 "of them; build it with that reader's `prompts`"
             )
-        capacity = self._capacity(layout, deep)
-        batch = Batch(layout, parcel)
-        outcome = partial(
-            Prefilled,
-            self.reader,
-            lengths_B=layout.lengths_B,
-            width=layout.width,
-            deep_positions=deep,
-            capacity=capacity,
-        )
-        if self.engine == "graph":
-            with torch.cuda.device(self.reader.device):
-                captured = self.passes.get(
-                    batch.shape, lambda: self._capture(batch, deep=deep, capacity=capacity)
-                )
-                captured.fill(batch.values())
-                self._mark("parse")
-                logits_BV = captured.replay()
-                batch.verify()  # while the GPU works; nothing is handed out before
-            return outcome(logits_BV, cache=captured.cache, captured=captured)
-        batch.verify()
-        inputs = InputBuffer(batch.fields, device=self.reader.device)
-        inputs.fill(batch.values())
-        self._mark("parse")
-        cache = DynamicCache(config=self.reader.model.config)
-        logits_BV = self._forward(inputs.tensors, batch.header, target=cache, cache=lambda: cache)
-        return outcome(logits_BV, cache=cache, captured=None)
+        self.reader.check_positions(deep + int(layout.lengths_B.max()))
+        return Batch(layout, parcel, embeddings)
 
-    def _forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        header: Header | None,
-        *,
-        target: Cache,
-        cache: Callable[[], Cache],
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Logits `[B, V]` of the next token.
-
-        Args:
-            target: takes the deep prefix; cache: makes what the reader then works with.
-            attention_mask: only where transformers cannot make its own.
-        """
-        ids_BT = inputs["ids"]
-        embeds_BTD = self.reader.embedding(ids_BT)
-        first = 0
-        if header is not None:
-            soft_RMD, deep_L2RHPd = self._parts(inputs, header, mark=self._mark)
-            if soft_RMD is not None:
-                embeds_BTD = put_soft(embeds_BTD, soft_RMD, inputs["source"])
-            if deep_L2RHPd is not None:
-                first = deep_L2RHPd.shape[4]
-                self.reader.filler.fill(target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT))
-            self._mark("placement")
-        positions_1T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
-        hidden_BTD = self._call_backbone(
-            inputs_embeds=embeds_BTD,
-            attention_mask=attention_mask,
-            position_ids=positions_1T,
-            past_key_values=cache(),
-            use_cache=True,
-        )
-        last_B = inputs["last"].to(hidden_BTD.device)
-        rows = torch.arange(len(last_B), device=hidden_BTD.device)
-        logits_BV = self.reader.head(hidden_BTD[rows, last_B])
-        self._mark("reader")
-        return logits_BV
-
-    def _call_backbone(self, **arguments: Any) -> Tensor:
-        if self.engine != "compile":
-            return self._backbone(**arguments).last_hidden_state
-        if self._deep_positions:
-            self.reader.filler.wait()  # its hooks are not for compiled code
-        # By default, what would be compiled once too often runs uncompiled, and nobody knows.
-        strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-        with strict, mask_free(self.reader.model):
-            return self._backbone(**arguments).last_hidden_state
-
-    def _capture(self, batch: Batch, *, deep: int, capacity: int) -> CapturedPass:
-        model = self.reader.model
-        rows, width = batch.layout.ids_BT.shape
-        static = StaticCache(config=model.config, max_cache_len=capacity)
-        if not deep:  # otherwise the filler sets it up, as one block
-            geometry = self.reader.kv_geometry
-            static.early_initialization(
-                rows, geometry.heads, geometry.head_width, model.dtype, self.reader.device
+    def _open(
+        self, payloads: Sequence[bytes] | None, prompts: int, *, with_embeddings: bool
+    ) -> Parcel | None:
+        if payloads is None:
+            return None
+        if with_embeddings:
+            raise ConfigError("both payloads and embeddings are given; give one of them")
+        if self._kind is None:
+            raise ConfigError(
+                f"this receiver of reader {self.reader.name!r} reads text only; make one with "
+                "`Receiver.of(model, reader)` for payloads"
             )
-        with mask_free(model) as needs_no_mask:
-            embeddings = self.reader.embedding.weight
-            forward = partial(
-                self._forward,
-                header=batch.header,
-                target=static,
-                cache=lambda: write_through(static, length=deep),
-                attention_mask=None
-                if needs_no_mask
-                else causal_mask(
-                    width, deep + width, dtype=embeddings.dtype, device=embeddings.device
+        parcel = self._kind.open(payloads)
+        if len(payloads) not in (1, prompts):
+            raise ConfigError(
+                f"{len(payloads)} payloads for {prompts} prompts; give one for each, or one for "
+                "all of them"
+            )
+        return parcel
+
+    def _check_embeddings(self, embeddings: Sequence[Tensor], prompts: int) -> None:
+        if len(embeddings) != prompts:
+            raise ConfigError(
+                f"{len(embeddings)} embeddings for {prompts} prompts; give one for each"
+            )
+        for number, embedding in enumerate(embeddings):
+            if embedding.dim() != 2 or embedding.shape[1] != self.reader.d_model:
+                raise ConfigError(
+                    f"embedding {number} is {list(embedding.shape)}, and reader "
+                    f"{self.reader.name!r} takes [M, {self.reader.d_model}]"
+                )
+
+    # --- engines ----------------------------------------------------------------------------------
+
+    def _read(self, batch: Batch) -> Prefilled:
+        logits_BV, cache = self._pass.run(batch)
+        return self._outcome(batch, logits_BV, cache=cache, captured=None)
+
+    def _replay(self, batch: Batch) -> Prefilled:
+        with torch.cuda.device(self.reader.device):
+            captured = self._captured(batch)
+            if captured is None:
+                return self._read(batch)
+            captured.fill(batch.values())
+            self.options.mark("parse")
+            logits_BV = captured.replay()
+            batch.verify()  # while the GPU works; nothing is handed out before
+        return self._outcome(batch, logits_BV, cache=captured.cache, captured=captured)
+
+    def _captured(self, batch: Batch) -> CapturedPass | None:
+        """The graph for a batch; None where the engine was left to the receiver, and it fails."""
+        options = self.options
+        try:
+            return self.passes.get(
+                batch.shape,
+                lambda: self._pass.capture(
+                    batch, new_tokens=options.new_tokens, memory=self._memory
                 ),
             )
-            return CapturedPass(forward, batch, cache=static, memory=self._memory)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a capture fails in all kinds of ways
+            if options.engine != "auto":
+                raise
+            self.engine, self.reason = "eager", f"a capture failed: {error}"
+            logger.warning(
+                "reader %r is read op by op from now on: %s", self.reader.name, self.reason
+            )
+            return None
+
+    def _outcome(
+        self, batch: Batch, logits_BV: Tensor, *, cache: Cache, captured: CapturedPass | None
+    ) -> Prefilled:
+        deep = self._pass.deep_positions(batch.parcel)
+        return Prefilled(
+            self.reader,
+            logits_BV,
+            cache=cache,
+            lengths_B=batch.layout.lengths_B + deep,
+            positions=deep + batch.layout.width,
+            captured=captured,
+        )

@@ -24,6 +24,7 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.metrics import exact_match, f1
 from latentwire_fast.prompts.builder import Turn, full_text
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import Receiver
 from latentwire_fast.testbed.recipes import RECIPES
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 from latentwire_fast.testbed.training import ReaderTraining
@@ -38,6 +39,7 @@ def score_reader(folder: Path, *, examples: int = 500, budget: int = 12) -> dict
     """Text EM and F1 of a built reader on held-out prompts, and F1 on prompts cut to `budget`
     tokens."""
     reader = Reader.load(folder, name="reader")
+    receiver = Receiver.for_text(reader)
     held_out = testbed.make_examples(examples, seed=99)
     scores: dict[str, float] = {}
     for method in ("text", "token_budget"):
@@ -49,7 +51,8 @@ def score_reader(folder: Path, *, examples: int = 500, budget: int = 12) -> dict
             prompts.append(reader.prompts.build([turn], context=example.context, user_ids=ids))
         answers = []
         for start in range(0, examples, 50):
-            answers += [reader.decode(ids) for ids in reader.generate(prompts[start : start + 50])]
+            ids_of = receiver.generate(prompts[start : start + 50])
+            answers += [reader.decode(ids) for ids in ids_of]
         pairs = list(zip(answers, held_out, strict=True))
         scores[f"{method}_em"] = sum(exact_match(a, e.answers) for a, e in pairs) / examples
         scores[f"{method}_f1"] = sum(f1(a, e.answers) for a, e in pairs) / examples

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from latentwire_fast.errors import PayloadError
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.wire.header import HEADER_BYTES, check_frame, located, read_header
+
+_PIECE = 1 << 20  # bytes
 
 
 def write_payloads(path: Path, payloads: Iterable[bytes]) -> int:
@@ -32,7 +34,7 @@ def write_payloads(path: Path, payloads: Iterable[bytes]) -> int:
 
 
 def read_payloads(path: Path) -> Iterator[bytes]:
-    """The payloads of a file in order; their headers, lengths and CRCs are checked.
+    """The payloads of a file or a pipe in order; their headers, lengths and CRCs are checked.
 
     A file that was cut exactly between two payloads cannot be told from a shorter one.
 
@@ -45,16 +47,33 @@ def read_payloads(path: Path) -> Iterator[bytes]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise PayloadError(f"{path}: {error.strerror}; give the path of a payload file") from None
     with file:
-        size = os.fstat(file.fileno()).st_size
-        if not size:
-            raise PayloadError(f"{path}: is empty; a payload file holds at least one payload")
-        index = offset = 0
-        while offset < size:
-            with located(f"{path}: payload {index} at byte {offset}"):
-                head = file.read(HEADER_BYTES)
-                # Never more than the file holds, whatever the header claims.
-                rest = min(read_header(head).body_bytes, size - offset - HEADER_BYTES)
-                payload = head + file.read(rest)
-                check_frame(payload)
-            yield payload
-            index, offset = index + 1, offset + len(payload)
+        yield from read_payload_stream(file, name=str(path))
+
+
+def read_payload_stream(stream: BinaryIO, *, name: str) -> Iterator[bytes]:
+    """The payloads of an open stream, such as standard input; otherwise like `read_payloads`.
+
+    Args:
+        name: what messages call it.
+    """
+    index = offset = 0
+    while head := _read(stream, HEADER_BYTES):
+        with located(f"{name}: payload {index} at byte {offset}"):
+            payload = head + _read(stream, read_header(head).body_bytes)
+            check_frame(payload)
+        yield payload
+        index, offset = index + 1, offset + len(payload)
+    if not index:
+        raise PayloadError(f"{name}: is empty; a payload file holds at least one payload")
+
+
+def _read(stream: BinaryIO, size: int) -> bytes:
+    """The next `size` bytes, or what is left of them. Memory grows with what is there, whatever a
+    header claims."""
+    content = bytearray()
+    while len(content) < size:
+        piece = stream.read(min(size - len(content), _PIECE))
+        if not piece:
+            break
+        content += piece
+    return bytes(content)

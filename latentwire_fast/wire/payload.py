@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentwire_fast import ops
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.reference import largest_value
 from latentwire_fast.wire.header import HEADER_BYTES, Header, check_frame, located, seal
 
 # As signed words: negative fp16 numbers are negative words, NaN is above infinity.
@@ -33,7 +34,8 @@ def pack(latent_MD: Tensor, *, bits: int, group_size: int, fingerprint: int = 0)
 
     Raises:
         PayloadError: not a `[M, d_z]` tensor of floats with M and d_z from 1 to 65,535; NaN or
-            Inf; at 16 bits, a value beyond fp16; bits, group size or fingerprint out of range.
+            Inf; a value beyond what the bits can carry (65504 at 16 bits; 65504 times the largest
+            code, 127, 31 or 7, at 8, 6 or 4 bits); bits, group size or fingerprint out of range.
     """
     _require_latent(latent_MD, dims="[M, d_z]")
     return _pack(latent_MD.unsqueeze(0), bits, group_size, fingerprint)[0]
@@ -79,6 +81,11 @@ def _pack(latent_BMD: Tensor, bits: int, group_size: int, fingerprint: int) -> l
         half_BMD = single_BMD.half() + 0.0  # one byte string per value: -0.0 becomes 0.0
         _require_finite(half_BMD, latent_BMD, "rescale it below 65504, or take 8 bits")
         return [seal(header, body) for body in _rows(half_BMD)]
+    largest = largest_value(bits)
+    within_BMD = single_BMD.masked_fill(single_BMD.abs() > largest, torch.inf)
+    _require_finite(
+        within_BMD, latent_BMD, f"rescale it to at most {largest:.0f}, the largest at {bits} bits"
+    )
     codes_Bc, scales_BG = _quantize_twice(single_BMD, header)
     return [
         seal(header, codes + scales)
@@ -198,7 +205,9 @@ def _decode(
     unwritten = (words_BG >= _FP16_INFINITY) | (words_BG < 0)
     _refuse(unwritten, "the scale of group {} is NaN, infinite or has its sign set")
     latent_BMD = dequantize(codes_Bc, scales_BG, header)
-    again_Bc, again_BG = _quantize(latent_BMD, header)
+    # Clamped, since codes out of range under the largest scale stand for what cannot be quantised.
+    largest = largest_value(header.bits)
+    again_Bc, again_BG = _quantize(latent_BMD.clamp(-largest, largest), header)
     _refuse(again_BG != scales_BG, "the scale of group {} is not the one its codes ask for")
     _refuse(again_Bc != codes_Bc, "code byte {} is out of range or has padding set")
     return latent_BMD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore::RuntimeWarning"
 NAMES = ("weight", "bias", "norm_weight", "norm_bias", "gamma", "beta", "gain")
 # (shape of x, D, tanh) of every way through the kernels, over rows and columns that fill no tile.
 WAYS = {
-    "gram": ((3, 67, 20), 137, False),
+    "gram": ((2, 67, 20), 137, False),
     "gram, an example a program": ((3, 7, 70), 40, False),
-    "tiles, multiplied out": ((3, 50, 20), 137, True),
+    "tiles, multiplied out": ((2, 67, 20), 137, True),
     "tiles, stored": ((2, 5, 300), 40, True),
     "tiles, stored, linear": ((2, 5, 520), 24, False),
 }
@@ -33,10 +34,15 @@ DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16
 # of them is there once.
 SIZES = [(1, 3584, 32), (17, 4096, 48), (2048, 8192, 256)]
 if INTERPRETED:
-    SIZES = [(n, w, d) for n, w in ((1, 136), (17, 136), (17, 3584)) for d in (32, 48, 256)]
-# A payload's bits and group size: likewise.
-CODES = [(bits, group) for bits in ops.BITS for group in ops.GROUP_SIZES]
-CODES = CODES if INTERPRETED else list(zip(ops.BITS, ops.GROUP_SIZES, strict=True))
+    SIZES = [(n, 136, d) for n in (1, 17) for d in (32, 48, 256)] + [(17, 3584, 48)]
+# Payloads (shape of the latent, bits, group size): groups that end inside rows, short last groups.
+# Every code once, the other shapes with three codes that hold each width and each group size.
+CODES = list(zip(ops.CODE_BITS, ops.GROUP_SIZES, strict=True))
+PAYLOADS = [(s, *code) for s in ((2, 1, 5, 7), (5, 48), (0, 3, 8)) for code in CODES]
+PAYLOADS += [
+    ((3, 7, 20), bits, group)
+    for bits, group in (product(ops.CODE_BITS, ops.GROUP_SIZES) if INTERPRETED else CODES)
+]
 
 
 def inputs(shape: tuple[int, ...], width: int) -> list[Tensor]:
@@ -162,13 +168,37 @@ def test_extreme_rows(dtype: torch.dtype, normed: bool, tanh: bool) -> None:
         torch.testing.assert_close(row, expected, rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (2, 0, 8)])
-def test_few_rows(shape: tuple[int, ...]) -> None:
-    tensors = inputs(shape, 24)
-    found = ours(torch.float32, tensors)
-    for f, e in zip(found, truth(tensors), strict=True):
-        assert f.shape == e.shape
-        assert worst(f, e) <= 1e-4
+# (shape of x, D): a row, no rows, no examples, examples of no rows, rows of no values, no outputs.
+FEW = [((1, 8), 24), ((0, 8), 24), ((0, 3, 8), 24), ((2, 0, 8), 24), ((2, 3, 0), 24), ((2, 8), 0)]
+
+
+@pytest.mark.parametrize("calibration", ops.CALIBRATIONS)
+@pytest.mark.parametrize(("shape", "width"), FEW)
+def test_few_rows_and_none(shape: tuple[int, ...], width: int, calibration: str) -> None:
+    """Values and gradients, NaN where the reference has NaN (the mean square of nothing)."""
+    tensors = inputs((*shape[:-1], max(shape[-1], 1)), width)
+    if not shape[-1]:
+        tensors = [t[..., :0] if i in (0, 1, 3, 4) else t for i, t in enumerate(tensors)]
+    for tanh in (False, True):
+        settings = {"calibration": calibration, "tanh": tanh}
+        found = ours(torch.float32, tensors, **settings)
+        for f, e in zip(found, truth(tensors, **settings), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("calibration", ops.CALIBRATIONS)
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
+def test_an_empty_payload_to_prefix(shape: tuple[int, ...], calibration: str) -> None:
+    arguments = packed(shape, 4, 32)
+    weight, bias = torch.ones(5, shape[-1], device=DEVICE), torch.ones(5, device=DEVICE)
+    settings: dict[str, Any] = {"weight": weight, "bias": bias, "calibration": calibration}
+    results = []
+    for backend in ("triton", "reference"):
+        with ops.backend(backend):
+            results.append(
+                ops.dequantize_project_calibrate(**arguments, **settings, target_rms=1.0)
+            )
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("tanh", [False, True])
@@ -222,10 +252,9 @@ def packed(shape: tuple[int, ...], bits: int, group: int) -> dict[str, Any]:
     return {**code, "bits": bits, "group_size": group}
 
 
-@pytest.mark.parametrize(("bits", "group"), CODES)
-@pytest.mark.parametrize("shape", [(3, 7, 20), (2, 3, 5, 7), (5, 48), (0, 3, 8)])
-def test_payload_to_prefix(bits: int, group: int, shape: tuple[int, ...]) -> None:
-    """The same as unpacking first; groups that end inside rows, short last groups."""
+@pytest.mark.parametrize(("shape", "bits", "group"), PAYLOADS)
+def test_payload_to_prefix(shape: tuple[int, ...], bits: int, group: int) -> None:
+    """The same as unpacking first."""
     arguments = packed(shape, bits, group)
     _, *tensors = (t.to(DEVICE) for t in inputs(shape, 24))
     parameters = dict(zip(NAMES, tensors, strict=True))
@@ -263,7 +292,7 @@ def test_a_payload_is_not_unpacked_into_memory(
 
 
 class Counted:
-    """`kernels.adapter.fold`, counted."""
+    """`kernels.projection.fold`, counted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from latentwire_fast.kernels import projection

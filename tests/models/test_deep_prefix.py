@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import runs
+from latentwire_fast import wire
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.evaluation.methods import unanswered
+from latentwire_fast.evaluation.methods.base import unanswered
 from latentwire_fast.models.attachments.deep import DeepPrefix
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.batch import PaddingSide
@@ -25,6 +26,7 @@ from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import PayloadKind, Receiver
 from readers import tiny_interlingua
 from runs import changed, records, tiny_config, train
 
@@ -127,18 +129,29 @@ def test_a_texts_own_keys_and_values_replay_it(
     torch.testing.assert_close(reader.target_logprobs(batch), plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_generation_replays_too(reader: Reader, examples: list[Example], side: PaddingSide) -> None:
+class Replay(nn.Module):
+    """A deep prefix that is the same whatever the payloads say."""
+
+    def __init__(self, deep: Tensor) -> None:
+        super().__init__()
+        self.deep = nn.Parameter(deep, requires_grad=False)
+
+    def forward(self, _latent: Tensor, *, gain: float) -> Tensor:
+        assert gain == 1.0
+        return self.deep
+
+
+def test_generation_replays_too(reader: Reader, examples: list[Example]) -> None:
     prompts = [unanswered(p) for p in answered(reader, examples[::3])]
     deep, rest = replayed(reader, prompts)
     options = DecodeOptions(max_new_tokens=8)
-    given = {"prefixes": nothing(reader, rest), "deep": deep}
-    assert reader.generate(rest, **given, options=options, side=side) == reader.generate(
-        prompts, options=options, side=side
-    )
-    torch.testing.assert_close(
-        reader.first_logits(rest, **given), reader.first_logits(prompts), rtol=1e-4, atol=1e-4
-    )
+    kind = PayloadKind(latents=P, d_z=D_Z, fingerprint=0)
+    receiver = Receiver(reader, deep_prefix=Replay(deep), payload_kind=kind)
+    payloads = wire.pack_batch(torch.zeros(len(rest), P, D_Z), bits=8, group_size=16)
+    found = receiver.prefill(rest, payloads=payloads)
+    expected = Receiver.for_text(reader).prefill(prompts)
+    assert found.generate(options) == expected.generate(options)
+    torch.testing.assert_close(found.logits_BV, expected.logits_BV, rtol=1e-4, atol=1e-4)
 
 
 def test_one_prefix_serves_a_whole_batch(reader: Reader, examples: list[Example]) -> None:
@@ -240,7 +253,7 @@ def test_training_reaches_a_deep_prefix(config: RunConfig, tmp_path: Path) -> No
     trainer = train(config, tmp_path / "run")
     lines = records(tmp_path / "run")
     assert len(lines) == config.total_steps
-    for name in trainer.readers:
+    for name in trainer.session.readers:
         assert all(line["grad_norms"][name] > 0 for line in lines)
         assert {"keys", "values"} <= lines[-1]["rms"][name].keys()
 

@@ -21,6 +21,7 @@ from latentwire_fast.readers.checks import check_vocabulary, learns_positions
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.registry import ENCODERS, POOLERS
+from latentwire_fast.serving import Receiver
 from latentwire_fast.training.builders import build_model
 from readers import tiny_model
 from runs import changed, tiny_config
@@ -127,7 +128,7 @@ def test_an_answer_ends_where_the_table_does(
     model = gpt2(llama_tokenizer, positions=limit)
     reader = Reader(model, llama_tokenizer, name="gpt")
     options = DecodeOptions(max_new_tokens=9, eos_ban_steps=9)
-    (ids,) = reader.generate([prompt], options=options)
+    (ids,) = Receiver.for_text(reader).generate([prompt], options=options)
     assert len(ids) == 4, "three are read again, and one is said after the last of them"
 
 

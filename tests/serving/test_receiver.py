@@ -1,14 +1,13 @@
-"""The prefill engine gives what transformers gives, token by token, or refuses."""
+"""The receiver gives what transformers gives, token by token, or refuses."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,30 +15,29 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     StaticCache,
 )
 
 from latentwire_fast import ops, wire
-from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
-from latentwire_fast.models.encoders.base import build_encoder
+from latentwire_fast.errors import CheckpointError, ConfigError, DataError, PayloadError
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers import attention
-from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.registry import BOTTLENECKS, ENCODERS
-from latentwire_fast.serving import Prefilled, Receiver, receiver
+from latentwire_fast.serving import (
+    PayloadKind,
+    Prefilled,
+    Receiver,
+    ReceiverOptions,
+)
 from latentwire_fast.serving.graphs import PassCache, set_length, write_through
 from latentwire_fast.serving.input_buffer import InputBuffer, lay_out
 from readers import tiny_model
-from runs import deep, soft
+from receiving import D_Z, LATENTS, asking, at_most, gpt2_reader, make_model, random_payloads
 
-LATENTS, D_Z, NEW = 4, 8, 32
+NEW = 32
 CONTEXTS = ["Nulnak lives in Bakrim.", "Fosvun has a red lamp and is 94.", "Selpon is a baker."]
 QUESTIONS = ["Where does Nulnak live?", "What?", "What is the job of Selpon, if any?"]
 PREFIXES = ["soft", "deep", "both"]
@@ -48,36 +46,6 @@ needs_flash = pytest.mark.skipif(
     reason="flash_attention_2 needs the package flash-attn and a CUDA device",
 )
 ATTENTION = ["eager", "sdpa", pytest.param("flash_attention_2", marks=needs_flash)]
-
-
-def make_model(
-    reader: Reader,
-    prefix: Any = "soft",
-    mode: Literal["context", "pure"] = "context",
-    kind: str = "mlp",
-    **options: Any,
-) -> Interlingua:
-    """An untrained model whose prefixes are far from one another.
-
-    Args:
-        kind, options: of the adapter of soft tokens.
-    """
-    encoder = ENCODERS.config("byte", latents=LATENTS, d_z=D_Z, width=16, layers=1, heads=2)
-    options |= {"expansion": 2} if kind == "mlp" else {}
-    parts = {"soft": soft(kind, **options), "deep": deep(width=16, expansion=2)}
-    torch.manual_seed(3)
-    model = Interlingua(
-        build_encoder(encoder, {}),
-        {reader.name: ReaderCard.of(reader)},
-        bottleneck=BOTTLENECKS.config("uniform", bits=6, group_size=16),
-        attachments=list(parts.values()) if prefix == "both" else [parts[prefix]],
-        mode=mode,
-    )
-    return model.eval()
-
-
-def random_payloads(model: Interlingua, rows: int = 3, bits: int = 6) -> list[bytes]:
-    return model.payloads(torch.randn(rows, LATENTS, D_Z), bits=bits)
 
 
 @torch.no_grad()
@@ -119,44 +87,7 @@ def assert_plain(
     logits = torch.stack([row for row, _ in expected])
     largest = float(logits.abs().max())
     torch.testing.assert_close(first.logits_BV, logits, rtol=1e-5, atol=1e-5 * largest)
-    assert first.generate(NEW) == [ids for _, ids in expected]
-
-
-# --- a graph's path without a GPU -----------------------------------------------------------------
-
-
-class UncapturedPass:
-    """A `CapturedPass` that runs its forward again instead of replaying it."""
-
-    def __init__(self, forward: Callable[..., Tensor], batch: Any, *, cache: Any, memory: Any):
-        self.cache, self.serial = cache, 0
-        self._forward = forward
-        self._inputs = InputBuffer(batch.fields, device=torch.device("cpu"))
-        self._inputs.fill(batch.values())
-        forward(self._inputs.tensors)
-
-    def fill(self, values: dict[str, np.ndarray]) -> None:
-        self._inputs.fill(values)
-
-    def replay(self) -> Tensor:
-        self.serial += 1
-        return self._forward(self._inputs.tensors)
-
-
-@pytest.fixture
-def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Receivers take the graph's path, with its buffers and its static cache, on the CPU."""
-    monkeypatch.setattr(receiver, "CapturedPass", UncapturedPass)
-    monkeypatch.setattr(receiver, "GraphMemory", lambda device: None)
-    monkeypatch.setattr(Receiver, "_choose", lambda self, engine: "graph")
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-
-
-@pytest.fixture(params=["eager", "graph"])
-def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "graph":
-        request.getfixturevalue("uncaptured")
-    return request.param
+    assert first.generate(at_most(NEW)) == [ids for _, ids in expected]
 
 
 @pytest.fixture(params=ATTENTION)
@@ -176,8 +107,8 @@ def attending(
 def test_logits_and_32_tokens_are_those_of_transformers(attending: Reader, prefix: str) -> None:
     model = make_model(attending, prefix)
     receiver = Receiver.of(model, attending)
-    payloads, prompts = random_payloads(model), receiver.prompts(QUESTIONS)
-    assert_plain(receiver.prefill(payloads, prompts), model, payloads, prompts)
+    payloads, prompts = random_payloads(model), asking(attending, QUESTIONS)
+    assert_plain(receiver.prefill(prompts, payloads=payloads), model, payloads, prompts)
 
 
 @pytest.mark.usefixtures("engine")
@@ -185,8 +116,8 @@ def test_logits_and_32_tokens_are_those_of_transformers(attending: Reader, prefi
 def test_one_payload_answers_all_prompts(reader: Reader, prefix: str) -> None:
     model = make_model(reader, prefix)
     receiver = Receiver.of(model, reader)
-    payloads, prompts = random_payloads(model, 1), receiver.prompts(QUESTIONS)
-    assert_plain(receiver.prefill(payloads, prompts), model, payloads * 3, prompts)
+    payloads, prompts = random_payloads(model, 1), asking(reader, QUESTIONS)
+    assert_plain(receiver.prefill(prompts, payloads=payloads), model, payloads * 3, prompts)
 
 
 @pytest.mark.usefixtures("engine")
@@ -194,8 +125,8 @@ def test_one_payload_answers_all_prompts(reader: Reader, prefix: str) -> None:
 def test_every_precision_and_a_batch_of_one(reader: Reader, bits: int) -> None:
     model = make_model(reader)
     receiver = Receiver.of(model, reader)
-    payloads, prompts = random_payloads(model, 1, bits), receiver.prompts(QUESTIONS[:1])
-    assert_plain(receiver.prefill(payloads, prompts), model, payloads, prompts)
+    payloads, prompts = random_payloads(model, 1, bits), asking(reader, QUESTIONS[:1])
+    assert_plain(receiver.prefill(prompts, payloads=payloads), model, payloads, prompts)
 
 
 @pytest.mark.usefixtures("engine")
@@ -211,15 +142,15 @@ def test_codes_go_straight_to_soft_tokens_where_nothing_else_wants_the_latent(
 ) -> None:
     reader, phases = readers["qwen"], []
     model = make_model(reader, prefix, kind=kind, calibration="example", gain=1.5)
-    receiver = Receiver.of(model, reader, mark=phases.append)
-    payloads, prompts = random_payloads(model, 3, bits), receiver.prompts(QUESTIONS)
+    receiver = Receiver.of(model, reader, options=ReceiverOptions(mark=phases.append))
+    payloads, prompts = random_payloads(model, 3, bits), asking(reader, QUESTIONS)
     calls: list[str] = []
     for name in ("project_calibrate", "dequantize_project_calibrate"):
         op = getattr(ops, name)
         monkeypatch.setattr(
             ops, name, lambda *a, name=name, op=op, **k: calls.append(name) or op(*a, **k)
         )
-    first = receiver.prefill(payloads, prompts)
+    first = receiver.prefill(prompts, payloads=payloads)
     fused = prefix == "soft" and kind == "linear" and bits != 16
     assert set(calls) == {"dequantize_project_calibrate" if fused else "project_calibrate"}
     assert ("dequantise" in phases) == (not fused)
@@ -232,14 +163,14 @@ def test_pure_mode_needs_no_question(reader: Reader) -> None:
     model = make_model(reader, mode="pure")
     receiver = Receiver.of(model, reader)
     payloads = model.encode_payloads(CONTEXTS, QUESTIONS)
-    prompts = receiver.prompts(["", "", ""])
-    assert_plain(receiver.prefill(payloads, prompts), model, payloads, prompts)
+    prompts = asking(reader, ["", "", ""], mode="pure")
+    assert_plain(receiver.prefill(prompts, payloads=payloads), model, payloads, prompts)
 
 
 def test_soft_tokens_equal_generate_of_transformers(reader: Reader) -> None:
     model = make_model(reader)
     receiver = Receiver.of(model, reader)
-    payload, prompt = random_payloads(model, 1), receiver.prompt(QUESTIONS[0])
+    payload, prompt = random_payloads(model, 1), asking(reader, [QUESTIONS[0]])[0]
     soft = model.prefix(reader.name, model.decode_payloads(payload))
     ids = reader.embedding(torch.tensor(prompt.ids))[None]
     embeds = torch.cat([ids[:, : prompt.latent_at], soft, ids[:, prompt.latent_at :]], 1)
@@ -252,31 +183,39 @@ def test_soft_tokens_equal_generate_of_transformers(reader: Reader) -> None:
     )[0].tolist()
     eos = reader.prompts.eos_id
     expected = out[: out.index(eos)] if eos in out else out
-    assert receiver.generate(payload, [prompt]) == [expected]
-
-
-def test_it_equals_the_readers_own_path(reader: Reader) -> None:
-    model = make_model(reader, "both")
-    receiver = Receiver.of(model, reader)
-    payloads, prompts = random_payloads(model), receiver.prompts(QUESTIONS)
-    received = model.reader_inputs(reader.name, model.decode_payloads(payloads))
-    expected = reader.first_logits(prompts, **received)
-    torch.testing.assert_close(
-        receiver.prefill(payloads, prompts).logits_BV, expected, rtol=1e-5, atol=1e-4
-    )
+    assert receiver.generate([prompt], payloads=payload, options=at_most(NEW)) == [expected]
 
 
 @pytest.mark.usefixtures("engine")
-def test_text_is_read_by_the_same_engine(reader: Reader) -> None:
-    receiver = Receiver.of(make_model(reader, "both"), reader)
-    prompts = [
-        reader.prompts.build([Turn(question)], context=context)
-        for question, context in zip(QUESTIONS, CONTEXTS, strict=True)
-    ]
-    first = receiver.read(prompts)
-    expected = reader.first_logits(prompts)
-    torch.testing.assert_close(first.logits_BV, expected, rtol=1e-5, atol=1e-4)
-    assert first.generate(12) == reader.generate(prompts)
+@pytest.mark.parametrize("trained", [True, False])
+def test_text_is_read_by_the_same_engine(reader: Reader, trained: bool) -> None:
+    """With a receiver of payloads, and with one that has nothing trained."""
+    receiver = (
+        Receiver.of(make_model(reader, "both"), reader) if trained else Receiver.for_text(reader)
+    )
+    turns = [Turn(question) for question in QUESTIONS]
+    prompts = reader.prompts.build_many(turns, contexts=CONTEXTS)
+    first = receiver.prefill(prompts)
+    for row, prompt in enumerate(prompts):
+        logits, ids = text_alone(reader, prompt, new_tokens=12)
+        torch.testing.assert_close(first.logits_BV[row], logits, rtol=1e-5, atol=1e-4)
+        assert first.generate()[row] == ids
+
+
+@torch.no_grad()
+def text_alone(reader: Reader, prompt: Prompt, *, new_tokens: int) -> tuple[Tensor, list[int]]:
+    """First logits and greedy tokens of a text, by `generate` of transformers."""
+    ids = torch.tensor([prompt.ids])
+    logits = reader.model(input_ids=ids, use_cache=False).logits[0, -1]
+    out = reader.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=reader.pad_id,
+    )[0, len(prompt.ids) :].tolist()
+    eos = reader.prompts.eos_id
+    return logits, out[: out.index(eos)] if eos in out else out
 
 
 def test_compiled_backbone(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,10 +223,12 @@ def test_compiled_backbone(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> N
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **k, backend="eager"))
     model = make_model(reader)
-    receiver = Receiver.of(model, reader, engine="compile")
-    payloads, prompts = random_payloads(model), receiver.prompts(QUESTIONS)
-    first = receiver.prefill(payloads, prompts)
-    eager = Receiver.of(model, reader, engine="eager").prefill(payloads, prompts)
+    receiver = Receiver.of(model, reader, options=ReceiverOptions(engine="compile"))
+    payloads, prompts = random_payloads(model), asking(reader, QUESTIONS)
+    first = receiver.prefill(prompts, payloads=payloads)
+    eager = Receiver.of(model, reader, options=ReceiverOptions(engine="eager")).prefill(
+        prompts, payloads=payloads
+    )
     torch.testing.assert_close(first.logits_BV, eager.logits_BV, rtol=1e-5, atol=1e-4)
     torch._dynamo.reset()
 
@@ -304,53 +245,41 @@ def test_a_compiled_backbone_serves_all_lengths_and_never_runs_uncompiled(
 
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **k, backend=backend))
     torch._dynamo.reset()
-    receiver = Receiver.of(make_model(reader), reader, engine="compile")
+    receiver = Receiver.of(make_model(reader), reader, options=ReceiverOptions(engine="compile"))
     texts = [
         reader.prompts.build([Turn("Where?")], context="He lives there. " * n) for n in (1, 4, 9, 2)
     ]
     for prompt in texts:
-        receiver.read([prompt])
+        receiver.prefill([prompt])
     assert len(graphs) == 1
     for rows in (2, 3, 4):
-        receiver.read(texts[:rows])
+        receiver.prefill(texts[:rows])
     assert len(graphs) == 2
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1):
-        receiver.read(texts[:1])
+        receiver.prefill(texts[:1])
         with pytest.raises(Exception, match="recompile_limit"):
-            receiver.read(texts[:2])
+            receiver.prefill(texts[:2])
     torch._dynamo.reset()
 
 
 def test_padding_stays_within_a_table_of_positions(
-    readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch, uncaptured: None
+    readers: dict[str, Reader], uncaptured: None
 ) -> None:
     """GPT-2 looks positions up in a table, and its layers have another name."""
-    tokenizer = readers["llama"].tokenizer
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=46,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    reader = Reader(GPT2LMHeadModel(config).eval(), tokenizer, name="gpt2")
+    reader = gpt2_reader(readers["llama"], positions=46)
     model = make_model(reader, "both")
-    receiver = Receiver.of(model, reader, new_tokens=1)
+    receiver = Receiver.of(model, reader, options=ReceiverOptions(new_tokens=1))
     positions = 46 - LATENTS - 1
-    short = receiver.prompts(["Who?"])[0]
+    short = asking(reader, ["Who?"])[0]
     prompt = Prompt([*short.ids, *short.ids[-1:] * (positions - LATENTS - len(short.ids))],
                     latent_at=short.latent_at)  # fmt: skip
     payloads = random_payloads(model, 1)
-    first = receiver.prefill(payloads, [prompt])
+    first = receiver.prefill([prompt], payloads=payloads)
     assert first.positions == 46
     expected, ids = plain_path(model, reader, payloads[0], prompt, new_tokens=1)
     torch.testing.assert_close(first.logits_BV[0], expected, rtol=1e-5, atol=1e-5)
-    assert first.generate(1) == [ids]
-
-
-def test_prompts_together_are_the_prompts_one_by_one(reader: Reader) -> None:
-    for mode in ("context", "pure"):
-        receiver = Receiver.of(make_model(reader, mode=mode), reader)  # type: ignore[arg-type]
-        assert receiver.prompts(QUESTIONS) == [receiver.prompt(q) for q in QUESTIONS]
+    assert first.generate(at_most(1)) == [ids]
 
 
 # --- what a prefill leaves ------------------------------------------------------------------------
@@ -360,9 +289,9 @@ def test_prompts_together_are_the_prompts_one_by_one(reader: Reader) -> None:
 def test_decoding_twice_starts_from_the_prompt_both_times(reader: Reader) -> None:
     model = make_model(reader, "deep")
     receiver = Receiver.of(model, reader)
-    first = receiver.prefill(random_payloads(model), receiver.prompts(QUESTIONS))
-    once = first.generate(9)
-    assert first.generate(9) == once
+    first = receiver.prefill(asking(reader, QUESTIONS), payloads=random_payloads(model))
+    once = first.generate(at_most(9))
+    assert first.generate(at_most(9)) == once
     assert int(first.cache.get_seq_length()) == first.positions
 
 
@@ -370,37 +299,57 @@ def test_decoding_twice_starts_from_the_prompt_both_times(reader: Reader) -> Non
 def test_a_graphs_cache_is_static_and_refused_once_overwritten(reader: Reader) -> None:
     model = make_model(reader)
     receiver = Receiver.of(model, reader)
-    prompts = receiver.prompts(QUESTIONS)
-    old = receiver.prefill(random_payloads(model), prompts)
+    prompts = asking(reader, QUESTIONS)
+    old = receiver.prefill(prompts, payloads=random_payloads(model))
     assert isinstance(old.cache, StaticCache)
     old_logits = old.logits_BV.clone()
-    new = receiver.prefill(random_payloads(model), prompts)
-    assert new.generate(4)
+    new = receiver.prefill(prompts, payloads=random_payloads(model))
+    assert new.generate(at_most(4))
     with pytest.raises(ConfigError, match="overwritten"):
-        old.generate(4)
+        old.generate(at_most(4))
     assert torch.equal(old.logits_BV, old_logits)
 
 
 @pytest.mark.usefixtures("engine")
-def test_more_tokens_than_fit_are_refused(reader: Reader) -> None:
-    model = make_model(reader)
-    receiver = Receiver.of(model, reader, new_tokens=3)
-    first = receiver.prefill(random_payloads(model), receiver.prompts(QUESTIONS))
-    assert len(first.generate(3)) == 3
-    for wrong in (0, 100):
-        with pytest.raises(ConfigError, match=f"max_new_tokens={wrong}"):
-            first.generate(wrong)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_more_tokens_than_a_graph_has_room_for_are_decoded_too(reader: Reader, prefix: str) -> None:
+    model = make_model(reader, prefix)
+    receiver = Receiver.of(model, reader, options=ReceiverOptions(new_tokens=3))
+    payloads, prompts = random_payloads(model), asking(reader, QUESTIONS)
+    first = receiver.prefill(prompts, payloads=payloads)
+    assert_plain(first, model, payloads, prompts)
+    short = first.generate(at_most(3))
+    assert short == [ids[:3] for ids in first.generate(at_most(NEW))]
 
 
 @pytest.mark.usefixtures("engine")
-def test_a_prompt_that_exceeds_the_readers_positions_is_refused(
-    reader: Reader, monkeypatch: pytest.MonkeyPatch
+def test_what_was_asked_for_counts_and_not_the_room_in_a_graph(
+    readers: dict[str, Reader],
 ) -> None:
-    model = make_model(reader, "both")
-    receiver = Receiver.of(model, reader)
-    monkeypatch.setattr(reader.model.config, "max_position_embeddings", LATENTS + 20)
-    with pytest.raises(ConfigError, match="exceed the 24 positions"):
-        receiver.prefill(random_payloads(model), receiver.prompts(QUESTIONS))
+    """A table of 46 positions: a prompt that fits with 4 tokens more is answered with 4."""
+    reader = gpt2_reader(readers["llama"], positions=46)
+    prompt = Prompt([3] * 42)
+    receiver = Receiver.for_text(reader)
+    answer = receiver.generate([prompt], options=DecodeOptions(4, eos_ban_steps=4))
+    assert [len(ids) for ids in answer] == [4]
+    with pytest.raises(DataError, match="takes 47 positions, reader 'gpt2' knows 46"):
+        receiver.generate([Prompt([3] * 47)])
+
+
+@pytest.mark.usefixtures("engine")
+def test_each_row_ends_where_the_table_of_positions_does(
+    readers: dict[str, Reader], caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = gpt2_reader(readers["llama"], positions=64)
+    receiver = Receiver.for_text(reader)
+    prompts = [Prompt([*range(3, 65)]), Prompt([*range(9, 29)])]
+    options = DecodeOptions(10, eos_ban_steps=10)
+    alone = [receiver.generate([prompt], options=options)[0] for prompt in prompts]
+    assert [len(ids) for ids in alone] == [3, 10]
+    assert receiver.generate(prompts, options=options) == alone
+    said = [r.message for r in caplog.records if "an answer was cut" in r.message]
+    assert len(said) == 1
+    assert "reader 'gpt2' has a table of 64 positions" in said[0]
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -453,8 +402,12 @@ class TestRefusals:
         receiver, model = made
         good = random_payloads(model)
         with pytest.raises(PayloadError, match=message):
-            receiver.prefill([good[0], damage(good[1]), good[2]], receiver.prompts(QUESTIONS))
-        assert receiver.prefill(good, receiver.prompts(QUESTIONS)).generate(2)
+            receiver.prefill(
+                asking(receiver.reader, QUESTIONS), payloads=[good[0], damage(good[1]), good[2]]
+            )
+        assert receiver.prefill(asking(receiver.reader, QUESTIONS), payloads=good).generate(
+            at_most(2)
+        )
 
     def test_payloads_of_another_shape_or_of_two_precisions(
         self, made: tuple[Receiver, Interlingua]
@@ -463,35 +416,52 @@ class TestRefusals:
         other = wire.pack(
             torch.randn(LATENTS + 1, D_Z), bits=6, group_size=16, fingerprint=model.fingerprint
         )
-        prompts = receiver.prompts(QUESTIONS[:2])
+        prompts = asking(receiver.reader, QUESTIONS[:2])
         with pytest.raises(PayloadError, match=r"payload 1: it holds a latent \(5, 8\)"):
-            receiver.prefill([*random_payloads(model, 1), other], prompts)
+            receiver.prefill(prompts, payloads=[*random_payloads(model, 1), other])
         mixed = random_payloads(model, 1, 6) + random_payloads(model, 1, 8)
         with pytest.raises(PayloadError, match="payload 1: it has 8 bits"):
-            receiver.prefill(mixed, prompts)
+            receiver.prefill(prompts, payloads=mixed)
         with pytest.raises(PayloadError, match="no payloads"):
-            receiver.prefill([], prompts)
+            receiver.prefill(prompts, payloads=[])
+
+    def test_embeddings_that_do_not_fit(self, made: tuple[Receiver, Interlingua]) -> None:
+        receiver, model = made
+        prompts, width = asking(receiver.reader, QUESTIONS[:2]), receiver.reader.d_model
+        fits = torch.zeros(2, width)
+        with pytest.raises(ConfigError, match="1 embeddings for 2 prompts"):
+            receiver.prefill(prompts, embeddings=[fits])
+        with pytest.raises(ConfigError, match=rf"embedding 1 is \[2, 3\], .* takes \[M, {width}\]"):
+            receiver.prefill(prompts, embeddings=[fits, torch.zeros(2, 3)])
+        with pytest.raises(ConfigError, match="both payloads and embeddings"):
+            receiver.prefill(prompts, payloads=random_payloads(model, 2), embeddings=[fits, fits])
+        text_only = Receiver.for_text(receiver.reader)
+        with pytest.raises(ConfigError, match="reads text only; make one with"):
+            text_only.prefill(prompts, payloads=random_payloads(model, 2))
 
     def test_prompts_that_do_not_fit(self, made: tuple[Receiver, Interlingua]) -> None:
         receiver, model = made
-        payloads = random_payloads(model, 2)
-        text = receiver.reader.prompts.build([Turn("Who?")], context="")
+        payloads, reader = random_payloads(model, 2), receiver.reader
+        text = reader.prompts.build([Turn("Who?")], context="")
+        (who,) = asking(reader, ["Who?"])
         with pytest.raises(ConfigError, match="2 payloads for 3 prompts"):
-            receiver.prefill(payloads, receiver.prompts(QUESTIONS))
+            receiver.prefill(asking(reader, QUESTIONS), payloads=payloads)
         with pytest.raises(ConfigError, match="prompt 1 was built as text"):
-            receiver.prefill(payloads, [receiver.prompt("Who?"), text])
+            receiver.prefill([who, text], payloads=payloads)
         with pytest.raises(ConfigError, match="prompt 0 was built with `latent=`"):
-            receiver.read([receiver.prompt("Who?")])
+            receiver.prefill([who])
         with pytest.raises(ConfigError, match="no prompts"):
-            receiver.read([])
+            receiver.prefill([])
         with pytest.raises(ConfigError, match="prompt 0 is empty"):
-            receiver.read([Prompt()])
+            receiver.prefill([Prompt()])
+        with pytest.raises(ConfigError, match="1 numbers for 2 prompts"):
+            receiver.generate([text, text], numbers=[0])
         for at in (-1, 3):
             with pytest.raises(ConfigError, match=f"prompt 0 has its latent at {at} of 2 tokens"):
-                receiver.prefill(payloads[:1], [Prompt([1, 2], latent_at=at)])
+                receiver.prefill([Prompt([1, 2], latent_at=at)], payloads=payloads[:1])
         vocabulary = receiver.reader.embedding.num_embeddings
         with pytest.raises(ConfigError, match=f"has token {vocabulary}, and reader"):
-            receiver.read([Prompt([1]), Prompt([2, vocabulary])])
+            receiver.prefill([Prompt([1]), Prompt([2, vocabulary])])
 
 
 def test_a_reader_with_other_weights_is_refused(reader: Reader) -> None:
@@ -505,32 +475,15 @@ def test_a_reader_with_other_weights_is_refused(reader: Reader) -> None:
 def test_parts_and_layers_in_the_wrong_place_are_refused(readers: dict[str, Reader]) -> None:
     reader = readers["llama"]
     adapter = make_model(reader).parts("llama")["soft"]
-    shape = {"latents": LATENTS, "d_z": D_Z, "fingerprint": 0}
+    kind = PayloadKind(LATENTS, D_Z, 0)
     with pytest.raises(ConfigError, match="needs an adapter, a deep prefix, or both"):
-        Receiver(reader, None, **shape)
-    with pytest.raises(ConfigError, match="a graph needs all of reader 'llama' on one CUDA device"):
-        Receiver(reader, adapter, **shape, engine="graph")
+        Receiver(reader, None, payload_kind=kind)
     with pytest.raises(ConfigError, match="the adapter is on meta"):
-        Receiver(reader, adapter.to("meta"), **shape)
+        Receiver(reader, adapter.to("meta"), payload_kind=kind)
     lost = Reader(tiny_model("llama", reader.tokenizer), reader.tokenizer, name="llama")  # type: ignore[arg-type]
     lost.model.get_decoder().layers[1].to("meta")
     with pytest.raises(ConfigError, match="layer 1 is on 'meta'"):
-        Receiver(lost, adapter, **shape)
-
-
-def test_readers_with_more_than_causal_attention_are_refused(readers: dict[str, Reader]) -> None:
-    """A window would count the padding; what replaces sdpa in a graph knows no soft cap."""
-    whole = readers["qwen"]
-    settings = whole.model.config.to_dict() | {"use_sliding_window": True, "sliding_window": 6}
-    del settings["layer_types"]
-    sliding = Qwen2ForCausalLM(Qwen2Config(**settings | {"max_window_layers": 1}))
-    reader = Reader(sliding, whole.tokenizer, name="qwen")
-    model = make_model(whole)
-    with pytest.raises(ConfigError, match="layer 1 of reader 'qwen' keeps its past in a Dynamic"):
-        Receiver(reader, model.parts("qwen")["soft"], latents=LATENTS, d_z=D_Z, fingerprint=0)
-    query = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ConfigError, match="wants attention with softcap"):
-        attention.causal_attention(whole.model, query, query, query, None, softcap=50.0)
+        Receiver(lost, adapter, payload_kind=kind)
 
 
 # --- graphs and their parts -----------------------------------------------------------------------
@@ -539,14 +492,14 @@ def test_readers_with_more_than_causal_attention_are_refused(readers: dict[str, 
 @pytest.mark.usefixtures("uncaptured")
 def test_a_steady_stream_of_requests_captures_once_per_shape(reader: Reader) -> None:
     model = make_model(reader)
-    receiver = Receiver.of(model, reader, max_graphs=2)
-    batches = [receiver.prompts(QUESTIONS[:rows]) for rows in (1, 3)]
+    receiver = Receiver.of(model, reader, options=ReceiverOptions(max_graphs=2))
+    batches = [asking(reader, QUESTIONS[:rows]) for rows in (1, 3)]
     for _ in range(3):
         for prompts in batches:
             payloads = random_payloads(model, len(prompts))
-            assert_plain(receiver.prefill(payloads, prompts), model, payloads, prompts)
+            assert_plain(receiver.prefill(prompts, payloads=payloads), model, payloads, prompts)
     assert receiver.passes.captures == 2
-    receiver.prefill(random_payloads(model, 1, bits=8), batches[0])
+    receiver.prefill(batches[0], payloads=random_payloads(model, 1, bits=8))
     assert receiver.passes.captures == 3
     assert [shape.rows for shape in receiver.passes.shapes] == [3, 1]
 
@@ -596,8 +549,7 @@ def test_writing_through_fills_a_static_cache(reader: Reader) -> None:
 
 
 def test_a_layout_is_what_collate_makes(reader: Reader) -> None:
-    receiver = Receiver.of(make_model(reader), reader)
-    prompts = receiver.prompts(QUESTIONS)
+    prompts = asking(reader, QUESTIONS)
     soft = torch.randn(3, LATENTS, reader.d_model)
     batch = reader.collate(prompts, prefixes=soft)
     layout = lay_out(prompts, soft_tokens=LATENTS, pad_id=reader.pad_id)
@@ -681,7 +633,10 @@ def eager_and_graph(
     reader: Reader, prefix: str, **adapter: Any
 ) -> tuple[Interlingua, Receiver, Receiver]:
     model = make_model(reader, prefix, **adapter).to(reader.device)
-    engines = [Receiver.of(model, reader, engine=engine) for engine in ("eager", "graph")]
+    engines = [
+        Receiver.of(model, reader, options=ReceiverOptions(engine=engine))
+        for engine in ("eager", "graph")
+    ]
     return model, engines[0], engines[1]
 
 
@@ -690,7 +645,7 @@ def assert_same(found: Prefilled, expected: Prefilled, tokens: int = NEW) -> Non
     torch.testing.assert_close(
         found.logits_BV.float(), expected.logits_BV.float(), rtol=1e-5, atol=1e-5 * largest
     )
-    assert found.generate(tokens) == expected.generate(tokens)
+    assert found.generate(at_most(tokens)) == expected.generate(at_most(tokens))
 
 
 @pytest.mark.gpu
@@ -705,14 +660,16 @@ def test_graph_equals_eager(
     reader = on_gpu(name, attn_implementation=implementation)
     model, eager, graph = eager_and_graph(reader, prefix, kind=kind)
     assert Receiver.of(model, reader).engine == "graph"
-    prompts = graph.prompts(QUESTIONS)
+    prompts = asking(reader, QUESTIONS)
     for _ in range(3):
         payloads = random_payloads(model)
-        assert_same(graph.prefill(payloads, prompts), eager.prefill(payloads, prompts))
+        assert_same(
+            graph.prefill(prompts, payloads=payloads), eager.prefill(prompts, payloads=payloads)
+        )
     assert graph.passes.captures == 1
     for rows in (1, 2, 1, 3):
         payloads = random_payloads(model, rows)
-        one, other = (r.prefill(payloads, prompts[:rows]) for r in (graph, eager))
+        one, other = (r.prefill(prompts[:rows], payloads=payloads) for r in (graph, eager))
         assert_same(one, other, tokens=4)
     assert graph.passes.captures <= 3
 
@@ -723,8 +680,8 @@ def test_graph_equals_eager(
 def test_graph_with_flash_attention_2(on_gpu: Callable[..., Reader], prefix: str) -> None:
     reader = on_gpu("llama", attn_implementation="flash_attention_2", dtype=torch.bfloat16)
     model, eager, graph = eager_and_graph(reader, prefix)
-    payloads, prompts = random_payloads(model), graph.prompts(QUESTIONS)
-    found, expected = (r.prefill(payloads, prompts).logits_BV for r in (graph, eager))
+    payloads, prompts = random_payloads(model), asking(reader, QUESTIONS)
+    found, expected = (r.prefill(prompts, payloads=payloads).logits_BV for r in (graph, eager))
     torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))
 
 
@@ -734,8 +691,8 @@ def test_graph_with_flash_attention_2(on_gpu: Callable[..., Reader], prefix: str
 def test_graph_with_a_4_bit_reader(on_gpu: Callable[..., Reader], prefix: str) -> None:
     reader = on_gpu("llama", device=None, load_in_4bit=True, dtype=torch.bfloat16)
     model, eager, graph = eager_and_graph(reader, prefix)
-    payloads, prompts = random_payloads(model), graph.prompts(QUESTIONS)
-    found, expected = (r.prefill(payloads, prompts).logits_BV for r in (graph, eager))
+    payloads, prompts = random_payloads(model), asking(reader, QUESTIONS)
+    found, expected = (r.prefill(prompts, payloads=payloads).logits_BV for r in (graph, eager))
     torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))
 
 
@@ -746,17 +703,17 @@ def test_requests_that_overtake_the_gpu(on_gpu: Callable[..., Reader], prefix: s
     it was read, and no result before it was copied."""
     reader = on_gpu("llama")
     model, eager, graph = eager_and_graph(reader, prefix)
-    prompts = graph.prompts(QUESTIONS)
+    prompts = asking(reader, QUESTIONS)
     batches = [random_payloads(model) for _ in range(4)]
-    expected = [eager.prefill(payloads, prompts).logits_BV for payloads in batches]
-    graph.prefill(batches[0], prompts)
+    expected = [eager.prefill(prompts, payloads=payloads).logits_BV for payloads in batches]
+    graph.prefill(prompts, payloads=batches[0])
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     found = []
     for number, payloads in enumerate(batches):
         with torch.cuda.stream(streams[number % 2]):
             torch.cuda._sleep(20_000_000)
-            found.append(graph.prefill(payloads, prompts).logits_BV)
+            found.append(graph.prefill(prompts, payloads=payloads).logits_BV)
     torch.cuda.synchronize()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
@@ -781,18 +738,18 @@ def test_two_shapes_on_two_streams(on_gpu: Callable[..., Reader]) -> None:
     """Their graphs share memory: each replay waits for the other's."""
     reader = on_gpu("llama")
     model, eager, graph = eager_and_graph(reader, "soft")
-    prompts = graph.prompts(QUESTIONS)
+    prompts = asking(reader, QUESTIONS)
     batches = [random_payloads(model, rows) for rows in (3, 1) * 4]
-    expected = [eager.prefill(p, prompts[: len(p)]).logits_BV for p in batches]
+    expected = [eager.prefill(prompts[: len(p)], payloads=p).logits_BV for p in batches]
     for payloads in batches[:2]:
-        graph.prefill(payloads, prompts[: len(payloads)])
+        graph.prefill(prompts[: len(payloads)], payloads=payloads)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     found = []
     for number, payloads in enumerate(batches):
         with torch.cuda.stream(streams[number % 2]):
             torch.cuda._sleep(20_000_000 if number % 2 == 0 else 1_000)
-            found.append(graph.prefill(payloads, prompts[: len(payloads)]).logits_BV)
+            found.append(graph.prefill(prompts[: len(payloads)], payloads=payloads).logits_BV)
     torch.cuda.synchronize()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
@@ -804,7 +761,7 @@ def test_a_capture_that_fails_costs_itself_alone(
 ) -> None:
     reader = on_gpu("llama")
     model, eager, graph = eager_and_graph(reader, "soft")
-    payloads, prompts = random_payloads(model), graph.prompts(QUESTIONS)
+    payloads, prompts = random_payloads(model), asking(reader, QUESTIONS)
     stream = torch.cuda.current_stream()
     head, right = reader.head, reader.head.forward
 
@@ -816,10 +773,12 @@ def test_a_capture_that_fails_costs_itself_alone(
     with monkeypatch.context() as patch:
         patch.setattr(head, "forward", synchronising)
         with pytest.raises(RuntimeError):
-            graph.prefill(payloads, prompts)
+            graph.prefill(prompts, payloads=payloads)
     assert torch.cuda.current_stream() == stream
     torch.randn(4, device="cuda:0").uniform_()
-    assert_same(graph.prefill(payloads, prompts), eager.prefill(payloads, prompts))
+    assert_same(
+        graph.prefill(prompts, payloads=payloads), eager.prefill(prompts, payloads=payloads)
+    )
 
 
 @pytest.mark.gpu
@@ -833,8 +792,8 @@ def test_layers_on_two_devices(readers: dict[str, Reader], prefix: str) -> None:
     halves(split, "cuda:0")
     receiver = Receiver.of(model, reader)
     assert receiver.engine == "eager"
-    payloads, prompts = random_payloads(model), receiver.prompts(QUESTIONS)
-    first = receiver.prefill(payloads, prompts)
-    expected = Receiver.of(model, whole).prefill(payloads, prompts)
+    payloads, prompts = random_payloads(model), asking(reader, QUESTIONS)
+    first = receiver.prefill(prompts, payloads=payloads)
+    expected = Receiver.of(model, whole).prefill(prompts, payloads=payloads)
     torch.testing.assert_close(first.logits_BV.cpu(), expected.logits_BV, rtol=1e-4, atol=1e-3)
-    assert len(first.generate(4)) == 3
+    assert len(first.generate(at_most(4))) == 3

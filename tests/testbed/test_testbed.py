@@ -37,6 +37,7 @@ from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.builder import ANCHOR, PromptBuilder, Turn
 from latentwire_fast.readers.loading import resolve_source
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import Receiver
 from latentwire_fast.testbed import build
 from latentwire_fast.testbed.recipes import RECIPES, Recipe
 from latentwire_fast.testbed.rows import DRILLS, RowMaker, collate, drill_rows
@@ -461,7 +462,7 @@ def test_a_shortened_build_writes_a_reader_that_loads(
     assert reader.model.config.model_type == RECIPES[name].architecture
     assert reader.d_model == 32
     prompt = reader.prompts.build([Turn("Who?")], context="Nulnak is already 94 years old.")
-    assert len(reader.generate([prompt])) == 1
+    assert len(Receiver.for_text(reader).generate([prompt])) == 1
 
 
 @pytest.mark.parametrize("option", ["--steps", "--examples", "--threads"])

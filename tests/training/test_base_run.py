@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentwire_fast.config.overrides import with_overrides
-from latentwire_fast.config.presets import load_preset
+from latentwire_fast.config.presets import load_preset, weighted
 from latentwire_fast.config.schema import ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluation.pipeline import evaluate_run
@@ -24,8 +24,8 @@ SELECTED = {
     "encoder": {"pooler": POOLERS.config("selected"), "frozen": True},
     "attachments": (deep(width=16, heads=2, expansion=1, dropout=0.1),),
     "stages": (
-        StageConfig("select", steps=1, answer=0.0, select=1.0),
-        StageConfig("both", steps=2, answer=0.0, select=1.0, kv=1.0),
+        StageConfig("select", steps=1, objectives=weighted(select=1.0)),
+        StageConfig("both", steps=2, objectives=weighted(select=1.0, kv=1.0)),
         StageConfig("answer", steps=1),
     ),
 }
@@ -65,7 +65,10 @@ def test_an_added_reader_reads_the_payloads_that_are_out_there(
     config: RunConfig, base: Path, tmp_path: Path
 ) -> None:
     trainer = train(config, tmp_path / "added")
-    assert {name.split(".")[0] for name, _ in trainer.state.named} == {"attachments", "task_tokens"}
+    assert {name.split(".")[0] for name, _ in trainer.session.state.named} == {
+        "attachments",
+        "task_tokens",
+    }
     first = Interlingua.from_pretrained(base / "model")
     added = Interlingua.from_pretrained(tmp_path / "added" / "model")
     payloads = first.encode_payloads([TEXT])
@@ -92,7 +95,7 @@ def test_the_encoder_learns_nothing_and_keeps_its_dropout_off(
 ) -> None:
     trainer = train(config, tmp_path / "added")
     before = Interlingua.from_pretrained(base / "model").encoder.state_dict()
-    assert parameter_digest(trainer.model.encoder.state_dict().items()) == parameter_digest(
+    assert parameter_digest(trainer.session.model.encoder.state_dict().items()) == parameter_digest(
         before.items()
     )
     lines = (tmp_path / "added" / "diagnostics.jsonl").read_text().splitlines()
@@ -108,7 +111,10 @@ def test_positions_that_are_chosen_stay_and_their_keys_are_learned(
         base=str(tmp_path / "base"),
         readers={"added": str(qwen_folder)},
     )
-    assert [(s.name, s.select, s.kv) for s in config.stages] == [("both", 0, 1), ("answer", 0, 0)]
+    assert [(s.name, s.objectives) for s in config.stages] == [
+        ("both", weighted(kv=1.0)),
+        ("answer", weighted(answer=1.0)),
+    ]
     train(config, tmp_path / "added")
     lines = (tmp_path / "added" / "diagnostics.jsonl").read_text().splitlines()
     losses = [set(json.loads(line)["losses"]) for line in lines]
@@ -175,7 +181,7 @@ def test_an_encoder_that_the_base_does_not_have(config: RunConfig, tmp_path: Pat
 
 
 def test_a_stage_that_selects_on_a_base(config: RunConfig) -> None:
-    stage = StageConfig("select", steps=1, select=1.0)
+    stage = StageConfig("select", steps=1, objectives=weighted(answer=1.0, select=1.0))
     with pytest.raises(ConfigError, match="keeps its positions"):
         changed(config, stages=(stage,), encoder={"pooler": POOLERS.config("selected")})
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.data.streams import TrainItem
 from latentwire_fast.errors import CheckpointError, RunStopped
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.objectives.objective_set import Losses, Objectives
+from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
 from latentwire_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from latentwire_fast.training.trainer import Trainer
 from runs import (
@@ -47,22 +48,22 @@ class Watch:
 
     def __init__(self, patch: pytest.MonkeyPatch, act: Any = None, *, at: int = -1) -> None:
         self.batches: list[list[str]] = []
-        prepare, compute = Objectives.prepare, Objectives.compute
+        prepare, compute = ObjectiveSet.prepare, ObjectiveSet.compute
         calls = 0
 
-        def prepared(objectives: Objectives, items: list[TrainItem], *rest: Any) -> Any:
+        def prepared(objectives: ObjectiveSet, items: list[TrainItem], *rest: Any) -> Any:
             self.batches.append([item.id for item in items])
             return prepare(objectives, items, *rest)
 
-        def computed(objectives: Objectives, *args: Any) -> Losses:
+        def computed(objectives: ObjectiveSet, *args: Any, **options: Any) -> Losses:
             nonlocal calls
             calls += 1
             if calls - 1 == at:
                 act()
-            return compute(objectives, *args)
+            return compute(objectives, *args, **options)
 
-        patch.setattr(Objectives, "prepare", prepared)
-        patch.setattr(Objectives, "compute", computed)
+        patch.setattr(ObjectiveSet, "prepare", prepared)
+        patch.setattr(ObjectiveSet, "compute", computed)
 
 
 class Uninterrupted:
@@ -308,13 +309,13 @@ def reporting(descriptor: int) -> None:
 
     def reported_step(trainer: Trainer) -> Any:
         record = step(trainer)
-        report(f"step {trainer.state.step + 1}")
+        report(f"step {trainer.session.state.step + 1}")
         return record
 
     def reported_save(trainer: Trainer) -> None:
-        report(f"saving {trainer.state.step}")
+        report(f"saving {trainer.session.state.step}")
         save(trainer)
-        report(f"saved {trainer.state.step}")
+        report(f"saved {trainer.session.state.step}")
 
     Trainer._train_step, Trainer.save = reported_step, reported_save  # type: ignore[method-assign]
 
@@ -378,7 +379,7 @@ def test_c2_sigkill_at_random_instants(
     stages = tuple(
         StageConfig(name, steps=kills, **options)
         for name, options in {
-            "pretrain": {"answer": 0.0, "autoencode": 1.0},
+            "pretrain": {"objectives": weighted(autoencode=1.0)},
             "answer": {},
             "quantized": {"quantize": 6},
         }.items()

@@ -21,22 +21,25 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from torch import Tensor
 
+from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import ReaderConfig, RunConfig, StageConfig
+from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.attachments.soft import SoftPrompt
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.objectives.objective_set import Losses, Objectives
+from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
 from latentwire_fast.prompts.builder import PromptBuilder
 from latentwire_fast.readers.loading import load_tokenizer
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import SCHEDULES
 from latentwire_fast.training.checkpoint import load_checkpoint
 from latentwire_fast.training.distributed import Reducer
 from latentwire_fast.training.guards import NonFiniteGuard
 from latentwire_fast.training.optimizer_state import optimizer_state
-from latentwire_fast.training.schedules import lr_factor
+from latentwire_fast.training.step import facts_at, lr_factor
 from latentwire_fast.training.trainer import Trainer
 from readers import tiny_model
 from runs import (
@@ -100,7 +103,7 @@ def test_diagnostics_hold_every_stage(config: RunConfig, plain: tuple[Path, dict
     names = {"llama", "qwen2"}
     pretrain, answer, quantized = lines[0], lines[2], lines[4]
     assert set(pretrain["losses"]) == {
-        f"{o}/{n}" for o in ("autoencode", "continue") for n in names
+        f"{o}/{n}" for o in ("autoencode", "continuation") for n in names
     }
     assert pretrain["accuracy"] == {}
     assert set(answer["losses"]) == {f"{o}/{n}" for o in ("answer", "kd") for n in names}
@@ -108,12 +111,7 @@ def test_diagnostics_hold_every_stage(config: RunConfig, plain: tuple[Path, dict
     assert set(answer["accuracy"]) == names
     for line in lines:
         stage = next(s for s in config.stages if s.name == line["stage"])
-        weights = {
-            "answer": stage.answer,
-            "kd": stage.kd,
-            "autoencode": stage.autoencode,
-            "continue": stage.continuation,
-        }
+        weights = {objective.kind: objective.weight for objective in stage.objectives}
         total = sum(weights[k.split("/")[0]] * v for k, v in line["losses"].items())
         assert line["loss"] == pytest.approx(total, rel=1e-5)
         assert set(line["grad_norms"]) == {"encoder", *names}
@@ -148,7 +146,7 @@ def test_alternate_readers_train_in_turn(config: RunConfig, tmp_path: Path) -> N
         adapters.append(
             {
                 n: parameter_digest(a.named_parameters())
-                for n, a in trainer.model.attachments.items()
+                for n, a in trainer.session.model.attachments.items()
             }
         )
 
@@ -160,6 +158,36 @@ def test_alternate_readers_train_in_turn(config: RunConfig, tmp_path: Path) -> N
     assert moved == [{"qwen2"}, {"llama"}, {"qwen2"}]
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_readers_in_sequence_train_as_their_sum(
+    config: RunConfig, tmp_path: Path, precision: str
+) -> None:
+    """Stages of every kind in micro-batches. AdamW alone: Muon makes more of a last digit."""
+    optim = {"muon_lr": None, "mixed_precision": precision}
+    config = changed(config, attachments=(soft(expansion=1),), optim=optim)
+    train(config, tmp_path / "sum")
+    train(changed(config, optim={"readers": "sequential"}), tmp_path / "sequential")
+    found, expected = records(tmp_path / "sequential"), records(tmp_path / "sum")
+    assert [line["step"] for line in found] == list(range(6))
+    near = {"no": 1e-5, "bf16": 1e-2}[precision]  # in bf16 each step's rounding moves the next
+    for line, other in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=near)
+        assert line["losses"] == pytest.approx(other["losses"], rel=near)
+        assert line["grad_norms"] == pytest.approx(other["grad_norms"], rel=10 * near)
+    assert found[0]["losses"] == expected[0]["losses"]
+
+
+def test_distillation_is_switched_on_in_a_file(config: RunConfig, tmp_path: Path) -> None:
+    """The JSON form of a configuration with one more objective in a stage."""
+    data = to_json(config)
+    data["stages"][2]["objectives"].append({"kind": "kd", "weight": 0.5})
+    train(run_config_from_json(data), tmp_path)
+    last = records(tmp_path)[-1]
+    assert set(last["losses"]) == {f"{o}/{n}" for o in ("answer", "kd") for n in config.readers}
+    total = sum({"answer": 1.0, "kd": 0.5}[k.split("/")[0]] * v for k, v in last["losses"].items())
+    assert last["loss"] == pytest.approx(total, rel=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
     config = changed(config, attachments=(soft(expansion=1),))
     train(config, tmp_path / "plain")
@@ -167,7 +195,10 @@ def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Pat
         config, optim={"gradient_checkpointing": True}, encoder={"gradient_checkpointing": True}
     )
     trainer = train(saving, tmp_path / "saving")
-    cores = [trainer.model.encoder.core, *(r.backbone for r in trainer.readers.values())]
+    cores = [
+        trainer.session.model.encoder.core,
+        *(r.backbone for r in trainer.session.readers.values()),
+    ]
     assert all(isinstance(layer.forward, partial) for core in cores for layer in core.layers)
     assert records(tmp_path / "saving") == records(tmp_path / "plain")
 
@@ -187,14 +218,14 @@ def test_a_file_is_trained_on_in_epochs_with_cached_teachers(
 ) -> None:
     """From the second epoch on the teacher's states come from the disk, also in a later process."""
     data = tiny_squad(tmp_path / "data.json", passages=4)
-    stages = (StageConfig("answer", steps=4, kd=1.0),)
+    stages = (StageConfig("answer", steps=4, objectives=weighted(answer=1.0, kd=1.0)),)
     config = changed(config, data={"source": str(data)}, stages=stages)
     trainer = train(config, tmp_path / "run")
-    items = len(trainer.stream.items)
-    cache = trainer.objectives.teacher
+    items = len(trainer.session.stream.items)
+    cache = trainer.session.objectives.teacher
     assert cache is not None
-    asked = 4 * config.optim.batch_size * len(trainer.readers)
-    assert cache.misses == items * len(trainer.readers)
+    asked = 4 * config.optim.batch_size * len(trainer.session.readers)
+    assert cache.misses == items * len(trainer.session.readers)
     assert cache.hits == asked - cache.misses
 
 
@@ -209,7 +240,7 @@ def poison(
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         output = original(self, *args, **kwargs)
-        if trainer.state.step != step:
+        if trainer.session.state.step != step:
             return output
         mask = torch.zeros_like(output, dtype=torch.bool)
         mask.view(-1)[-1] = True
@@ -238,15 +269,18 @@ def test_n1_a_nan_stops_the_run_before_the_optimiser(
             trainer.run()
     report = json.loads((tmp_path / "nonfinite.json").read_text())
     assert report["step"] == 3
-    batch = trainer.stream.batch(3, config.optim.batch_size, facts=config.data.facts)
+    batch = trainer.session.stream.batch(3, config.optim.batch_size, facts=config.data.facts)
     assert report["example_ids"] == [item.id for item in batch]
     assert report["loss"] == "nan"
     assert report["parameters_with_nonfinite_gradients"]
     before = load_checkpoint(tmp_path / "checkpoints")  # saved at the end of the step before
     assert before.step == 3
-    now, _ = optimizer_state(trainer.state.optimizers, trainer.state.named)
+    now, _ = optimizer_state(trainer.session.state.optimizers, trainer.session.state.named)
     assert parameter_digest(now.items()) == parameter_digest(before.tensors["optimizer"].items())
-    assert parameter_digest(trainer.model.trained_state().items()) == before.state["model_digest"]
+    assert (
+        parameter_digest(trainer.session.model.trained_state().items())
+        == before.state["model_digest"]
+    )
     assert len(records(tmp_path)) == 3, "the poisoned step was logged"
     assert not trainer.finished
     train(config, tmp_path)  # without the poison the run goes on as if nothing had been
@@ -259,7 +293,7 @@ def test_n1_a_nan_stops_the_run_before_the_optimiser(
 def test_n3_readers_are_the_same_before_and_after(config: RunConfig, tmp_path: Path) -> None:
     before = {n: Reader.from_config(n, c).weights_digest() for n, c in config.readers.items()}
     trainer = train(config, tmp_path)
-    for name, reader in trainer.readers.items():
+    for name, reader in trainer.session.readers.items():
         assert reader.weights_digest() == before[name]
         assert all(p.grad is None and not p.requires_grad for p in reader.model.parameters())
 
@@ -273,7 +307,7 @@ def test_n3_a_touched_reader_is_never_saved_with(
 
     def meddle() -> None:
         save()
-        weight = trainer.readers["qwen2"].model.model.norm.weight
+        weight = trainer.session.readers["qwen2"].model.model.norm.weight
         if touch == "weight":
             weight[0] += 1e-6
         else:
@@ -289,7 +323,7 @@ def test_n3_a_touched_reader_is_never_saved_with(
 
 
 class Memory:
-    """`Objectives.compute` with room for `fits` items once it was called `free` times.
+    """`ObjectiveSet.compute` with room for `fits` items once it was called `free` times.
 
     Keeps the sizes that were tried, and the gradients that reach the optimiser.
     """
@@ -297,15 +331,15 @@ class Memory:
     def __init__(self, patch: pytest.MonkeyPatch, *, fits: int, free: int = 0) -> None:
         self.sizes: list[int] = []
         self.gradients: list[dict[str, Tensor]] = []
-        compute = Objectives.compute
+        compute = ObjectiveSet.compute
 
-        def limited(objectives: Objectives, works: Any, stage: Any, counts: Any) -> Losses:
-            self.sizes.append(len(works))
-            if len(works) > fits and len(self.sizes) > free:
+        def limited(objectives: ObjectiveSet, items: Any, *args: Any, **options: Any) -> Losses:
+            self.sizes.append(len(items))
+            if len(items) > fits and len(self.sizes) > free:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-            return compute(objectives, works, stage, counts)
+            return compute(objectives, items, *args, **options)
 
-        patch.setattr(Objectives, "compute", limited)
+        patch.setattr(ObjectiveSet, "compute", limited)
         check = NonFiniteGuard.check
 
         def watched(guard: NonFiniteGuard, loss: Tensor, **options: Any) -> None:
@@ -317,21 +351,32 @@ class Memory:
 
 
 @pytest.mark.parametrize(
-    ("begin", "fits", "free", "first"),
-    [(8, 4, 0, [8, 4, 4]), (4, 2, 1, [4, 4, 2, 2, 2, 2])],
-    ids=["at once", "in mid-accumulation"],
+    ("begin", "fits", "free", "first", "readers"),
+    [
+        (8, 4, 0, [8, 4, 4], "sum"),
+        (4, 2, 1, [4, 4, 2, 2, 2, 2], "sum"),
+        (4, 2, 1, [4, 4, 2, 2, 2, 2], "sequential"),
+    ],
+    ids=["at once", "in mid-accumulation", "readers in sequence"],
 )
 def test_o1_out_of_memory_is_retried_with_the_same_gradient(
-    config: RunConfig, tmp_path: Path, begin: int, fits: int, free: int, first: list[int]
+    config: RunConfig,
+    tmp_path: Path,
+    begin: int,
+    fits: int,
+    free: int,
+    first: list[int],
+    readers: str,
 ) -> None:
-    config = changed(config, attachments=(soft(expansion=1),), optim={"batch_size": 8})
+    optim = {"batch_size": 8, "readers": readers}
+    config = changed(config, attachments=(soft(expansion=1),), optim=optim)
     memories = {}
     for micro, room in ((8, 8), (begin, fits)):
         with pytest.MonkeyPatch.context() as patch:
             memories[room] = Memory(patch, fits=room, free=free)
             now = changed(config, optim={"micro_batch": micro})
             trainer = train(now, tmp_path / str(room))
-        assert trainer.state.micro_batch == room
+        assert trainer.session.state.micro_batch == room
     assert memories[8].sizes == [8] * 6
     assert memories[fits].sizes == first + [fits] * (5 * 8 // fits), "tried once, remembered"
     expected, found = memories[8].gradients[0], memories[fits].gradients[0]
@@ -488,17 +533,23 @@ def test_more_processes_than_examples_are_refused(
     assert not (tmp_path / "config.json").exists()
 
 
-def test_learning_rate_schedule(config: RunConfig) -> None:
+def test_a_stage_has_its_share_of_the_learning_rate(config: RunConfig) -> None:
+    schedule = SCHEDULES.config("warmup_cosine", warmup_steps=10, decay_from=0.3)
     stages = (StageConfig("a", steps=50), StageConfig("b", steps=50, lr=0.5))
-    config = changed(config, stages=stages, optim={"warmup_steps": 10, "decay_from": 0.3})
-    factors = [lr_factor(config, step, config.stage_at(step)[0]) for step in range(100)]
+    config = changed(config, stages=stages, optim={"lr_schedule": schedule})
+    factors = [lr_factor(config, step) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10:31] == [1.0] * 21
     assert factors[65] == pytest.approx(0.25), "half way down the cosine, in the stage of half rate"
     assert factors[99] == pytest.approx(0.0, abs=1e-3)
     assert all(a >= b for a, b in itertools.pairwise(factors[30:]))
-    flat = changed(config, optim={"decay_from": 1.0, "warmup_steps": 0})
-    assert lr_factor(flat, 99, flat.stages[0]) == 1.0
+
+
+def test_a_curriculum_counts_the_steps_of_its_stage(config: RunConfig) -> None:
+    levels = SCHEDULES.config("steps", levels=((0.5, 1), (1.0, 4)))
+    stages = (StageConfig("a", steps=3), StageConfig("b", steps=4, facts=levels))
+    config = changed(config, stages=stages, data={"facts": 2})
+    assert [facts_at(config, step) for step in range(7)] == [2, 2, 2, 1, 1, 4, 4]
 
 
 # --- several processes --------------------------------------------------------------------------

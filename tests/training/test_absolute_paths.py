@@ -19,7 +19,7 @@ from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.registry import ENCODERS
-from latentwire_fast.training.local_paths import absolute_paths
+from latentwire_fast.training.builders import absolute_paths
 from latentwire_fast.training.trainer import Trainer
 from runs import changed, contents, squad_file, tiny_config, train
 

@@ -1,0 +1,83 @@
+"""The cache that a reader decodes from: every position of every layer, padding out of the way.
+
+Shapes: B rows, H key/value heads, N positions held, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from latentwire_fast.errors import ConfigError
+
+
+def decoding_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache to decode with, of layers that keep every position.
+
+    transformers' own layers with a sliding window drop what has left it, and with it the prompt
+    that a second decoding would start from. The model's masks hold the window either way.
+
+    Raises:
+        ConfigError: a layer that keeps something else than keys and values.
+    """
+    cache = DynamicCache(config=model.config)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[number] = DynamicLayer()
+        elif type(layer) not in (DynamicLayer, DummyLayer):
+            raise ConfigError(
+                f"layer {number} of a {type(model).__name__} keeps its past in a "
+                f"{type(layer).__name__}; choose a reader that attends to keys and values in "
+                "every layer"
+            )
+    return cache
+
+
+def has_window(model: PreTrainedModel) -> bool:
+    """Whether some layer attends to its last positions only."""
+    layers = DynamicCache(config=model.config).layers
+    return any(type(layer) is DynamicSlidingWindowLayer for layer in layers)
+
+
+def move_right(cache: DynamicCache, shifts_B: Sequence[int]) -> None:
+    """Move row b of every layer by `shifts_B[b]` positions: what was the padding at its end is then
+    at its start.
+
+    Padding between a prompt and its answer does no harm where a model masks it out and takes its
+    position ids for everything else. But a sliding window, or a distance between columns, counts
+    the padding too. At the start of the row it is out of their way.
+    """
+    layers = _filled(cache)
+    positions = torch.arange(layers[0].keys.shape[2])
+    source_BN = (positions - torch.tensor([*shifts_B])[:, None]) % len(positions)
+    for layer in layers:
+        index = source_BN.to(layer.keys.device)[:, None, :, None]
+        layer.keys, layer.values = (
+            part_BHND.gather(2, index.expand(-1, part_BHND.shape[1], -1, part_BHND.shape[3]))
+            for part_BHND in (layer.keys, layer.values)
+        )
+
+
+def without_limit(cache: StaticCache, positions: int) -> DynamicCache:
+    """A cache that grows, with the first positions of a static one; nothing is copied yet."""
+    grown = DynamicCache()
+    for static in _filled(cache):
+        layer = DynamicLayer()
+        layer.lazy_initialization(static.keys, static.values)
+        layer.keys, layer.values = static.keys[:, :, :positions], static.values[:, :, :positions]
+        grown.layers.append(layer)
+    return grown
+
+
+def _filled(cache: DynamicCache | StaticCache) -> list[Any]:
+    """The layers that hold keys and values."""
+    return [x for x in cache.layers if isinstance(x, CacheLayerMixin) and x.is_initialized]

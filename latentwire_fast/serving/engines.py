@@ -1,0 +1,127 @@
+"""Which engine reads a prompt: found out before the first one comes.
+
+A graph and a compiled backbone put plain causal attention in the place of the reader's own, and a
+graph keeps its past in a `StaticCache`. Whether a reader stays the same with these is tried on a
+few tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.readers.attention import causal_mask, mask_free
+from latentwire_fast.readers.decoding_cache import decoding_cache, has_window
+from latentwire_fast.readers.kv_cache import layer_devices
+from latentwire_fast.readers.kv_placement import plan
+from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving.graphs import set_length, write_through
+from latentwire_fast.serving.options import Engine
+
+# Of the trial: prompt lengths of its two rows, and by what hidden states may differ, relative to
+# their size. Rounding in bfloat16 comes to 0.02; a wrong mask to 0.3 and more.
+_TRIAL_LENGTHS = (6, 3)
+_TRIAL_TOLERANCE = 0.1
+
+
+def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
+    """The engine that a receiver of this reader gets when it asks for `engine`, and why.
+
+    Raises:
+        ConfigError: the engine that was asked for cannot read with this reader.
+    """
+    decoding_cache(reader.model)  # raises for a reader that no engine can decode with
+    plan(layer_devices(reader.model))  # and for one whose layers are where nothing can be placed
+    if engine == "eager":
+        return engine, "asked for"
+    fault = why_no_graph(reader) if engine != "compile" else why_not_mask_free(reader)
+    if fault is None:
+        return ("graph" if engine == "auto" else engine), "the reader can be captured"
+    if engine == "auto":
+        return "eager", fault
+    what = "run as a CUDA graph" if engine == "graph" else "be compiled"
+    raise ConfigError(
+        f"reader {reader.name!r} cannot {what}: {fault}; the engine 'auto' reads with it op by op"
+    )
+
+
+def why_no_graph(reader: Reader) -> str | None:
+    """What keeps a reader from being captured as a CUDA graph; None where nothing does."""
+    devices = {group.device for group in plan(layer_devices(reader.model))}
+    devices.add(str(reader.device))
+    if len(devices) > 1 or reader.device.type != "cuda":
+        return f"a graph needs all of it on one CUDA device, and it is on {sorted(devices)}"
+    return why_not_mask_free(reader)
+
+
+def why_not_mask_free(reader: Reader) -> str | None:
+    """What keeps a reader from giving the same with attention that is not its own; None where
+    nothing does."""
+    model = reader.model
+    if has_window(model):
+        return "a layer attends to a sliding window, which needs a mask"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"a {type(model).__name__} has attention of its own that cannot be replaced"
+    try:
+        difference = _trial(reader)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models raise of all kinds on a cache or a mask they do not know
+        return f"a trial failed: {type(error).__name__}: {error}"
+    if not difference <= _TRIAL_TOLERANCE:  # NaN is not either
+        return (
+            f"in a trial its hidden states were {difference:.2g} (relative to their size) from "
+            "those of the model's own attention"
+        )
+    return None
+
+
+@torch.no_grad()
+def _trial(reader: Reader) -> float:
+    """The largest relative difference of last hidden states between two padded rows in a static
+    cache without a mask, one decoded token included, and each row read alone."""
+    lengths, width = _TRIAL_LENGTHS, max(_TRIAL_LENGTHS)
+    model, device = reader.model, reader.device
+    ids_BT = torch.arange(len(lengths) * (width + 1), device=device).view(len(lengths), -1)
+    ids_BT = (ids_BT * 7 + 3) % reader.vocabulary
+    last_B = torch.tensor(lengths, device=device) - 1
+    rows = torch.arange(len(lengths), device=device)
+    static = StaticCache(config=model.config, max_cache_len=width + 4)
+    geometry = reader.kv_geometry
+    static.early_initialization(
+        len(lengths), geometry.heads, geometry.head_width, model.dtype, device
+    )
+    with mask_free(model) as needs_no_mask:
+        mask = causal_mask(width, width, dtype=reader.embedding.weight.dtype, device=device)
+        prefilled_BTD = reader.backbone(
+            inputs_embeds=reader.embedding(ids_BT[:, :width]),
+            attention_mask=None if needs_no_mask else mask,
+            position_ids=torch.arange(width, device=device)[None],
+            past_key_values=write_through(static, length=0),
+            use_cache=True,
+        ).last_hidden_state
+    set_length(static, width)
+    columns = torch.arange(width + 4, device=device)
+    decoded_B1D = reader.backbone(
+        input_ids=ids_BT[rows, last_B + 1][:, None],
+        attention_mask=((columns <= last_B[:, None]) | (columns == width)).long(),
+        position_ids=(last_B + 1)[:, None],
+        past_key_values=static,
+        use_cache=True,
+    ).last_hidden_state
+    found = [prefilled_BTD[rows, last_B], decoded_B1D[:, -1]]
+    differences = []
+    for row, length in enumerate(lengths):
+        alone_TD = reader.backbone(
+            input_ids=ids_BT[row : row + 1, : length + 1], use_cache=False
+        ).last_hidden_state[0]
+        for place, hidden_BD in zip((length - 1, length), found, strict=True):
+            differences.append(_relative(hidden_BD[row], alone_TD[place]))
+    return max(differences)
+
+
+def _relative(found_D: Tensor, expected_D: Tensor) -> float:
+    expected_D = expected_D.float()
+    return float((found_D.float() - expected_D).norm() / expected_D.norm())

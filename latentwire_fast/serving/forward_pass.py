@@ -1,0 +1,178 @@
+"""One pass of a reader over a batch: from payload codes and token ids to the next token's logits.
+
+Shapes: B rows, T columns, R payloads (1 or B), M latents, D `d_model`, V vocabulary; L layers, H
+key/value heads, P deep positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache
+
+from latentwire_fast.readers.attention import causal_mask, mask_free
+from latentwire_fast.readers.decoding_cache import decoding_cache
+from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving.batch import Batch
+from latentwire_fast.serving.graphs import CapturedPass, GraphMemory, write_through
+from latentwire_fast.serving.input_buffer import InputBuffer
+from latentwire_fast.serving.options import Mark
+from latentwire_fast.serving.payload_batch import Parcel
+from latentwire_fast.serving.prefixes import TrainedParts, put_soft
+from latentwire_fast.wire import Header
+
+
+class ForwardPass:
+    """What the engines run, op by op, compiled, or captured.
+
+    Args:
+        parts: what was trained for the reader; None where only text and embeddings are read.
+        compiled: whether the reader's backbone is compiled.
+        mark: see `ReceiverOptions`.
+    """
+
+    def __init__(
+        self, reader: Reader, parts: TrainedParts | None, *, compiled: bool, mark: Mark
+    ) -> None:
+        self.reader, self.parts, self.mark = reader, parts, mark
+        # One compilation for all lengths of a batch; one for each takes a minute of a reader.
+        self._compiled = torch.compile(reader.backbone, dynamic=True) if compiled else None
+
+    def soft_tokens(self, parcel: Parcel) -> int:
+        """How many of a prompt's columns payloads take."""
+        assert self.parts is not None
+        return 0 if self.parts.adapter is None else parcel.header.latents
+
+    def deep_positions(self, parcel: Parcel | None) -> int:
+        """P, how many positions payloads take before the prompt."""
+        if parcel is None or self.parts is None or self.parts.deep_prefix is None:
+            return 0
+        return parcel.header.latents
+
+    def prefixes(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Soft tokens `[R, M, D]` and deep prefix `[L, 2, R, H, P, d_head]` of a batch's payloads,
+        each where it is trained.
+
+        Raises:
+            PayloadError: values that no encoder sends.
+        """
+        assert self.parts is not None
+        assert batch.header is not None
+        inputs = self._send(batch)
+        return self.parts(inputs, batch.header, mark=self.mark)
+
+    def run(self, batch: Batch) -> tuple[Tensor, DynamicCache]:
+        """Logits `[B, V]` of the next token, and the cache behind the prompts.
+
+        Raises:
+            PayloadError: values that no encoder sends.
+        """
+        inputs = self._send(batch)
+        self.mark("parse")
+        cache = decoding_cache(self.reader.model)
+        logits_BV = self._forward(
+            inputs, batch.header, target=cache, cache=lambda: cache, embeddings=batch.embeddings
+        )
+        return logits_BV, cache
+
+    def capture(self, batch: Batch, *, new_tokens: int, memory: GraphMemory) -> CapturedPass:
+        """The pass as a graph for batches of this shape, with a cache of its own that has room for
+        `new_tokens` behind the prompts."""
+        model = self.reader.model
+        deep = self.deep_positions(batch.parcel)
+        rows, width = batch.layout.ids_BT.shape
+        static = StaticCache(config=model.config, max_cache_len=deep + width + new_tokens)
+        if not deep:  # otherwise the filler sets it up, as one block
+            geometry = self.reader.kv_geometry
+            static.early_initialization(
+                rows, geometry.heads, geometry.head_width, model.dtype, self.reader.device
+            )
+        with mask_free(model) as needs_no_mask:
+            embeddings = self.reader.embedding.weight
+            forward = partial(
+                self._forward,
+                header=batch.header,
+                target=static,
+                cache=lambda: write_through(static, length=deep),
+                attention_mask=None
+                if needs_no_mask
+                else causal_mask(
+                    width, deep + width, dtype=embeddings.dtype, device=embeddings.device
+                ),
+            )
+            return CapturedPass(forward, batch, cache=static, memory=memory)
+
+    def _send(self, batch: Batch) -> Mapping[str, Tensor]:
+        """The batch's values on the device, those of payloads checked."""
+        batch.verify()
+        inputs = InputBuffer(batch.fields, device=self.reader.device)
+        inputs.fill(batch.values())
+        return inputs.tensors
+
+    def _forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        header: Header | None,
+        *,
+        target: Cache,
+        cache: Callable[[], Cache],
+        attention_mask: Tensor | None = None,
+        embeddings: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits `[B, V]` of the next token.
+
+        Args:
+            target: takes the deep prefix; cache: makes what the reader then works with.
+            attention_mask: only where transformers cannot make its own.
+        """
+        ids_BT = inputs["ids"]
+        embeds_BTD = self.reader.embedding(ids_BT)
+        first = 0
+        if embeddings is not None:
+            soft_ND = torch.cat([*embeddings]).to(embeds_BTD.device)
+            embeds_BTD = put_soft(embeds_BTD, soft_ND, inputs["source"])
+        if header is not None:
+            assert self.parts is not None
+            soft_RMD, deep_L2RHPd = self.parts(inputs, header, mark=self.mark)
+            if soft_RMD is not None:
+                embeds_BTD = put_soft(embeds_BTD, soft_RMD.flatten(0, 1), inputs["source"])
+            if deep_L2RHPd is not None:
+                first = deep_L2RHPd.shape[4]
+                self.reader.filler.fill(target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT))
+            self.mark("placement")
+        positions_1T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
+        hidden_BTD = self._backbone(
+            compiled=embeddings is None,
+            waits=first > 0,
+            inputs_embeds=embeds_BTD,
+            attention_mask=attention_mask,
+            position_ids=positions_1T,
+            past_key_values=cache(),
+            use_cache=True,
+        )
+        last_B = inputs["last"].to(hidden_BTD.device)
+        rows = torch.arange(len(last_B), device=hidden_BTD.device)
+        logits_BV = self.reader.head(hidden_BTD[rows, last_B])
+        self.mark("reader")
+        return logits_BV
+
+    def _backbone(self, *, compiled: bool, waits: bool, **arguments: Any) -> Tensor:
+        """Last hidden states `[B, T, D]`.
+
+        Args:
+            compiled: whether a compiled backbone may run.
+            waits: whether a deep prefix may be on its way.
+        """
+        if self._compiled is None or not compiled:
+            return self.reader.backbone(**arguments).last_hidden_state
+        if waits:
+            self.reader.filler.wait()  # its hooks are not for compiled code
+        # By default, what would be compiled once too often runs uncompiled, and nobody knows.
+        strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+        with strict, mask_free(self.reader.model):
+            return self._compiled(**arguments).last_hidden_state

@@ -1,0 +1,60 @@
+"""How a receiver works: its engine, its memory, the strength of its prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from latentwire_fast.errors import ConfigError
+
+Engine = Literal["auto", "eager", "compile", "graph"]
+Mark = Callable[[str], None]
+
+# Soft tokens a thousand times as large as a reader's own embeddings drown everything else; not far
+# beyond, half precision overflows and the answer is empty.
+MOST_GAIN = 1000.0
+
+
+def unmarked(_phase: str) -> None:
+    """The `mark` of a receiver that nobody times."""
+
+
+@dataclass(frozen=True)
+class ReceiverOptions:
+    """Settings of a `Receiver`.
+
+    Attributes:
+        engine: `auto` is `graph` where the reader can be captured as a CUDA graph, else `eager`;
+            `compile` is `torch.compile` of the backbone, which raises where it would be compiled
+            more often than torch allows.
+        new_tokens: how many tokens the fixed memory of a graph has room for behind the prompt.
+            Longer answers are decoded too, in memory that grows.
+        max_graphs: how many shapes of batch are kept captured.
+        prefix_gain: factor on the calibrated size of soft tokens, and on the values (not the keys)
+            of a deep prefix.
+        mark: called with the name of each phase when it has been queued: `parse`, `dequantise`
+            (where it is not part of the adapter, see `TrainedParts`), `adapter`, `placement`,
+            `reader`.
+
+    Raises:
+        ConfigError: an option outside its range.
+    """
+
+    engine: Engine = "auto"
+    new_tokens: int = 32
+    max_graphs: int = 8
+    prefix_gain: float = 1.0
+    mark: Mark = unmarked
+
+    def __post_init__(self) -> None:
+        if self.engine not in get_args(Engine):
+            raise ConfigError(f"engine={self.engine!r}, expected one of {get_args(Engine)}")
+        for name in ("new_tokens", "max_graphs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}, expected at least 1")
+        if not 0 < self.prefix_gain <= MOST_GAIN:  # NaN is not either
+            raise ConfigError(
+                f"prefix_gain={self.prefix_gain}, expected above 0 and at most {MOST_GAIN:g}; 1 is "
+                "the size that was trained"
+            )

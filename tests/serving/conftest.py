@@ -1,0 +1,49 @@
+"""A graph's path without a GPU: receivers take it, with its buffers and its static cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from latentwire_fast.serving import forward_pass, receiver
+from latentwire_fast.serving.input_buffer import InputBuffer
+
+
+class UncapturedPass:
+    """A `CapturedPass` that runs its forward again instead of replaying it."""
+
+    def __init__(self, forward: Callable[..., Tensor], batch: Any, *, cache: Any, memory: Any):
+        self.cache, self.serial = cache, 0
+        self._forward = forward
+        self._inputs = InputBuffer(batch.fields, device=torch.device("cpu"))
+        self._inputs.fill(batch.values())
+        forward(self._inputs.tensors)
+
+    def fill(self, values: dict[str, np.ndarray]) -> None:
+        self._inputs.fill(values)
+
+    def replay(self) -> Tensor:
+        self.serial += 1
+        return self._forward(self._inputs.tensors)
+
+
+@pytest.fixture
+def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Receivers take the graph's path, with its buffers and its static cache, on the CPU."""
+    monkeypatch.setattr(forward_pass, "CapturedPass", UncapturedPass)
+    monkeypatch.setattr(receiver, "GraphMemory", lambda device: None)
+    monkeypatch.setattr(receiver, "choose_engine", lambda *_: ("graph", "a test"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
+@pytest.fixture(params=["eager", "graph"])
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "graph":
+        request.getfixturevalue("uncaptured")
+    return request.param
