@@ -371,7 +371,7 @@ class RunConfig(Settings):
         self._check_objectives()
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
         for part in (self.encoder, self.bottleneck, *self.attachments):
-            part.registry.part_of(part).check(part, self)
+            part.check(self)
 
     def _check_attachments(self) -> None:
         require(bool(self.attachments), "attachments: at least one is needed, soft or deep")

@@ -499,8 +499,9 @@ def test_a_kernel_that_is_wrong_fails_the_gate_in_every_engine(
     right = prefixes.dequantize
     monkeypatch.setattr(ops.dispatch, "_backend", "auto")
 
-    def kernel(inputs: Any, header: Any) -> torch.Tensor:
-        return right(inputs, header) * (1.0 if ops.dispatch._backend == "reference" else 1.5)
+    def kernel(codes: torch.Tensor, scales: torch.Tensor, header: Any) -> torch.Tensor:
+        factor = 1.0 if ops.dispatch._backend == "reference" else 1.5
+        return factor * right(codes, scales, header)
 
     monkeypatch.setattr(prefixes, "dequantize", kernel)
     arguments = tiny_arguments(tmp_path, "--methods", "text", "latent_cached", "deep_prefix")

@@ -31,7 +31,9 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler
 from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.registry import ADAPTERS, ATTACHMENTS, BOTTLENECKS, ENCODERS, POOLERS
+from latentwire_fast.training.builders import build_model
 from latentwire_fast.wire import Header, pack_batch, unpack_batch
 from runs import tiny_config, train
 
@@ -47,16 +49,15 @@ class LetterEncoder(Encoder):
 
         most: int = 1000
 
+        def check(self, run: RunConfig) -> None:
+            if run.mode == "pure":
+                raise ConfigError("letters hold no answers: use mode='context'")
+
     config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.table = nn.Embedding(128, config.d_z)
-
-    @classmethod
-    def check(cls, config: EncoderConfig, run: RunConfig) -> None:
-        if run.mode == "pure":
-            raise ConfigError("letters hold no answers: use mode='context'")
 
     def forward(self, contexts: Sequence[str], questions: Sequence[str] | None = None) -> Tensor:
         count = self.config.latents
@@ -219,5 +220,7 @@ def test_a_part_that_is_not_registered_says_so(
     llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry.BOTTLENECKS, "_added", {})
-    with pytest.raises(ConfigError, match="is the Config of no registered bottleneck; register"):
-        tiny_config(llama_folder, **changes_of("bottleneck"))
+    config = tiny_config(llama_folder, **changes_of("bottleneck"))
+    for use in (to_json, lambda run: build_model(run, load_readers(run.readers))):
+        with pytest.raises(ConfigError, match="is the Config of no registered bottleneck; regist"):
+            use(config)

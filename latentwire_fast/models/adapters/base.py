@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import AdapterConfig, RunConfig
+from latentwire_fast.config.schema import AdapterConfig
 
 
 class Adapter(nn.Module):
@@ -35,10 +35,6 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.norm = None
-
-    @classmethod
-    def check(cls, config: AdapterConfig, run: RunConfig) -> None:
-        """Raise a ConfigError unless the settings fit the rest of a run."""
 
     def forward(self, latent_BMd: Tensor) -> Tensor:
         """Rows `[B, M, width]`."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import AttachmentConfig, RunConfig
+from latentwire_fast.config.schema import AttachmentConfig
 from latentwire_fast.readers.card import ReaderCard
 
 
@@ -51,10 +51,6 @@ class Attachment(nn.Module):
     ) -> Attachment:
         """A fresh attachment for latents `[latents, d_z]` and the reader of a card."""
         raise NotImplementedError
-
-    @classmethod
-    def check(cls, config: AttachmentConfig, run: RunConfig) -> None:
-        """Raise a ConfigError unless the settings fit the rest of a run."""
 
     @property
     def positions(self) -> int:

@@ -55,6 +55,10 @@ class SoftPrompt(Attachment):
             super().__post_init__()
             require(self.gain > 0, f"gain={self.gain}, expected above 0")
 
+        def check(self, run: RunConfig) -> None:
+            """Its adapter checks itself."""
+            self.adapter.check(run)
+
     gives = "prefixes"
     config: Config
 
@@ -80,12 +84,6 @@ class SoftPrompt(Attachment):
         assert isinstance(config, SoftPrompt.Config)
         shape = {"latents": latents, "d_z": d_z, "d_model": card.d_model}
         return cls(config, **shape, target_rms=card.embedding_rms)
-
-    @classmethod
-    def check(cls, config: AttachmentConfig, run: RunConfig) -> None:
-        """Raise a ConfigError unless the adapter fits the rest of a run."""
-        assert isinstance(config, SoftPrompt.Config)
-        ADAPTERS.part_of(config.adapter).check(config.adapter, run)
 
     @property
     def positions(self) -> int:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import BottleneckConfig, RunConfig
+from latentwire_fast.config.schema import BottleneckConfig
 from latentwire_fast.wire.header import Header
 
 
@@ -25,10 +25,6 @@ class Bottleneck(nn.Module):
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()
         self.config = config
-
-    @classmethod
-    def check(cls, config: BottleneckConfig, run: RunConfig) -> None:
-        """Raise a ConfigError unless the settings fit the rest of a run."""
 
     def forward(self, latent_BMd: Tensor, bits: int) -> Tensor:
         """What the receiver gets at this width; gradients pass through."""

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import EncoderConfig, RunConfig
+from latentwire_fast.config.schema import EncoderConfig
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.prompts.builder import encoded_text
@@ -58,10 +58,6 @@ class Encoder(nn.Module):
             readers: of the run, whose weights it may take.
         """
         return cls(config)
-
-    @classmethod
-    def check(cls, config: EncoderConfig, run: RunConfig) -> None:
-        """Raise a ConfigError unless the settings fit the rest of a run."""
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32. Texts beyond the limit are cut."""

@@ -70,6 +70,10 @@ class LMEncoder(Encoder):
             """Whether its pooler does."""
             return bool(POOLERS.part_of(self.pooler).selects_positions)
 
+        def check(self, run: RunConfig) -> None:
+            """Its pooler checks itself."""
+            self.pooler.check(run)
+
         def allows(self, trained: EncoderConfig) -> bool:
             """It may read less than was asked, and the LM that it started from may have moved."""
             if not isinstance(trained, LMEncoder.Config) or trained.max_tokens > self.max_tokens:
@@ -121,12 +125,6 @@ class LMEncoder(Encoder):
         if config.gradient_checkpointing:
             checkpoint_activations(core)
         return cls(core, tokenizer, config, shared=shared).train()
-
-    @classmethod
-    def check(cls, config: EncoderConfig, run: RunConfig) -> None:
-        """Raise a ConfigError unless the pooler fits the rest of a run."""
-        assert isinstance(config, LMEncoder.Config)
-        POOLERS.part_of(config.pooler).check(config.pooler, run)
 
     def train(self, mode: bool = True) -> LMEncoder:
         """A frozen LM stays in eval mode: it has nothing to learn from dropout, and may be a

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import PoolerConfig, RunConfig
+from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.lm_text import LMFacts, LMText
 
@@ -48,10 +48,6 @@ class Pooler(nn.Module):
     def __init__(self, config: PoolerConfig, lm: LMFacts) -> None:
         super().__init__()
         self.config = config
-
-    @classmethod
-    def check(cls, config: PoolerConfig, run: RunConfig) -> None:
-        """Raise a ConfigError unless the settings fit the rest of a run."""
 
     def forward(self, text: LMText) -> Tensor:
         """States `[B, M, D]`."""
