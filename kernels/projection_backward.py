@@ -185,7 +185,8 @@ def _tile_gradients(
     )
     dots = tiles.dots(grad) if p.calibration.group_rows or needs[GAIN] else None
     if dots is not None and needs[GAIN]:
-        found[GAIN] = (dots * _unit_scale(p, squares)).sum()
+        shares = dots * _unit_scale(p, squares)
+        found[GAIN] = shares.view(-1, p.calibration.groups).sum(0).view(p.calibration.gain.shape)
     dy, found[GAMMA] = tiles.backward(grad, squares, dots)
     if needs[X] or needs[NORM_WEIGHT] or needs[NORM_BIAS]:
         d_normed = matmul_fp32(dy, tiles.weight.to(dy.dtype))

@@ -88,6 +88,8 @@ class Calibration:
     eps: float
     # Rows that share a mean square; 0 without calibration.
     group_rows: int
+    # Groups of outputs, each with its mean squares and its gain: more than one is for tiles.
+    groups: int = 1
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What tests give receivers: untrained models of one reader, payloads, prompts for them."""
+"""What tests give receivers: untrained models of one reader, payloads, and prompts for them."""
 
 from __future__ import annotations
 

@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 from latentwire_fast import wire
 from latentwire_fast.cli import parse_pairs, run_entry_point
 from latentwire_fast.config.schema import StageConfig
-from latentwire_fast.data.sources import in_split
+from latentwire_fast.data.sources import heldout_examples, in_split
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.errors import ConfigError, RunStopped, TrainingError
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.prompts.builder import full_text
 from latentwire_fast.training.checkpoint import load_checkpoint
 from runs import (
+    changed,
     contents,
     environment_on_the_cpu,
     model_digest,
@@ -49,7 +50,7 @@ CONTEXT = "Nulnak is already 94 years old. The dog of Bakrim is named Fosvun."
 def start(module: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """`python -m latentwire_fast.MODULE ARGUMENTS` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"latentwire_fast.{module}", *map(str, arguments)],
+        [*python(module), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,6 +64,17 @@ def command(module: str, *arguments: object, **options: Any) -> subprocess.Compl
     process = start(module, *arguments, **options)
     output, errors = process.communicate(timeout=1200)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def python(module: str) -> list[str]:
+    """The beginning of a command line."""
+    return [sys.executable, "-m", f"latentwire_fast.{module}"]
+
+
+def apart(module: str, *arguments: object) -> tuple[int, str, str]:
+    """`in_this_process`, in a process of its own."""
+    process = command(module, *arguments)
+    return process.returncode, process.stdout, process.stderr
 
 
 def done(module: str, *arguments: object) -> str:
@@ -216,7 +228,7 @@ def test_encode_and_generate_meet_over_a_file_of_bytes(run_dir: Path, tmp_path: 
         lines = output.splitlines()
         assert lines[0].startswith("load ")
         assert lines[1].startswith("answer: ")
-        assert lines[2].startswith(f"{size} bytes, payload to prefix ")
+        assert lines[2].startswith(f"{size} bytes, payload to logits ")
         assert len(lines) == 3
 
 
@@ -232,11 +244,130 @@ def test_a_pure_payload_stands_for_its_question_too(
     arguments = ("--run", pure_run, "--reader", "llama", "--payload", out)
     status, output, error = in_this_process("generate", *arguments)
     assert status == 0, error
-    assert re.search(rf"^answer: .*\n{size} bytes, payload to prefix [\d.]+ ms, ", output, re.M)
+    assert re.search(rf"^answer: .*\n{size} bytes, payload to logits [\d.]+ ms, ", output, re.M)
     status, again, error = in_this_process("generate", *arguments, "--question", "Who?")
     assert status == 0, error
     assert again.splitlines()[1] == output.splitlines()[1]
     assert "--question is not used" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_pipe_from_encode_to_generate(run_dir: Path, note: Path, tmp_path: Path) -> None:
+    """`-` is standard output, and standard input; what is said goes to standard error."""
+    out = tmp_path / "x.lwire"
+    status, _, error = in_this_process("encode", "--run", run_dir, "--context", note, "--out", out)
+    assert status == 0, error
+    encode = [*python("encode"), "--run", run_dir, "--context", note, "--out", "-"]
+    answer = ["--run", run_dir, "--reader", "llama", "--question", "Who?", "--payload"]
+    status, output, error = in_this_process("generate", *answer, out)
+    assert status == 0, error
+    expected = output.splitlines()[1]
+    environment = environment_on_the_cpu()
+    sent = subprocess.run(encode, capture_output=True, env=environment, check=True, cwd=tmp_path)
+    assert sent.stdout == out.read_bytes()
+    assert f"-: {len(sent.stdout)} bytes for {len(CONTEXT)} bytes of text".encode() in sent.stderr
+    for place in ("-", "/dev/stdin"):
+        command = [*python("generate"), *answer, place]
+        done = subprocess.run(
+            [*map(str, command)],
+            input=sent.stdout,
+            capture_output=True,
+            env=environment,
+            check=True,
+        )
+        assert done.stdout.decode().splitlines()[1] == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["note.txt", "x.lwire"]
+
+
+def test_bytes_are_not_printed_on_a_terminal(
+    run_dir: Path, note: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    status, error = mistake("encode", "--run", run_dir, "--context", note, "--out", "-")
+    assert (status, error) == (
+        2,
+        "error: --out - would write bytes to a terminal; pipe it, or name a file\n",
+    )
+
+
+@pytest.mark.slow
+def test_devices_and_dtypes(
+    run_dir: Path, llama_folder: Path, note: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Readers in another dtype are still those that the model was trained for; an encoder in
+    another dtype writes payloads that the same model reads."""
+    short, full = tmp_path / "short.lwire", tmp_path / "full.lwire"
+    for out, dtype in ((short, "bfloat16"), (full, "float32")):
+        arguments = ("--run", run_dir, "--context", note, "--out", out, "--device", "cpu")
+        status, _, error = in_this_process("encode", *arguments, "--dtype", dtype, "--bits", 16)
+        assert status == 0, error
+    one, other = (wire.unpack(path.read_bytes()) for path in (short, full))
+    assert one[1] == other[1], "bits, shape and fingerprint"
+    assert 0 < (one[0] - other[0]).norm() < 0.1 * other[0].norm()
+    for dtype in ("float32", "bfloat16", "float16"):
+        arguments = ("--run", run_dir, "--reader", "llama", "--payload", short)
+        arguments += ("--question", "Who?", "--device", "cpu", "--dtype", dtype)
+        status, output, error = in_this_process("generate", *arguments)
+        assert status == 0, error
+        assert "answer: " in output
+    out = tmp_path / "metrics.json"
+    arguments = ("--run", run_dir, "--out", out, "--examples", 3, "--device", "cpu")
+    status, _, error = in_this_process("evaluate", *arguments, "--dtype", "bfloat16")
+    assert status == 0, error
+    assert json.loads(out.read_text())["examples"] == 3
+    arguments = ("testbed_smoke", "--reader", f"llama={llama_folder}", "--steps", 3, "--no-eval")
+    arguments += ("--run", tmp_path / "run", "--device", "cpu", "--dtype", "bfloat16")
+    status, error = mistake("train", *arguments)
+    assert status == 0, error
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["readers"]["llama"]["dtype"] == "bfloat16"
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "soft, pure": {"mode": "pure", "adapter": {"prefix": "soft"}},
+    "deep, context": {"mode": "context", "adapter": {"prefix": "deep", "deep_width": 32}},
+    "both, context": {"mode": "context", "adapter": {"prefix": "both", "deep_width": 32}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_sent_and_answered_is_what_the_evaluator_scored(
+    shape: str, llama_folder: Path, qwen_folder: Path, tmp_path: Path
+) -> None:
+    """`encode` in one process and `generate` in another: the prediction of each example."""
+    stages = (StageConfig("answer", steps=1),)
+    config = tiny_config(llama_folder, qwen_folder, stages=stages, **SHAPES[shape])
+    config = changed(config, data={"eval_examples": 3})
+    run = train(config, tmp_path / "run").run_dir
+    status, _, error = in_this_process("evaluate", "--run", run)
+    assert status == 0, error
+    lines = (run / "eval" / "predictions.jsonl").read_text().splitlines()
+    heldout = heldout_examples(config.data)
+    assert len(lines) == len(heldout) == 3
+    for number, (line, example) in enumerate(zip(lines, heldout, strict=True)):
+        record = json.loads(line)
+        assert record["id"] == example.id
+        note, out = tmp_path / "context.txt", tmp_path / "context.lwire"
+        note.write_text(example.context)
+        question = ("--question", example.question)
+        sent = ("--run", run, "--context", note, "--out", out)
+        run_command = apart if number == 0 else in_this_process
+        status, _, error = run_command("encode", *sent, *question[: 2 * (config.mode == "pure")])
+        assert status == 0, error
+        for name in ["qwen2"] if number == 0 else config.readers:
+            arguments = ("--run", run, "--reader", name, "--payload", out)
+            if config.mode == "context":
+                arguments += question
+            longest = ("--max-new-tokens", config.evaluation.max_new_tokens)
+            status, output, error = run_command("generate", *arguments, *longest)
+            assert status == 0, error
+            answer = output.split("answer: ", 1)[1].rsplit("\n", 2)[0]
+            assert answer == record["readers"][name]["latent"]["prediction"]
 
 
 def test_help_names_a_flag_once() -> None:
@@ -473,6 +604,31 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "generate",
         "--run {run} --reader llama --payload {payload} --question Who? --prefix-gain nan",
         "prefix_gain=nan",
+    ),
+    "gain far out": (
+        "generate",
+        "--run {run} --reader llama --payload {payload} --question Who? --prefix-gain 1e30",
+        r"prefix_gain=1e\+30, expected above 0 and at most 1000",
+    ),
+    "device that is none": (
+        "generate",
+        "--run {run} --reader llama --payload {payload} --question Who? --device fast",
+        "--device 'fast' is no device; this machine has cpu",
+    ),
+    "device that torch does not see": (
+        "encode",
+        "--run {run} --context {note} --out {tmp}/x --device xla",
+        "--device xla: torch sees no such device here",
+    ),
+    "device for weights without values": (
+        "evaluate",
+        "--run {run} --device meta",
+        "--device meta: torch sees no such device here",
+    ),
+    "device with a number too high": (
+        "train",
+        "testbed_smoke --device cpu:3 --run {tmp}/run",
+        "--device cpu:3: there is one CPU device; write cpu",
     ),
     "payload of another model": (
         "generate",

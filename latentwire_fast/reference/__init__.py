@@ -11,6 +11,8 @@ from latentwire_fast.reference.precision import compute_dtype
 from latentwire_fast.reference.projection import (
     LAYER_NORM_EPS,
     RMS_EPS,
+    ProjectionParameters,
+    ProjectionSettings,
     dequantize_project_calibrate,
     project_calibrate,
     project_calibrate_backward,
@@ -31,6 +33,8 @@ __all__ = [
     "LARGEST_FP16",
     "LAYER_NORM_EPS",
     "RMS_EPS",
+    "ProjectionParameters",
+    "ProjectionSettings",
     "code_bytes",
     "compute_dtype",
     "dequantize_project_calibrate",

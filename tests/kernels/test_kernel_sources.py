@@ -183,13 +183,15 @@ class Computed(TorchDispatchMode):
         return op(*arguments, **(options or {}))
 
 
-# (calibration's rows, tanh): the kernels that are launched, and the ops round them.
-PROJECTIONS: dict[str, tuple[int, bool, dict[str, int], list[str]]] = {
-    "token": (1, False, {"_rows_kernel": 1}, ["addmm"]),
-    "example": (32, False, {"_rows_kernel": 1}, ["addmm"]),
-    "none": (0, False, {"_rows_kernel": 1}, ["addmm"]),
-    "batch": (128, False, {"_rows_kernel": 2}, ["mean", "addmm"]),
-    "tanh": (1, True, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "div"]),
+# (calibration's rows, tanh, groups of outputs): the kernels that are launched, the ops round them.
+PROJECTIONS: dict[str, tuple[int, bool, int, dict[str, int], list[str]]] = {
+    "token": (1, False, 1, {"_rows_kernel": 1}, ["addmm"]),
+    "example": (32, False, 1, {"_rows_kernel": 1}, ["addmm"]),
+    "none": (0, False, 1, {"_rows_kernel": 1}, ["addmm"]),
+    "batch": (128, False, 1, {"_rows_kernel": 2}, ["mean", "addmm"]),
+    "tanh": (1, True, 1, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "div"]),
+    "groups": (1, False, 3, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "clone", "div"]),
+    "groups, none": (0, False, 3, {"_rows_kernel": 1, "_tiles_kernel": 1}, []),
 }
 
 
@@ -202,7 +204,7 @@ def test_a_frozen_projection_is_two_launches(
     pytest.importorskip("triton")
     from latentwire_fast.kernels import projection, projection_rows, projection_tiles
 
-    rows, tanh, kernels, computed = PROJECTIONS[name]
+    rows, tanh, groups, kernels, computed = PROJECTIONS[name]
     modules = {
         "_fold_kernel": projection,
         "_rows_kernel": projection_rows,
@@ -215,9 +217,11 @@ def test_a_frozen_projection_is_two_launches(
     arguments = projection.Projection(
         *(weight, vector, vector),
         norm=projection.Norm(torch.ones(16), torch.zeros(16), 1e-5),
-        calibration=projection.Calibration(None, 1.0, 1e-8, rows),
+        calibration=projection.Calibration(None, 1.0, 1e-8, rows, groups),
         tanh=tanh,
-        folded=None if tanh else projection.fold(weight, vector, vector, dtype=torch.float32),
+        folded=projection.fold(weight, vector, vector, dtype=torch.float32)
+        if projection.is_folded(16, groups=groups, tanh=tanh)
+        else None,
     )
     codes, scales = torch.empty(4, 256, dtype=torch.uint8), torch.empty(4, 16).half()
     source = projection.Packed(codes, scales, 4, 32, 32, 16, torch.float32)

@@ -237,7 +237,7 @@ def tiles_cases() -> dict[str, Case]:
             (256, 4096, True, FP32),
         ):
             out = FP32 if mode in (0, 2) else dtype
-            shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "TANH": tanh}
+            shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "TANH": tanh, "GROUPS": 1}
             tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_K": 64}
             tile["TILE_COLUMNS"] = 64 if dtype == FP32 else 128
             stored, wide = inner > 256, ", fp32" if dtype == FP32 else ""
@@ -247,9 +247,38 @@ def tiles_cases() -> dict[str, Case]:
                 {**shape, "HAS_Y": stored, "HAS_GAIN": False, **flags, **tile},
                 *(8, 3, ("LDG",) if stored else ("LDGSTS",)),
             )
+    cases |= grouped_cases(flags)
     name = "tiles 256 to 4096, tanh, fp32, gradient"
     constants = {**cases[name].constants, "HAS_GAMMA": False}
     cases[f"{name}, no gamma"] = replace(cases[name], constants=constants)
+    return cases
+
+
+def grouped_cases(flags: dict[str, bool]) -> dict[str, Case]:
+    """A deep prefix's projection: keys and values of 32 layers of 8 heads of 128 channels, its
+    product stored; of 4 layers of 2 heads of 32; groups that no tile's width divides."""
+    cases = {}
+    for mode, name in enumerate(("squares", "write", "dots", "gradient")):
+        for inner, groups, width, dtype, columns in (
+            (512, 64, 1024, BF16, 128),
+            (512, 64, 1024, FP32, 64),
+            (256, 64, 1024, BF16, 128),
+            (256, 8, 64, BF16, 64),
+            (256, 8, 64, FP32, 64),
+            (64, 56, 96, BF16, 128),
+        ):
+            out = FP32 if mode in (0, 2) else dtype
+            shape = {"MODE": mode, "INNER": inner, "WIDTH": groups * width, "GROUPS": groups}
+            tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_K": 64, "TILE_COLUMNS": columns}
+            absent = {"HAS_GAMMA": False, "HAS_BETA": False, "TANH": False}
+            stored = inner > 256
+            wide = ", fp32" if dtype == FP32 else ""
+            cases[f"tiles {inner} to {groups} groups of {width}{wide}, {name}"] = Case(
+                *("projection_tiles", "_tiles_kernel"),
+                (*[dtype] * 6, FP32, FP32, FP32, dtype, out, FP32, "i32", "i32", "fp32", "fp32"),
+                {**flags, **absent, **shape, "HAS_Y": stored, "HAS_GAIN": True, **tile},
+                *(8, 3, ("LDG",) if stored else ("LDGSTS",)),
+            )
     return cases
 
 

@@ -243,6 +243,96 @@ def test_nothing_is_written_outside_or_read_unwritten(
         assert torch.equal(f, e)
 
 
+# --- groups of outputs ----------------------------------------------------------------------------
+
+# (shape of x, D, groups, tanh): a tile's width or not, more tiles than one a group, wide rows
+# whose product is stored, narrow groups.
+GROUPED = {
+    "groups as wide as a tile": ((2, 67, 20), 128, 4, False),
+    "groups of a tile and a rest": ((3, 5, 20), 402, 2, False),
+    "narrow groups": ((2, 9, 20), 60, 12, True),
+    "stored": ((2, 5, 300), 144, 3, False),
+}
+
+
+def grouped_inputs(way: str) -> tuple[list[Tensor], dict[str, Any]]:
+    shape, width, groups, tanh = GROUPED[way]
+    tensors = inputs(shape, width)
+    tensors[1] *= torch.logspace(-1, 1, groups).repeat_interleave(width // groups)[:, None]
+    tensors[-1] = torch.linspace(0.5, 2, groups)
+    return tensors, {"groups": groups, "tanh": tanh}
+
+
+@pytest.mark.parametrize("calibration", ops.CALIBRATIONS)
+@pytest.mark.parametrize("way", GROUPED)
+def test_values_and_gradients_in_groups(way: str, calibration: str) -> None:
+    """fp32 within 1e-4 of fp64, each group's gain gradient too."""
+    tensors, settings = grouped_inputs(way)
+    settings["calibration"] = calibration
+    found = ours(torch.float32, tensors, **settings)
+    for f, e in zip(found, truth(tensors, **settings), strict=True):
+        assert worst(f, e) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("calibration", ["none", "example"])
+def test_keys_and_values_in_half_precision(dtype: torch.dtype, calibration: str) -> None:
+    """A deep prefix's projection: weight, bias and gains; no worse than eager, group by group."""
+    tensors, settings = grouped_inputs("stored")
+    tensors = [t.to(dtype).float() for t in tensors]
+    present = ("weight", "bias", "gain")
+    groups, width = settings["groups"], len(tensors[1])
+    settings["calibration"] = calibration
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, **_: Any) -> Tensor:
+        y = (x @ weight.T + bias).unflatten(-1, (groups, width // groups))
+        if calibration == "example":
+            mean_square = y.square().mean((1, 3), keepdim=True)
+            y = y * 0.5 / (mean_square + reference.RMS_EPS).sqrt()
+        return (y * gain[:, None]).flatten(-2)
+
+    exact = truth(tensors, present, **settings)
+    theirs = run(eager, dtype, tensors, present, **settings)
+    for o, e, t in zip(ours(dtype, tensors, present, **settings), theirs, exact, strict=True):
+        assert worst(o, t) <= worst(e, t) + EPSILON[dtype]
+
+
+@pytest.mark.parametrize("calibration", ["token", "example", "batch"])
+@pytest.mark.parametrize("way", GROUPED)
+def test_groups_write_nothing_outside_and_read_nothing_unwritten(
+    way: str, calibration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Poisoned buffers again; and a NaN stays in its group, in rows that share its mean square."""
+    tensors, settings = grouped_inputs(way)
+    settings["calibration"] = calibration
+    expected = ours(torch.float32, tensors, **settings)
+    with monkeypatch.context() as patch:
+        buffers = guard_outputs(patch)
+        found = ours(torch.float32, tensors, **settings)
+    assert len(buffers) >= 5
+    assert_guards_hold(buffers)
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+    tensors[2][0] = torch.nan  # the first output's bias: of the first group
+    with ops.backend("reference"):
+        broken = run(ops.project_calibrate, torch.float32, tensors, **settings)
+    assert torch.equal(ours(torch.float32, tensors, **settings)[0].isnan(), broken[0].isnan())
+    assert not broken[0].isnan().all()
+
+
+@pytest.mark.parametrize("calibration", ["none", "token", "example"])
+def test_payload_to_keys_and_values(calibration: str) -> None:
+    arguments = packed((3, 7, 20), 6, 16)
+    tensors, _ = grouped_inputs("groups as wide as a tile")
+    parameters = {n: t.to(DEVICE) for n, t in zip(NAMES, tensors[1:], strict=True)}
+    settings: dict[str, Any] = {**parameters, "target_rms": 0.5, "calibration": calibration}
+    with ops.backend("triton"):
+        x = ops.unpack_dequantize(**arguments)
+        found = ops.dequantize_project_calibrate(**arguments, **settings, groups=4)
+        expected = ops.project_calibrate(x, **settings, groups=4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 # --- payloads -------------------------------------------------------------------------------------
 
 
@@ -455,12 +545,12 @@ def test_mean_squares_are_the_reference_s() -> None:
     x, weight, *_ = (t.to(DEVICE) for t in inputs((4, 32), 64))
     x[1] = 0
     bias = -(weight @ x[0])
-    parameters = (weight, bias, None, None, None, None, None)
-    exact = [None if t is None else t.double() for t in parameters]
-    _, expected = reference.project_calibrate(x.double(), *exact, 1.0, "token", False)
+    settings = reference.ProjectionSettings(1.0, "token", 1, False)
+    exact = reference.ProjectionParameters(weight.double(), bias.double())
+    _, expected = reference.project_calibrate(x.double(), exact, settings)
     with ops.backend("triton"):
         op = torch.ops.latentwire_fast.project_calibrate
-        _, squares = op(x, *parameters, 1.0, "token", False)
+        _, squares = op(x, *reference.ProjectionParameters(weight, bias), *settings)
     typical = expected.max()
     assert squares.min() >= 0
     assert (squares - expected).abs().max() <= 1e-5 * typical

@@ -399,22 +399,28 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
     """One call of each registered op."""
     z, student, teacher = torch.randn(2, 50), torch.randn(4, 9), torch.randn(4, 9)
     codes, scales = reference.quantize_pack(z, bits=6, group_size=16)
-    x, (weight, bias, norm, norm_bias, gamma, beta, gain) = (
-        torch.randn(2, 3, 5),
-        [t.detach() for t in adapter_parameters(5, 7, torch.float32).values()],
-    )
-    affine = (x, weight, bias, norm, norm_bias, gamma)
-    settings = (0.5, "example", True)
-    _, squares = reference.project_calibrate(*affine, beta, gain, *settings)
+    x = torch.randn(2, 3, 5)
+    named = {name: t.detach() for name, t in adapter_parameters(5, 8, torch.float32).items()}
+    parameters = reference.ProjectionParameters(**named)
+    settings = reference.ProjectionSettings(0.5, "example", 1, True)
+    grouped = parameters._replace(gain=torch.rand(4)), settings._replace(groups=4)
+    _, squares = reference.project_calibrate(x, parameters, settings)
+    _, group_squares = reference.project_calibrate(x, *grouped)
+    needs = [True, False, True, True, False, True, True, True]
     hidden, mask = (torch.randn(4, 5), torch.randn(4, 5)), torch.rand(4) > 0.3
     return {
         "quantize_pack": (z, 6, 16, False),
         "unpack_dequantize": (codes, scales, 6, 16, 50, torch.bfloat16),
         "fake_quantize": (z, 4, 32, True),
-        "project_calibrate": (*affine, beta, gain, *settings),
+        "project_calibrate": (x, *parameters, *settings),
+        "project_calibrate, groups": (x, *grouped[0], *grouped[1]),
         "project_calibrate_backward": (
-            *(torch.randn(2, 3, 7), *affine, gain, squares, *settings),
-            [True, False, True, True, False, True, True, True],
+            *(torch.randn(2, 3, 8), x, squares, needs),
+            *(*parameters, *settings),
+        ),
+        "project_calibrate_backward, groups": (
+            *(torch.randn(2, 3, 8), x, group_squares, needs),
+            *(*grouped[0], *grouped[1]),
         ),
         "kd_kl": (student, teacher, mask, torch.tensor(0.5), 2.0),
         "kd_kl_in_place": (student, teacher, mask, torch.tensor(0.5), 2.0),
@@ -425,13 +431,16 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", op_calls())
 def test_opcheck(name: str) -> None:
-    op = getattr(torch.ops.latentwire_fast, name).default
+    op = getattr(torch.ops.latentwire_fast, name.split(",")[0]).default
     torch.library.opcheck(op, op_calls()[name])
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["fake_quantize", "project", "kd_kl", "kd_kl scaled", "kd_kl in place", "linear_kd_kl"],
+    [
+        *("fake_quantize", "project", "project groups"),
+        *("kd_kl", "kd_kl scaled", "kd_kl in place", "linear_kd_kl"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_fullgraph_compile_equals_eager(kind: str) -> None:
@@ -440,9 +449,21 @@ def test_fullgraph_compile_equals_eager(kind: str) -> None:
     }
     mask = torch.tensor([[True, True, False], [True, True, True]])
     teacher, head = torch.randn(2, 3, 20), torch.randn(9, 20, requires_grad=True)
+    targets, gains = torch.rand(7) + 0.1, torch.rand(7, requires_grad=True)
     calls: dict[str, Callable[[Tensor], Tensor]] = {
         "fake_quantize": lambda x: ops.fake_quantize(x, bits=4, group_size=32).square().sum(),
         "project": lambda x: ops.project_calibrate(x, **parameters, target_rms=0.1).square().sum(),
+        "project groups": lambda x: (
+            ops.project_calibrate(
+                *(x, parameters["weight"], parameters["bias"]),
+                target_rms=targets,
+                gain=gains,
+                calibration="example",
+                groups=7,
+            )
+            .square()
+            .sum()
+        ),
         "kd_kl": lambda x: ops.kd_kl(x, teacher, tau=2.0, mask=mask),
         "kd_kl scaled": lambda x: 3 * ops.kd_kl(x, teacher, tau=2.0, mask=mask),
         "kd_kl in place": lambda x: ops.kd_kl(x * 1, teacher, tau=2.0, mask=mask, in_place=True),
@@ -587,7 +608,7 @@ BAD_CALLS: dict[str, tuple[type[LatentWireError], str, Callable[[], object]]] = 
     ),
     "gain": (
         KernelError,
-        r"project_calibrate: gain has shape \(2,\)",
+        r"project_calibrate: gain has shape \(2,\); expected one element$",
         lambda: ops.project_calibrate(
             LATENT, torch.zeros(4, 8), gain=torch.ones(2), target_rms=1.0
         ),

@@ -13,6 +13,7 @@ from latentwire_fast.data.testbed import COLOURS, JOBS, OBJECTS, SYLLABLES
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.builder import (
     ANCHOR,
+    Mode,
     Prompt,
     PromptBuilder,
     Turn,
@@ -332,3 +333,25 @@ def test_a_template_that_fails_is_refused(
     failing.chat_template = template
     with pytest.raises(ConfigError, match=r"the chat template of .* fails: "):
         PromptBuilder(failing)
+
+
+@pytest.mark.parametrize("latent", [None, "context", "pure"])
+@pytest.mark.parametrize("answer", [None, "94"])
+@pytest.mark.parametrize("with_contexts", [True, False])
+def test_prompts_built_together_are_the_prompts_built_one_by_one(
+    tokenizer: PreTrainedTokenizerFast,
+    latent: Mode | None,
+    answer: str | None,
+    with_contexts: bool,
+) -> None:
+    builder = PromptBuilder(tokenizer)
+    questions = [QUESTION, "", "Who?", "What is   the job of Selpon,\nif any?"]
+    contexts = [CONTEXT, "", "<s> is no control token </s>", " a "] if with_contexts else None
+    turns = [Turn(question, answer) for question in questions]
+    together = builder.build_many(turns, contexts=contexts, latent=latent)
+    assert together == [
+        builder.build([turn], context=context, latent=latent)
+        for turn, context in zip(turns, contexts or [None] * 4, strict=True)
+    ]
+    assert all((prompt.latent_at is None) == (latent is None) for prompt in together)
+    assert builder.build_many([], latent=latent) == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +188,53 @@ def test_files_that_hold_no_payload_are_refused(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(PayloadError, match="is empty; a payload file holds at least one"):
         next(wire.read_payloads(path))
+
+
+def test_pipes_are_read_to_their_end(tmp_path: Path, payloads: list[bytes]) -> None:
+    """Their size is not known before. A payload comes as soon as it is there, in any pieces."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = wire.read_payloads(pipe)
+    written, release = [], threading.Event()
+
+    def write() -> None:
+        with pipe.open("wb", buffering=0) as file:
+            file.write(payloads[0] + payloads[1][:9])
+            assert release.wait(20)
+            file.write(payloads[1][9:])
+            written.append(True)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert next(reading) == payloads[0]
+    assert not written
+    release.set()
+    assert list(reading) == payloads[1:2]
+    thread.join()
+
+
+def test_an_empty_or_cut_pipe_is_refused(payloads: list[bytes]) -> None:
+    with pytest.raises(PayloadError, match="standard input: is empty"):
+        list(wire.read_payload_stream(io.BytesIO(), name="standard input"))
+    cut = wire.read_payload_stream(io.BytesIO(payloads[0] + payloads[1][:-1]), name="a pipe")
+    assert next(cut) == payloads[0]
+    with pytest.raises(PayloadError, match=r"a pipe: payload 1 at byte \d+: .* cut short"):
+        next(cut)
+
+
+def test_memory_grows_with_what_a_stream_holds_and_not_with_what_it_claims() -> None:
+    asked: list[int] = []
+
+    class Counting(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            asked.append(size or -1)
+            return super().read(size)
+
+    header = bytearray(wire.pack(torch.zeros(1, 1), bits=16, group_size=16)[:16])
+    header[4:8] = b"\xff" * 4  # a latent [65535, 65535]: 8.6 GB
+    with pytest.raises(PayloadError, match="cut short"):
+        list(wire.read_payload_stream(Counting(bytes(header) + bytes(100)), name="a pipe"))
+    assert max(asked) <= 1 << 20
 
 
 def test_payloads_replace_no_device(tmp_path: Path, payloads: list[bytes]) -> None:
