@@ -1,4 +1,4 @@
-"""Distillation KL on logits with the student's gradient; `linear_distill` goes through the head.
+"""Distillation KL on logits with the student's gradient; `linear_distillation` has the head.
 
 Per row, with Delta = (s - t)/tau, p = softmax(t/tau), q = softmax(s/tau), and x = Delta - c for
 some centre c:
@@ -38,6 +38,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from latentwire_fast.kernels.activations import tanh
+
 # A row is a program: 63 tiles at a vocabulary of 128k. 8 elements per thread keep it at about 115
 # registers, two programs per SM; 4 warps would need 168 to 250, and spill. Two tiles are on their
 # way while one is summed: of bf16 32 KB per SM, about bandwidth times latency.
@@ -64,15 +66,6 @@ def _exp_less(x, FAR: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    """Exact to relative rounding for small x too."""
-    y = 2.0 * x
-    bounded = tl.where(y > 80.0, 80.0, y)
-    e = tl.where(tl.abs(y) < 0.5, y + _exp_less(y, False), tl.exp(bounded) - 1.0)
-    return e / (e + 2.0)
-
-
-@triton.jit
 def _load(
     t_ptr, other_ptr, offsets, cap,
     VOCABULARY: tl.constexpr, STACKED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -94,8 +87,8 @@ def _load(
         delta = s - t
     slope = 1.0
     if SOFTCAP:
-        t_bent, s_bent = _tanh(t / cap), _tanh(s / cap)
-        delta = cap * _tanh(delta / cap) * (1.0 - t_bent * s_bent)
+        t_bent, s_bent = tanh(t / cap), tanh(s / cap)
+        delta = cap * tanh(delta / cap) * (1.0 - t_bent * s_bent)
         slope = 1.0 - s_bent * s_bent
         t = tl.where(inside, cap * t_bent, float("-inf"))
         s = tl.where(inside, cap * s_bent, float("-inf"))

@@ -16,9 +16,15 @@ writing y and reading it back would cost: d < 1000 for D = 4096 if its tiles ran
 they are small and at half of it the bound is 700. G of `[D, D]` (the MLP adapter) would cost as
 much as the projection.
 
-Backward needs no y either, `adapter_backward`. Saved: x and r2.
+Backward needs no y either, `projection_backward`. Saved: x and r2.
 
-Everything else (tanh; d > 512) goes through tiles of y, `adapter_tiles`.
+Everything else (tanh; d > 512; groups) goes through tiles of y, `projection_tiles`.
+
+Groups of outputs, each with its own r2 (a deep prefix: keys or values of a layer; w = D / groups of
+them), would need a Gram matrix each: groups*d^2 fp32 numbers read instead of y, N*D, written and
+read twice in a half precision. That is less only where d^2 < N*w, and the deep prefix of an 8B
+reader has d = 512, w = 1024 and N = 32 to 512 rows, d^2 = 262144 against 32768 to 524288. While it
+trains the matrices are made anew, 2*D*d^2 FLOPs, more than the projection's 2*N*D*d where N < d.
 """
 
 from __future__ import annotations
@@ -73,9 +79,9 @@ class Projection:
     folded: Folded | None
 
 
-def is_folded(width: int, *, tanh: bool) -> bool:
+def is_folded(width: int, *, groups: int, tanh: bool) -> bool:
     """Whether rows of so many values go through the Gram matrix."""
-    return not tanh and width <= GRAM_WIDTH
+    return groups == 1 and not tanh and width <= GRAM_WIDTH
 
 
 @triton.jit(do_not_specialize=["outputs"])
@@ -130,7 +136,7 @@ def fold(
 def project_calibrate(
     source: Tensor | Packed, p: Projection, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`(out [N, D] in the source's dtype, mean squares [N / group_rows] in fp32)`.
+    """`(out [N, D] in the source's dtype, mean squares [N / group_rows * groups] in fp32)`.
 
     Args:
         source: x `[N, d]`, or a payload's codes, which are unpacked on the way.

@@ -1,4 +1,4 @@
-"""The projection's gradients, from x and r2 alone (`adapter` has the names).
+"""The projection's gradients, from x and r2 alone (`projection` has the names).
 
 Folded: with U = dout (gamma * P) `[N, K]` one matmul gives the pieces of <dout, gamma * y> as
 <U, [x, 1]>, and
@@ -12,7 +12,7 @@ Folded: with U = dout (gamma * P) `[N, K]` one matmul gives the pieces of <dout,
 Two matmuls of N*D*K and two reads of dout in all; y's gradient is never written. LayerNorm's own
 backward is torch's, on `[N, d]`.
 
-Tiles: y's gradient dy `[N, D]` is made as `adapter_tiles` says; two matmuls give those of x and W.
+Tiles: y's gradient dy `[N, D]` is made as `projection_tiles` says; two matmuls give those of x, W.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def _tile_gradients(
     )
     dots = tiles.dots(grad) if p.calibration.group_rows or needs[GAIN] else None
     if dots is not None and needs[GAIN]:
-        found[GAIN] = (dots * _unit_scale(p, squares)).sum()
+        shares = dots * _unit_scale(p, squares)
+        found[GAIN] = shares.view(-1, p.calibration.groups).sum(0).view(p.calibration.gain.shape)
     dy, found[GAMMA] = tiles.backward(grad, squares, dots)
     if needs[X] or needs[NORM_WEIGHT] or needs[NORM_BIAS]:
         d_normed = matmul_fp32(dy, tiles.weight.to(dy.dtype))

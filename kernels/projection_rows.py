@@ -3,7 +3,7 @@
 Names: x `[N, d]` the rows after LayerNorm; D outputs; K = d + 2 rounded up to 8, the padded width.
 
 `_rows_kernel` reads the rows, or unpacks a payload's codes; normalises them; finds s; and writes
-[s x, s, 1, 0 ...] `[N, K]` for the one matmul that is left, or x itself for `adapter_tiles`.
+[s x, s, 1, 0 ...] `[N, K]` for the one matmul left, or x itself for `projection_tiles`.
 
 r2 = (x'Gx + 2 c'x + b'b) / D needs G `[d, d]`, which is tiled in both directions: held whole it
 does not fit the registers. G is symmetric, so only the tiles on and above its diagonal are read,
@@ -88,6 +88,8 @@ class Calibration:
     eps: float
     # Rows that share a mean square; 0 without calibration.
     group_rows: int
+    # Groups of outputs, each with its mean squares and its gain: more than one is for tiles.
+    groups: int = 1
 
 
 @triton.jit

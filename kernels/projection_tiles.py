@@ -7,6 +7,8 @@ y = f(W x + b), f 1 or tanh; r2 the mean of y^2; s = target_rms * gain / sqrt(r2
     DOTS      each tile's row sums of v*y, v = gamma*dout  backward, before
     GRADIENT  dy = s*v - y * s * sum(v*y) / (count * (r2 + eps)), times f'; column sums for dgamma
 
+The D columns may lie in groups, each with its own r2 and gain: a tile never holds columns of two.
+
 y comes twice in each direction. Up to d = `RECOMPUTED` a tile of it is multiplied out each time, W
 staying in L2; beyond, cuBLAS writes W x once and the modes read it. Multiplying again costs
 2*N*D*d / F, writing and reading 2*N*D*e / BW: equal at d = e*F/BW, with 790 TFLOP/s and 4.3 TB/s
@@ -20,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from latentwire_fast.kernels.activations import tanh
 from latentwire_fast.kernels.projection_rows import Calibration
 
 RECOMPUTED = 256
@@ -33,17 +36,8 @@ SQUARES, WRITE, DOTS, GRADIENT = range(4)
 
 
 @triton.jit
-def _tanh(x):
-    """Exact to relative rounding for small x too: a calibration may enlarge it."""
-    square = x * x
-    series = 2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))
-    series = x + x * square * (-1.0 / 3 + square * series)
-    return tl.where(tl.abs(x) < 0.25, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
-
-
-@triton.jit
 def _product(
-    x_ptr, weight_ptr, rows, row, column, INNER: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, weight_ptr, rows, row, column, live_column, INNER: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """W x of one tile, fp32."""
@@ -58,7 +52,7 @@ def _product(
         )
         weight = tl.load(
             weight_rows + (start + k)[:, None],
-            mask=(column < WIDTH)[None, :] & inside[:, None],
+            mask=live_column[None, :] & inside[:, None],
             other=0.0,
         )
         y = tl.dot(x, weight.to(x.dtype), y, input_precision="tf32x3")
@@ -66,9 +60,9 @@ def _product(
 
 
 @triton.jit
-def _column_values(ptr, column, WIDTH: tl.constexpr):
+def _column_values(ptr, column, live_column):
     """`[1, C]` fp32."""
-    return tl.load(ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
+    return tl.load(ptr + column, mask=live_column, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_group"])
@@ -77,48 +71,60 @@ def _tiles_kernel(
     grad_ptr, out_ptr, columns_ptr, rows, rows_per_group, target_rms, eps,
     MODE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, HAS_Y: tl.constexpr,
     CALIBRATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr,
-    HAS_BETA: tl.constexpr, HAS_GAIN: tl.constexpr, TANH: tl.constexpr, BAND: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_GAIN: tl.constexpr, TANH: tl.constexpr, GROUPS: tl.constexpr,
+    BAND: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """Modes SQUARES 0, WRITE 1, DOTS 2, GRADIENT 3 of the module's docstring."""
     row_tiles = tl.cdiv(rows, TILE_ROWS)
-    column_tiles: tl.constexpr = (WIDTH + TILE_COLUMNS - 1) // TILE_COLUMNS
+    group_width: tl.constexpr = WIDTH // GROUPS
+    group_tiles: tl.constexpr = (group_width + TILE_COLUMNS - 1) // TILE_COLUMNS
+    column_tiles: tl.constexpr = GROUPS * group_tiles
     program = tl.program_id(0)
     band = program // (BAND * column_tiles)
     height = tl.minimum(row_tiles - band * BAND, BAND)
     row_tile = band * BAND + program % (BAND * column_tiles) % height
     column_tile = program % (BAND * column_tiles) // height
     row = row_tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    live = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    if GROUPS == 1:
+        column_group = 0
+        column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        live_column = column < WIDTH
+    else:
+        column_group = column_tile // group_tiles
+        inner = column_tile % group_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        column = column_group * group_width + inner
+        live_column = inner < group_width
+    live = (row < rows)[:, None] & live_column[None, :]
     place = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     if HAS_Y:
         y = tl.load(y_ptr + place, mask=live, other=0.0).to(tl.float32)
     else:
         y = _product(
-            x_ptr, weight_ptr, rows, row, column, INNER, WIDTH, TILE_ROWS, TILE_COLUMNS, TILE_K
-        )
+            x_ptr, weight_ptr, rows, row, column, live_column, INNER, TILE_ROWS, TILE_COLUMNS,
+            TILE_K,
+        )  # fmt: skip
     if HAS_BIAS:
-        y += _column_values(bias_ptr, column, WIDTH)
+        y += _column_values(bias_ptr, column, live_column)
     if TANH:
-        y = _tanh(y)
+        y = tanh(y)
     if MODE == 0:
-        sums = tl.sum(tl.where(column[None, :] < WIDTH, y * y, 0.0), 1)
+        sums = tl.sum(tl.where(live_column[None, :], y * y, 0.0), 1)
         tl.store(out_ptr + column_tile.to(tl.int64) * rows + row, sums, mask=row < rows)
         return
     gamma = 1.0
     if HAS_GAMMA:
-        gamma = _column_values(gamma_ptr, column, WIDTH)
+        gamma = _column_values(gamma_ptr, column, live_column)
     if MODE != 1:
         dout = tl.load(grad_ptr + place, mask=live, other=0.0).to(tl.float32)
     if MODE == 2:
         sums = tl.sum(dout * gamma * y, 1)
         tl.store(out_ptr + column_tile.to(tl.int64) * rows + row, sums, mask=row < rows)
         return
-    group = row // rows_per_group
+    group = row // rows_per_group * GROUPS + column_group  # of values that share a mean square
     s = tl.full((TILE_ROWS,), 1.0, tl.float32) * target_rms
     if HAS_GAIN:
-        s *= tl.load(gain_ptr).to(tl.float32)
+        s *= tl.load(gain_ptr + column_group).to(tl.float32)
     damped = tl.full((TILE_ROWS,), 1.0, tl.float32)
     if CALIBRATED:
         damped = tl.load(squares_ptr + group, mask=row < rows, other=1.0) + eps
@@ -126,24 +132,27 @@ def _tiles_kernel(
     if MODE == 1:
         out = y * s[:, None] * gamma
         if HAS_BETA:
-            out += _column_values(beta_ptr, column, WIDTH)
+            out += _column_values(beta_ptr, column, live_column)
         tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live)
     else:
         dy = dout * gamma * s[:, None]
         if CALIBRATED:
             along = tl.load(dots_ptr + group, mask=row < rows, other=0.0)
-            count = 1.0 * rows_per_group * WIDTH
+            count = 1.0 * rows_per_group * group_width
             dy -= y * (s * along / (count * damped))[:, None]
         if TANH:
             dy *= 1.0 - y * y
         tl.store(out_ptr + place, dy.to(out_ptr.dtype.element_ty), mask=live)
         sums = tl.sum(dout * y * s[:, None], 0)
-        tl.store(columns_ptr + row_tile.to(tl.int64) * WIDTH + column, sums, mask=column < WIDTH)
+        tl.store(columns_ptr + row_tile.to(tl.int64) * WIDTH + column, sums, mask=live_column)
 
 
-def tile_columns(dtype: torch.dtype) -> int:
-    """Of the rows."""
-    return TILE_COLUMNS // 2 if dtype == torch.float32 else TILE_COLUMNS
+def tile_columns(dtype: torch.dtype, *, width: int, groups: int) -> int:
+    """Of rows of this dtype; fewer where a group of outputs is narrower."""
+    most = TILE_COLUMNS // 2 if dtype == torch.float32 else TILE_COLUMNS
+    if groups == 1:
+        return most
+    return min(most, max(16, triton.next_power_of_2(width // groups)))
 
 
 class Tiles:
@@ -170,8 +179,9 @@ class Tiles:
         self.tanh = tanh
         self.rows, self.width = x.shape[0], weight.shape[0]
         self.row_tiles = triton.cdiv(self.rows, TILE_ROWS)
-        self.columns = tile_columns(x.dtype)
-        self.column_tiles = triton.cdiv(self.width, self.columns)
+        groups = calibration.groups
+        self.columns = tile_columns(x.dtype, width=self.width, groups=groups)
+        self.column_tiles = groups * triton.cdiv(self.width // groups, self.columns)
         wide = x.shape[1] > RECOMPUTED
         self.product = x @ self.weight.to(x.dtype).T if wide else None
 
@@ -202,6 +212,7 @@ class Tiles:
             HAS_BETA=self.beta is not None,
             HAS_GAIN=c.gain is not None,
             TANH=self.tanh,
+            GROUPS=c.groups,
             BAND=BAND,
             TILE_ROWS=TILE_ROWS,
             TILE_COLUMNS=self.columns,
@@ -211,10 +222,13 @@ class Tiles:
         )
 
     def _group_sums(self, mode: int, *, grad: Tensor | None = None) -> Tensor:
-        """Per group of rows, the sum over its values that mode SQUARES or DOTS makes."""
+        """Per group of rows and, within it, of outputs, the sum over its values that mode SQUARES
+        or DOTS makes."""
         parts = self.x.new_empty((self.column_tiles, self.rows), dtype=torch.float32)
         self._run(mode, parts, grad=grad)
-        return parts.view(self.column_tiles, -1, max(self.calibration.group_rows, 1)).sum((0, 2))
+        groups, group_rows = self.calibration.groups, max(self.calibration.group_rows, 1)
+        sums = parts.view(groups, -1, self.rows // group_rows, group_rows).sum((1, 3))
+        return sums.T.contiguous().view(-1)
 
     def _result(self) -> Tensor:
         """Where the last mode writes: a tile of W x is read by the program that replaces it."""
@@ -226,14 +240,14 @@ class Tiles:
         """gamma * s * y + beta `[N, D]` in x's dtype, and the mean squares (none uncalibrated)."""
         squares = self.x.new_empty(0, dtype=torch.float32)
         if self.calibration.group_rows:
-            values = self.calibration.group_rows * self.width
+            values = self.calibration.group_rows * self.width // self.calibration.groups
             squares = self._group_sums(SQUARES) / values
         out = self._result()
         self._run(WRITE, out, squares=squares)
         return out, squares
 
     def dots(self, grad: Tensor) -> Tensor:
-        """<gamma * grad, y> summed over the rows that share a mean square (over one without)."""
+        """<gamma * grad, y> summed over the values that share a mean square (per row without)."""
         return self._group_sums(DOTS, grad=grad)
 
     def backward(self, grad: Tensor, squares: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ def main() -> None:
     from latentwire_fast import wire
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.files.atomic import check_replaceable
+    from latentwire_fast.files.run_folder import RunFolder
     from latentwire_fast.files.text import read_text
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.prompts.builder import replaced_text
@@ -77,7 +78,7 @@ def main() -> None:
     if args.question is not None:
         check_question(args.question)
     start = time.perf_counter()
-    model = Interlingua.from_pretrained(args.run / "model").to(device)
+    model = Interlingua.from_pretrained(RunFolder(args.run).model).to(device)
     loaded = time.perf_counter()
     questions = None if args.question is None else [args.question]
     with _computing_in(args.dtype, device):

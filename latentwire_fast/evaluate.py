@@ -81,9 +81,10 @@ def evaluate() -> None:
         dtype=args.dtype,
     )
     from latentwire_fast.evaluation.console import summary_lines
+    from latentwire_fast.files.run_folder import RunFolder
 
     print("\n".join(summary_lines(metrics)))
-    print(f"metrics: {args.out}" if args.out else f"report: {args.run / 'eval' / 'report.html'}")
+    print(f"metrics: {args.out}" if args.out else f"report: {RunFolder(args.run).report}")
 
 
 def main() -> None:

@@ -117,12 +117,13 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
     """
     from latentwire_fast.config.serialization import read_run_config
     from latentwire_fast.errors import ConfigError
+    from latentwire_fast.files.run_folder import RunFolder
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.readers.reader import Reader
 
     device = choose_device(args.device)
     config = read_run_config(args.run)
-    model = Interlingua.from_pretrained(args.run / "model").to(device)
+    model = Interlingua.from_pretrained(RunFolder(args.run).model).to(device)
     if args.reader not in config.readers:
         raise ConfigError(
             f"no reader {args.reader!r} in this run; there are {sorted(config.readers)}"

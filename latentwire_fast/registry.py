@@ -4,8 +4,8 @@
     ENCODERS.config("lm", frozen=True)          # its settings
     ENCODERS.register("mine", MyEncoder)        # a part from outside the package
 
-A part is one class in one file. It owns its settings (`Config`, a dataclass), its building, its
-limits and its checks. Its line in the folder's `PARTS` table is all that names it.
+A part is one class in one file. It owns its settings (`Config`, a dataclass, with its checks), its
+building and its limits. Its line in the folder's `PARTS` table is all that names it.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ evaluates it only where that has not been done.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ class TrainArguments:
     """Train an interlingua for a set of frozen readers, then evaluate it.
 
     Args:
-        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke) or a .json file.
+        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke, squad_llama_qwen)
+            or a .json file.
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
@@ -50,6 +52,8 @@ class TrainArguments:
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
         no_eval: train only.
+        print_config: print the configuration as JSON, and do nothing else. The command takes such a
+            file in the place of a preset.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: of the readers; the preset's own unless given.
     """
@@ -66,6 +70,7 @@ class TrainArguments:
     batch_size: int | None = None
     eval_examples: int | None = None
     no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
 
@@ -76,8 +81,10 @@ def main() -> None:
     quiet_libraries()
     from latentwire_fast.config.overrides import with_overrides
     from latentwire_fast.config.presets import load_preset
+    from latentwire_fast.config.serialization import to_json
     from latentwire_fast.data.sources import heldout_examples
     from latentwire_fast.errors import ConfigError
+    from latentwire_fast.files.run_folder import RunFolder
     from latentwire_fast.training.trainer import Trainer
 
     config = with_overrides(
@@ -93,6 +100,9 @@ def main() -> None:
         eval_examples=args.eval_examples,
         dtype=args.dtype,
     )
+    if args.print_config:
+        print(json.dumps(to_json(config), indent=2))
+        return
     device = None if args.device is None else choose_device(args.device)
     if device and device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -114,7 +124,7 @@ def main() -> None:
 
         metrics = stored_metrics(run_dir) if was_finished else None
         print("\n".join(summary_lines(metrics or evaluate_run(run_dir, device=device))))
-        print(f"report: {run_dir / 'eval' / 'report.html'}")
+        print(f"report: {RunFolder(run_dir).report}")
 
 
 if __name__ == "__main__":

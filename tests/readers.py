@@ -21,13 +21,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from latentwire_fast.config.schema import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
+from latentwire_fast.config.schema import Mode
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.testbed import make_examples
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ADAPTERS, ATTACHMENTS, BOTTLENECKS, ENCODERS
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 
 METHODS = (  # what an evaluation gives a reader to read
@@ -73,17 +74,14 @@ def tiny_model(
 
 def tiny_interlingua(readers: dict[str, Reader], mode: Mode, *, latents: int = 4) -> Interlingua:
     """An untrained model for these readers: byte encoder, `latents` x 8 at 6 bits, MLP adapters."""
-    encoder = EncoderConfig(
-        kind="byte", latents=latents, d_z=8, byte_width=16, byte_layers=1, byte_heads=2
-    )
+    encoder = ENCODERS.config("byte", latents=latents, d_z=8, width=16, layers=1, heads=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = Interlingua(
             build_encoder(encoder, readers),
             {name: ReaderCard.of(reader) for name, reader in readers.items()},
-            encoder_config=encoder,
-            quantizer=QuantizerConfig(bits=6, group_size=16),
-            adapter=AdapterConfig(expansion=2),
+            bottleneck=BOTTLENECKS.config("uniform", bits=6, group_size=16),
+            attachments=(ATTACHMENTS.config("soft", adapter=ADAPTERS.config("mlp", expansion=2)),),
             mode=mode,
         )
     return model.eval()

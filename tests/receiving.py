@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from latentwire_fast.config.schema import AdapterConfig, EncoderConfig, QuantizerConfig
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import BOTTLENECKS, ENCODERS
+from runs import deep, soft
 
 LATENTS, D_Z = 4, 8
 
@@ -23,19 +24,23 @@ def make_model(
     reader: Reader,
     prefix: Any = "soft",
     mode: Literal["context", "pure"] = "context",
-    **adapter: Any,
+    kind: str = "mlp",
+    **options: Any,
 ) -> Interlingua:
-    """An untrained model whose prefixes are far from one another."""
-    encoder = EncoderConfig(
-        kind="byte", latents=LATENTS, d_z=D_Z, byte_width=16, byte_layers=1, byte_heads=2
-    )
+    """An untrained model whose prefixes are far from one another.
+
+    Args:
+        kind, options: of the adapter of soft tokens.
+    """
+    encoder = ENCODERS.config("byte", latents=LATENTS, d_z=D_Z, width=16, layers=1, heads=2)
+    options |= {"expansion": 2} if kind == "mlp" else {}
+    parts = {"soft": soft(kind, **options), "deep": deep(width=16, expansion=2)}
     torch.manual_seed(3)
     model = Interlingua(
         build_encoder(encoder, {}),
         {reader.name: ReaderCard.of(reader)},
-        encoder_config=encoder,
-        quantizer=QuantizerConfig(bits=6, group_size=16),
-        adapter=AdapterConfig(prefix=prefix, expansion=2, deep_width=16, **adapter),
+        bottleneck=BOTTLENECKS.config("uniform", bits=6, group_size=16),
+        attachments=list(parts.values()) if prefix == "both" else [parts[prefix]],
         mode=mode,
     )
     return model.eval()

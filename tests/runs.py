@@ -15,15 +15,27 @@ import numpy as np
 import torch
 
 from latentwire_fast.config.presets import testbed_smoke
-from latentwire_fast.config.schema import ReaderConfig, RunConfig
+from latentwire_fast.config.schema import AttachmentConfig, ReaderConfig, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.files.tensors import parameter_digest
+from latentwire_fast.registry import ADAPTERS, ATTACHMENTS
 from latentwire_fast.training.optimizer_state import optimizer_state, rng_state
 from latentwire_fast.training.trainer import Trainer
 
 TIMES = ("seconds", "tokens_per_second")
+
+
+def soft(adapter: str = "mlp", **options: Any) -> AttachmentConfig:
+    """Soft tokens with an adapter of this kind; the options are those of either."""
+    own = {key: options.pop(key) for key in ("calibration", "gain", "tanh") if key in options}
+    return ATTACHMENTS.config("soft", adapter=ADAPTERS.config(adapter, **options), **own)
+
+
+def deep(**options: Any) -> AttachmentConfig:
+    """A deep prefix."""
+    return ATTACHMENTS.config("deep", **options)
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
@@ -44,7 +56,7 @@ def tiny_config(*folders: Path, **changes: Any) -> RunConfig:
         testbed_smoke(),
         readers={folder.name: ReaderConfig(str(folder)) for folder in folders},
         encoder={"source": str(folders[0])},
-        adapter={"kind": "mlp", "expansion": 1, "dropout": 0.1},
+        attachments=(soft(expansion=1, dropout=0.1),),
         evaluation={"batch_size": 8, "timing_examples": 1, "resamples": 50},
     )
     return changed(config, **changes)
@@ -111,14 +123,15 @@ def train(config: RunConfig, run_dir: Path, *, process: int = 0) -> Trainer:
 
 def training_state(trainer: Trainer) -> dict[str, Any]:
     """Weights, optimisers, random generators and guards; `==` compares them bit by bit."""
-    tensors, options = optimizer_state(trainer.state.optimizers, trainer.state.named)
+    session, state = trainer.session, trainer.session.state
+    tensors, options = optimizer_state(state.optimizers, state.named)
     rng_tensors, rng_json = rng_state({})
     return {
-        "step": trainer.state.step,
-        "model": parameter_digest(trainer.model.trained_state().items()),
+        "step": state.step,
+        "model": parameter_digest(session.model.trained_state().items()),
         "optimizer": (parameter_digest(tensors.items()), options),
         "rng": (parameter_digest(rng_tensors.items()), rng_json),
-        "spikes": trainer.state.spikes.state,
+        "spikes": state.spikes.state,
     }
 
 

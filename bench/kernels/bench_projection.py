@@ -145,7 +145,7 @@ def work(shape: tuple[int, int, int], element: int, *, backward: bool) -> Stage:
 def design(
     shape: tuple[int, int, int], element: int, *, backward: bool, source: float | None = None
 ) -> tuple[Stage, ...]:
-    """Launches of `kernels/adapter.py` and `adapter_backward.py`, K the padded width of a row.
+    """Launches of `kernels/projection.py` and its backward pass, K the padded width of a row.
 
     source: bytes that x comes from; its own unless given.
     """
@@ -177,7 +177,7 @@ def design(
 
 
 def tanh_design(shape: tuple[int, int, int], element: int, *, backward: bool) -> tuple[Stage, ...]:
-    """Launches of `kernels/adapter_tiles.py`: y is multiplied out in each of two passes."""
+    """Launches of `kernels/projection_tiles.py`: y is multiplied out in each of two passes."""
     n, d, width = shape
     rows, weights, output = n * d * element, width * d * element, n * width * element
     product = 2 * n * width * d

@@ -34,7 +34,7 @@ PAPER, LARGE = (8, 32 * 256), (2048, 256 * 256)
 SMALL = (2, 8 * 64)
 # What no correct use of a code exceeds, as a share of a block's largest value: half a step, and for
 # the code FP4 half of its widest gap, 2/3 to 1.
-HALF_STEP = {bits: 0.5 / (2 ** (bits - 1) - 1) for bits in ops.BITS}
+HALF_STEP = {bits: 0.5 / (2 ** (bits - 1) - 1) for bits in ops.CODE_BITS}
 FP4_HALF_GAP, FP4_BLOCK = 1 / 6, 64
 # torch.compile divides approximately: some ties fall to the other side.
 OTHER_CODES = 1e-3

@@ -205,6 +205,7 @@ def predict() -> None:
 
 def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> int:
     """Every section in turn; the exit status."""
+    folder = folder.resolve()  # the sections run in the root of the checkout
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as parts:
         empty: dict[str, Any] = {"about": {"device": "unknown"}, "ceilings": None, "targets": []}

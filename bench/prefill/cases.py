@@ -15,12 +15,12 @@ from bench.prefill.clock import Clock, Sample
 from bench.prefill.rows import COLD, DEEP, WARM, Row
 from bench.prefill.shapes import Workload, build_encoder, rest_prompts, split_prompts, text_prompts
 from latentwire_fast import wire
-from latentwire_fast.config.schema import AdapterConfig
-from latentwire_fast.models.adapters.deep_prefix import DeepPrefix
-from latentwire_fast.models.adapters.soft_prompt import Adapter
+from latentwire_fast.config.schema import AttachmentConfig
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.prompts.builder import Prompt, Turn
+from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ATTACHMENTS
 from latentwire_fast.serving import PayloadKind, Receiver, ReceiverOptions
 from latentwire_fast.serving.input_buffer import lay_out
 
@@ -43,7 +43,7 @@ class Bench:
 
     reader: Reader
     encoder_source: str
-    adapter: AdapterConfig
+    adapter: AttachmentConfig
     d_z: int
     dtype: torch.dtype
     device: str
@@ -53,7 +53,7 @@ class Bench:
 
     def payloads(self, latent_BMd: Tensor, bits: int) -> list[bytes]:
         return wire.pack_batch(
-            latent_BMd.float().cpu(), bits=bits, group_size=GROUP_SIZE, fingerprint=FINGERPRINT
+            latent_BMd, bits=bits, group_size=GROUP_SIZE, fingerprint=FINGERPRINT
         )
 
     def random_payloads(self, rows: int, latents: int, bits: int) -> list[bytes]:
@@ -71,26 +71,18 @@ class Bench:
     ) -> Receiver:
         """A receiver with freshly drawn adapters."""
         shape = {"latents": latents, "d_z": self.d_z}
+        config = DEEP if deep else self.adapter
+        reader = self.reader
+        # Without the digest of its weights, which takes longer than the rows: nobody asks for it.
+        card = ReaderCard(reader.d_model, reader.embedding_rms, "", reader.kv_geometry)
         torch.manual_seed(self.seed)
-        adapter: nn.Module | None = None
-        prefix: nn.Module | None = None
         with torch.device(self.drawn_on or self.device):
-            if deep:
-                prefix = DeepPrefix(DEEP, **shape, geometry=self.reader.kv_geometry)
-            else:
-                adapter = Adapter(
-                    self.adapter,
-                    **shape,
-                    d_model=self.reader.d_model,
-                    target_rms=self.reader.embedding_rms,
-                )
-        for part in (adapter, prefix):
-            if part is not None:
-                part.to(self.device, self.dtype).eval().requires_grad_(False)
+            part = ATTACHMENTS.part_of(config).build(config, card, **shape)
+        part.to(self.device, self.dtype).eval().requires_grad_(False)
         return Receiver(
             self.reader,
-            adapter,
-            deep_prefix=prefix,
+            None if deep else part,
+            deep_prefix=part if deep else None,
             payload_kind=PayloadKind(**shape, fingerprint=FINGERPRINT),
             options=ReceiverOptions(engine=engine, mark=clock.mark),  # type: ignore[arg-type]
         )

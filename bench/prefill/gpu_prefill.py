@@ -120,6 +120,7 @@ def run_all(
     commit: str | None = None,
 ) -> int:
     """Every section in turn; the exit status."""
+    folder = folder.resolve()  # the sections run in the root of the checkout
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     outcomes: dict[str, str] = {}
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     if not (torch.cuda.is_available() or options.tiny):
-        print("gpu_prefill.py needs a CUDA device, and torch sees none", file=sys.stderr)
+        print("gpu_prefill needs a CUDA device, and torch sees none", file=sys.stderr)
         return 2
     return run_all(
         *(options.folder, [Section("tables", 120, TINY)] if options.tiny else SECTIONS),

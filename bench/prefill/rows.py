@@ -12,14 +12,13 @@ from functools import cache
 from typing import Literal
 
 import torch
-from torch import nn
 
 from bench.prefill.cost import Pass, Trained, Work
 from bench.prefill.shapes import Dims
-from latentwire_fast.config.schema import AdapterConfig
-from latentwire_fast.models.adapters.deep_prefix import DeepPrefix
-from latentwire_fast.models.adapters.soft_prompt import Adapter
+from latentwire_fast.config.schema import AttachmentConfig
+from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.kv_geometry import KVGeometry
+from latentwire_fast.registry import ADAPTERS, ATTACHMENTS
 
 Method = Literal["text", "latent", "latent_cached", "deep_prefix", "kv_reuse"]
 METHODS: tuple[Method, ...] = ("text", "latent", "latent_cached", "deep_prefix", "kv_reuse")
@@ -30,8 +29,8 @@ COLD, WARM = "load encoder", "encode"
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Positions of template, question and anchor that a prediction assumes.
 TEMPLATE_POSITIONS = 32
-# What adapters and deep prefixes are made like here: as by default.
-SOFT, DEEP = AdapterConfig(prefix="soft"), AdapterConfig(prefix="deep")
+# What soft prompts and deep prefixes are made like here: as by default.
+SOFT, DEEP = ATTACHMENTS.config("soft"), ATTACHMENTS.config("deep")
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,14 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-def adapter_of(args: argparse.Namespace) -> AdapterConfig:
+def adapter_of(args: argparse.Namespace) -> AttachmentConfig:
     """Of a command line."""
-    return replace(SOFT, kind=args.adapter)
+    return soft_prompt(args.adapter)
+
+
+def soft_prompt(adapter: str) -> AttachmentConfig:
+    """Soft tokens with an adapter of this kind."""
+    return ATTACHMENTS.config("soft", adapter=ADAPTERS.config(adapter))
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class Sizes:
     d_z: int
     template: int
     element: int
-    adapter: AdapterConfig = SOFT
+    adapter: AttachmentConfig = SOFT
 
     def positions(self, row: Row) -> int:
         """Positions that the reader's forward pass computes, per row of the batch."""
@@ -209,18 +213,16 @@ class Sizes:
 
 
 @cache
-def _matmuls_of(dims: Dims, d_z: int, config: AdapterConfig) -> tuple[int, int]:
+def _matmuls_of(dims: Dims, d_z: int, config: AttachmentConfig) -> tuple[int, int]:
     """Weights of a trained part's matmuls, and about how many launches it takes."""
+    rms = ((1.0, 1.0),) * dims.layers
+    geometry = KVGeometry(dims.layers, dims.kv_heads, dims.head_width, rms)
+    card = ReaderCard(dims.width, embedding_rms=1.0, fingerprint="", kv=geometry)
     with torch.device("meta"):
-        if config.prefix == "deep":
-            rms = ((1.0, 1.0),) * dims.layers
-            geometry = KVGeometry(dims.layers, dims.kv_heads, dims.head_width, rms)
-            part: nn.Module = DeepPrefix(config, latents=1, d_z=d_z, geometry=geometry)
-        else:
-            part = Adapter(config, latents=1, d_z=d_z, d_model=dims.width, target_rms=1.0)
+        part = ATTACHMENTS.part_of(config).build(config, card, latents=1, d_z=d_z)
     matrices = [
         weight.numel()
         for name, weight in part.named_parameters()
-        if weight.dim() == 2 and name not in ("slots", "gain")
+        if weight.dim() == 2 and name.rpartition(".")[2] not in ("slots", "gain")
     ]
     return sum(matrices), 3 * len(matrices)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from latentwire_fast.config.schema import EncoderConfig
 from latentwire_fast.data.squad import load_squad
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.errors import ConfigError
@@ -32,6 +31,7 @@ from latentwire_fast.prompts.builder import (
 from latentwire_fast.readers.kv_cache import key_value_heads
 from latentwire_fast.readers.loading import load_tokenizer, resolve_source
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ENCODERS
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
@@ -170,7 +170,7 @@ def build_encoder(
     """An LM encoder of a shape, with random weights."""
     if source not in SHAPES:
         raise ConfigError(f"--encoder {source!r}: there are {sorted(SHAPES)}")
-    config = EncoderConfig(source=source, latents=latents, d_z=d_z, max_tokens=max_tokens)
+    config = ENCODERS.config("lm", source=source, latents=latents, d_z=d_z, max_tokens=max_tokens)
     with torch.device(device):
         core = AutoModel.from_config(SHAPES[source], dtype=dtype)
         encoder = LMEncoder(core, _tokenizer_for(source), config)

@@ -75,3 +75,13 @@ class PartSettings(Settings):
     def kind(self) -> str:
         """The name that the part is registered by."""
         return self.registry.name_of(self)
+
+    def check(self, run: Any) -> None:
+        """Raise unless the rest of a run has what the part needs; it calls that of parts within.
+
+        Args:
+            run: the `RunConfig`.
+
+        Raises:
+            ConfigError: it has not; the message says what is missing.
+        """

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from latentwire_fast.config.schema import (
-    OBJECTIVES,
     Mode,
+    ObjectiveConfig,
     ReaderConfig,
     RunConfig,
     StageConfig,
@@ -19,18 +20,21 @@ from latentwire_fast.errors import ConfigError
 
 
 def _in_mode(mode: Mode, config: RunConfig) -> RunConfig:
-    """A run in this mode, without the stages that only the other has."""
-    stages = config.stages if mode == "pure" else _without("embed", config.stages)
+    """A run in this mode, without the objectives that only the other has."""
+    stages = _with_objectives(config.stages, lambda objective: mode in objective.modes)
     return replace(config, mode=mode, stages=stages)
 
 
-def _without(objective: str, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
-    """Stages without an objective; those that have no other are left out."""
-    others = [name for name in OBJECTIVES if name != objective]
-    off: dict[str, Any] = {objective: 0.0}
-    return tuple(
-        replace(stage, **off) for stage in stages if any(getattr(stage, name) for name in others)
-    )
+def _with_objectives(
+    stages: tuple[StageConfig, ...], keep: Callable[[ObjectiveConfig], bool]
+) -> tuple[StageConfig, ...]:
+    """Stages with the objectives to keep; a stage that has nothing left to train is left out."""
+    kept = []
+    for stage in stages:
+        objectives = tuple(filter(keep, stage.objectives))
+        if any(objective.weight for objective in objectives):
+            kept.append(replace(stage, objectives=objectives))
+    return tuple(kept)
 
 
 def _added_to(base: str, config: RunConfig) -> RunConfig:
@@ -43,9 +47,9 @@ def _added_to(base: str, config: RunConfig) -> RunConfig:
         config,
         base=base,
         encoder=kept.encoder,
-        quantizer=kept.quantizer,
+        bottleneck=kept.bottleneck,
         # Its positions are chosen already. What else a stage does with them, readers do.
-        stages=_without("select", config.stages),
+        stages=_with_objectives(config.stages, lambda objective: not objective.teaches_positions),
     )
 
 
@@ -66,9 +70,10 @@ def with_overrides(
     """A configuration with some of its parts replaced; None (or no reader) keeps a part.
 
     Args:
-        readers: sources by name, instead of the configuration's; an LM encoder then starts from the
-            first of them unless `encoder` says otherwise.
-        base: a trained run to add the readers to; its encoder, quantiser and mode are taken over.
+        readers: sources by name, instead of the configuration's; an encoder that starts from an LM
+            then starts from the first of them unless `encoder` says otherwise. Readers from outside
+            the testbed may be large, so torch then chooses the number of threads.
+        base: a trained run to add the readers to; its encoder, bottleneck and mode are taken over.
         dtype: of every reader.
         steps: total over all stages, which shrink or grow in proportion, to one step at least.
     """
@@ -77,18 +82,23 @@ def with_overrides(
         if value == "":  # an unset variable of a shell, say
             raise ConfigError(f"{option} is given as nothing; leave it out, or name a source")
     if readers:
-        config = replace(config, readers={n: ReaderConfig(s) for n, s in readers.items()})
+        small = all(source.startswith("testbed:") for source in readers.values())
+        config = replace(
+            config,
+            readers={n: ReaderConfig(s) for n, s in readers.items()},
+            threads=config.threads if small else None,
+        )
     base = base or config.base
     if base is not None:
         if encoder or mode:
             raise ConfigError(f"--base {base} brings its encoder and mode; leave out the other")
         config = _added_to(base, config)
-    elif readers:
-        encoder = encoder or next(iter(readers.values()))
+    elif readers and encoder is None and config.encoder.source is not None:
+        encoder = next(iter(readers.values()))
     if mode is not None:  # before the steps are counted: it may leave out stages
         config = _in_mode(mode, config)
     if encoder is not None:
-        config = replace(config, encoder=replace(config.encoder, source=encoder))
+        config = replace(config, encoder=config.encoder.with_source(encoder))
     if data is not None or eval_examples is not None:
         kept = config.data
         count = kept.eval_examples if eval_examples is None else eval_examples

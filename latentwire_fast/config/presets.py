@@ -1,8 +1,9 @@
-"""Named configurations: functions that return a `RunConfig`. `configs/*.json` hold larger ones.
+"""Named configurations: functions that return a `RunConfig`.
 
 python -m latentwire_fast.train testbed             # pure mode, minutes on two CPU cores
 python -m latentwire_fast.train testbed_context     # the compression claim
-python -m latentwire_fast.train path/to/config.json
+python -m latentwire_fast.train testbed --print-config > mine.json
+python -m latentwire_fast.train mine.json
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from latentwire_fast.config.schema import (
-    AdapterConfig,
     DataConfig,
-    EncoderConfig,
+    EvalConfig,
+    ObjectiveConfig,
     OptimConfig,
     ReaderConfig,
     RunConfig,
@@ -23,11 +24,29 @@ from latentwire_fast.config.schema import (
 from latentwire_fast.config.serialization import run_config_from_json
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
+from latentwire_fast.registry import (
+    ADAPTERS,
+    ATTACHMENTS,
+    ENCODERS,
+    OBJECTIVES,
+    POOLERS,
+    SCHEDULES,
+)
+
+# More threads wait for one another, and spin while they do. Milliseconds of a step of `testbed` on
+# two cores, alone and beside one busy process: one thread 688 and 784, two 596 and 1,696, two that
+# sleep while they wait 974 and 1,660. And one thread gives the same losses on any number of cores.
+TESTBED_THREADS = 1
 
 TESTBED_READERS = {
     "llama": ReaderConfig("testbed:llama"),
     "qwen": ReaderConfig("testbed:qwen"),
 }
+
+
+def weighted(**weights: float) -> tuple[ObjectiveConfig, ...]:
+    """Objectives by name with their weights, for `StageConfig.objectives`."""
+    return tuple(OBJECTIVES.config(kind, weight=weight) for kind, weight in weights.items())
 
 
 def testbed() -> RunConfig:
@@ -40,12 +59,13 @@ def testbed() -> RunConfig:
     """
     return RunConfig(
         preset="testbed",
+        threads=TESTBED_THREADS,
         mode="pure",
         readers=TESTBED_READERS,
-        encoder=EncoderConfig(rehearsals=2),
-        adapter=AdapterConfig(expansion=8),
+        encoder=ENCODERS.config("lm", pooler=POOLERS.config("queries", rehearsals=2)),
+        attachments=(ATTACHMENTS.config("soft", adapter=ADAPTERS.config("mlp", expansion=8)),),
         stages=(
-            StageConfig("align", steps=80, answer=0.0, embed=1.0),
+            StageConfig("align", steps=80, objectives=weighted(embed=1.0)),
             StageConfig("answer", steps=120, lr=0.5),
             StageConfig("quantized", steps=500, lr=0.5, quantize=6),
         ),
@@ -54,8 +74,7 @@ def testbed() -> RunConfig:
             muon_lr=0.02,
             adamw_lr=3e-3,
             encoder_lr=0.1,
-            warmup_steps=20,
-            decay_from=0.25,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=20, decay_from=0.25),
         ),
     )
 
@@ -64,20 +83,22 @@ def testbed_context() -> RunConfig:
     """Context-only mode on the testbed: the latent holds every fact, the question comes as text.
 
     The latents stand at the positions of the text that answers look at, and deep prefixes learn the
-    reader's own keys and values there before any answer is asked for (`selection.py`,
-    `observation.py`). The encoder's LM is frozen, so the positions stay as they were learned. Half
-    of the passages hold two kinds of facts only: facts of one kind are what is told apart last.
+    reader's own keys and values there before any answer is asked for
+    (`models/poolers/selected.py`, `readers/trace.py`). The encoder's LM is frozen, so the positions
+    stay as they were learned. Half of the passages hold two kinds of facts only: facts of one kind
+    are what is told apart last.
     """
     return RunConfig(
         preset="testbed_context",
+        threads=TESTBED_THREADS,
         mode="context",
         readers=TESTBED_READERS,
-        encoder=EncoderConfig(pooling="selected", frozen=True),
-        adapter=AdapterConfig(prefix="deep"),
+        encoder=ENCODERS.config("lm", pooler=POOLERS.config("selected"), frozen=True),
+        attachments=(ATTACHMENTS.config("deep"),),
         data=DataConfig(similar=0.5),
         stages=(
-            StageConfig("select", steps=100, answer=0.0, select=1.0, kv=1.0),
-            StageConfig("match", steps=500, answer=0.0, kv=1.0),
+            StageConfig("select", steps=100, objectives=weighted(select=1.0, kv=1.0)),
+            StageConfig("match", steps=500, objectives=weighted(kv=1.0)),
             StageConfig("answer", steps=600, lr=0.5),
             StageConfig("quantized", steps=800, lr=0.5, quantize=6),
         ),
@@ -85,8 +106,7 @@ def testbed_context() -> RunConfig:
             batch_size=24,
             muon_lr=0.02,
             adamw_lr=3e-3,
-            warmup_steps=20,
-            decay_from=0.45,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=20, decay_from=0.45),
         ),
     )
 
@@ -95,31 +115,84 @@ def testbed_byte() -> RunConfig:
     """The pure-mode run with the byte encoder in the place of the LM: the same budget, for
     comparison."""
     base = testbed()
-    return replace(base, preset="testbed_byte", encoder=EncoderConfig(kind="byte"))
+    return replace(base, preset="testbed_byte", encoder=ENCODERS.config("byte"))
 
 
 def testbed_smoke() -> RunConfig:
     """A few steps of everything (both pretraining tasks, KD, quantisation): does it run at all?"""
     return RunConfig(
         preset="testbed_smoke",
+        threads=TESTBED_THREADS,
         readers=TESTBED_READERS,
-        encoder=EncoderConfig(latents=4, d_z=8, pooling="spans"),
-        adapter=AdapterConfig(kind="linear"),
+        encoder=ENCODERS.config("lm", latents=4, d_z=8, pooler=POOLERS.config("spans")),
+        attachments=(ATTACHMENTS.config("soft", adapter=ADAPTERS.config("linear")),),
         data=DataConfig(facts=2, eval_examples=8),
         stages=(
-            StageConfig("pretrain", steps=2, answer=0.0, autoencode=0.2, continuation=0.8),
-            StageConfig("answer", steps=2, kd=0.5),
-            StageConfig("quantized", steps=2, quantize=6, answer_tokens=2),
+            StageConfig("pretrain", steps=2, objectives=weighted(autoencode=0.2, continuation=0.8)),
+            StageConfig("answer", steps=2, objectives=weighted(answer=1.0, kd=0.5)),
+            StageConfig(
+                "quantized",
+                steps=2,
+                objectives=(OBJECTIVES.config("answer", tokens=2),),
+                quantize=6,
+            ),
         ),
-        optim=OptimConfig(batch_size=4, micro_batch=2, warmup_steps=2),
+        optim=OptimConfig(
+            batch_size=4,
+            micro_batch=2,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=2),
+        ),
         log_every=1,
         save_every=2,
     )
 
 
+def squad_llama_qwen() -> RunConfig:
+    """Context mode at full size: Llama-3.1-8B and Qwen2.5-7B read passages of SQuAD, which a
+    Llama-3.2-1B has put into 32 latents. Answers are learned from the text and distilled from the
+    reader that has the whole context. For GPUs; not run here."""
+    answers = weighted(answer=1.0, kd=0.5)
+    return RunConfig(
+        preset="squad_llama_qwen",
+        mode="context",
+        readers={
+            "llama": ReaderConfig("meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16"),
+            "qwen": ReaderConfig("Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16"),
+        },
+        encoder=ENCODERS.config(
+            "lm",
+            source="meta-llama/Llama-3.2-1B",
+            latents=32,
+            d_z=256,
+            pooler=POOLERS.config("selected"),
+            frozen=True,
+        ),
+        attachments=(ATTACHMENTS.config("deep", width=512),),
+        data=DataConfig(source="hub:squad", eval_examples=1000),
+        stages=(
+            StageConfig("select", steps=1000, objectives=weighted(select=1.0, kv=1.0)),
+            StageConfig("match", steps=7000, objectives=weighted(kv=1.0)),
+            StageConfig("answer", steps=12000, lr=0.5, objectives=answers),
+            StageConfig("quantized", steps=4000, lr=0.5, quantize=6, objectives=answers),
+        ),
+        optim=OptimConfig(
+            muon_lr=None,
+            adamw_lr=1e-4,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=500, decay_from=0.05),
+            batch_size=64,
+            micro_batch=8,
+            mixed_precision="bf16",
+            gradient_checkpointing=True,
+        ),
+        evaluation=EvalConfig(batch_size=32, max_new_tokens=16, timing_examples=64),
+        log_every=20,
+        save_every=500,
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
-    for function in (testbed, testbed_context, testbed_byte, testbed_smoke)
+    for function in (testbed, testbed_context, testbed_byte, testbed_smoke, squad_llama_qwen)
 }
 
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from latentwire_fast.config.base import Settings, require
+from latentwire_fast.config.base import PartSettings, Settings, require
+from latentwire_fast.registry import (
+    ADAPTERS,
+    ATTACHMENTS,
+    BOTTLENECKS,
+    ENCODERS,
+    OBJECTIVES,
+    POOLERS,
+    SCHEDULES,
+    Registry,
+)
 
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
 BITS = (16, 8, 6, 4)
-OBJECTIVES = ("answer", "autoencode", "continuation", "select", "kv", "embed", "kd")  # of a stage
+FACTS = range(1, 19)  # how many facts a passage of the testbed may hold
 
 
 def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
@@ -60,95 +71,93 @@ class ReaderConfig(Settings):
 
 
 @dataclass(frozen=True)
-class EncoderConfig(Settings):
-    """Text to latent.
+class EncoderConfig(PartSettings):
+    """Text to latent: what the settings of every encoder have (`models/encoders/`).
 
     Attributes:
-        kind: `lm` starts from a pretrained causal LM; `byte` from nothing, on UTF-8 bytes.
-        source: the LM: a reader's source (its own weights are copied), a folder or a hub id.
         latents, d_z: the latent is `[latents, d_z]`.
-        pooling: `queries` are learned tokens after the text; `spans` averages the hidden states of
-            contiguous spans; `selected` takes the positions of the text that answers will look at
-            (a stage with `select` teaches it which).
-        rehearsals: passes in which the queries first take in what the LM would say next.
-        frozen: keep the LM's weights and train only what was added.
-        byte_*: the byte encoder's width, layers, heads and longest input.
     """
 
-    kind: Literal["lm", "byte"] = "lm"
-    source: str = "testbed:llama"
+    registry: ClassVar[Registry] = ENCODERS
+
     latents: int = 12
     d_z: int = 16
-    pooling: Literal["queries", "spans", "selected"] = "queries"
-    rehearsals: int = 0
-    frozen: bool = False
-    max_tokens: int = 1024
-    gradient_checkpointing: bool = False
-    byte_width: int = 128
-    byte_layers: int = 2
-    byte_heads: int = 4
-    byte_max: int = 2048
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(1 <= self.latents <= 65535, f"latents={self.latents}, expected 1 to 65535")
         require(1 <= self.d_z <= 65535, f"d_z={self.d_z}, expected 1 to 65535")
-        require(self.rehearsals >= 0, f"rehearsals={self.rehearsals}, expected at least 0")
-        self.at_least_one("max_tokens", "byte_width", "byte_layers", "byte_heads", "byte_max")
+
+    @property
+    def source(self) -> str | None:
+        """Where its pretrained LM comes from: a field of encoders that start from one, else
+        None."""
+        return None
+
+    @property
+    def selects_positions(self) -> bool:
+        """Whether its latents stand at positions of the text, which a stage has to teach it."""
+        return False
+
+    def with_source(self, source: str) -> EncoderConfig:
+        """The same with an LM from elsewhere.
+
+        Raises:
+            ConfigError: it starts from no LM.
+        """
         require(
-            self.byte_width % self.byte_heads == 0,
-            f"byte_width={self.byte_width} does not divide among byte_heads={self.byte_heads}",
+            self.source is not None, f"encoder {self.kind!r} starts from no LM: leave out --encoder"
         )
+        changes: dict[str, Any] = {"source": source}
+        return replace(self, **changes)
+
+    def allows(self, trained: EncoderConfig) -> bool:
+        """Whether a trained encoder is one that these settings ask for."""
+        return self == trained
 
 
 @dataclass(frozen=True)
-class QuantizerConfig(Settings):
-    """The wire's precision: 16 sends fp16 values, 8/6/4 codes with fp16 group scales."""
+class PoolerConfig(PartSettings):
+    """An LM's hidden states to M latents (`models/poolers/`)."""
+
+    registry: ClassVar[Registry] = POOLERS
+
+
+@dataclass(frozen=True)
+class BottleneckConfig(PartSettings):
+    """The wire's precision: what the settings of every bottleneck have (`models/bottlenecks/`).
+
+    Attributes:
+        bits: per value of a payload, unless another width is asked for; 16 sends fp16 values.
+    """
+
+    registry: ClassVar[Registry] = BOTTLENECKS
 
     bits: int = 6
-    group_size: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.bits in BITS, f"bits={self.bits}, expected 16, 8, 6 or 4")
-        require(self.group_size in (16, 32, 64), f"group_size={self.group_size}: 16, 32 or 64")
 
 
 @dataclass(frozen=True)
-class AdapterConfig(Settings):
-    """Latent to what one reader takes in.
+class AdapterConfig(PartSettings):
+    """Latent to what is projected into a reader's embeddings (`models/adapters/`)."""
 
-    Attributes:
-        prefix: `soft` makes input embeddings, `deep` keys and values for every layer of the
-            reader's cache, `both` gives it both (at twice the positions).
-        kind: `linear` is LayerNorm + Linear; `mlp` a residual 2-layer MLP at the reader's width
-            first.
-        calibration: rescale to the reader's embedding RMS per token, per example or batch, or not.
-        gain: factor on that RMS. tanh: squash the projection (the seeds' adapter).
-        expansion, dropout: of the MLPs.
-        deep_width, deep_layers, deep_heads: the transformer that generates a deep prefix.
-    """
+    registry: ClassVar[Registry] = ADAPTERS
 
-    prefix: Literal["soft", "deep", "both"] = "soft"
-    kind: Literal["linear", "mlp"] = "mlp"
-    calibration: Calibration = "token"
-    gain: float = 1.0
-    tanh: bool = False
-    expansion: int = 4
-    dropout: float = 0.0
-    deep_width: int = 256
-    deep_layers: int = 2
-    deep_heads: int = 8
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.gain > 0, f"gain={self.gain}, expected above 0")
-        require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
-        self.at_least_one("expansion", "deep_width", "deep_layers", "deep_heads")
-        require(
-            self.deep_width % self.deep_heads == 0,
-            f"deep_width={self.deep_width} does not divide among deep_heads={self.deep_heads}",
-        )
+@dataclass(frozen=True)
+class AttachmentConfig(PartSettings):
+    """Latent to something that one reader takes in (`models/attachments/`)."""
+
+    registry: ClassVar[Registry] = ATTACHMENTS
+
+    @property
+    def gives(self) -> str:
+        """The entry of a reader's inputs that it makes."""
+        place: str = self.registry.part_of(self).gives
+        return place
 
 
 @dataclass(frozen=True)
@@ -174,87 +183,116 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(1 <= self.facts <= 18, f"facts={self.facts}, expected 1 to 18")
+        require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
         self.at_least_one("questions_per_context", "eval_examples")
 
 
 @dataclass(frozen=True)
+class ScheduleConfig(PartSettings):
+    """How a number changes over the steps of a run or of a stage (`schedules/`)."""
+
+    registry: ClassVar[Registry] = SCHEDULES
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(PartSettings):
+    """One thing that a stage trains on (`objectives/`).
+
+    Attributes:
+        weight: its factor in the stage's loss; with 0 it is computed and reported, not trained on.
+        modes: the modes that it has a meaning in.
+        teaches_positions: whether it teaches an encoder which positions become latents.
+    """
+
+    registry: ClassVar[Registry] = OBJECTIVES
+    modes: ClassVar[tuple[Mode, ...]] = ("context", "pure")
+    teaches_positions: ClassVar[bool] = False
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.weight >= 0, f"objective {self.kind!r}: weight={self.weight}, expected at least 0"
+        )
+
+    def check(self, run: RunConfig) -> None:
+        """Raise unless the rest of a run has what this objective needs.
+
+        Raises:
+            ConfigError: it has not; the message says what is missing.
+        """
+
+
+@dataclass(frozen=True)
 class StageConfig(Settings):
-    """One training stage. Objective weights of 0 switch an objective off.
+    """One training stage.
 
     Attributes:
         steps: optimiser steps.
-        answer: weight of the answer cross-entropy, over `answer_tokens` tokens (None: all and EOS).
-        autoencode, continuation: weights of rebuilding the context, and of going on from its half.
-        select: weight of scoring the text's positions as the readers' answers attend to them
-            (cross-entropy; encoder with pooling `selected`).
-        kv: weight of a deep prefix's squared distance, relative to its size, to the keys and values
-            that the reader itself holds at those positions.
-        embed: weight of the first soft tokens' squared distance, relative to its size, to the
-            reader's own embeddings of the answer and its EOS (pure mode).
-        kd, kd_tau: weight and temperature of distillation from the text-prompted teacher.
-        facts: testbed curriculum, `((until_share, facts), ...)`.
+        objectives: what is trained on, each kind at most once.
+        facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
         lr: factor on the run's learning rates.
     """
 
     name: str
     steps: int
-    answer: float = 1.0
-    answer_tokens: int | None = None
-    autoencode: float = 0.0
-    continuation: float = 0.0
-    select: float = 0.0
-    kv: float = 0.0
-    embed: float = 0.0
-    kd: float = 0.0
-    kd_tau: float = 1.0
-    facts: tuple[tuple[float, int], ...] = ()
+    objectives: tuple[ObjectiveConfig, ...] = field(
+        default_factory=lambda: (OBJECTIVES.config("answer"),)
+    )
+    facts: ScheduleConfig | None = None
     quantize: int | None = None
     lr: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.steps >= 1, f"stage {self.name!r}: steps={self.steps}, expected at least 1")
-        weights = tuple(getattr(self, name) for name in OBJECTIVES)
+        stage = f"stage {self.name!r}"
+        require(self.steps >= 1, f"{stage}: steps={self.steps}, expected at least 1")
+        kinds = Counter(objective.kind for objective in self.objectives)
+        for kind, times in kinds.items():
+            require(times == 1, f"{stage}: {times} objectives {kind!r}, expected each once")
         require(
-            min(weights) >= 0 and max(weights) > 0,
-            f"stage {self.name!r}: objective weights {weights}, expected >= 0 and one above 0",
+            any(objective.weight for objective in self.objectives),
+            f"{stage}: no objective with a weight above 0; add one to `objectives`",
         )
-        for name in ("kd_tau", "lr"):
-            value = getattr(self, name)
-            require(value > 0, f"stage {self.name!r}: {name}={value}, expected above 0")
-        require(
-            self.answer_tokens is None or self.answer_tokens >= 1,
-            f"stage {self.name!r}: answer_tokens={self.answer_tokens}, expected at least 1",
-        )
+        require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
         require(
             self.quantize is None or self.quantize in BITS,
-            f"stage {self.name!r}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
+            f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
         )
-        for _, facts in self.facts:
-            require(1 <= facts <= 18, f"stage {self.name!r}: facts={facts}, expected 1 to 18")
+        if self.facts is not None:
+            schedule = SCHEDULES.part_of(self.facts)(self.facts)
+            for facts in {schedule.value(step, self.steps) for step in range(self.steps)}:
+                require(
+                    facts in FACTS,
+                    f"{stage}: facts={facts:g}, expected a whole number from 1 to 18",
+                )
 
 
 @dataclass(frozen=True)
 class OptimConfig(Settings):
-    """Optimiser and schedule: linear warm-up, flat, then cosine to zero from `decay_from` on.
+    """Optimiser, learning rates and batches.
 
     Attributes:
         encoder_lr: factor on both learning rates for the encoder's pretrained LM.
+        lr_schedule: factor on all learning rates over the steps of the run.
+        micro_batch: examples per forward pass; None begins with the whole batch.
+        readers: `sum` adds the losses of all readers and goes backward once. `sequential` goes
+            backward after each reader: the same gradients with one reader's activations in memory
+            at a time. `alternate` trains one reader per step, in turn.
     """
 
     muon_lr: float | None = 0.01
     encoder_lr: float = 1.0
     adamw_lr: float = 2e-3
     weight_decay: float = 0.0
-    warmup_steps: int = 100
-    decay_from: float = 0.3
+    lr_schedule: ScheduleConfig = field(default_factory=lambda: SCHEDULES.config("warmup_cosine"))
     clip: float = 1.0
     batch_size: int = 24
     micro_batch: int | None = None
-    readers: Literal["sum", "alternate"] = "sum"
+    readers: Literal["sum", "sequential", "alternate"] = "sum"
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
 
@@ -268,10 +306,7 @@ class OptimConfig(Settings):
             self.muon_lr is None or self.muon_lr > 0,
             f"muon_lr={self.muon_lr}, expected above 0, or none for AdamW alone",
         )
-        for name in ("weight_decay", "warmup_steps"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value}, expected at least 0")
-        require(0 <= self.decay_from <= 1, f"decay_from={self.decay_from}, expected in [0, 1]")
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay}, expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -301,7 +336,8 @@ class RunConfig(Settings):
 
     Attributes:
         base: a trained run whose encoder is taken over and kept as it is, with its mode and
-            quantiser: this run's readers learn to read the payloads that are out there.
+            bottleneck: this run's readers learn to read the payloads that are out there.
+        attachments: what each reader is given of a latent; no two of them the same thing.
         threads: of torch on a CPU; None leaves them to torch.
         log_every, save_every: steps between diagnostics and between checkpoints.
     """
@@ -312,9 +348,11 @@ class RunConfig(Settings):
     seed: int = 0
     threads: int | None = None
     readers: dict[str, ReaderConfig] = field(default_factory=dict)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    encoder: EncoderConfig = field(default_factory=lambda: ENCODERS.config("lm"))
+    bottleneck: BottleneckConfig = field(default_factory=lambda: BOTTLENECKS.config("uniform"))
+    attachments: tuple[AttachmentConfig, ...] = field(
+        default_factory=lambda: (ATTACHMENTS.config("soft"),)
+    )
     data: DataConfig = field(default_factory=DataConfig)
     stages: tuple[StageConfig, ...] = ()
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -329,38 +367,52 @@ class RunConfig(Settings):
             check_reader_name(name)
         require(bool(self.stages), "stages: at least one training stage is needed")
         self.at_least_one("log_every", "save_every", "threads")
-        selects = self.encoder.kind == "lm" and self.encoder.pooling == "selected"
-        learns = any(stage.select for stage in self.stages)
-        require(
-            learns == (selects and self.base is None),
-            "encoder pooling='selected' and a stage with select > 0 need each other: the positions "
-            "are learned there"
-            if self.base is None
-            else f"a stage has select > 0: the encoder of {self.base} keeps its positions",
-        )
-        require(
-            not any(stage.kv for stage in self.stages)
-            or (selects and self.adapter.prefix != "soft"),
-            "a stage with kv > 0 needs encoder pooling='selected' and adapter prefix='deep' or "
-            "'both'",
-        )
-        require(
-            not any(stage.embed for stage in self.stages)
-            or (self.mode == "pure" and self.adapter.prefix != "deep"),
-            "a stage with embed > 0 needs mode='pure', where a latent may hold an answer, and "
-            "adapter prefix='soft' or 'both'",
-        )
+        self._check_attachments()
+        self._check_objectives()
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
+        for part in (self.encoder, self.bottleneck, *self.attachments):
+            part.check(self)
+
+    def _check_attachments(self) -> None:
+        require(bool(self.attachments), "attachments: at least one is needed, soft or deep")
+        given = [attachment.gives for attachment in self.attachments]
+        for attachment, place in zip(self.attachments, given, strict=True):
+            require(
+                given.count(place) == 1,
+                f"attachments: {attachment.kind!r} is not the only one that makes a reader's "
+                f"{place}; keep one of them",
+            )
+
+    def _check_objectives(self) -> None:
+        objectives = [objective for stage in self.stages for objective in stage.objectives]
+        for objective in objectives:
+            require(
+                self.mode in objective.modes,
+                f"objective {objective.kind!r} needs mode={' or '.join(map(repr, objective.modes))}"
+                f", this run has mode={self.mode!r}",
+            )
+            objective.check(self)
+        require(
+            not self.encoder.selects_positions
+            or self.base is not None
+            or any(objective.teaches_positions and objective.weight for objective in objectives),
+            "encoder pooler 'selected' and an objective that teaches positions ('select') need "
+            "each other: add it to a stage",
+        )
+
+    def gives(self, place: str) -> bool:
+        """Whether an attachment makes this entry of a reader's inputs."""
+        return any(attachment.gives == place for attachment in self.attachments)
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> tuple[StageConfig, float]:
-        """The stage of a 0-based step, and the share of that stage already done."""
+    def stage_at(self, step: int) -> tuple[StageConfig, int]:
+        """The stage of a 0-based step of the run, and how many steps of it are done by then."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage, step / stage.steps
+                return stage, step
             step -= stage.steps
-        return self.stages[-1], 1.0
+        return self.stages[-1], self.stages[-1].steps

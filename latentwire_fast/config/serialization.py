@@ -15,6 +15,7 @@ from latentwire_fast.config.base import PartSettings, Settings
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.json_files import read_json
+from latentwire_fast.files.run_folder import RunFolder
 
 
 def to_json(value: Any) -> Any:
@@ -107,5 +108,5 @@ def read_run_config(run_dir: Path) -> RunConfig:
         CheckpointError: there is none, or it is not JSON. ConfigError: it does not fit.
     """
     advice = f"is {run_dir} a run folder?"
-    data = read_json(run_dir / "config.json", error=CheckpointError, advice=advice)
+    data = read_json(RunFolder(run_dir).config, error=CheckpointError, advice=advice)
     return run_config_from_json(data)

@@ -1,1 +1,1 @@
-"""Examples from any source in one form: the testbed, SQuAD files, the hub."""
+"""Examples from any source in one form; `sets/` has a file for each data set."""

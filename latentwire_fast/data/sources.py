@@ -1,15 +1,15 @@
-"""One way to get examples: the built-in testbed, a SQuAD file, a saved `datasets` copy, or the hub.
+"""One way to get examples: a built-in set, a SQuAD file, a saved `datasets` copy, or the hub.
 
 A source is written as
 
-    testbed              the built-in task
+    NAME                 a built-in set: `testbed`
     FILE.json            a SQuAD v1.1 or v2.0 file
     FOLDER               rows in SQuAD's columns, written by `save_to_disk`
     NAME=PATH            rows of the set NAME: a `save_to_disk` folder or a JSON (lines) file
     hub:NAME             the set NAME from the hub
     A,B,...              several of these in equal shares
 
-where NAME is a key of `HUB_SETS`.
+where NAME is a registered data set (`sets/`).
 """
 
 from __future__ import annotations
@@ -22,20 +22,27 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from latentwire_fast.config.schema import DataConfig
-from latentwire_fast.data import hub
-from latentwire_fast.data.converters import HUB_SETS
+from latentwire_fast.config.schema import DataConfig, Mode
 from latentwire_fast.data.examples import Example, Split
-from latentwire_fast.data.squad import load_squad
+from latentwire_fast.data.sets.base import DataSet
+from latentwire_fast.data.sets.hub_set import hub_sets
+from latentwire_fast.data.streams import Stream
 from latentwire_fast.errors import DataError
+from latentwire_fast.registry import DATA_SETS
 
 logger = logging.getLogger(__name__)
 
+BARE_FILE, BARE_FOLDER = "squad_file", "squad"  # what a path without a set's name is
 HELDOUT_EVERY = 10  # one context in ten is held out where a source has no splits of its own
 
 
 def load_examples(
-    spec: str, *, split: Split, count: int | None, seed: int, facts: int = 4
+    spec: str,
+    *,
+    split: Split,
+    count: int | None,
+    seed: int,
+    data: DataConfig | None = None,
 ) -> list[Example]:
     """Examples of a source, the same for the same arguments.
 
@@ -46,7 +53,7 @@ def load_examples(
             different seeds hold out the same passages.
         count: at most this many (a smaller count is a prefix of a larger one); None for all.
         seed: the order, and so which ones.
-        facts: testbed only: facts per passage.
+        data: the run's settings, of which sets read what is theirs.
 
     Raises:
         DataError: a source that cannot be read, is malformed, or holds no example of the split.
@@ -57,7 +64,8 @@ def load_examples(
     if not parts:
         raise DataError("no data source given; the simplest is: testbed")
     share = None if count is None else -(-count // len(parts))
-    loaded = {_label(part): _load_one(part, split, share, seed, facts) for part in parts}
+    data = data or DataConfig()
+    loaded = {_label(part): _load_one(part, split, share, seed, data) for part in parts}
     if len(loaded) < len(parts):
         raise DataError(f"{spec}: two sources of one name; rename a file, or give each set once")
     examples = mix(loaded, seed=seed) if len(parts) > 1 else next(iter(loaded.values()))
@@ -79,8 +87,16 @@ def heldout_examples(
         split="heldout",
         count=config.eval_examples if count is None else count,
         seed=config.eval_seed if seed is None else seed,
-        facts=config.facts,
+        data=config,
     )
+
+
+def endless_stream(data: DataConfig, *, mode: Mode, seed: int) -> Stream | None:
+    """Training batches of a source that has no end; None where its examples are a list."""
+    if not _is_built_in(data.source):
+        return None
+    part = DATA_SETS[data.source]
+    return part(part.settings(data)).stream(data, mode=mode, seed=seed) if part.is_endless else None
 
 
 def map_paths(spec: str, change: Callable[[str], str]) -> str:
@@ -92,7 +108,7 @@ def map_paths(spec: str, change: Callable[[str], str]) -> str:
     changed = []
     for part in _parts(spec):
         name, path = _named(part)
-        is_path = part != "testbed" and not part.startswith("hub:")
+        is_path = not _is_built_in(part) and not part.startswith("hub:")
         changed.append(part if not is_path else f"{name}={change(path)}" if name else change(path))
         if "," in changed[-1]:
             raise DataError(
@@ -125,24 +141,19 @@ def in_split(example: Example, split: Split) -> bool:
     return split == "all" or is_heldout == (split == "heldout")
 
 
-def _load_one(spec: str, split: Split, count: int | None, seed: int, facts: int) -> list[Example]:
-    if spec == "testbed":
-        return _load_testbed(split, count, seed, facts)
-    name, path = _parse(spec)
-    if not name:
-        assert path is not None
-        squad = load_squad(path)
-        examples: Iterable[Example] = random.Random(seed).sample(squad, len(squad))
-        is_cut = False
-    else:
-        rows, is_cut = hub.open_rows(name, split=split, path=path)
-        examples = hub.convert_rows(rows, name=name, seed=seed)
-    if not is_cut:
+def _load_one(
+    spec: str, split: Split, count: int | None, seed: int, data: DataConfig
+) -> list[Example]:
+    part, place = _parse(spec)
+    examples, is_of_split = part(part.settings(data)).load(
+        place, split=split, count=count, seed=seed
+    )
+    if not is_of_split:
         examples = (example for example in examples if in_split(example, split))
     chosen = list(islice(_distinct(examples, spec), count))
     if not chosen:
         advice = "look at its rows"
-        if not is_cut:
+        if not is_of_split:
             advice = f"one passage in {HELDOUT_EVERY} is held out, so give a file with more of them"
         raise DataError(f"{spec}: no usable example in split {split!r}; {advice}")
     return chosen
@@ -163,30 +174,42 @@ def _label(spec: str) -> str:
     return Path(spec.removeprefix("hub:").rpartition("=")[2]).stem
 
 
-def _parse(spec: str) -> tuple[str, Path | None]:
-    """(set name, path): a SQuAD file has no set name (""), the hub no path."""
+def _is_built_in(spec: str) -> bool:
+    """Whether this names a set that makes its examples itself."""
+    return spec in DATA_SETS and DATA_SETS[spec].is_built_in
+
+
+def _parse(spec: str) -> tuple[type[DataSet], Path | None]:
+    """The data set that a source names, and the path that it gives.
+
+    Raises:
+        DataError: no such set, or no such path.
+    """
+    if _is_built_in(spec):
+        return DATA_SETS[spec], None
     if spec.startswith("hub:"):
-        return spec.removeprefix("hub:"), None
+        return _named_set(spec.removeprefix("hub:"), names=hub_sets()), None
     name, rest = _named(spec)
     path = Path(rest)
     if not path.exists():
+        built_in = [name for name in DATA_SETS.names() if DATA_SETS[name].is_built_in]
         raise DataError(
-            f"data source {spec!r}: no such file or folder; sources are testbed, a SQuAD JSON "
-            "file, a save_to_disk folder, NAME=PATH or hub:NAME, with NAME one of "
-            + ", ".join(HUB_SETS)
+            f"data source {spec!r}: no such file or folder; sources are {', '.join(built_in)}, a "
+            "SQuAD JSON file, a save_to_disk folder, NAME=PATH or hub:NAME, with NAME one of "
+            + ", ".join(hub_sets())
         )
-    return name or ("squad" if path.is_dir() else ""), path
+    if not name:
+        return DATA_SETS[BARE_FOLDER if path.is_dir() else BARE_FILE], path
+    with_path = [name for name in DATA_SETS.names() if not DATA_SETS[name].is_built_in]
+    return _named_set(name, names=with_path), path
 
 
-def _load_testbed(split: Split, count: int | None, seed: int, facts: int) -> list[Example]:
-    from latentwire_fast.data.testbed import make_examples
-
-    if split == "all" or count is None:
-        raise DataError(
-            "testbed: is generated without end, so training cannot mix it with other sources; for "
-            "a list, give a count, and split train or heldout"
-        )
-    return make_examples(count, seed=seed, facts=facts, split=split)
+def _named_set(name: str, *, names: Sequence[str]) -> type[DataSet]:
+    """The data set of that name, if it is among these."""
+    if name not in names:
+        raise DataError(f"data set {name!r} is not known; known are: {', '.join(names)}")
+    part: type[DataSet] = DATA_SETS[name]
+    return part
 
 
 def _distinct(examples: Iterable[Example], spec: str) -> Iterator[Example]:

@@ -1,49 +1,61 @@
-"""A run's outcome in a few lines for the terminal."""
+"""What a run's evaluation found, in a few lines for the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-ROWS = (
-    ("text", "full text"),
-    ("latent", "latent"),
-    ("token_budget", "token budget"),
-    ("token_budget_question", "  question kept"),
-    ("byte_budget", "byte budget"),
-    ("closed_book", "closed book"),
-    ("shuffled_latent", "shuffled latent"),
-    ("first_words", "first words"),
-)
+from latentwire_fast.evaluation.methods.base import by_kind, evaluation_methods, methods_by_bits
 
 
-def summary_lines(metrics: dict[str, Any]) -> list[str]:
+def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
     """A table of F1 per method and reader, the bytes, and the verdicts."""
-    readers = metrics["readers"]
-    latent, sizes = metrics["latent"], metrics["bytes"]
-    width = str(latent["bits"])
+    readers, sizes = metrics["readers"], metrics["bytes"]
+    width = str(metrics["latent"]["bits"])
     lines = [
         f"F1 on {metrics['examples']} held-out examples ({metrics['run']['mode']} mode)",
         f"{'':18}" + "".join(f"{name:>12}" for name in readers),
     ]
-    for method, label in ROWS:
-        values = [readers[name][method]["f1"]["mean"] for name in readers]
-        lines.append(f"{label:18}" + "".join(f"{100 * v:12.1f}" for v in values))
-    for bits in sizes["payload_mean"]:
-        values = [readers[name]["latent_bits"][bits]["f1"] for name in readers]
-        label = f"latent {bits} bits"
-        size = sizes["payload_mean"][bits]
-        cut = [readers[name]["byte_budget_bits"][bits]["f1"] for name in readers]
-        lines.append(
-            f"{label:18}"
-            + "".join(f"{100 * v:12.1f}" for v in values)
-            + f"  {size:.0f} B (text cut to that: "
-            + ", ".join(f"{100 * v:.1f}" for v in cut)
-            + ")"
-        )
+    lines += _method_lines(readers)
+    for bits, size in sizes["payload_mean"].items():
+        lines += _width_lines(readers, bits, size)
     lines.append(
         f"text {sizes['text_utf8_mean']:.0f} B, brotli {sizes['text_brotli_mean']:.0f} B, "
         f"payload {sizes['payload_mean'][width]:.0f} B at {width} bits"
     )
+    methods = evaluation_methods()
+    for key, reason in (metrics.get("not_measured") or {}).items():
+        lines.append(f"{methods[key].label.lower()}: not measured, {reason}")
     verdicts = (f"{name} {entry['verdict']}" for name, entry in metrics["hypotheses"].items())
     lines.append(", ".join(verdicts))
     return lines
+
+
+def _method_lines(readers: Mapping[str, Any]) -> Iterator[str]:
+    """One line per method, with a dash where it was not measured."""
+    for key, method in by_kind().items():
+        if method.console_label is None:
+            continue
+        found = [entries.get(key) for entries in readers.values()]
+        cells = ["-" if entry is None else _points(entry["f1"]["mean"]) for entry in found]
+        label = method.console_label or method.label.lower()
+        yield f"{label:18}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def _width_lines(readers: Mapping[str, Any], bits: str, size: float) -> Iterator[str]:
+    """Scores at one bit width: a line per method, and in brackets what stands beside it."""
+    rows, beside = [], []
+    for key, method in methods_by_bits().items():
+        found = [(entries.get(key) or {}).get(bits) for entries in readers.values()]
+        cells = ["-" if entry is None else _points(entry["f1"]) for entry in found]
+        if method.by_bits and method.by_bits.beside:
+            beside.append(f"{method.by_bits.beside}: {', '.join(cells)}")
+        else:
+            label = f"{method.label.lower()} {bits} bits"
+            rows.append(f"{label:18}" + "".join(f"{cell:>12}" for cell in cells))
+    remark = f"  {size:.0f} B" + (f" ({'; '.join(beside)})" if beside else "")
+    yield from (row + remark * (i == 0) for i, row in enumerate(rows))
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"

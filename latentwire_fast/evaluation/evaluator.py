@@ -5,41 +5,33 @@ Latents are judged as payloads. All methods share one prompt builder and one rec
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from statistics import median
-from typing import Any
+import logging
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.evaluation import metrics as scores
-from latentwire_fast.evaluation.method_result import MethodResult
-from latentwire_fast.evaluation.methods import MethodInput, Methods, unanswered
-from latentwire_fast.evaluation.results import Outcome
+from latentwire_fast.evaluation.joint import rescore
+from latentwire_fast.evaluation.methods.base import (
+    EvaluationCase,
+    EvaluationMethod,
+    evaluation_methods,
+)
+from latentwire_fast.evaluation.results import EvaluationResults, ReaderResults
+from latentwire_fast.evaluation.scoring import Scorer, batches
+from latentwire_fast.evaluation.timing import time_methods
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
 
-TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
-LOGPROB_STEPS = 4
-TIMED = (
-    "text",
-    "latent",
-    "token_budget",
-    "token_budget_question",
-    "byte_budget",
-    "closed_book",
-    "embedding_replay",
-)
+logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Scores one model with its readers on a list of examples.
+    """Scores one model with its readers on a list of examples, by every registered method.
 
     Args:
         progress: show a progress bar.
@@ -57,8 +49,9 @@ class Evaluator:
         self.receivers = {name: Receiver.of(model, reader) for name, reader in readers.items()}
         self.config = config
         self.model = model
-        self.readers = readers
+        self.bits = model.bottleneck_config.bits
         self.examples = [e for e in examples if e.answers]
+        self.methods = evaluation_methods()
         self.options = DecodeOptions(
             max_new_tokens=config.evaluation.max_new_tokens,
             first_token_temperature=config.evaluation.first_token_temperature,
@@ -70,199 +63,92 @@ class Evaluator:
 
     @torch.no_grad()
     def encode(self) -> dict[int, list[bytes]]:
-        """Payloads of every example at every bit width."""
-        payloads: dict[int, list[bytes]] = {bits: [] for bits in self._widths()}
-        for batch in self._batches(self.examples):
+        """Payloads of every example at every bit width, the widest first."""
+        widths = sorted({*self.config.evaluation.bits, self.bits}, reverse=True)
+        payloads: dict[int, list[bytes]] = {bits: [] for bits in widths}
+        for rows in self._batches():
+            batch = [self.examples[i] for i in rows]
             questions = [e.question for e in batch] if self.model.mode == "pure" else None
-            latent = self.model.encode([e.context for e in batch], questions)
-            for bits in payloads:
-                payloads[bits] += self.model.payloads(latent, bits=bits)
+            latent_BMd = self.model.encode([e.context for e in batch], questions)
+            for bits in widths:
+                payloads[bits] += self.model.payloads(latent_BMd, bits=bits)
         return payloads
 
-    def _widths(self) -> list[int]:
-        return sorted({*self.config.evaluation.bits, self.model.quantizer.bits}, reverse=True)
-
-    def _batches(self, items: Sequence[Any]) -> list[Any]:
-        size = self.config.evaluation.batch_size
-        return [items[i : i + size] for i in range(0, len(items), size)]
-
     @torch.no_grad()
-    def run(self) -> Outcome:
+    def run(self) -> EvaluationResults:
         """Score everything."""
         payloads = self.encode()
-        bits = self.model.quantizer.bits
-        bytes_by_width = {b: [len(p) for p in v] for b, v in payloads.items()}
-        outcome = Outcome(self.config, self.examples, bytes_by_width)
-        inputs = {
-            name: Methods(
-                self.model,
-                reader,
-                self.examples,
-                payloads=payloads[bits],
-            )
-            for name, reader in self.readers.items()
+        sizes = {bits: [len(p) for p in items] for bits, items in payloads.items()}
+        results = EvaluationResults(self.config, self.examples, sizes)
+        cases = {
+            name: EvaluationCase(self.model, receiver.reader, self.examples, payloads)
+            for name, receiver in self.receivers.items()
         }
-        rounds = sum(len(methods.table) + 2 * (len(payloads) - 1) for methods in inputs.values())
-        self.bar.reset(total=rounds * len(self._batches(self.examples)))
-        for name, methods in inputs.items():
-            receiver = self.receivers[name]
-            results = outcome.results[name] = {}
-            for method, build in methods.table.items():
-                self.bar.set_postfix_str(f"{name}: {method}")
-                results[method] = self._score(receiver, build())
-            results["first_words"] = self._judge(methods.first_words())
-            widths, budgets = {bits: results["latent"]}, {bits: results["byte_budget"]}
-            for width in [width for width in payloads if width != bits]:
-                self.bar.set_postfix_str(f"{name}: {width} bits")
-                cut = methods.byte_budget(bytes_by_width[width])
-                widths[width] = self._generate(receiver, methods.latent(payloads[width]))
-                budgets[width] = self._generate(receiver, cut)
-            outcome.by_bits[name] = {width: widths[width] for width in payloads}
-            outcome.budget_by_bits[name] = {width: budgets[width] for width in payloads}
-            self._time(receiver, payloads[bits], results)
-        self._joint(outcome, payloads[bits])
+        results.not_measured = self._not_measured(next(iter(cases.values())))
+        usable = {n: m for n, m in self.methods.items() if n not in results.not_measured}
+        by_bits = sum(method.by_bits is not None for method in usable.values())
+        rounds = len(usable) + by_bits * (len(payloads) - 1)
+        self.bar.reset(total=rounds * len(cases) * len(self._batches()))
+        for name, case in cases.items():
+            results.readers[name] = self._reader_results(case, usable)
+        self._rescore(results, payloads[self.bits])
         self.bar.close()
-        return outcome
+        return results
 
-    def _judge(self, predictions: list[str]) -> MethodResult:
-        answers = [e.answers for e in self.examples]
-        return MethodResult(
-            predictions,
-            [scores.exact_match(p, a) for p, a in zip(predictions, answers, strict=True)],
-            [scores.f1(p, a) for p, a in zip(predictions, answers, strict=True)],
+    def _batches(self) -> list[range]:
+        return list(batches(len(self.examples), self.config.evaluation.batch_size))
+
+    def _not_measured(self, case: EvaluationCase) -> dict[str, str]:
+        """Why methods cannot be measured on these examples, by their names."""
+        reasons = {name: method.not_measured(case) for name, method in self.methods.items()}
+        found = {name: reason for name, reason in reasons.items() if reason}
+        for name, reason in found.items():
+            logger.warning("%s is not measured: %s", name, reason)
+        return found
+
+    def _reader_results(
+        self, case: EvaluationCase, methods: dict[str, EvaluationMethod]
+    ) -> ReaderResults:
+        """Everything that is measured with one reader."""
+        name = case.reader.name
+        receiver = self.receivers[name]
+        scorer = Scorer(
+            case, receiver, self.options, self.config.evaluation.batch_size, self.bar.update
         )
-
-    def _generate(self, receiver: Receiver, given: MethodInput) -> MethodResult:
-        predictions: list[str] = []
-        for rows in self._batches(range(len(given.prompts))):
-            ids = receiver.generate(
-                [unanswered(given.prompts[i]) for i in rows],
-                **given.reader_inputs(rows),
-                options=self.options,
-                numbers=rows,
-            )
-            predictions += [receiver.reader.decode(row) for row in ids]
-            self.bar.update()
-        result = self._judge(predictions)
-        result.positions = given.positions
-        return result
-
-    def _score(self, receiver: Receiver, given: MethodInput) -> MethodResult:
-        """Decode, and score the gold answer in one teacher-forced pass."""
-        result = self._generate(receiver, given)
-        for rows in self._batches(range(len(given.prompts))):
-            scored = receiver.score([given.prompts[i] for i in rows], **given.reader_inputs(rows))
-            gold_N = scored.gold_N.tolist()
-            ranked_NK = scored.ranked_NK(RANKED).tolist()
-            labels = scored.labels_N.tolist()
-            first = (scored.step_N == 0).nonzero()[:, 0].tolist()
-            for start, stop in zip(first, [*first[1:], len(labels)], strict=True):
-                gold = gold_N[start:stop]
-                result.nll.append(-sum(gold))
-                result.tokens.append(len(gold))
-                result.gold_logprobs.append(gold[:LOGPROB_STEPS])
-                result.first_token_ids.append(ranked_NK[start][0])
-                ranked = ranked_NK[start]
-                result.top1.append(scores.first_token_hit(ranked, labels[start], k=1))
-                result.top5.append(scores.first_token_hit(ranked, labels[start], k=TOP_K))
-                result.reciprocal_ranks.append(scores.reciprocal_rank(ranked, {labels[start]}))
-        return result
-
-    def _time(
-        self,
-        receiver: Receiver,
-        payloads: list[bytes],
-        results: dict[str, MethodResult],
-    ) -> None:
-        """Median batch-1 times of every method but the controls, which cost what the latent does.
-
-        Prefill is the receiver's way to the first token's logits: from token ids, or from payload
-        bytes. End to end begins with the text, so that the sender's encoder counts too, and ends
-        with the answer.
-        """
-        count = min(self.config.evaluation.timing_examples, len(self.examples))
-        prefill: dict[str, list[float]] = {method: [] for method in TIMED}
-        whole: dict[str, list[float]] = {method: [] for method in TIMED}
-        for i in range(-2, count):  # two warm-ups, then interleaved
-            example, payload = self.examples[max(i, 0)], payloads[max(i, 0)]
-            single = Methods(
-                self.model,
-                receiver.reader,
-                [example],
-                payloads=[payload],
-            )
-            for method in TIMED:
-                first = self._clock(receiver, self._prefill(receiver, single, method))
-                answer = self._clock(receiver, self._answer, receiver, single, method)
-                if i >= 0:
-                    prefill[method].append(first)
-                    whole[method].append(answer)
-        for method in TIMED:
-            results[method].prefill_ms = median(prefill[method])
-            results[method].end_to_end_ms = median(whole[method])
-
-    @staticmethod
-    def _clock(receiver: Receiver, call: Callable[..., object], *arguments: object) -> float:
-        """Milliseconds that a call takes."""
-        start = time.perf_counter()
-        call(*arguments)
-        if receiver.reader.device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3
-
-    @staticmethod
-    def _prefill(receiver: Receiver, single: Methods, method: str) -> Callable[[], object]:
-        """What one example's receiver does up to the first logits, prepared."""
-        given = single.table[method]()
-        prompts = [unanswered(given.prompts[0])]
-        return lambda: receiver.prefill(prompts, **given.reader_inputs(range(1)))
-
-    def _answer(self, receiver: Receiver, single: Methods, method: str) -> str:
-        """One example from its text to the answer."""
-        if method == "latent":
-            example = single.examples[0]
-            questions = [example.question] if self.model.mode == "pure" else None
-            payloads = self.model.payloads(self.model.encode([example.context], questions))
-            given = single.latent(payloads)
-        else:
-            given = single.table[method]()
-        ids = receiver.generate(
-            [unanswered(given.prompts[0])], **given.reader_inputs(range(1)), options=self.options
-        )
-        return receiver.reader.decode(ids[0])
-
-    def _answer_scores(
-        self, receiver: Receiver, payloads: Sequence[bytes], answers: Sequence[str]
-    ) -> list[float]:
-        """Mean log-probability per token of one candidate per example, given the latents."""
-        values: list[float] = []
-        for rows in self._batches(range(len(answers))):
-            prompts: list[Prompt] = []
-            for i in rows:
-                example = self.examples[i]
-                turn = [Turn(example.question, answers[i])]
-                prompts.append(
-                    receiver.reader.prompts.build(
-                        turn, context=example.context, latent=self.model.mode
+        results = ReaderResults()
+        for key, method in methods.items():
+            self.bar.set_postfix_str(f"{name}: {key}")
+            results.methods[key] = scorer.score(method, bits=self.bits)
+        for bits in case.payloads:
+            self.bar.set_postfix_str(f"{name}: {bits} bits")
+            for key, method in methods.items():
+                if method.by_bits:
+                    of_method = results.by_bits.setdefault(key, {})
+                    is_run = bits == self.bits
+                    of_method[bits] = (
+                        results.methods[key] if is_run else scorer.decode(method, bits=bits)
                     )
-                )
-            scored = receiver.score(prompts, payloads=payloads[rows.start : rows.stop])
-            values += scored.mean_gold_B.tolist()
-        return values
+        times = time_methods(
+            case,
+            receiver,
+            {key: method for key, method in methods.items() if method.is_timed},
+            count=self.config.evaluation.timing_examples,
+            bits=self.bits,
+            options=self.options,
+        )
+        for key, (prefill, end_to_end) in times.items():
+            results.methods[key].prefill_ms = prefill
+            results.methods[key].end_to_end_ms = end_to_end
+        return results
 
-    def _joint(self, outcome: Outcome, payloads: Sequence[bytes]) -> None:
-        """Both readers score each other's latent answers; the best total wins."""
-        names = list(self.readers)
-        if len(names) < 2:
-            return
-        candidates = [outcome.results[name]["latent"].predictions for name in names]
-        totals = []
-        for answers in candidates:
-            parts = [self._answer_scores(self.receivers[n], payloads, answers) for n in names]
-            totals.append([sum(values) for values in zip(*parts, strict=True)])
-        chosen = []
-        for i in range(len(self.examples)):
-            best = max(range(len(names)), key=lambda c: totals[c][i])
-            chosen.append(candidates[best][i])
-            outcome.joint_scores.append({n: totals[c][i] for c, n in enumerate(names)})
-        outcome.joint = self._judge(chosen)
+    def _rescore(self, results: EvaluationResults, payloads: Sequence[bytes]) -> None:
+        """Joint rescoring, with two readers or more."""
+        if len(self.receivers) > 1:
+            results.joint = rescore(
+                self.receivers,
+                self.examples,
+                mode=self.model.mode,
+                payloads=payloads,
+                answers={n: r.methods["latent"].predictions for n, r in results.readers.items()},
+                batch_size=self.config.evaluation.batch_size,
+            )

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentwire_fast.evaluation import metrics as scores
-
-# A reader's entries that hold scores by bit width, beside those by method.
-BY_BITS = ("latent_bits", "byte_budget_bits")
+from latentwire_fast.evaluation.metrics import distinct_shares, mean_interval, ratio_interval
 
 
 def mean(values: Sequence[float]) -> float:
@@ -41,20 +38,19 @@ class MethodResult:
         def interval(values: Sequence[float]) -> dict[str, float] | None:
             if not values:
                 return None
-            return scores.mean_interval(values, seed=seed, resamples=resamples)._asdict()
+            return mean_interval(values, seed=seed, resamples=resamples)._asdict()
 
         nll = None
         if self.nll:
-            nll = scores.ratio_interval(
-                self.nll, self.tokens, seed=seed, resamples=resamples
-            )._asdict()
+            options = {"seed": seed, "resamples": resamples}
+            nll = ratio_interval(self.nll, self.tokens, **options)._asdict()
         return {
             "f1": interval(self.f1),
             "em": interval(self.em),
             "first_token_top1": interval(self.top1),
             "first_token_top5": interval(self.top5),
             "nll_per_token": nll,
-            "diversity": interval(scores.distinct_shares(self.predictions)),
+            "diversity": interval(distinct_shares(self.predictions)),
             "prefix_positions_mean": mean(self.positions) if self.positions else None,
             "prefill_ms_p50": self.prefill_ms,
             "end_to_end_ms_p50": self.end_to_end_ms,

@@ -5,18 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from latentwire_fast.config.schema import RunConfig
+from latentwire_fast.evaluation.methods.base import evaluation_methods
+from latentwire_fast.evaluation.report.formatting import percent
 
 
 def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
     """The README.md of a saved model, written from what was measured."""
     latent, sizes = metrics["latent"], metrics["bytes"]
     width = str(latent["bits"])
-    rows = "\n".join(
-        f"| {name} | {config.readers[name].source} | {_points(entry['text'])} | "
-        f"{_points(entry['latent'])} | {_points(entry['token_budget'])} | "
-        f"{_points(entry['shuffled_latent'])} |"
-        for name, entry in metrics["readers"].items()
-    )
+    methods = {key: m.label for key, m in evaluation_methods().items() if m.in_model_card}
+    rows = [
+        ["reader", "source", *(label.lower() for label in methods.values())],
+        ["---"] * (2 + len(methods)),
+    ]
+    for name, entry in metrics["readers"].items():
+        scores = [percent((entry.get(key) or {}).get("f1")).text for key in methods]
+        rows.append([name, config.readers[name].source, *scores])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     meaning = {
         "pure": "The latent stands for the whole prompt, question included: the encoder may answer "
         "and send the answer, so these scores say nothing about compression.",
@@ -42,14 +47,8 @@ tags: [prompt-compression, soft-prompt, latent]
 
 F1 on {metrics["examples"]} held-out examples of `{config.data.source}`:
 
-| reader | source | text | latent | token budget | shuffled latent |
-|---|---|---|---|---|---|
-{rows}
+{table}
 
 The readers are frozen; the adapters work with exactly these weights and refuse others.
 Trained by commit {metrics["run"]["commit"]}, configuration {metrics["run"]["config_sha256"][:12]}.
 """
-
-
-def _points(entry: dict[str, Any]) -> str:
-    return f"{100 * entry['f1']['mean']:.1f}"

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +22,10 @@ from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.provenance import commit, run_record, versions
 from latentwire_fast.evaluation.report import write_report
-from latentwire_fast.evaluation.results import Outcome
+from latentwire_fast.evaluation.results import EvaluationResults
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.files.lock import RunLock
+from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
@@ -33,12 +33,6 @@ from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.training.tracking import read_records
 
 logger = logging.getLogger(__name__)
-
-RUN_FILES = {
-    *("config.json", "diagnostics.jsonl", "nonfinite.json", ".lock"),
-    *("model", "checkpoints", "teacher", "tensorboard"),
-}
-EVAL_FILES = {"metrics.json", "metrics.csv", "predictions.jsonl", "report.html", "report.md"}
 
 
 def evaluate_run(
@@ -71,29 +65,30 @@ def evaluate_run(
             can be written there, or a reader cannot score the answers. TrainingError: the run
             folder is in use, or cannot be written to.
     """
-    if not (run_dir / "model" / "config.json").exists():
+    folder = RunFolder(run_dir)
+    if not folder.is_trained:
         raise CheckpointError(
             f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
             "or resume it with the same command if it was stopped"
         )
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
-            _check_eval_dir(run_dir / "eval")
-            result, outcome = _evaluate(
-                run_dir, fresh_seed, count, progress, device=device, dtype=dtype
+            _check_eval_dir(folder.eval)
+            metrics, results = _evaluate(
+                folder, fresh_seed, count, progress, device=device, dtype=dtype
             )
-            _write(run_dir, result, outcome)
-        return result
-    _check_out(run_dir, out)
-    result, _ = _evaluate(run_dir, fresh_seed, count, progress, device=device, dtype=dtype)
-    write_atomically(out, json.dumps(result, indent=2) + "\n")
-    return result
+            _write(folder, metrics, results)
+        return metrics
+    _check_out(folder, out)
+    metrics, _ = _evaluate(folder, fresh_seed, count, progress, device=device, dtype=dtype)
+    write_atomically(out, json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 
 def stored_metrics(run_dir: Path) -> dict[str, Any] | None:
     """metrics.json of the run's own report, if this code made it of this configuration."""
     try:
-        metrics: dict[str, Any] = json.loads((run_dir / "eval" / "metrics.json").read_text())
+        metrics: dict[str, Any] = json.loads(RunFolder(run_dir).metrics.read_text())
         made = [metrics["run"][key] for key in ("config_sha256", "commit", "versions")]
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -101,23 +96,17 @@ def stored_metrics(run_dir: Path) -> dict[str, Any] | None:
     return metrics if made == now else None
 
 
-def _check_out(run_dir: Path, out: Path) -> None:
+def _check_out(folder: RunFolder, out: Path) -> None:
     """Raise now, rather than after the evaluation, unless metrics can be written to `out`."""
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise ConfigError(f"cannot write {out}: {out.parent} is no folder that can be written to")
     if out.exists() and not out.is_file():  # a device would be replaced by a file
         raise ConfigError(f"cannot write {out}: it is no file; give the path of one")
-    place, run = out.resolve(), run_dir.resolve()
-    if place.is_relative_to(run) and _belongs_to_the_run(place.relative_to(run)):
+    if folder.owns(out):
         raise ConfigError(
             f"{out} belongs to the run; choose another name, or leave --out away to write the "
             "run's own report"
         )
-
-
-def _belongs_to_the_run(path: Path) -> bool:
-    """Whether a path within a run folder is one that training or evaluation writes."""
-    return path.parts[0] in RUN_FILES or (str(path.parent) == "eval" and path.name in EVAL_FILES)
 
 
 def _check_eval_dir(folder: Path) -> None:
@@ -127,16 +116,16 @@ def _check_eval_dir(folder: Path) -> None:
 
 
 def _evaluate(
-    run_dir: Path,
+    folder: RunFolder,
     fresh_seed: int | None,
     count: int | None,
     progress: bool,
     *,
     device: torch.device | None,
     dtype: Literal["float32", "bfloat16", "float16"] | None,
-) -> tuple[dict[str, Any], Outcome]:
+) -> tuple[dict[str, Any], EvaluationResults]:
     """The content of metrics.json, and what it was made from."""
-    config = read_run_config(run_dir)
+    config = read_run_config(folder.path)
     if config.threads:
         torch.set_num_threads(config.threads)
     start = time.perf_counter()
@@ -144,8 +133,8 @@ def _evaluate(
     gc.collect()  # what a training in this process leaves is in reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    model = Interlingua.from_pretrained(run_dir / "model").to(device)
-    _check_settings(config, model, run_dir)
+    model = Interlingua.from_pretrained(folder.model).to(device)
+    _check_settings(config, model, folder)
     readers = load_readers(config.readers, device, dtype=dtype)
     if dtype is not None:
         config = with_overrides(config, dtype=dtype)  # what the results are of
@@ -153,32 +142,29 @@ def _evaluate(
     check_answers(examples, readers, source=f"{config.data.source} (held out)")
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
-    outcome = evaluator.run()
-    measured |= outcome.metrics()
-    diagnostics = read_records(run_dir / "diagnostics.jsonl")
+    results = evaluator.run()
+    measured |= results.metrics()
+    diagnostics = read_records(folder.diagnostics)
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     seed = config.data.eval_seed if fresh_seed is None else fresh_seed
-    run = run_record(config, name=run_dir.resolve().name, device=device, eval_seed=seed)
+    run = run_record(config, name=folder.name, device=device, eval_seed=seed)
     run["wall_seconds"] = seconds + time.perf_counter() - start
     run["vocab_sizes"] = {name: r.embedding.weight.shape[0] for name, r in readers.items()}
-    return {"schema_version": 1, "run": run, **measured}, outcome
+    return {"schema_version": 1, "run": run, **measured}, results
 
 
-def _check_settings(config: RunConfig, model: Interlingua, run_dir: Path) -> None:
+def _check_settings(config: RunConfig, model: Interlingua, folder: RunFolder) -> None:
     """Raise unless the model is what the configuration says: the scores name its settings."""
-    # An encoder may read less than it was asked to, and the LM that it started from may have moved.
-    trained = model.encoder_config
-    encoder = replace(config.encoder, max_tokens=trained.max_tokens, source=trained.source)
-    pairs = {
-        "mode": (config.mode, model.mode),
-        "encoder": (encoder, trained),
-        "quantizer": (config.quantizer, model.quantizer),
-        "adapter": (config.adapter, model.adapter_config),
+    same = {
+        "mode": config.mode == model.mode,
+        "encoder": config.encoder.allows(model.encoder_config),
+        "bottleneck": config.bottleneck == model.bottleneck_config,
+        "attachments": config.attachments == model.attachment_configs,
     }
-    differ = [name for name, (stated, found) in pairs.items() if stated != found]
+    differ = [name for name, is_same in same.items() if not is_same]
     if differ:
         raise CheckpointError(
-            f"{run_dir / 'config.json'} is not of the model beside it (differs in "
+            f"{folder.config} is not of the model beside it (differs in "
             f"{', '.join(differ)}); put back the file that the training wrote"
         )
 
@@ -195,19 +181,18 @@ def _truncated(evaluator: Evaluator) -> dict[str, Any]:
     return {"truncated": {"examples": truncation.cut, "text_share": truncation.share}}
 
 
-def _write(run_dir: Path, result: dict[str, Any], outcome: Outcome) -> None:
+def _write(folder: RunFolder, metrics: dict[str, Any], results: EvaluationResults) -> None:
     """The files of `RUN/eval`; metrics.json is the last."""
-    records = outcome.records()
-    eval_dir = run_dir / "eval"
-    eval_dir.mkdir(parents=True, exist_ok=True)
+    records = results.records()
+    folder.eval.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(eval_dir / "predictions.jsonl", lines)
+    write_atomically(folder.predictions, lines)
     write_report(
-        eval_dir,
-        metrics=result,
+        folder.eval,
+        metrics=metrics,
         predictions=records,
-        diagnostics=read_records(run_dir / "diagnostics.jsonl"),
-        config=to_json(outcome.config),
+        diagnostics=read_records(folder.diagnostics),
+        config=to_json(results.config),
     )
-    write_atomically(run_dir / "model" / "README.md", model_card(outcome.config, result))
-    write_atomically(eval_dir / "metrics.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(folder.model_card, model_card(results.config, metrics))
+    write_atomically(folder.metrics, json.dumps(metrics, indent=2) + "\n")

@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from latentwire_fast import wire
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.evaluation import metrics as scores
-from latentwire_fast.evaluation.hypotheses import judge
-from latentwire_fast.evaluation.method_result import BY_BITS, MethodResult, mean
+from latentwire_fast.evaluation.hypotheses.base import Evidence, judge_hypotheses
+from latentwire_fast.evaluation.joint import JointResult
+from latentwire_fast.evaluation.method_result import MethodResult, mean
+from latentwire_fast.evaluation.methods.base import bits_key
+from latentwire_fast.evaluation.metrics import normalize_answer
 from latentwire_fast.prompts.builder import replaced_text
+from latentwire_fast.registry import METHODS
 
 
 @dataclass
-class Outcome:
+class ReaderResults:
+    """Results with one reader.
+
+    Attributes:
+        methods: by method, at the run's own bit width.
+        by_bits: by method and bit width, for the methods that are scored at every width.
+    """
+
+    methods: dict[str, MethodResult] = field(default_factory=dict)
+    by_bits: dict[str, dict[int, MethodResult]] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluationResults:
     """Results of one model with its readers on some examples.
 
     Attributes:
         payload_sizes: per bit width, the bytes of each example's payload.
-        results: per reader and method.
-        by_bits: per reader and bit width.
-        budget_by_bits: the same for the text cut to as many bytes.
+        readers: by reader.
         joint: joint rescoring, with two readers or more.
-        joint_scores: per example, each reader's candidate's total score.
+        not_measured: why methods could not be measured on these examples, by method.
     """
 
     config: RunConfig
     examples: Sequence[Example]
     payload_sizes: dict[int, list[int]]
-    results: dict[str, dict[str, MethodResult]] = field(default_factory=dict)
-    by_bits: dict[str, dict[int, MethodResult]] = field(default_factory=dict)
-    budget_by_bits: dict[str, dict[int, MethodResult]] = field(default_factory=dict)
-    joint: MethodResult | None = None
-    joint_scores: list[dict[str, float]] = field(default_factory=list)
+    readers: dict[str, ReaderResults] = field(default_factory=dict)
+    joint: JointResult | None = None
+    not_measured: dict[str, str] = field(default_factory=dict)
 
     def replaced_text(self, example: Example) -> str:
         """The text that the payload stands for."""
@@ -43,64 +55,81 @@ class Outcome:
 
     def metrics(self) -> dict[str, Any]:
         """metrics.json but for `schema_version` and `run`."""
-        options = {"seed": self.config.seed, "resamples": self.config.evaluation.resamples}
         texts = [self.replaced_text(e) for e in self.examples]
-        brotli = [wire.brotli_bytes(t) for t in texts]
-        encoder, quantizer = self.config.encoder, self.config.quantizer
+        utf8, brotli = map(wire.utf8_bytes, texts), map(wire.brotli_bytes, texts)
+        evidence = self._evidence(utf8=list(utf8), brotli=list(brotli))
+        encoder, bottleneck = self.config.encoder, self.config.bottleneck
         measured: dict[str, Any] = {
             "examples": len(self.examples),
             "latent": {
                 "M": encoder.latents,
                 "d_z": encoder.d_z,
-                "bits": quantizer.bits,
-                "group_size": quantizer.group_size,
+                "bits": bottleneck.bits,
+                "group_size": getattr(bottleneck, "group_size", None),
             },
             "bytes": {
-                "text_utf8_mean": mean([wire.utf8_bytes(t) for t in texts]),
-                "text_brotli_mean": mean(brotli),
+                "text_utf8_mean": mean(evidence.utf8_sizes),
+                "text_brotli_mean": mean(evidence.brotli_sizes),
                 "payload_mean": {str(b): mean(v) for b, v in self.payload_sizes.items()},
             },
-            "readers": {name: self._reader_entry(name, options) for name in self.results},
+            "readers": {name: self._reader_entry(r) for name, r in self.readers.items()},
             "joint": self._joint_entry(),
+            "hypotheses": judge_hypotheses(evidence),
         }
-        measured["hypotheses"] = judge(
-            measured,
-            self.results,
-            self.by_bits,
-            self.joint,
-            payload_sizes=self.payload_sizes,
-            brotli_sizes=brotli,
-            unseen=self.config.base is not None,
-            **options,
-        )
+        if self.not_measured:
+            measured["not_measured"] = dict(self.not_measured)
         return measured
 
-    def _reader_entry(self, name: str, options: dict[str, int]) -> dict[str, Any]:
-        entry: dict[str, Any] = {
-            method: result.intervals(**options) for method, result in self.results[name].items()
+    def _evidence(self, *, utf8: list[int], brotli: list[int]) -> Evidence:
+        return Evidence(
+            methods={name: reader.methods for name, reader in self.readers.items()},
+            by_bits={name: reader.by_bits for name, reader in self.readers.items()},
+            joint=None if self.joint is None else self.joint.result,
+            bits=self.config.bottleneck.bits,
+            payload_sizes=self.payload_sizes,
+            utf8_sizes=utf8,
+            brotli_sizes=brotli,
+            are_added_readers=self.config.base is not None,
+            seed=self.config.seed,
+            resamples=self.config.evaluation.resamples,
+        )
+
+    def _by_key(
+        self,
+        reader: ReaderResults,
+        of_method: Callable[[MethodResult], Any],
+        of_width: Callable[[MethodResult], Any],
+    ) -> dict[str, Any]:
+        """A reader's part of a file: every method by its name, None where it was not measured; then
+        what was measured at every bit width, by its own key."""
+        entry = {
+            name: of_method(reader.methods[name]) if name in reader.methods else None
+            for name in METHODS.names()
+            if name in reader.methods or name in self.not_measured
         }
-        for key, widths in self._widths(name).items():
-            entry[key] = {
-                str(bits): {"f1": mean(result.f1), "em": mean(result.em)}
-                for bits, result in widths.items()
-            }
+        for name, widths in reader.by_bits.items():
+            entry[bits_key(name)] = {str(bits): of_width(r) for bits, r in widths.items()}
         return entry
 
-    def _widths(self, name: str) -> dict[str, dict[int, MethodResult]]:
-        """What is measured at every bit width, by its key in the files (`BY_BITS`)."""
-        return dict(zip(BY_BITS, (self.by_bits[name], self.budget_by_bits[name]), strict=True))
+    def _reader_entry(self, reader: ReaderResults) -> dict[str, Any]:
+        options = {"seed": self.config.seed, "resamples": self.config.evaluation.resamples}
+        return self._by_key(
+            reader,
+            lambda result: result.intervals(**options),
+            lambda result: {"f1": mean(result.f1), "em": mean(result.em)},
+        )
 
     def _joint_entry(self) -> dict[str, float] | None:
         if self.joint is None:
             return None
-        latent = [methods["latent"] for methods in self.results.values()]
+        latent = [reader.methods["latent"] for reader in self.readers.values()]
         agree = [
-            len({scores.normalize_answer(r.predictions[i]) for r in latent}) == 1
+            len({normalize_answer(result.predictions[i]) for result in latent}) == 1
             for i in range(len(self.examples))
         ]
         return {
-            "f1": mean(self.joint.f1),
-            "best_single_f1": max(mean(r.f1) for r in latent),
+            "f1": mean(self.joint.result.f1),
+            "best_single_f1": max(mean(result.f1) for result in latent),
             "agreement": mean(agree),
             "oracle_f1": mean([max(v) for v in zip(*(r.f1 for r in latent), strict=True)]),
         }
@@ -111,14 +140,9 @@ class Outcome:
 
     def _record(self, i: int, example: Example) -> dict[str, Any]:
         text = self.replaced_text(example)
-        readers: dict[str, Any] = {}
-        for name, methods in self.results.items():
-            readers[name] = {method: result.example(i) for method, result in methods.items()}
-            for key, widths in self._widths(name).items():
-                readers[name][key] = {str(b): result.scores_of(i) for b, result in widths.items()}
         joint = None
         if self.joint is not None:
-            joint = {**self.joint.scores_of(i), "scores": self.joint_scores[i]}
+            joint = {**self.joint.result.scores_of(i), "scores": self.joint.totals[i]}
         return {
             "id": example.id,
             "context": example.context,
@@ -127,6 +151,11 @@ class Outcome:
             "text_utf8_bytes": wire.utf8_bytes(text),
             "text_brotli_bytes": wire.brotli_bytes(text),
             "payload_bytes": {str(b): sizes[i] for b, sizes in self.payload_sizes.items()},
-            "readers": readers,
+            "readers": {
+                name: self._by_key(
+                    reader, lambda result: result.example(i), lambda result: result.scores_of(i)
+                )
+                for name, reader in self.readers.items()
+            },
             "joint": joint,
         }

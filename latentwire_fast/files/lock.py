@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from latentwire_fast.errors import TrainingError
+from latentwire_fast.files.run_folder import RunFolder
 
 
 class RunLock:
@@ -19,7 +20,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / ".lock"
+        self.path = RunFolder(run_dir).lock
         self._file: TextIO | None = None
 
     def __enter__(self) -> RunLock:

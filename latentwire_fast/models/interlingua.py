@@ -1,9 +1,13 @@
-"""Encoder, quantiser and one adapter per reader as one model: what is trained, saved and shared.
+"""Encoder, bottleneck and every reader's attachments as one model: what is trained, saved and
+shared.
 
-model = Interlingua.from_pretrained("runs/demo/model")
-payload = model.encode_payloads(["Nulnak is already 94 years old."])[0]     # bytes
-prefix = model.prefix("llama", model.decode_payloads([payload]))            # [1, M, d_model]
-given = model.reader_inputs("llama", model.decode_payloads([payload]))           # for generate
+    model = Interlingua.from_pretrained("runs/demo/model")
+    payload = model.encode_payloads(["Nulnak is already 94 years old."])[0]     # bytes
+    latent_BMd = model.decode_payloads([payload])
+    soft_BMD = model.prefix("llama", latent_BMd)
+    given = model.reader_inputs("llama", latent_BMd)                            # for generate
+
+Shapes: B batch, M latents, d the latent's width, D a reader's; L layers, H key/value heads of it.
 """
 
 from __future__ import annotations
@@ -13,83 +17,79 @@ from dataclasses import asdict
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
-from latentwire_fast import ops, wire
-from latentwire_fast.config.schema import AdapterConfig, EncoderConfig, Mode, QuantizerConfig
+from latentwire_fast.config.schema import AttachmentConfig, BottleneckConfig, EncoderConfig, Mode
+from latentwire_fast.config.serialization import from_json, to_json
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.files.tensors import parameter_digest, read_tensors
 from latentwire_fast.models import saved_model
-from latentwire_fast.models.adapters.deep_prefix import DeepPrefix
-from latentwire_fast.models.adapters.soft_prompt import Adapter, rms_of
-from latentwire_fast.models.encoders.byte import ByteEncoder
-from latentwire_fast.models.encoders.lm import Encoder, LMEncoder
-from latentwire_fast.models.poolers.selected import Selection
+from latentwire_fast.models.attachments.base import Attachment, Place, ReaderInputs
+from latentwire_fast.models.bottlenecks.base import Bottleneck
+from latentwire_fast.models.encoders.base import Encoder
+from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.readers.card import ReaderCard
-from latentwire_fast.readers.loading import load_tokenizer
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
 
 
-class ReaderInputs(TypedDict):
-    """What a latent becomes for one reader: keyword arguments of `Reader.collate` and `generate`.
-
-    prefixes: soft tokens `[B, M, d_model]`, none of them (M = 0) where the prefix is deep only.
-    deep: keys and values `[L, 2, B, H, M, d_head]`, or None.
-    """
-
-    prefixes: Tensor
-    deep: Tensor | None
-
-
 class Interlingua(nn.Module):
-    """One latent language: an encoder that writes it and an adapter per reader that understands it.
+    """One latent language: an encoder that writes it, a bottleneck that sends it, and attachments
+    that let each reader understand it.
 
     Args:
-        readers: a card per reader name; adapters are built for these.
+        encoder: a ready module (see `build_encoder`).
+        readers: a card per reader name; attachments are built for these.
         mode: `context`: the latent stands for the context, the question stays text. `pure`: it
             stands for both, so the encoder may answer and send the answer.
-        encoder: a ready module (see `build_encoder`).
     """
+
+    table_parameters: ClassVar[tuple[str, ...]] = ("task_tokens",)
 
     def __init__(
         self,
         encoder: Encoder,
         readers: Mapping[str, ReaderCard],
         *,
-        encoder_config: EncoderConfig,
-        quantizer: QuantizerConfig,
-        adapter: AdapterConfig,
+        bottleneck: BottleneckConfig,
+        attachments: Sequence[AttachmentConfig],
         mode: Mode,
     ) -> None:
         super().__init__()
-        self.encoder_config = encoder_config
-        self.quantizer = quantizer
-        self.adapter_config = adapter
         self.mode: Mode = mode
         self.cards = dict(readers)
+        self.attachment_configs = tuple(attachments)
         self.encoder = encoder
-        self.adapters = nn.ModuleDict()
-        self.deep_prefixes = nn.ModuleDict()
+        self.bottleneck: Bottleneck = BOTTLENECKS.part_of(bottleneck)(bottleneck)
+        self.attachments = nn.ModuleDict()
         self.task_tokens = nn.ParameterDict()
-        shape = {"latents": encoder_config.latents, "d_z": encoder_config.d_z}
+        shape = {"latents": encoder.config.latents, "d_z": encoder.config.d_z}
         for name, card in self.cards.items():
-            if adapter.prefix != "deep":
-                self.adapters[name] = Adapter(
-                    adapter, **shape, d_model=card.d_model, target_rms=card.embedding_rms
-                )
-            if adapter.prefix != "soft":
-                self.deep_prefixes[name] = DeepPrefix(adapter, **shape, geometry=card.kv)
+            built = {
+                config.kind: ATTACHMENTS.part_of(config).build(config, card, **shape)
+                for config in self.attachment_configs
+            }
+            self.attachments[name] = nn.ModuleDict(built)
             self.task_tokens[name] = nn.Parameter(
                 torch.randn(len(TASKS), card.d_model) * card.embedding_rms
             )
+
+    @property
+    def encoder_config(self) -> EncoderConfig:
+        """The encoder's settings."""
+        return self.encoder.config
+
+    @property
+    def bottleneck_config(self) -> BottleneckConfig:
+        """The bottleneck's settings."""
+        return self.bottleneck.config
 
     def encode(self, contexts: Sequence[str], questions: Sequence[str] | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32, unquantised. Pure mode needs the questions, context mode
@@ -104,14 +104,12 @@ class Interlingua(nn.Module):
     def select(
         self, contexts: Sequence[str], questions: Sequence[str] | None = None
     ) -> tuple[Tensor, Selection]:
-        """The same with the positions that the latents stand at (`LMEncoder.select`).
+        """The same with the positions that the latents stand at (`Encoder.select`).
 
         Raises:
             ConfigError: as `encode`, or the encoder selects no positions.
         """
         self._check_questions(questions)
-        if not isinstance(self.encoder, LMEncoder):
-            raise ConfigError("a byte encoder selects no positions")
         return self.encoder.select(contexts, questions)
 
     def _check_questions(self, questions: Sequence[str] | None) -> None:
@@ -125,40 +123,44 @@ class Interlingua(nn.Module):
                 )
             )
 
-    def parts(self, reader: str) -> dict[str, nn.Module]:
-        """The trained modules of one reader: its adapter, its deep prefix, or both.
+    def parts(self, reader: str) -> dict[str, Attachment]:
+        """The attachments of one reader by kind.
 
         Raises:
             ConfigError: none were trained for that reader.
         """
         if reader not in self.cards:
             raise ConfigError(f"no adapter for reader {reader!r}; there are {sorted(self.cards)}")
-        found = {"adapter": self.adapters, "deep_prefix": self.deep_prefixes}
-        return {part: modules[reader] for part, modules in found.items() if reader in modules}
+        parts = cast(nn.ModuleDict, self.attachments[reader])
+        return {kind: cast(Attachment, part) for kind, part in parts.items()}
+
+    def attachment(self, reader: str, gives: Place) -> Attachment | None:
+        """The attachment that makes one entry of a reader's inputs, if one does."""
+        found = (part for part in self.parts(reader).values() if part.gives == gives)
+        return next(found, None)
 
     @property
     def positions(self) -> int:
         """How many of a reader's positions a latent takes."""
-        return self.encoder_config.latents * (2 if self.adapter_config.prefix == "both" else 1)
+        return sum(part.positions for part in self.parts(next(iter(self.cards))).values())
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
-        """What the receiver gets at this width; gradients pass straight through."""
-        bits = self.quantizer.bits if bits is None else bits
-        if bits == 16:
-            return latent_BMd + (latent_BMd.half().float() - latent_BMd).detach()
-        return ops.fake_quantize(latent_BMd, bits=bits, group_size=self.quantizer.group_size)
+        """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
+        straight through."""
+        bits = self.bottleneck.config.bits if bits is None else bits
+        return cast(Tensor, self.bottleneck(latent_BMd, bits))
 
     def prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
-        """Soft tokens `[B, M, d_model]` of one reader; M = 0 with a deep prefix only."""
-        module = self.parts(reader).get("adapter")
-        if module is None:
+        """Soft tokens `[B, M, D]` of one reader; M = 0 where it has none."""
+        soft = self.attachment(reader, "prefixes")
+        if soft is None:
             return latent_BMd.new_zeros(len(latent_BMd), 0, self.cards[reader].d_model)
-        return cast(Tensor, module(latent_BMd, gain=gain))
+        return cast(Tensor, soft(latent_BMd, gain=gain))
 
     def deep_prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | None:
-        """Keys and values `[L, 2, B, H, M, d_head]` of one reader; None with soft tokens only."""
-        module = self.parts(reader).get("deep_prefix")
-        return None if module is None else cast(Tensor, module(latent_BMd, gain=gain))
+        """Keys and values `[L, 2, B, H, M, d_head]` of one reader; None where it has none."""
+        deep = self.attachment(reader, "deep")
+        return None if deep is None else cast(Tensor, deep(latent_BMd, gain=gain))
 
     def reader_inputs(
         self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
@@ -166,7 +168,7 @@ class Interlingua(nn.Module):
         """What one reader is given in the latent's place.
 
         Args:
-            gain: see `Adapter` and `DeepPrefix`.
+            gain: see the attachments.
             task: puts a pretraining task's token behind the soft tokens.
         """
         soft = self.prefix(reader, latent_BMd, gain=gain)
@@ -177,15 +179,10 @@ class Interlingua(nn.Module):
 
     @torch.no_grad()
     def prefix_rms(self, reader: str, latent_BMd: Tensor) -> dict[str, float]:
-        """RMS of the soft tokens before and after calibration, and of deep keys and values."""
+        """Root mean squares of what one reader is given, by name, for the log."""
         rms: dict[str, float] = {}
-        parts = self.parts(reader)
-        if "adapter" in parts:
-            rms |= cast(Adapter, parts["adapter"]).rms(latent_BMd)
-        deep = self.deep_prefix(reader, latent_BMd)
-        if deep is not None:
-            keys, values = deep.unbind(1)
-            rms |= {"keys": rms_of(keys), "values": rms_of(values)}
+        for part in self.parts(reader).values():
+            rms |= part.rms(latent_BMd)
         return rms
 
     @cached_property
@@ -197,13 +194,9 @@ class Interlingua(nn.Module):
         return int(parameter_digest(self.encoder.state_dict().items())[:4], 16)
 
     def payloads(self, latent_BMd: Tensor, *, bits: int | None = None) -> list[bytes]:
-        """One payload per latent."""
-        return wire.pack_batch(
-            latent_BMd.float().cpu(),
-            bits=self.quantizer.bits if bits is None else bits,
-            group_size=self.quantizer.group_size,
-            fingerprint=self.fingerprint,
-        )
+        """One payload per latent, made on the latents' device: only the bytes leave it."""
+        bits = self.bottleneck.config.bits if bits is None else bits
+        return self.bottleneck.pack(latent_BMd, bits=bits, fingerprint=self.fingerprint)
 
     @torch.no_grad()
     def encode_payloads(
@@ -223,12 +216,14 @@ class Interlingua(nn.Module):
         return self.payloads(self.encode(contexts, questions), bits=bits)
 
     def decode_payloads(self, payloads: Sequence[bytes]) -> Tensor:
-        """Latents `[B, M, d_z]` of payloads of one width that this model's encoder wrote.
+        """Latents `[B, M, d_z]` of payloads of one width that this model's encoder wrote, unpacked
+        on the model's device.
 
         Raises:
             PayloadError: damaged bytes, another shape, or another model's fingerprint.
         """
-        latent_BMd, headers = wire.unpack_batch(payloads)
+        device = next(self.parameters()).device
+        latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
         for i, header in enumerate(headers):
             if header.fingerprint != self.fingerprint:
                 raise PayloadError(
@@ -241,7 +236,7 @@ class Interlingua(nn.Module):
                 f"the payloads hold latents {(found.latents, found.d_z)}, this model's are "
                 f"{(expected.latents, expected.d_z)}"
             )
-        return latent_BMd.to(next(self.parameters()).device)
+        return latent_BMd
 
     def check_reader(self, reader: Reader) -> None:
         """Raise unless this is the reader, weight for weight, that the adapter was trained for."""
@@ -264,25 +259,20 @@ class Interlingua(nn.Module):
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json, model.safetensors, and the encoder's LM config and tokenizer."""
+        """Write config.json, model.safetensors, and what the encoder saves besides."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.cpu().contiguous() for k, v in self.trained_state().items()}
         save_file(state, folder / "model.safetensors")
-        files = ["model.safetensors"]
-        if isinstance(self.encoder, LMEncoder):
-            self.encoder.core.config.save_pretrained(folder / "encoder")
-            self.encoder.tokenizer.save_pretrained(folder / "encoder")
-            files += [f"encoder/{path.name}" for path in sorted((folder / "encoder").iterdir())]
-        trained = self.trained_parameters()
         values = {
             "mode": self.mode,
-            "encoder": asdict(self.encoder_config),
-            "quantizer": asdict(self.quantizer),
-            "adapter": asdict(self.adapter_config),
+            "encoder": to_json(self.encoder_config),
+            "bottleneck": to_json(self.bottleneck_config),
+            "attachments": to_json(self.attachment_configs),
             "readers": {name: asdict(card) for name, card in self.cards.items()},
-            "trained_parameters": sum(p.numel() for _, p in trained),
+            "trained_parameters": sum(p.numel() for _, p in self.trained_parameters()),
         }
+        files = ["model.safetensors", *self.encoder.save(folder)]
         saved_model.write_config(folder, values, files=files)
         return folder
 
@@ -291,34 +281,30 @@ class Interlingua(nn.Module):
         """Load what `save_pretrained` wrote.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or another version wrote them.
+            CheckpointError: a file is missing or damaged, another version wrote them, or they name
+                a part that is not registered.
         """
         folder = Path(folder)
         config = saved_model.read_config(folder)
         try:
-            encoder_config = EncoderConfig(**config["encoder"])
+            settings: Any = from_json(EncoderConfig, config["encoder"], where="encoder")
+            bottleneck = from_json(BottleneckConfig, config["bottleneck"], where="bottleneck")
+            attachments = from_json(
+                tuple[AttachmentConfig, ...], config["attachments"], where="attachments"
+            )
             cards = {name: ReaderCard.from_json(card) for name, card in config["readers"].items()}
-            quantizer = QuantizerConfig(**config["quantizer"])
-            adapter = AdapterConfig(**config["adapter"])
-        except (KeyError, TypeError) as error:
+        except (ConfigError, KeyError, TypeError) as error:
+            reason = str(error) if isinstance(error, ConfigError) else repr(error)
             raise CheckpointError(
-                f"{folder} was saved by another version of latentwire-fast ({error!r}); train it "
-                "again, or use the version that saved it"
+                f"{folder} was saved by another version of latentwire-fast, or with a part that is "
+                f"not registered here ({reason}); register the part, train the model again, or use "
+                "the version that saved it"
             ) from None
-        if encoder_config.kind == "lm":
-            lm_config = AutoConfig.from_pretrained(folder / "encoder")
-            # The configuration is the reader's, whose dtype may be shorter than what was trained.
-            core = AutoModel.from_config(lm_config, dtype=torch.float32)
-            tokenizer = load_tokenizer(folder / "encoder")
-            encoder: Encoder = LMEncoder(core, tokenizer, encoder_config)
-        else:
-            encoder = ByteEncoder(encoder_config)
         model = cls(
-            encoder,
+            ENCODERS.part_of(settings).load(folder, settings),
             cards,
-            encoder_config=encoder_config,
-            quantizer=quantizer,
-            adapter=adapter,
+            bottleneck=bottleneck,
+            attachments=attachments,
             mode=config["mode"],
         )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))

@@ -12,7 +12,7 @@ from latentwire_fast.errors import CheckpointError
 from latentwire_fast.files.atomic import file_entry
 from latentwire_fast.files.json_files import read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def write_config(folder: Path, values: Mapping[str, Any], *, files: Iterable[str]) -> None:
@@ -40,8 +40,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_json(path, error=CheckpointError, advice=f"is {folder} a saved model?")
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} is no saved model of format version {FORMAT_VERSION}")
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is no saved model of format version {FORMAT_VERSION}"
+            if not isinstance(version, int)
+            else f"{path} has format version {version}, this release reads {FORMAT_VERSION}; train "
+            "the model again, or use the release of latentwire-fast that saved it"
+        )
     if config.get("sha256") != config_digest(config):
         raise CheckpointError(f"{path} was changed after it was written; copy the folder again")
     for name, entry in config["files"].items():

@@ -1,1 +1,14 @@
-"""What is learned: the losses of a training stage."""
+"""What is learned: the objectives of a training stage.
+
+PARTS names each objective's class; it is imported when a stage asks for it.
+"""
+
+PARTS: dict[str, str] = {
+    "answer": "latentwire_fast.objectives.answer:Answer",
+    "kd": "latentwire_fast.objectives.kd:KD",
+    "autoencode": "latentwire_fast.objectives.autoencode:Autoencode",
+    "continuation": "latentwire_fast.objectives.continuation:Continuation",
+    "embed": "latentwire_fast.objectives.embed:Embed",
+    "select": "latentwire_fast.objectives.select:Select",
+    "kv": "latentwire_fast.objectives.kv:KV",
+}

@@ -1,9 +1,9 @@
 """The text-prompted teacher's hidden states, kept on disk: they never change, so they are computed
 once.
 
-One file per reader, `<fingerprint>.bin`, of fp16 rows, and an index line per prompt in
-`<fingerprint>.jsonl` written after its rows are on disk: a torn tail is found by its length and
-dropped.
+One file per reader and process, `NAME-FINGERPRINT-RANK.bin`, of fp16 rows, and an index line per
+prompt in a `.jsonl` of that name, written after its rows are on disk: a torn tail is found by its
+length and dropped.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ class TeacherCache:
     """Hidden states `[N, D]` (fp16 on disk) at the scored positions of text prompts.
 
     Args:
-        folder: made if missing; one per process (`rank` keeps their files apart).
+        folder: made when there is something to keep; `rank` keeps the files of processes apart.
     """
 
     def __init__(self, folder: Path, *, rank: int = 0) -> None:
         self.folder = folder
         self.rank = rank
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._index: dict[str, dict[str, tuple[int, int, int]]] = {}
         self.hits = self.misses = 0
 
@@ -90,6 +89,7 @@ class TeacherCache:
 
     def _append(self, reader: Reader, key: str, rows: Tensor) -> None:
         data_path, index_path = self._paths(reader)
+        self.folder.mkdir(parents=True, exist_ok=True)
         data = rows.contiguous().numpy().tobytes()
         with data_path.open("ab") as file:
             offset = file.tell()

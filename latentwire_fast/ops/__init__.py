@@ -17,7 +17,7 @@ from latentwire_fast.ops.linear_distillation import linear_kd_kl
 from latentwire_fast.ops.packed_projection import dequantize_project_calibrate
 from latentwire_fast.ops.projection import CALIBRATIONS, project_calibrate
 from latentwire_fast.ops.quantization import (
-    BITS,
+    CODE_BITS,
     GROUP_SIZES,
     fake_quantize,
     quantize_pack,
@@ -25,8 +25,8 @@ from latentwire_fast.ops.quantization import (
 )
 
 __all__ = [
-    "BITS",
     "CALIBRATIONS",
+    "CODE_BITS",
     "GROUP_SIZES",
     "REDUCTIONS",
     "backend",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -82,7 +84,8 @@ def _on_its_device(implementation: Any, device: str) -> Any:
     """
 
     def run(x: Tensor, *arguments: Any) -> Any:
-        # Does nothing for a tensor on the CPU.
+        if device == "cpu" and not torch.is_autocast_enabled(device):
+            return implementation(x, *arguments)  # a small op's time is its overhead
         with torch.cuda.device_of(x), torch.autocast(device, enabled=False):
             return implementation(x, *arguments)
 
@@ -95,9 +98,24 @@ def one_of(op: str, argument: str, value: object, allowed: tuple[object, ...]) -
         raise ConfigError(f"{op}: {argument} is {value!r}; expected one of {allowed}")
 
 
-def check_float(op: str, argument: str, x: Tensor, *, dims: int) -> None:
+def is_number(value: object) -> bool:
+    """A finite real number, of Python's or numpy's; no text, truth value or tensor."""
+    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
+
+
+def check_positive(op: str, argument: str, value: object, *, otherwise: str = "") -> None:
+    """Args: otherwise: what else would do, for the message."""
+    if not (is_number(value) and value > 0):  # type: ignore[operator]
+        raise ConfigError(f"{op}: {argument} is {value!r}; expected a positive number{otherwise}")
+
+
+def check_tensor(op: str, argument: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise KernelError(f"{op}: {argument} is a {type(x).__name__}; expected a tensor")
+
+
+def check_float(op: str, argument: str, x: Tensor, *, dims: int) -> None:
+    check_tensor(op, argument, x)
     if x.dtype not in FLOATS:
         raise KernelError(f"{op}: {argument} is {x.dtype}; expected a floating-point tensor")
     if x.dim() < dims:

@@ -10,8 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latentwire_fast import reference
-from latentwire_fast.errors import ConfigError, KernelError
-from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register, uses_triton
+from latentwire_fast.errors import KernelError
+from latentwire_fast.ops.dispatch import (
+    check_float,
+    check_positive,
+    check_shape,
+    check_tensor,
+    one_of,
+    register,
+    uses_triton,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -20,13 +28,14 @@ REDUCTIONS = ("mean", "sum", "none")
 def check_distillation(
     op: str, tau: float, mask: Tensor | None, rows: Tensor, reduction: str
 ) -> None:
-    if not (isinstance(tau, (int, float)) and 0 < tau < math.inf):
-        raise ConfigError(f"{op}: tau is {tau!r}; expected a positive number")
+    check_positive(op, "tau", tau)
     one_of(op, "reduction", reduction, REDUCTIONS)
-    if mask is not None and mask.dtype != torch.bool:
-        raise KernelError(
-            f"{op}: mask is {mask.dtype}; expected torch.bool, True for rows to count"
-        )
+    if mask is not None:
+        check_tensor(op, "mask", mask)
+        if mask.dtype != torch.bool:
+            raise KernelError(
+                f"{op}: mask is {mask.dtype}; expected torch.bool, True for rows to count"
+            )
     check_shape(op, "mask", mask, tuple(rows.shape[:-1]), rows)
 
 
@@ -37,11 +46,26 @@ def check_vocabulary(op: str, argument: str, x: Tensor, dim: int) -> None:
         )
 
 
+def _is_of_a_leaf(x: Tensor) -> bool:
+    """Whether x, which requires a gradient, is a leaf, a view of one, or shares one's memory.
+
+    The last is found where x is the direct result of a function of the leaf that returns an alias.
+    """
+    if x.is_leaf or (x._base is not None and x._base.is_leaf and x._base.requires_grad):
+        return True
+    if torch.compiler.is_compiling() or x.grad_fn is None:
+        return False
+    # Only leaves' nodes have the attribute.
+    leaves = (getattr(node, "variable", None) for node, _ in x.grad_fn.next_functions)
+    memory = x.untyped_storage()._cdata  # of the storage itself: empty ones share the address 0
+    return any(leaf is not None and leaf.untyped_storage()._cdata == memory for leaf in leaves)
+
+
 def _check_in_place(op: str, student: Tensor) -> None:
-    if student.is_leaf:
+    if _is_of_a_leaf(student):
         raise KernelError(
-            f"{op}: in_place on a leaf would overwrite student_logits with their gradient; "
-            "expected the output of another op"
+            f"{op}: in_place on a leaf, or a view of one, would overwrite it with the gradient of "
+            "student_logits; expected the output of another op"
         )
     if not student.is_contiguous():
         raise KernelError(
@@ -198,7 +222,8 @@ def kd_kl(
         mask: `[...]` bool, True where a row counts.
         reduction: `mean` over the rows that count (0 without any), their `sum`, or `none`: `[...]`.
         in_place: the gradient, if one is needed, takes the place of `student_logits`, which are
-        lost; nothing else of their size is allocated. They must be contiguous and no leaf.
+        lost; nothing else of their size is allocated. They must be contiguous, and no leaf (a
+        parameter) or view of one, which would be overwritten.
 
     Returns:
         The loss in fp32 (fp64 for fp64 logits).

@@ -11,7 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, KernelError
-from latentwire_fast.ops.dispatch import check_float, check_shape, register, uses_triton
+from latentwire_fast.ops.dispatch import (
+    check_float,
+    check_positive,
+    check_shape,
+    register,
+    uses_triton,
+)
 from latentwire_fast.ops.distillation import (
     Reduction,
     check_distillation,
@@ -189,10 +195,10 @@ def linear_kd_kl(
     op = "linear_kd_kl"
     _check_heads(op, student_hidden, teacher_hidden, weight, teacher_weight)
     check_distillation(op, tau, mask, student_hidden, reduction)
-    if not isinstance(chunk_rows, int) or chunk_rows < 1:
+    if not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool) or chunk_rows < 1:
         raise ConfigError(f"{op}: chunk_rows is {chunk_rows!r}; expected an integer of at least 1")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ConfigError(f"{op}: softcap is {softcap}; expected a positive number, or None")
+    if softcap is not None:
+        check_positive(op, "softcap", softcap, otherwise=", or None")
     trains = torch.is_grad_enabled()
     needs_hidden = trains and student_hidden.requires_grad
     needs_weight = trains and weight.requires_grad

@@ -13,12 +13,15 @@ from latentwire_fast.ops.dispatch import register, uses_triton
 from latentwire_fast.ops.projection import (
     PARAMETERS,
     SETTINGS,
-    ProjectCalibrate,
+    applied,
     checked,
     dense,
+    gathered,
+    is_empty,
     projection_of,
 )
 from latentwire_fast.ops.quantization import check_packed, unpack_dequantize
+from latentwire_fast.reference import ProjectionParameters
 
 
 def _dequantize_project_calibrate(
@@ -28,19 +31,14 @@ def _dequantize_project_calibrate(
     group_size: int,
     shape: list[int],
     dtype: torch.dtype,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    *rest: Any,
+    *arguments: Any,
 ) -> Tensor:
+    p, settings = gathered(arguments)
     computes_in = torch.float64 if dtype == torch.float64 else torch.float32
-    parameters = (weight, bias, norm_weight, norm_bias, gamma)
-    if not uses_triton("dequantize_project_calibrate", codes, computes_in=computes_in):
+    triton = uses_triton("dequantize_project_calibrate", codes, computes_in=computes_in)
+    if not triton or is_empty(shape, p.weight):
         return reference.dequantize_project_calibrate(
-            *(codes, scales, bits, group_size, shape, dtype, *parameters, beta, *rest)
+            *(codes, scales, bits, group_size, shape, dtype), p, settings
         )
     from latentwire_fast.kernels import projection as kernels
 
@@ -50,15 +48,14 @@ def _dequantize_project_calibrate(
         width=shape[-1],
         dtype=dtype,
     )
-    projection = projection_of(tuple(shape), dtype, *parameters, *rest)
-    out, _ = kernels.project_calibrate(packed, projection, dense(beta))
-    return out.view(*shape[:-1], weight.shape[0])
+    projection = projection_of(tuple(shape), dtype, p, settings)
+    out, _ = kernels.project_calibrate(packed, projection, dense(p.beta))
+    return out.view(*shape[:-1], p.weight.shape[0])
 
 
 register(
     "dequantize_project_calibrate(Tensor codes, Tensor scales, int bits, int group_size, "
-    f"SymInt[] shape, ScalarType dtype, {PARAMETERS}, Tensor? beta, Tensor? gain, {SETTINGS}) "
-    "-> Tensor",
+    f"SymInt[] shape, ScalarType dtype, {PARAMETERS}, {SETTINGS}) -> Tensor",
     _dequantize_project_calibrate,
     lambda codes, scales, bits, group_size, shape, dtype, weight, *rest: codes.new_empty(
         (*shape[:-1], weight.shape[0]), dtype=dtype
@@ -79,9 +76,10 @@ def dequantize_project_calibrate(
     norm_bias: Tensor | None = None,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
-    target_rms: float | None = None,
+    target_rms: float | Tensor | None = None,
     gain: float | Tensor = 1.0,
     calibration: str = "token",
+    groups: int = 1,
     tanh: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -95,7 +93,8 @@ def dequantize_project_calibrate(
         codes: `[..., code_bytes(M*d)]` uint8; scales: `[..., ceil(M*d / group_size)]` fp16.
         shape: of the latent, `(..., M, d)`.
         dtype: of the result, and of the rows that are multiplied; the weight's unless given.
-        bits, group_size: as in `quantize_pack`; the rest: as in `project_calibrate`.
+        bits, group_size: as in `quantize_pack`; the rest, `groups` (of outputs) too: as in
+            `project_calibrate`.
 
     Returns:
         `[..., M, D]`.
@@ -107,18 +106,21 @@ def dequantize_project_calibrate(
     op = "dequantize_project_calibrate"
     dtype = weight.dtype if dtype is None else dtype
     check_packed(op, codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=dtype)
-    parameters = (weight, bias, norm_weight, norm_bias, gamma, beta)
-    scale, gain_tensor = checked(
-        *(op, codes, shape, *parameters), target_rms=target_rms, gain=gain, calibration=calibration
+    parameters, settings = checked(
+        *(op, codes, shape[-1]),
+        ProjectionParameters(weight, bias, norm_weight, norm_bias, gamma, beta),
+        target_rms=target_rms,
+        gain=gain,
+        calibration=calibration,
+        groups=groups,
+        tanh=tanh,
     )
-    settings = (gain_tensor, scale, calibration, tanh)
-    tensors = [t for t in (*parameters, gain_tensor) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parameters):
         unpacked = torch.float64 if dtype == torch.float64 else torch.float32
         x = unpack_dequantize(
             codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=unpacked
         )
-        return ProjectCalibrate.apply(x, *parameters, *settings).to(dtype)
+        return applied(x, parameters, settings).to(dtype)
     batch = math.prod(shape[:-2])
     return torch.ops.latentwire_fast.dequantize_project_calibrate(
         codes.reshape(batch, codes.shape[-1]),

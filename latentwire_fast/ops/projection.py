@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,16 +12,35 @@ from torch.autograd.function import once_differentiable
 
 from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, KernelError
-from latentwire_fast.ops.dispatch import check_float, check_shape, one_of, register, uses_triton
+from latentwire_fast.ops.dispatch import (
+    check_float,
+    check_shape,
+    is_number,
+    one_of,
+    register,
+    uses_triton,
+)
 from latentwire_fast.ops.projection_cache import folded
+from latentwire_fast.reference import ProjectionParameters, ProjectionSettings
 
 if TYPE_CHECKING:
     from latentwire_fast.kernels.projection import Projection
 
 CALIBRATIONS = ("none", "token", "example", "batch")
 
-PARAMETERS = "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gamma"
-SETTINGS = "float target_rms, str calibration, bool tanh"
+# The fields of `ProjectionParameters` and `ProjectionSettings`, which an op takes one by one.
+PARAMETERS = (
+    "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? gamma, "
+    "Tensor? beta, Tensor? gain"
+)
+SETTINGS = "float target_rms, str calibration, int groups, bool tanh"
+PARAMETER_COUNT = len(ProjectionParameters._fields)
+
+
+def gathered(arguments: tuple[Any, ...]) -> tuple[ProjectionParameters, ProjectionSettings]:
+    """The objects of an op's arguments from `weight` to `tanh`."""
+    tensors, rest = arguments[:PARAMETER_COUNT], arguments[PARAMETER_COUNT:]
+    return ProjectionParameters(*tensors), ProjectionSettings(*rest)
 
 
 def dense(vector: Tensor | None) -> Tensor | None:
@@ -28,220 +48,222 @@ def dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
+def is_empty(shape: Sequence[int], weight: Tensor) -> bool:
+    """Whether a projection has no rows, or rows of no values: those are the reference's."""
+    return not (math.prod(shape) and weight.numel())
+
+
 def projection_of(
-    shape: tuple[int, ...], dtype: torch.dtype, weight: Tensor, *arguments: Any
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    p: ProjectionParameters,
+    settings: ProjectionSettings,
 ) -> Projection:
     """The kernels' arguments for rows x of a shape `[..., M, d]`."""
     from latentwire_fast.kernels import projection as kernels
 
-    bias, norm_weight, norm_bias, gamma, gain, target_rms, calibration, tanh = arguments
-    group_rows = {"none": 0, "token": 1, "batch": math.prod(shape[:-1])}.get(calibration)
-    folds = kernels.is_folded(shape[-1], tanh=tanh)
+    group_rows = {"none": 0, "token": 1, "batch": math.prod(shape[:-1])}.get(settings.calibration)
+    folds = kernels.is_folded(shape[-1], groups=settings.groups, tanh=settings.tanh)
     return kernels.Projection(
-        *(weight.contiguous(), dense(bias), dense(gamma)),
-        norm=kernels.Norm(dense(norm_weight), dense(norm_bias), reference.LAYER_NORM_EPS),
+        *(p.weight.contiguous(), dense(p.bias), dense(p.gamma)),
+        norm=kernels.Norm(dense(p.norm_weight), dense(p.norm_bias), reference.LAYER_NORM_EPS),
         calibration=kernels.Calibration(
-            *(gain, target_rms, reference.RMS_EPS),
+            *(dense(p.gain), settings.target_rms, reference.RMS_EPS),
             group_rows=shape[-2] if group_rows is None else group_rows,
+            groups=settings.groups,
         ),
-        tanh=tanh,
-        folded=folded(weight, bias, gamma, dtype=dtype) if folds else None,
+        tanh=settings.tanh,
+        folded=folded(p.weight, p.bias, p.gamma, dtype=dtype) if folds else None,
     )
 
 
-def _project_calibrate(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    parameters = (weight, bias, norm_weight, norm_bias, gamma)
-    if not uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)):
-        return reference.project_calibrate(x, *parameters, beta, *rest)
+def _on_triton(x: Tensor, weight: Tensor) -> bool:
+    asked = uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x))
+    return asked and not is_empty(x.shape, weight)
+
+
+def _project_calibrate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    p, settings = gathered(arguments)
+    if not _on_triton(x, p.weight):
+        return reference.project_calibrate(x, p, settings)
     from latentwire_fast.kernels import projection as kernels
 
-    projection = projection_of(x.shape, x.dtype, *parameters, *rest)
-    out, squares = kernels.project_calibrate(x.reshape(-1, x.shape[-1]), projection, dense(beta))
-    shape = _mean_square_shape(x, rest[-2])
-    return out.view(*x.shape[:-1], weight.shape[0]), squares.reshape(shape)
+    out, squares = kernels.project_calibrate(
+        x.reshape(-1, x.shape[-1]), projection_of(x.shape, x.dtype, p, settings), dense(p.beta)
+    )
+    shape = _mean_square_shape(x, settings)
+    return out.view(*x.shape[:-1], p.weight.shape[0]), squares.reshape(shape)
 
 
-def _mean_square_shape(x: Tensor, calibration: str) -> tuple[int, ...]:
-    if calibration == "none":
+def _mean_square_shape(x: Tensor, settings: ProjectionSettings) -> tuple[int, ...]:
+    if settings.calibration == "none":
         return (0,)
-    if calibration == "token":
-        return (*x.shape[:-1], 1)
-    return (1,) * x.dim() if calibration == "batch" else (*x.shape[:-2], 1, 1)
+    if settings.calibration == "example":
+        return (*x.shape[:-2], 1, settings.groups)
+    if settings.calibration == "batch":
+        return (*[1] * (x.dim() - 1), settings.groups)
+    return (*x.shape[:-1], settings.groups)
 
 
-def _project_calibrate_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    shape = _mean_square_shape(x, arguments[-2])
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _project_calibrate_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    p, settings = gathered(arguments)
+    out = x.new_empty((*x.shape[:-1], p.weight.shape[0]))
+    shape = _mean_square_shape(x, settings)
     return out, x.new_empty(shape, dtype=reference.compute_dtype(x))
 
 
-def _project_calibrate_backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
-    needs = arguments[-1]
-    if uses_triton("project_calibrate", x, computes_in=reference.compute_dtype(x)) and x.numel():
+def _project_calibrate_backward(
+    grad: Tensor, x: Tensor, mean_square: Tensor, needs: list[bool], *arguments: Any
+) -> list[Tensor]:
+    p, settings = gathered(arguments)
+    if _on_triton(x, p.weight):
         from latentwire_fast.kernels import projection_backward as kernels
 
-        *tensors, squares, target_rms, calibration, tanh, needs = arguments
-        settings = (target_rms, calibration, tanh)
+        rows = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+        projection = projection_of(x.shape, x.dtype, p, settings)
         grads = kernels.project_calibrate_backward(
-            *(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), squares.reshape(-1)),
-            projection_of(x.shape, x.dtype, *tensors, *settings),
-            needs,
+            *rows, mean_square.reshape(-1), projection, needs
         )
         grads[0] = None if grads[0] is None else grads[0].view(x.shape)
     else:
-        grads = reference.project_calibrate_backward(grad, x, *arguments)
+        grads = reference.project_calibrate_backward(grad, x, p, mean_square, settings, needs)
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 
 def _project_calibrate_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gamma: Tensor | None,
-    gain: Tensor | None,
-    *arguments: Any,
+    grad: Tensor, x: Tensor, mean_square: Tensor, needs: list[bool], *arguments: Any
 ) -> list[Tensor]:
-    width, c = weight.shape[0], reference.compute_dtype(x)
-    shapes = (
-        x.shape,
-        weight.shape,
-        (width,),
-        (x.shape[-1],),
-        (x.shape[-1],),
-        (width,),
-        (width,),
-        (),
-    )
-    needs = arguments[-1]
-    return [x.new_empty(s, dtype=c) for s, needed in zip(shapes, needs, strict=True) if needed]
+    tensors = (x, *gathered(arguments)[0])
+    c = reference.compute_dtype(x)
+    wanted = zip(tensors, needs, strict=True)
+    return [x.new_empty(t.shape, dtype=c) for t, needed in wanted if needed and t is not None]
 
 
 register(
-    f"project_calibrate(Tensor x, {PARAMETERS}, Tensor? beta, Tensor? gain, {SETTINGS}) "
-    "-> (Tensor, Tensor)",
+    f"project_calibrate(Tensor x, {PARAMETERS}, {SETTINGS}) -> (Tensor, Tensor)",
     _project_calibrate,
     _project_calibrate_fake,
 )
 register(
-    f"project_calibrate_backward(Tensor grad, Tensor x, {PARAMETERS}, Tensor? gain, "
-    f"Tensor mean_square, {SETTINGS}, bool[8] needs) -> Tensor[]",
+    "project_calibrate_backward(Tensor grad, Tensor x, Tensor mean_square, bool[8] needs, "
+    f"{PARAMETERS}, {SETTINGS}) -> Tensor[]",
     _project_calibrate_backward,
     _project_calibrate_backward_fake,
 )
 
 
 class ProjectCalibrate(torch.autograd.Function):
-    """Saves x, the mean squares and the parameters; y is made again, or not needed, in backward."""
+    """Saves x, the mean squares and the parameters; y is made again, or not needed, in backward.
+
+    Call `applied`: a Function takes its tensors one by one.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        gain: Tensor | None,
-        target_rms: float,
-        calibration: str,
-        tanh: bool,
-    ) -> Tensor:
-        parameters = (weight, bias, norm_weight, norm_bias, gamma)
-        out, mean_square = torch.ops.latentwire_fast.project_calibrate(
-            x, *parameters, beta, gain, target_rms, calibration, tanh
-        )
-        ctx.save_for_backward(x, *parameters, gain, mean_square)
-        ctx.settings = (target_rms, calibration, tanh)
-        ctx.beta_dtype = None if beta is None else beta.dtype
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        p, settings = gathered(arguments)
+        out, mean_square = torch.ops.latentwire_fast.project_calibrate(x, *p, *settings)
+        ctx.save_for_backward(x, mean_square, *p)
+        ctx.settings = tuple(settings)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, norm_weight, norm_bias, gamma, gain, _ = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:8])
+        x, mean_square, *parameters = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[: 1 + PARAMETER_COUNT])
         found = iter(
             torch.ops.latentwire_fast.project_calibrate_backward(
-                grad.contiguous(), *ctx.saved_tensors, *ctx.settings, needs
+                grad.contiguous(), x, mean_square, needs, *parameters, *ctx.settings
             )
         )
-        inputs = (x, weight, bias, norm_weight, norm_bias, gamma)
-        dtypes = (*(None if t is None else t.dtype for t in inputs), ctx.beta_dtype)
-        dtypes = (*dtypes, None if gain is None else gain.dtype)
         grads = [
-            next(found).to(dtype) if needed else None
-            for needed, dtype in zip(needs, dtypes, strict=True)
+            next(found).to(tensor.dtype) if needed else None
+            for tensor, needed in zip((x, *parameters), needs, strict=True)
         ]
-        return (*grads, None, None, None)
+        return (*grads, *[None] * len(ctx.settings))
+
+
+def applied(x: Tensor, p: ProjectionParameters, settings: ProjectionSettings) -> Tensor:
+    """The op, differentiable."""
+    return ProjectCalibrate.apply(x, *p, *settings)
+
+
+def _check_tensors(op: str, on: Tensor, inner: int, p: ProjectionParameters) -> None:
+    check_float(op, "weight", p.weight, dims=2)
+    if p.weight.dim() != 2:
+        raise KernelError(
+            f"{op}: weight has shape {tuple(p.weight.shape)}; expected two dimensions"
+        )
+    if p.norm_bias is not None and p.norm_weight is None:
+        raise KernelError(f"{op}: norm_bias without norm_weight; give both, or norm_weight alone")
+    width = p.weight.shape[0]
+    shapes = {"weight": (width, inner), "norm_weight": (inner,), "norm_bias": (inner,)}
+    for name in ("weight", "bias", "norm_weight", "norm_bias", "gamma", "beta"):
+        tensor = getattr(p, name)
+        if tensor is not None:
+            check_float(op, name, tensor, dims=1)
+        check_shape(op, name, tensor, shapes.get(name, (width,)), on)
+
+
+def _factor(op: str, name: str, value: object, groups: int, on: Tensor) -> float | Tensor:
+    """A gain or a target RMS: a number, or a tensor `[G]` (of one group: of no dimensions)."""
+    if not isinstance(value, Tensor):
+        return float(value)  # type: ignore[arg-type]
+    check_float(op, name, value, dims=0)
+    if value.numel() not in (1, groups):
+        raise KernelError(
+            f"{op}: {name} has shape {tuple(value.shape)}; expected one element"
+            + (f" or {groups}, one a group" if groups > 1 else "")
+        )
+    factor = value.reshape(-1).expand(groups) if groups > 1 else value.reshape(())
+    check_shape(op, name, factor, (groups,) if groups > 1 else (), on)
+    return factor
 
 
 def checked(
     op: str,
     on: Tensor,
-    shape: tuple[int, ...],
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
+    inner: int,
+    p: ProjectionParameters,
     *,
-    target_rms: float | None,
+    target_rms: float | Tensor | None,
     gain: float | Tensor,
     calibration: str,
-) -> tuple[float, Tensor | None]:
-    """(target_rms times a gain that is a number, a gain that is a tensor), of arguments that fit.
+    groups: int,
+    tanh: bool,
+) -> tuple[ProjectionParameters, ProjectionSettings]:
+    """The same parameters with their gain, and the settings, of arguments that fit.
 
     Args:
-        on: the tensor whose device counts; shape: of the rows, `[..., M, d]`.
+        on: the tensor whose device counts; inner: width d of the rows.
     """
     one_of(op, "calibration", calibration, CALIBRATIONS)
-    if calibration != "none" and not (target_rms is not None and 0 < target_rms < math.inf):
+    if type(groups) is not int or groups < 1:
+        raise ConfigError(f"{op}: groups is {groups!r}; expected a whole number of at least 1")
+    needed = calibration != "none"
+    if needed and not (
+        isinstance(target_rms, Tensor) or (is_number(target_rms) and target_rms > 0)  # type: ignore[operator]
+    ):
         raise ConfigError(
-            f"{op}: target_rms is {target_rms}; calibration {calibration!r} needs a positive number"
+            f"{op}: target_rms is {target_rms!r}; calibration {calibration!r} needs a positive "
+            "number, or a tensor of them"
         )
-    check_float(op, "weight", weight, dims=2)
-    if weight.dim() != 2:
-        raise KernelError(f"{op}: weight has shape {tuple(weight.shape)}; expected two dimensions")
-    width, inner = weight.shape[0], shape[-1]
-    if norm_bias is not None and norm_weight is None:
-        raise KernelError(f"{op}: norm_bias without norm_weight; give both, or norm_weight alone")
-    shapes = {
-        "weight": (weight, (width, inner)),
-        "bias": (bias, (width,)),
-        "norm_weight": (norm_weight, (inner,)),
-        "norm_bias": (norm_bias, (inner,)),
-        "gamma": (gamma, (width,)),
-        "beta": (beta, (width,)),
-    }
-    for name, (tensor, expected) in shapes.items():
-        if tensor is not None:
-            check_float(op, name, tensor, dims=1)
-        check_shape(op, name, tensor, expected, on)
-    scale = 1.0 if calibration == "none" or target_rms is None else float(target_rms)
-    if not isinstance(gain, Tensor):
-        if not math.isfinite(gain):
-            raise ConfigError(f"{op}: gain is {gain}; expected a finite number")
-        return scale * float(gain), None
-    if gain.numel() != 1:
-        raise KernelError(f"{op}: gain has shape {tuple(gain.shape)}; expected one element")
-    gain = gain.reshape(())
-    check_shape(op, "gain", gain, (), on)
-    return scale, gain
+    if not (isinstance(gain, Tensor) or is_number(gain)):
+        raise ConfigError(f"{op}: gain is {gain!r}; expected a finite number, or a tensor")
+    _check_tensors(op, on, inner, p)
+    if p.weight.shape[0] % groups:
+        raise KernelError(
+            f"{op}: {p.weight.shape[0]} outputs do not divide among {groups} groups; expected rows "
+            "of weight in groups of equal size"
+        )
+    scale, total = 1.0, None
+    for name, value in (("gain", gain), ("target_rms", target_rms if needed else 1.0)):
+        factor = _factor(op, name, value, groups, on)
+        if isinstance(factor, Tensor):
+            total = factor if total is None else total * factor
+        else:
+            scale *= factor
+    return p._replace(gain=total), ProjectionSettings(scale, calibration, groups, tanh)
 
 
 def project_calibrate(
@@ -253,9 +275,10 @@ def project_calibrate(
     norm_bias: Tensor | None = None,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
-    target_rms: float | None = None,
+    target_rms: float | Tensor | None = None,
     gain: float | Tensor = 1.0,
     calibration: str = "token",
+    groups: int = 1,
     tanh: bool = False,
 ) -> Tensor:
     """`gamma * s * y + beta` with `y = W norm(x) + b`, and s such that `s * y` has a given RMS.
@@ -268,30 +291,30 @@ def project_calibrate(
         weight: `[D, d]`; bias: `[D]`.
         norm_weight: `[d]`: LayerNorm of x first, with `norm_bias` `[d]` if given.
         gamma: `[D]`, per-channel factor after the calibration; beta: `[D]`, offset.
-        target_rms: the RMS to reach; needed unless `calibration` is `none`, which ignores it.
-        gain: multiplies s (with calibration `none`, it is s); a number, or a tensor of one element.
+        target_rms: the RMS to reach; needed unless `calibration` is `none`, which ignores it. A
+            number, or a tensor of one element or `[groups]`.
+        gain: multiplies s (with calibration `none`, it is s); likewise.
         calibration: which values share one RMS: a `token`'s D, an `example`'s M*D, the whole
             `batch`'s; `none` leaves y as it is.
+        groups: the D outputs are cut into so many groups of neighbours, each of which has mean
+            squares, a target and a gain of its own (keys or values of one layer).
         tanh: y is the tanh of the projection.
 
     Returns:
         `[..., D]` in x's dtype.
 
     Raises:
-        ConfigError: an unknown calibration, or no positive target_rms for it.
-        KernelError: shapes, dtypes or devices that do not fit.
+        ConfigError: an unknown calibration, no positive target_rms for it, or groups below 1.
+        KernelError: shapes, dtypes or devices that do not fit, groups that do not divide D.
     """
     check_float("project_calibrate", "x", x, dims=2 if calibration == "example" else 1)
-    scale, gain_tensor = checked(
-        "project_calibrate",
-        x,
-        tuple(x.shape),
-        *(weight, bias, norm_weight, norm_bias, gamma, beta),
+    parameters, settings = checked(
+        *("project_calibrate", x, x.shape[-1]),
+        ProjectionParameters(weight, bias, norm_weight, norm_bias, gamma, beta),
         target_rms=target_rms,
         gain=gain,
         calibration=calibration,
+        groups=groups,
+        tanh=tanh,
     )
-    return ProjectCalibrate.apply(
-        *(x, weight, bias, norm_weight, norm_bias, gamma, beta),
-        *(gain_tensor, scale, calibration, tanh),
-    )
+    return applied(x, parameters, settings)

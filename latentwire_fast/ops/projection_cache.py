@@ -19,7 +19,7 @@ _folds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def folded(
     weight: Tensor, bias: Tensor | None, gamma: Tensor | None, *, dtype: torch.dtype
 ) -> Folded:
-    """`kernels.adapter.fold` of these parameters, from memory if they are frozen and unchanged.
+    """`kernels.projection.fold` of these parameters, from memory if they are frozen and unchanged.
 
     Unchanged: the same tensor objects, in the same memory, at the same versions, on the same
     stream. torch counts every write to a tensor but those through `.data` or a bare pointer.

@@ -14,17 +14,19 @@ from latentwire_fast.ops.dispatch import (
     FLOATS,
     check_float,
     check_shape,
+    check_tensor,
     one_of,
     register,
     uses_triton,
 )
 
-BITS = (8, 6, 4)
+# Of a code; the wire can carry values of 16 bits too (`config.schema.BITS`).
+CODE_BITS = (8, 6, 4)
 GROUP_SIZES = (16, 32, 64)
 
 
 def _check_code(op: str, bits: int, group_size: int) -> None:
-    one_of(op, "bits", bits, BITS)
+    one_of(op, "bits", bits, CODE_BITS)
     one_of(op, "group_size", group_size, GROUP_SIZES)
 
 
@@ -44,12 +46,31 @@ def _quantize_pack(z: Tensor, bits: int, group_size: int, clip: bool) -> tuple[T
         )
     else:
         codes, scales = reference.quantize_pack(z, bits=bits, group_size=group_size, clip=clip)
-    # Either implementation marks a group with NaN or Inf by the scale NaN; amax passes NaN on.
-    if scales.numel() and not math.isfinite(scales.amax().item()):
+    if scales.numel():
+        _refuse_unwritable(z, scales.amax().item(), bits, clip)
+    return codes, scales
+
+
+def _refuse_unwritable(z: Tensor, largest_scale: float, bits: int, clip: bool) -> None:
+    """Raise where codes and scales cannot stand for z.
+
+    Either implementation marks a group with NaN or Inf by the scale NaN, which amax passes on. A
+    group beyond the range has the largest scale there is, and so may one that ends just below it:
+    only then is z looked at once more.
+    """
+    if not math.isfinite(largest_scale):
         raise PayloadError(
             "quantize_pack: z holds NaN or Inf; expected finite values (a payload has no others)"
         )
-    return codes, scales
+    if largest_scale < reference.LARGEST_FP16:
+        return
+    limit = reference.largest_value(bits, clip=clip)
+    largest = z.float().abs().amax().item()
+    if largest > limit:
+        raise PayloadError(
+            f"quantize_pack: z holds a value of magnitude {largest:.9g}; the largest that {bits} "
+            f"bits can carry is {limit:.9g}: rescale it"
+        )
 
 
 def _quantize_pack_fake(z: Tensor, bits: int, group_size: int, clip: bool) -> tuple[Tensor, Tensor]:
@@ -137,7 +158,7 @@ def quantize_pack(
 
     Raises:
         ConfigError: bits or group size; KernelError: shape or dtype; PayloadError: z holds NaN or
-        Inf.
+        Inf, or a value beyond `reference.largest_value`, 65504 times the largest code.
     """
     _check_code("quantize_pack", bits, group_size)
     flat = _flattened("quantize_pack", z).detach()
@@ -158,8 +179,13 @@ def check_packed(
 ) -> None:
     """That codes and scales are those of a latent of this shape `(..., M, d)`."""
     _check_code(op, bits, group_size)
-    if len(shape) < 2 or min(shape) < 0:
-        raise KernelError(f"{op}: shape is {tuple(shape)}; expected (..., M, d)")
+    check_tensor(op, "codes", codes)
+    check_tensor(op, "scales", scales)
+    whole = isinstance(shape, (tuple, list)) and all(
+        isinstance(size, (int, torch.SymInt)) for size in shape
+    )
+    if not whole or len(shape) < 2 or min(shape) < 0:
+        raise KernelError(f"{op}: shape is {shape!r}; expected whole numbers (..., M, d)")
     if codes.dtype != torch.uint8 or scales.dtype != torch.float16 or dtype not in FLOATS:
         raise KernelError(
             f"{op}: codes, scales and result are {codes.dtype}, {scales.dtype} and {dtype}; "
@@ -208,7 +234,9 @@ def unpack_dequantize(
 def fake_quantize(z: Tensor, *, bits: int, group_size: int, clip: bool = False) -> Tensor:
     """What a payload's receiver would get for z, in z's shape and dtype; straight-through gradient.
 
-    A group that holds NaN or Inf comes out as NaN: training's guard on the loss sees it.
+    A group that holds NaN or Inf comes out as NaN: training's guard on the loss sees it. Values
+    beyond `reference.largest_value`, which `quantize_pack` refuses, end at it: finding them would
+    wait for the GPU at every step.
 
     Raises:
         ConfigError: bits or group size; KernelError: shape or dtype.

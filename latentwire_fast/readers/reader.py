@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -162,6 +163,10 @@ class Reader:
     def _check_logits(self) -> None:
         ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
         check_logits(self.model, ids, name=f"reader {self.name!r}")
+
+    def sharing_weights(self, name: str, *, bos: bool | None = None) -> Reader:
+        """Another reader of the same model, which is in memory once."""
+        return Reader(self.model, self.tokenizer, name=name, source=self.source, bos=bos)
 
     @property
     def device(self) -> torch.device:
@@ -347,11 +352,22 @@ def load_readers(
     *,
     dtype: str | None = None,
 ) -> dict[str, Reader]:
-    """The frozen readers of a run by name; `device` and `dtype` as in `Reader.from_config`."""
-    return {
-        name: Reader.from_config(name, config, device, dtype=dtype)
-        for name, config in configs.items()
-    }
+    """The frozen readers of a run by name. Those of one source and the same options share one
+    model.
+
+    Args:
+        device, dtype: as in `Reader.from_config`.
+    """
+    readers: dict[str, Reader] = {}
+    loaded: dict[ReaderConfig, Reader] = {}
+    for name, config in configs.items():
+        options = replace(config, bos=None)  # what a prompt begins with is no matter of the weights
+        if options in loaded:
+            readers[name] = loaded[options].sharing_weights(name, bos=config.bos)
+        else:
+            reader = Reader.from_config(name, config, device, dtype=dtype)
+            readers[name] = loaded[options] = reader
+    return readers
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -361,4 +377,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     deep prefix with it, from every layer.
     """
     for layer in decoder_layers(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if not isinstance(layer.forward, _Checkpointed):  # a model may be shared, and asked twice
+            layer.forward = _Checkpointed(checkpoint, layer.forward, use_reentrant=False)
+
+
+class _Checkpointed(partial[Any]):
+    """The forward pass of a layer that is run again in backward."""

@@ -11,13 +11,17 @@ from latentwire_fast.reference.precision import compute_dtype
 from latentwire_fast.reference.projection import (
     LAYER_NORM_EPS,
     RMS_EPS,
+    ProjectionParameters,
+    ProjectionSettings,
     dequantize_project_calibrate,
     project_calibrate,
     project_calibrate_backward,
 )
 from latentwire_fast.reference.quantization import (
+    LARGEST_FP16,
     code_bytes,
     fake_quantize,
+    largest_value,
     pack_codes,
     quantize,
     quantize_pack,
@@ -26,14 +30,18 @@ from latentwire_fast.reference.quantization import (
 )
 
 __all__ = [
+    "LARGEST_FP16",
     "LAYER_NORM_EPS",
     "RMS_EPS",
+    "ProjectionParameters",
+    "ProjectionSettings",
     "code_bytes",
     "compute_dtype",
     "dequantize_project_calibrate",
     "fake_quantize",
     "gradient_unit",
     "kd_kl",
+    "largest_value",
     "linear_kd_kl",
     "pack_codes",
     "project_calibrate",

@@ -9,6 +9,20 @@ from torch.nn import functional as F
 LARGEST_FP16 = 65504.0
 
 
+def largest_code(bits: int) -> int:
+    """The largest code, qmax; the smallest is its negative."""
+    return 2 ** (bits - 1) - 1
+
+
+def largest_value(bits: int, *, clip: bool = False) -> float:
+    """The largest magnitude that codes carry: with the largest scale, fp16's 65504.
+
+    The largest code's value, or with `clip` half a step more, which is clamped to it. What is
+    larger would come out as that code without a word.
+    """
+    return LARGEST_FP16 * (largest_code(bits) + (0.5 if clip else 0.0))
+
+
 def code_bytes(values: int, *, bits: int, group_size: int) -> int:
     """Bytes of the packed codes of `values` numbers.
 
@@ -41,9 +55,10 @@ def quantize(
     2**-24, that is groups whose largest value is under qmax**2 * 2**-24 (1e-3 at 8 bits, 3e-6 at
     4).
     """
-    qmax = 2 ** (bits - 1) - 1
+    qmax = largest_code(bits)
     padding = -z_Bn.shape[-1] % group_size
-    z = F.pad(z_Bn.float(), (0, padding)).unflatten(-1, (-1, group_size))
+    z = F.pad(z_Bn.float(), (0, padding)) if padding else z_Bn.float()
+    z = z.reshape(*z.shape[:-1], z.shape[-1] // group_size, group_size)
     amax = z.abs().amax(-1)
     # By a tensor: by a number, a GPU multiplies with the reciprocal, and some scales come out else.
     steps = amax.new_full((), qmax + 0.5 if clip else qmax)
@@ -57,19 +72,20 @@ def quantize(
 
 def _join(parts: Tensor, *, per_byte: int) -> Tensor:
     """Put `per_byte` neighbours (last dim, each below `2**(8 // per_byte)`) in a byte."""
-    parts = parts.unflatten(-1, (-1, per_byte))
-    width = 8 // per_byte
-    joined = parts[..., 0]
-    for i in range(1, per_byte):
-        joined = joined | (parts[..., i] << (i * width))
-    return joined
+    parts = parts.reshape(*parts.shape[:-1], parts.shape[-1] // per_byte, per_byte)
+    # No two parts have a bit in common: their sum is what "or" gives.
+    return (parts << _shifts(parts, per_byte)).sum(-1, dtype=torch.uint8)
 
 
 def _split(packed: Tensor, *, per_byte: int) -> Tensor:
     """The inverse of `_join`."""
-    width = 8 // per_byte
-    parts = [(packed >> (i * width)) & (2**width - 1) for i in range(per_byte)]
-    return torch.stack(parts, -1).flatten(-2)
+    parts = packed.unsqueeze(-1) >> _shifts(packed, per_byte)
+    return (parts & (2 ** (8 // per_byte) - 1)).flatten(-2)
+
+
+def _shifts(like: Tensor, per_byte: int) -> Tensor:
+    """`[per_byte]`: by how many bits the values in a byte are shifted."""
+    return torch.arange(0, 8, 8 // per_byte, dtype=torch.uint8, device=like.device)
 
 
 def pack_codes(codes_BGg: Tensor, *, values: int, bits: int) -> Tensor:

@@ -5,17 +5,17 @@ Shapes: R payloads, M latents, d latent width, c code bytes, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from latentwire_fast import ops, wire
+from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
 from latentwire_fast.serving.input_buffer import Fields
 from latentwire_fast.wire.header import Header, check_frame, located
+from latentwire_fast.wire.payload import split_bodies
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,8 @@ class Parcel:
 
     def values(self) -> dict[str, np.ndarray]:
         """The bytes as they came, cut in two."""
-        bodies_Rc = np.stack(
-            [np.frombuffer(p, np.uint8, offset=wire.HEADER_BYTES) for p in self.payloads]
-        )
-        codes_Rc, scales_Rc = np.split(bodies_Rc, [self.header.code_bytes], 1)
-        return {"codes": codes_Rc, "scales": np.ascontiguousarray(scales_Rc).view("<f2")}
+        codes_Rc, scales_RG = split_bodies(self.payloads, self.header)
+        return {"codes": codes_Rc, "scales": scales_RG}
 
     def verify(self) -> None:
         """Check every value, as unpacking on the host does.
@@ -97,18 +94,3 @@ class PayloadKind:
                 f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
                 f"{first.bits} in groups of {first.group_size}; read them in two batches"
             )
-
-
-def dequantize(inputs: Mapping[str, Tensor], header: Header) -> Tensor:
-    """Latents `[R, M, d]` fp32 of codes and scales on the device."""
-    shape = (len(inputs["codes"]), header.latents, header.d_z)
-    if header.bits == 16:
-        return inputs["codes"].view(torch.float16).view(shape).float()
-    return ops.unpack_dequantize(
-        inputs["codes"],
-        inputs["scales"],
-        bits=header.bits,
-        group_size=header.group_size,
-        shape=shape,
-        dtype=torch.float32,
-    )

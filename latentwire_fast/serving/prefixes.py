@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.models.adapters.soft_prompt import Adapter
+from latentwire_fast.models.attachments.base import Attachment
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving.payload_batch import dequantize
 from latentwire_fast.wire import Header
+from latentwire_fast.wire.payload import dequantize
 
 
 class TrainedParts:
@@ -56,7 +56,7 @@ class TrainedParts:
         self._reads_codes = (
             gain == 1.0
             and deep_prefix is None
-            and isinstance(adapter, Adapter)
+            and isinstance(adapter, Attachment)
             and adapter.reads_codes
         )
 
@@ -69,7 +69,7 @@ class TrainedParts:
         linear adapter without a deep prefix and codes of less than 16 bits.
         """
         if self._reads_codes and header.bits != 16:
-            assert isinstance(self.adapter, Adapter)
+            assert isinstance(self.adapter, Attachment)
             soft_RMD = self.adapter.of_codes(
                 inputs["codes"],
                 inputs["scales"],
@@ -79,7 +79,7 @@ class TrainedParts:
             )
             mark("adapter")
             return soft_RMD, None
-        latent_RMd = dequantize(inputs, header).to(self._dtype)
+        latent_RMd = dequantize(inputs["codes"], inputs["scales"], header).to(self._dtype)
         mark("dequantise")
         soft, deep = (
             None if part is None else part(latent_RMd, gain=self._gain)

@@ -100,12 +100,11 @@ class Receiver:
             ConfigError, CheckpointError: `model` was not trained for this reader.
         """
         model.check_reader(reader)
-        parts = model.parts(reader.name)
         encoder = model.encoder_config
         return cls(
             reader,
-            parts.get("adapter"),
-            deep_prefix=parts.get("deep_prefix"),
+            model.attachment(reader.name, "prefixes"),
+            deep_prefix=model.attachment(reader.name, "deep"),
             payload_kind=PayloadKind(encoder.latents, encoder.d_z, model.fingerprint),
             options=options,
         )

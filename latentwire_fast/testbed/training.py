@@ -17,6 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from latentwire_fast.config.schema import OptimConfig
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.errors import CheckpointError
 from latentwire_fast.testbed.induction import add_induction_circuit
@@ -84,9 +85,8 @@ class ReaderTraining:
         self.rng = random.Random(1234 + recipe.seed)
         self.rows = RowMaker(tokenizer, self.rng)
         self.named = list(self.model.named_parameters())
-        self.optimizers = build_optimizers(
-            self.named, muon_lr=recipe.muon_lr, adamw_lr=recipe.adamw_lr, weight_decay=0.01
-        )
+        settings = OptimConfig(muon_lr=recipe.muon_lr, adamw_lr=recipe.adamw_lr, weight_decay=0.01)
+        self.optimizers = build_optimizers(self.model, settings)
         self.accuracy = {"copy": 0.0, "answer": 0.0}
         self.step = 0
         self.checkpoints = checkpoints

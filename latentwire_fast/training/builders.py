@@ -1,30 +1,58 @@
-"""A run's configuration: whether it is the folder's, and the model and data that it stands for."""
+"""A run's configuration: whether it is the folder's, and the model and data that it stands for.
+
+A run goes on from any working directory, so its local paths are made absolute. What names something
+else stays as it is: `testbed:llama`, a hub id, `hub:squad`. What exists as a path is taken for a
+path, as transformers does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from latentwire_fast.config.schema import Mode, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.data.sources import load_examples
-from latentwire_fast.data.streams import ExampleStream, Stream, TestbedStream
+from latentwire_fast.data.sources import endless_stream, load_examples, map_paths
+from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
-from latentwire_fast.models.encoders.build import build_encoder
-from latentwire_fast.models.encoders.lm import Encoder
+from latentwire_fast.files.run_folder import RunFolder
+from latentwire_fast.models.encoders.base import Encoder, build_encoder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.training.local_paths import absolute_paths
 
 logger = logging.getLogger(__name__)
 
-TESTBED_SAMPLE = 300  # answers of an endless stream that are checked
+ENDLESS_SAMPLE = 300  # answers of an endless stream that are checked
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """A configuration whose readers, encoder, data and base are found from anywhere.
+
+    Raises:
+        DataError: the absolute path of a data file holds a comma, which separates sources.
+    """
+    readers = {
+        name: replace(reader, source=_absolute(reader.source))
+        for name, reader in config.readers.items()
+    }
+    encoder = config.encoder
+    if encoder.source is not None:
+        encoder = encoder.with_source(_absolute(encoder.source))
+    data = replace(config.data, source=map_paths(config.data.source, _absolute))
+    base = None if config.base is None else _absolute(config.base)
+    return replace(config, readers=readers, encoder=encoder, data=data, base=base)
+
+
+def _absolute(source: str) -> str:
+    # Not `resolve`: a link may be the name under which a user moves a model about.
+    return os.path.abspath(source) if Path(source).exists() else source  # noqa: PTH100
 
 
 def check_stored_config(path: Path, config: RunConfig) -> None:
@@ -55,32 +83,31 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
         ConfigError: the base does not fit the configuration, or has adapters for these readers.
         CheckpointError: it is not trained.
     """
-    encoder = (
-        build_encoder(config.encoder, readers)
-        if config.base is None
-        else _base_encoder(config, config.base, readers)
-    )
     return Interlingua(
-        encoder,
+        _fresh_encoder(config, readers)
+        if config.base is None
+        else _base_encoder(config, config.base, readers),
         {name: ReaderCard.of(reader) for name, reader in readers.items()},
-        encoder_config=encoder.config,
-        quantizer=config.quantizer,
-        adapter=config.adapter,
+        bottleneck=config.bottleneck,
+        attachments=config.attachments,
         mode=config.mode,
     )
 
 
+def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
+    try:
+        return build_encoder(config.encoder, readers)
+    except ConfigError as error:  # most of its settings are the preset's, not the user's
+        raise ConfigError(f"preset {config.preset!r}: {error}") from error
+
+
 def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> Encoder:
-    model = Interlingua.from_pretrained(Path(base) / "model")
-    # An encoder may read less than it was asked to.
-    asked = replace(config.encoder, max_tokens=model.encoder_config.max_tokens)
-    if (model.encoder_config, model.quantizer, model.mode) != (
-        asked,
-        config.quantizer,
-        config.mode,
-    ):
+    model = Interlingua.from_pretrained(RunFolder(Path(base)).model)
+    kept = config.bottleneck, config.mode
+    fits = config.encoder.allows(model.encoder_config)
+    if not fits or (model.bottleneck_config, model.mode) != kept:
         raise ConfigError(
-            f"this run has another encoder, quantizer or mode than its base {base}, which it keeps"
+            f"this run has another encoder, bottleneck or mode than its base {base}, which it keeps"
         )
     served = {card.fingerprint: name for name, card in model.cards.items()}
     for name, reader in readers.items():
@@ -93,17 +120,17 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
 
 
 def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
-    """Training data, its answers checked (of the testbed's, which have no end, a sample).
+    """Training data, its answers checked (a sample of those that have no end).
 
     Raises:
         ConfigError: as `check_answers`.
     """
-    is_testbed = config.data.source == "testbed"
-    count = TESTBED_SAMPLE if is_testbed else None
+    endless = endless_stream(config.data, mode=config.mode, seed=config.seed)
+    count = None if endless is None else ENDLESS_SAMPLE
     examples = load_examples(config.data.source, split="train", count=count, seed=config.seed)
     check_answers(examples, readers, source=config.data.source)
-    if is_testbed:
-        return TestbedStream(config.data, mode=config.mode, seed=config.seed)
+    if endless is not None:
+        return endless
     return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
 
 

@@ -34,11 +34,11 @@ class NonFiniteGuard:
     """Stops a run before a NaN or an infinity reaches the optimiser.
 
     Args:
-        run_dir: where `nonfinite.json` is written.
+        report: the JSON file that is written when it stops one.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.report = run_dir / "nonfinite.json"
+    def __init__(self, report: Path) -> None:
+        self.report = report
 
     def check(
         self,

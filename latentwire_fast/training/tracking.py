@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from latentwire_fast.files.atomic import write_atomically
+from latentwire_fast.files.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -25,21 +26,21 @@ class Tracker:
     """Appends one JSON object per logged step and mirrors its numbers to TensorBoard.
 
     Args:
-        run_dir: gets `diagnostics.jsonl` and `tensorboard/`.
+        folder: of the run; made if missing.
         resume_step: records of later steps are dropped, as the run is about to write them again;
             None starts anew.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int | None) -> None:
-        self.path = run_dir / "diagnostics.jsonl"
-        run_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: RunFolder, *, resume_step: int | None) -> None:
+        self.path = folder.diagnostics
+        folder.path.mkdir(parents=True, exist_ok=True)
         kept = []
         if resume_step is not None:
             kept = [r for r in read_records(self.path) if r["step"] <= resume_step]
         write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
+            str(folder.tensorboard), purge_step=0 if resume_step is None else resume_step + 1
         )
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ header, total length, CRC-32, values. Nothing that grows with what a header clai
 before the bytes given are known to have that length.
 """
 
+from latentwire_fast.config.schema import BITS
 from latentwire_fast.wire.files import read_payload_stream, read_payloads, write_payloads
-from latentwire_fast.wire.header import BITS, HEADER_BYTES, MAGIC, VERSION, Header, read_header
+from latentwire_fast.wire.header import HEADER_BYTES, MAGIC, VERSION, Header, read_header
 from latentwire_fast.wire.payload import pack, pack_batch, unpack, unpack_batch
 from latentwire_fast.wire.sizes import brotli_bytes, utf8_bytes
 

@@ -10,7 +10,7 @@ from latentwire_fast.errors import PayloadError
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.wire.header import HEADER_BYTES, check_frame, located, read_header
 
-_PIECE = 1 << 20  # bytes
+_PIECE = 1 << 16  # bytes
 
 
 def write_payloads(path: Path, payloads: Iterable[bytes]) -> int:

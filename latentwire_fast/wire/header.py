@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from latentwire_fast import ops
+from latentwire_fast.config.schema import BITS
 from latentwire_fast.errors import PayloadError
 from latentwire_fast.reference import code_bytes
 
 MAGIC = b"LW"
 VERSION = 1
-BITS = (16, *ops.BITS)
 HEADER_BYTES = 16
 # magic, version, bits, M, d_z, group size, reserved, fingerprint; then the CRC
 _FIELDS, _CRC = struct.Struct("<2sBBHHBBH"), struct.Struct("<I")

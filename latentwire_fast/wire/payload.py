@@ -13,10 +13,11 @@ from torch import Tensor
 
 from latentwire_fast import ops
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.reference import largest_value
 from latentwire_fast.wire.header import HEADER_BYTES, Header, check_frame, located, seal
 
-# As unsigned words; what is not below fp16's infinity is Inf, NaN, -0.0 or negative.
-_FP16_INFINITY, _FP16_MINUS_ZERO = 0x7C00, 0x8000
+# As signed words: negative fp16 numbers are negative words, NaN is above infinity.
+_FP16_INFINITY, _FP16_MINUS_ZERO = 0x7C00, -0x8000
 
 
 # --- latent to payload ----------------------------------------------------------------------------
@@ -33,7 +34,8 @@ def pack(latent_MD: Tensor, *, bits: int, group_size: int, fingerprint: int = 0)
 
     Raises:
         PayloadError: not a `[M, d_z]` tensor of floats with M and d_z from 1 to 65,535; NaN or
-            Inf; at 16 bits, a value beyond fp16; bits, group size or fingerprint out of range.
+            Inf; a value beyond what the bits can carry (65504 at 16 bits; 65504 times the largest
+            code, 127, 31 or 7, at 8, 6 or 4 bits); bits, group size or fingerprint out of range.
     """
     _require_latent(latent_MD, dims="[M, d_z]")
     return _pack(latent_MD.unsqueeze(0), bits, group_size, fingerprint)[0]
@@ -42,7 +44,8 @@ def pack(latent_MD: Tensor, *, bits: int, group_size: int, fingerprint: int = 0)
 def pack_batch(
     latent_BMD: Tensor, *, bits: int, group_size: int, fingerprint: int = 0
 ) -> list[bytes]:
-    """One payload per latent, quantised together; otherwise like `pack`."""
+    """One payload per latent, quantised together on the latents' device, so that only bytes leave
+    it; otherwise like `pack`."""
     _require_latent(latent_BMD, dims="[B, M, d_z]")
     return _pack(latent_BMD, bits, group_size, fingerprint)
 
@@ -78,6 +81,11 @@ def _pack(latent_BMD: Tensor, bits: int, group_size: int, fingerprint: int) -> l
         half_BMD = single_BMD.half() + 0.0  # one byte string per value: -0.0 becomes 0.0
         _require_finite(half_BMD, latent_BMD, "rescale it below 65504, or take 8 bits")
         return [seal(header, body) for body in _rows(half_BMD)]
+    largest = largest_value(bits)
+    within_BMD = single_BMD.masked_fill(single_BMD.abs() > largest, torch.inf)
+    _require_finite(
+        within_BMD, latent_BMD, f"rescale it to at most {largest:.0f}, the largest at {bits} bits"
+    )
     codes_Bc, scales_BG = _quantize_twice(single_BMD, header)
     return [
         seal(header, codes + scales)
@@ -93,22 +101,11 @@ def _quantize_twice(latent_BMD: Tensor, header: Header) -> tuple[Tensor, Tensor]
     for all groups with a value above 1e-3 (`docs/wire_format.md` has the proof).
     """
     codes_Bc, scales_BG = _quantize(latent_BMD, header)
-    return _quantize(_dequantize(codes_Bc, scales_BG, header), header)
+    return _quantize(dequantize(codes_Bc, scales_BG, header), header)
 
 
 def _quantize(latent_BMD: Tensor, header: Header) -> tuple[Tensor, Tensor]:
     return ops.quantize_pack(latent_BMD, bits=header.bits, group_size=header.group_size)
-
-
-def _dequantize(codes_Bc: Tensor, scales_BG: Tensor, header: Header) -> Tensor:
-    return ops.unpack_dequantize(
-        codes_Bc,
-        scales_BG,
-        bits=header.bits,
-        group_size=header.group_size,
-        shape=(len(codes_Bc), header.latents, header.d_z),
-        dtype=torch.float32,
-    )
 
 
 def _rows(tensor: Tensor) -> list[bytes]:
@@ -130,8 +127,14 @@ def unpack(payload: bytes) -> tuple[Tensor, Header]:
     return _decode([payload], header)[0], header
 
 
-def unpack_batch(payloads: Sequence[bytes]) -> tuple[Tensor, list[Header]]:
-    """Latents `[B, M, d_z]`, fp32 on the CPU, and headers of payloads of one layout.
+def unpack_batch(
+    payloads: Sequence[bytes], *, device: torch.device | str = "cpu"
+) -> tuple[Tensor, list[Header]]:
+    """Latents `[B, M, d_z]` fp32 and headers of payloads of one layout.
+
+    Args:
+        device: where the latents shall be. The bytes are moved there and unpacked and checked by
+            it; latents and refusals are the same on every device.
 
     Raises:
         PayloadError: no payloads; one that `unpack` refuses (the message has its index); two that
@@ -151,34 +154,70 @@ def unpack_batch(payloads: Sequence[bytes]) -> tuple[Tensor, list[Header]]:
                 f"payload {i} has (M, d_z, bits, group size) {layout}, payload 0 has {layouts[0]}; "
                 "unpack payloads of different layouts one by one"
             )
-    return _decode(payloads, headers[0]), headers
+    return _decode(payloads, headers[0], device), headers
 
 
-def _decode(payloads: Sequence[bytes], header: Header) -> Tensor:
-    """Latents `[B, M, d_z]` of payloads with this layout whose frames were checked."""
+def split_bodies(payloads: Sequence[bytes], header: Header) -> tuple[np.ndarray, np.ndarray]:
+    """What follows the headers of payloads with this layout, cut in two.
+
+    Returns:
+        Codes `[B, c]` uint8, at 16 bits the bytes of the values themselves; scales `[B, G]` fp16,
+        G = 0 at 16 bits.
+    """
     bodies = bytearray().join(memoryview(payload)[HEADER_BYTES:] for payload in payloads)
     body_Bc = np.frombuffer(bodies, np.uint8).reshape(len(payloads), header.body_bytes)
-    first = header.code_bytes if header.groups else 0
-    words = body_Bc[:, first:].copy().view("<u2")  # copied, because it may start at an odd address
-    fp16 = torch.from_numpy(words.view("<f2").astype(np.float16, copy=False))
+    codes_Bc, scales_Bc = np.split(body_Bc, [header.code_bytes], 1)
+    # copied, because scales may start at an odd address
+    return np.ascontiguousarray(codes_Bc), scales_Bc.copy().view("<f2")
+
+
+def dequantize(codes_Bc: Tensor, scales_BG: Tensor, header: Header) -> Tensor:
+    """Latents `[B, M, d_z]` fp32 of what `split_bodies` gives, on the device where that is. Values
+    are taken as they are: `unpack_batch` checks them."""
+    shape = (len(codes_Bc), header.latents, header.d_z)
     if header.bits == 16:
-        unwritten = ((words & 0x7FFF) >= _FP16_INFINITY) | (words == _FP16_MINUS_ZERO)
+        return codes_Bc.view(torch.float16).view(shape).float()
+    return ops.unpack_dequantize(
+        codes_Bc,
+        scales_BG,
+        bits=header.bits,
+        group_size=header.group_size,
+        shape=shape,
+        dtype=torch.float32,
+    )
+
+
+def _decode(
+    payloads: Sequence[bytes], header: Header, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Latents `[B, M, d_z]` of payloads with this layout whose frames were checked."""
+    codes, scales = split_bodies(payloads, header)
+    if header.bits == 16:  # numbers of this machine's byte order, which need not be the wire's
+        codes = codes.view("<f2").astype(np.float16, copy=False).view(np.uint8)
+    codes_Bc = torch.from_numpy(codes).to(device)
+    scales_BG = torch.from_numpy(scales.astype(np.float16, copy=False)).to(device)
+    if header.bits == 16:
+        words_Bn = codes_Bc.view(torch.int16)
+        unwritten = ((words_Bn & 0x7FFF) >= _FP16_INFINITY) | (words_Bn == _FP16_MINUS_ZERO)
         _refuse(unwritten, "value {} is NaN, infinite or -0.0")
-        return fp16.view(-1, header.latents, header.d_z).float()
-    _refuse(words >= _FP16_INFINITY, "the scale of group {} is NaN, infinite or has its sign set")
-    codes_Bc = torch.from_numpy(body_Bc[:, :first])
-    latent_BMD = _dequantize(codes_Bc, fp16, header)
-    again_Bc, again_BG = _quantize(latent_BMD, header)
-    _refuse((again_BG != fp16).numpy(), "the scale of group {} is not the one its codes ask for")
-    _refuse((again_Bc != codes_Bc).numpy(), "code byte {} is out of range or has padding set")
+        return dequantize(codes_Bc, scales_BG, header)
+    words_BG = scales_BG.view(torch.int16)
+    unwritten = (words_BG >= _FP16_INFINITY) | (words_BG < 0)
+    _refuse(unwritten, "the scale of group {} is NaN, infinite or has its sign set")
+    latent_BMD = dequantize(codes_Bc, scales_BG, header)
+    # Clamped, since codes out of range under the largest scale stand for what cannot be quantised.
+    largest = largest_value(header.bits)
+    again_Bc, again_BG = _quantize(latent_BMD.clamp(-largest, largest), header)
+    _refuse(again_BG != scales_BG, "the scale of group {} is not the one its codes ask for")
+    _refuse(again_Bc != codes_Bc, "code byte {} is out of range or has padding set")
     return latent_BMD
 
 
-def _refuse(unwritten: np.ndarray, what: str) -> None:
-    """Raise when anything is set in `unwritten` `[B, n]`, which marks what `pack` never writes."""
-    if unwritten.any():
-        row, column = np.argwhere(unwritten)[0].tolist()
-        place = f"payload {row}: " if len(unwritten) > 1 else ""
+def _refuse(unwritten_Bn: Tensor, what: str) -> None:
+    """Raise when anything is set in `unwritten_Bn`, which marks what `pack` never writes."""
+    if unwritten_Bn.any():
+        row, column = unwritten_Bn.nonzero()[0].tolist()
+        place = f"payload {row}: " if len(unwritten_Bn) > 1 else ""
         raise PayloadError(
             f"{place}{what.format(column)}, which no latent is packed to; the CRC is right, so it "
             "was sent like this: check what wrote it"

@@ -558,7 +558,7 @@ def test_tables() -> None:
 @on_cpu
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_kernels.main([str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "gpu_kernels.py needs a CUDA device, and torch sees none\n"
+    assert capsys.readouterr().err == "gpu_kernels needs a CUDA device, and torch sees none\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -608,9 +608,9 @@ def test_a_file_may_lack_what_it_is_known_to_need() -> None:
 def test_all_files_with_tests_for_a_gpu_are_found() -> None:
     kernels, others = gpu_tests.device_tests(tiny=False)
     names = {path.stem.removeprefix("test_kernels_") for path in kernels}
-    assert {"quantize", "adapter", "distill"} <= names
+    assert {"quantization", "projection", "distillation"} <= names
     assert names.isdisjoint({"aot", "interpreted"})
-    assert "test_placement" in {path.stem for path in others}
+    assert "test_kv_placement" in {path.stem for path in others}
     assert Path(__file__) not in {*kernels, *others}
 
 

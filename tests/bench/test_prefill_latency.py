@@ -29,7 +29,7 @@ from bench.prefill import cases, clock, files, gpu_prefill, group, measure
 from bench.prefill.clock import Clock, Sample, interval
 from bench.prefill.cost import Kernels, Pass, cpu_ceilings
 from bench.prefill.results import Results, for_text, result_of
-from bench.prefill.rows import DEEP, METHODS, Plan, Row, Sizes, plan_of
+from bench.prefill.rows import DEEP, METHODS, SOFT, Plan, Row, Sizes, plan_of, soft_prompt
 from bench.prefill.shapes import (
     SHAPES,
     Dims,
@@ -42,7 +42,6 @@ from bench.prefill.shapes import (
 )
 from bench.prefill.tables import latex, markdown
 from latentwire_fast import ops
-from latentwire_fast.config.schema import AdapterConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.builder import (
     PromptBuilder,
@@ -222,7 +221,7 @@ def test_the_floor_is_below_the_prediction_and_above_the_weights() -> None:
 def test_costs_count_what_the_trained_parts_have() -> None:
     dims = Dims.of(SHAPES["llama-3.1-8b"])
     sizes = replace(TINY_SIZES, dims=dims, d_z=32)
-    linear = replace(sizes, adapter=AdapterConfig(kind="linear"))
+    linear = replace(sizes, adapter=soft_prompt("linear"))
     cached = Row("r", "latent_cached", "eager", 2, 0, 4, 6)
     assert linear.work(cached).parts[0].weights == 4096 * 32
     adapter, deep = (
@@ -232,7 +231,7 @@ def test_costs_count_what_the_trained_parts_have() -> None:
     assert adapter.weights == 4096 * (32 + 9 * 4096)
     assert adapter.rows == deep.rows == 8
     made = 2 * 32 * 8 * 128
-    assert DEEP.deep_width * made < deep.weights < 1.5 * DEEP.deep_width * made
+    assert DEEP.width * made < deep.weights < 1.5 * DEEP.width * made
 
 
 def test_a_compiled_engine_keeps_fewer_launches() -> None:
@@ -501,8 +500,9 @@ def test_a_kernel_that_is_wrong_fails_the_gate_in_every_engine(
     right = prefixes.dequantize
     monkeypatch.setattr(ops.dispatch, "_backend", "auto")
 
-    def kernel(inputs: Any, header: Any) -> torch.Tensor:
-        return right(inputs, header) * (1.0 if ops.dispatch._backend == "reference" else 1.5)
+    def kernel(codes: torch.Tensor, scales: torch.Tensor, header: Any) -> torch.Tensor:
+        factor = 1.0 if ops.dispatch._backend == "reference" else 1.5
+        return factor * right(codes, scales, header)
 
     monkeypatch.setattr(prefixes, "dequantize", kernel)
     arguments = tiny_arguments(tmp_path, "--methods", "text", "latent_cached", "deep_prefix")
@@ -591,7 +591,7 @@ def test_peak_memory_is_that_of_a_run_and_of_what_the_row_keeps(
     arguments.name, memory = "llama-tiny", {"now": 1000, "peak": 0}
     reader = build_reader("llama-tiny", dtype=torch.float32, device="cpu", attention="sdpa")
     bench = cases.Bench(
-        *(reader, "llama-tiny", AdapterConfig(), 8),
+        *(reader, "llama-tiny", SOFT, 8),
         dtype=torch.float32, device="cpu", scratch=tmp_path,
     )  # fmt: skip
     rows = group.Group(bench, plan_of(arguments), arguments, batch=2)
@@ -728,7 +728,7 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
     file = Path((globals or {}).get("__file__") or "/")
     if level == 0 and root in file.parents and ".venv" not in file.parts:
         top = name.split(".")[0]
-        mine = (root / "bench" / f"{top}.py").exists() or top == "latentwire_fast"
+        mine = top in ("bench", "latentwire_fast")
         if top not in allowed and not mine:
             found.add(top)
     return original(name, globals, locals, fromlist, level)
@@ -763,7 +763,7 @@ def test_a_run_imports_nothing_that_a_bare_gpu_machine_lacks(tmp_path: Path) -> 
         cwd=ROOT,
         env={
             "PATH": "",
-            "PYTHONPATH": "bench",
+            "PYTHONPATH": ".",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "HOME": str(tmp_path),
@@ -803,6 +803,23 @@ def test_sections_fit_nine_minutes_and_their_options_parse() -> None:
     for section in gpu_prefill.SECTIONS:
         prefill_latency.parse(section.options.split())
     prefill_latency.parse(gpu_prefill.TINY.split())
+
+
+def test_a_relative_folder_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sections run in the root of the checkout; their tables go where the caller said."""
+    monkeypatch.chdir(tmp_path)
+    commands: list[list[Any]] = []
+
+    def start(command: list[Any], log: Path | None = None) -> None:
+        commands.append(command)
+
+    monkeypatch.setattr(gpu_prefill, "start", start)
+    monkeypatch.setattr(gpu_prefill, "finish", lambda process, by: gpu_prefill.OK)
+    section = gpu_prefill.Section("tables", 60, gpu_prefill.TINY)
+    gpu_prefill.run_all(Path("out"), [section], seconds=500, tiny=True)
+    (command,) = commands
+    assert command[command.index("--out") + 1] == str(tmp_path / "out" / "tables")
+    assert (tmp_path / "out" / "sections.txt").exists()
 
 
 def test_a_section_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,7 @@ def simulate(world: World, section: Any, *, slower: float) -> dict[Row, Timed[Ro
 
             rows = list(plan_of(args).rows(source, batch, dims, element=2))
             found |= measured(rows, make, Effort(args.warm_ups, args.repeats, deadline), [])
-            assert adapter_of(args).kind == "mlp"
+            assert adapter_of(args).adapter.kind == "mlp"
     assert world.now <= section.seconds
     return found
 

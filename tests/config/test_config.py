@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,11 @@ import pytest
 from torch import nn
 
 from latentwire_fast.config.overrides import with_overrides
-from latentwire_fast.config.presets import PRESETS, load_preset
+from latentwire_fast.config.presets import PRESETS, load_preset, weighted
 from latentwire_fast.config.schema import (
-    AdapterConfig,
     DataConfig,
-    EncoderConfig,
     EvalConfig,
     OptimConfig,
-    QuantizerConfig,
     ReaderConfig,
     RunConfig,
     StageConfig,
@@ -34,10 +32,10 @@ from latentwire_fast.config.serialization import (
 )
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.readers.decoding import DecodeOptions
-from latentwire_fast.training.schedules import facts_at
-from runs import changed, stored
+from latentwire_fast.registry import BOTTLENECKS, ENCODERS, OBJECTIVES, POOLERS, SCHEDULES
+from runs import changed, deep, soft, stored
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
+ALL = ("lm", "byte")
 
 
 @pytest.fixture
@@ -55,13 +53,6 @@ def test_every_preset_survives_json(name: str) -> None:
     assert run_config_from_json(json.loads(text)) == config
     assert json.dumps(to_json(run_config_from_json(json.loads(text)))) == text
     assert config.preset == name
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
-def test_every_shipped_file_is_a_configuration(path: Path) -> None:
-    config = load_preset(str(path))
-    assert config.total_steps > 0
-    assert run_config_from_json(to_json(config)) == config
 
 
 def test_what_is_left_out_is_the_default() -> None:
@@ -103,46 +94,85 @@ def test_a_run_folder_gives_back_its_configuration(config: RunConfig, tmp_path: 
 # --- mistakes -----------------------------------------------------------------------------------
 
 
+def staged_facts(*levels: tuple[float, float]) -> StageConfig:
+    """A stage of two steps with this curriculum."""
+    return StageConfig("s", steps=2, facts=SCHEDULES.config("steps", levels=levels))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EncoderConfig(latents=0), "latents=0, expected 1 to 65535"),
-        (lambda: EncoderConfig(latents=65536), "latents=65536"),
-        (lambda: EncoderConfig(d_z=0), "d_z=0, expected 1 to 65535"),
-        (lambda: EncoderConfig(kind="bytes"), "kind='bytes'.*'lm'.*'byte'"),  # type: ignore[arg-type]
-        (lambda: EncoderConfig(pooling="mean"), "pooling='mean'.*'queries'.*'spans'"),  # type: ignore[arg-type]
-        (lambda: EncoderConfig(byte_width=30, byte_heads=4), "byte_width=30.*byte_heads=4"),
-        (lambda: EncoderConfig(rehearsals=-1), "rehearsals=-1, expected at least 0"),
-        (lambda: QuantizerConfig(bits=5), "bits=5, expected 16, 8, 6 or 4"),
-        (lambda: QuantizerConfig(group_size=8), "group_size=8"),
-        (lambda: AdapterConfig(gain=0.0), "gain=0.0, expected above 0"),
-        (lambda: AdapterConfig(gain=math.inf), "gain=inf, expected finite float"),
-        (lambda: AdapterConfig(dropout=1.0), "dropout=1.0"),
-        (lambda: AdapterConfig(kind="film"), "kind='film'"),  # type: ignore[arg-type]
-        (lambda: AdapterConfig(calibration="tokens"), "calibration='tokens'"),  # type: ignore[arg-type]
+        *((partial(ENCODERS.config, kind, latents=0), "latents=0, expected 1") for kind in ALL),
+        *((partial(ENCODERS.config, kind, latents=65536), "latents=65536") for kind in ALL),
+        *((partial(ENCODERS.config, kind, d_z=0), "d_z=0, expected 1 to 65535") for kind in ALL),
+        (lambda: ENCODERS.config("bytes"), "no encoder 'bytes'; there are lm, byte"),
+        (lambda: ENCODERS.config("byte", frozen=True), "encoder 'byte': .*'frozen'"),
+        (lambda: ENCODERS.config("byte", width=30, heads=4), "width=30.*heads=4"),
+        (lambda: ENCODERS.config("byte", max_bytes=0), "max_bytes=0, expected at least 1"),
+        (lambda: ENCODERS.config("lm", max_tokens=0), "max_tokens=0, expected at least 1"),
+        (lambda: ENCODERS.config("lm", pooler="spans"), "pooler='spans', expected PoolerConfig"),
+        (lambda: POOLERS.config("mean"), "no pooler 'mean'; there are queries, spans, selected"),
+        (lambda: POOLERS.config("queries", rehearsals=-1), "rehearsals=-1, expected at least 0"),
+        (lambda: BOTTLENECKS.config("uniform", bits=5), "bits=5, expected 16, 8, 6 or 4"),
+        (lambda: BOTTLENECKS.config("uniform", group_size=8), "group_size=8"),
+        (lambda: soft(gain=0.0), "gain=0.0, expected above 0"),
+        (lambda: soft(gain=math.inf), "gain=inf, expected finite float"),
+        (lambda: soft(calibration="tokens"), "calibration='tokens'"),
+        (lambda: soft(dropout=1.0), "dropout=1.0"),
+        (lambda: soft("film"), "no adapter 'film'; there are linear, mlp"),
+        (lambda: deep(dropout=1.0), "dropout=1.0"),
+        (lambda: deep(width=30, heads=4), "width=30 does not divide among heads=4"),
         (lambda: ReaderConfig("x", dtype="fp32"), "dtype='fp32', expected 'float32' or"),  # type: ignore[arg-type]
         (lambda: DataConfig(facts=0), "facts=0"),
         (lambda: DataConfig(questions_per_context=0), "questions_per_context=0"),
         (lambda: DataConfig(eval_examples=0), "eval_examples=0"),
         (lambda: StageConfig("s", steps=0), "stage 's': steps=0, expected at least 1"),
-        (lambda: StageConfig("s", steps=1, answer=0.0), "stage 's': objective weights"),
-        (lambda: StageConfig("s", steps=1, kd=-1.0), "stage 's': objective weights"),
-        (lambda: StageConfig("s", steps=1, kd_tau=0.0), "stage 's': kd_tau=0.0"),
-        (lambda: StageConfig("s", steps=1, kd_tau=math.inf), "kd_tau=inf, expected finite"),
-        (lambda: StageConfig("s", steps=1, answer=math.nan), "answer=nan, expected finite"),
+        (
+            lambda: StageConfig("s", steps=1, objectives=weighted(answer=0.0)),
+            "stage 's': no objective with a weight above 0",
+        ),
+        (lambda: StageConfig("s", steps=1, objectives=()), "stage 's': no objective with a weight"),
+        (
+            lambda: StageConfig("s", steps=1, objectives=2 * weighted(answer=1.0)),
+            "stage 's': 2 objectives 'answer', expected each once",
+        ),
+        (lambda: StageConfig("s", steps=1, objectives=(1.0,)), "objectives=.*, expected tuple"),  # type: ignore[arg-type]
+        (lambda: weighted(kd=-1.0), "objective 'kd': weight=-1.0, expected at least 0"),
+        (lambda: weighted(answers=1.0), "no objective 'answers'; there are answer, kd, "),
+        (lambda: OBJECTIVES.config("kd", tau=0.0), "objective 'kd': tau=0.0, expected above 0"),
+        (lambda: OBJECTIVES.config("kd", tau=math.inf), "tau=inf, expected finite"),
+        (lambda: OBJECTIVES.config("kd", tokens=0), "objective 'kd': tokens=0"),
+        (lambda: OBJECTIVES.config("embed", tau=1.0), "objective 'embed': .*'tau'"),
+        (lambda: weighted(answer=math.nan), "weight=nan, expected finite"),
         (lambda: StageConfig("s", steps=1, lr=0.0), "stage 's': lr=0.0, expected above 0"),
         (lambda: StageConfig("s", steps=1, lr=-1.0), "stage 's': lr=-1.0"),
-        (lambda: StageConfig("s", steps=1, facts=((math.nan, 2),)), "facts=.*nan.*, expected"),
-        (lambda: StageConfig("s", steps=1, answer_tokens=0), "stage 's': answer_tokens=0"),
+        (
+            lambda: SCHEDULES.config("steps", levels=((math.nan, 2.0),)),
+            "levels=.*nan.*, expected tuple",
+        ),
+        (lambda: SCHEDULES.config("steps", levels=()), "levels=.*, expected at least one"),
+        (
+            lambda: SCHEDULES.config("steps", levels=((0.5, 1), (0.5, 2))),
+            "levels=.*: expected shares above 0 that rise to at most 1",
+        ),
+        (lambda: SCHEDULES.config("steps", levels=((1.5, 1),)), "rise to at most 1"),
+        (lambda: SCHEDULES.config("steps", levels=((0.0, 1),)), "shares above 0"),
+        (
+            lambda: SCHEDULES.config("warmup_cosine", warmup_steps=-1),
+            "warmup_steps=-1, expected at least 0",
+        ),
+        (lambda: SCHEDULES.config("warmup_cosine", decay_from=1.1), "decay_from=1.1, expected in"),
+        (lambda: OBJECTIVES.config("answer", tokens=0), "objective 'answer': tokens=0"),
         (lambda: StageConfig("s", steps=1, quantize=5), "stage 's': quantize=5"),
-        (lambda: StageConfig("s", steps=1, facts=((1.0, 19),)), "stage 's': facts=19"),
+        (lambda: staged_facts((1.0, 19)), "stage 's': facts=19, expected a whole number from 1"),
+        (lambda: staged_facts((0.5, 1), (1.0, 2.5)), "stage 's': facts=2.5, expected a whole"),
         (lambda: OptimConfig(adamw_lr=0.0), "adamw_lr=0.0, expected above 0"),
         (lambda: OptimConfig(muon_lr=-1.0), "muon_lr=-1.0, expected above 0, or none"),
         (lambda: OptimConfig(encoder_lr=math.nan), "encoder_lr=nan"),
         (lambda: OptimConfig(muon_lr=math.inf), "muon_lr=inf, expected finite float | None"),
         (lambda: OptimConfig(clip=math.inf), "clip=inf, expected finite float"),
         (lambda: OptimConfig(weight_decay=-0.1), "weight_decay=-0.1, expected at least 0"),
-        (lambda: OptimConfig(warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: OptimConfig(lr_schedule=None), "lr_schedule=None, expected ScheduleConfig"),  # type: ignore[arg-type]
         (lambda: EvalConfig(first_token_temperature=math.nan), "first_token_temperature=nan"),
         (lambda: EvalConfig(first_token_top_p=0.0), "first_token_top_p=0.0"),
         (lambda: OptimConfig(batch_size=0), "batch_size=0"),
@@ -170,6 +200,8 @@ def test_a_value_that_cannot_work_is_named(make: Callable[[], object], message: 
         ({"log_every": 0}, "log_every=0"),
         ({"save_every": 0}, "save_every=0"),
         ({"threads": 0}, "threads=0"),
+        ({"attachments": ()}, "attachments: at least one is needed"),
+        ({"attachments": (soft(), deep(), soft())}, "'soft' is not the only one that makes"),
     ],
 )
 def test_a_run_that_cannot_work_is_named(config: RunConfig, change: dict, message: str) -> None:
@@ -208,7 +240,7 @@ def test_a_reader_may_not_be_called_so(config: RunConfig, name: str) -> None:
         (lambda d: d["stages"][0].update(loss=3), "loss"),
         (lambda d: d["stages"][0].pop("steps"), "steps"),
         (lambda d: d["readers"]["llama"].pop("source"), "source"),
-        (lambda d: d["quantizer"].update(bits=5), "bits=5, expected 16, 8, 6 or 4"),
+        (lambda d: d["bottleneck"].update(bits=5), "bits=5, expected 16, 8, 6 or 4"),
         (lambda d: d.update(readers=[]), r"readers=\[\], expected dict"),
         (
             lambda d: d.update(readers={"llama": "path"}),
@@ -219,12 +251,46 @@ def test_a_reader_may_not_be_called_so(config: RunConfig, name: str) -> None:
         (lambda d: d.update(encoder=None), "encoder: None, expected an object"),
         (lambda d: d["optim"].update(batch_size="many"), "batch_size='many', expected int"),
         (lambda d: d["optim"].update(batch_size=True), "batch_size=True, expected int"),
-        (lambda d: d["adapter"].update(gain="1"), "gain='1', expected finite float"),
+        (lambda d: d["attachments"][0].update(gain="1"), r"attachments\[0\]: gain='1', expected"),
+        (lambda d: d["attachments"][0].update(kind="hard"), "no reader attachment 'hard'; there"),
+        (lambda d: d["encoder"].pop("kind"), 'encoder: its "kind" is missing'),
+        (lambda d: d["encoder"].update(kind="byte"), "encoder: does not fit this version, unknown"),
+        (lambda d: d["encoder"]["pooler"].update(kind=3), "no pooler 3; there are queries"),
         (lambda d: d.update(preset=None), "preset=None, expected str"),
         (lambda d: d["evaluation"].update(bits=16), "evaluation: bits=16, expected tuple"),
-        (lambda d: d["stages"][0].update(facts=[[1]]), "1 values, expected 2"),
-        (lambda d: d["stages"][0].update(facts=[[1, 2.7]]), r"facts=.*2\.7.*, expected tuple"),
-        (lambda d: d["stages"][0].update(facts=[1]), r"stages\[0\]: facts=\(1,\), expected tuple"),
+        (lambda d: d["stages"][0].update(facts=7), r"stages\[0\]\.facts: 7, expected an object"),
+        (
+            lambda d: d["stages"][0].update(facts={"levels": []}),
+            r"stages\[0\]\.facts: its \"kind\" is missing",
+        ),
+        (
+            lambda d: d["stages"][0].update(facts={"kind": "step"}),
+            "no schedule 'step'; there are constant, warmup_cosine, steps",
+        ),
+        (
+            lambda d: d["stages"][0].update(facts={"kind": "steps", "levels": [[1]]}),
+            r"facts\.levels\[0\]: 1 values, expected 2",
+        ),
+        (
+            lambda d: d["stages"][0].update(facts={"kind": "steps", "levels": [[1, 2.7]]}),
+            r"stages\[0\]: stage 'pretrain': facts=2\.7",
+        ),
+        (
+            lambda d: d["stages"][0].update(facts={"kind": "steps", "levels": [1]}),
+            r"stages\[0\]\.facts: levels=\(1,\), expected tuple",
+        ),
+        (
+            lambda d: d["stages"][0]["objectives"][0].update(tau=1.0),
+            r"stages\[0\]\.objectives\[0\]: .* unknown tau",
+        ),
+        (
+            lambda d: d["stages"][0]["objectives"][0].update(kind="guess"),
+            "no objective 'guess'; there are answer, ",
+        ),
+        (
+            lambda d: d["stages"][0]["objectives"].append({"weight": 1.0}),
+            r"stages\[0\]\.objectives\[2\]: its \"kind\" is missing",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(
@@ -272,19 +338,12 @@ def test_stage_at_walks_the_stages(config: RunConfig) -> None:
     stages = (StageConfig("a", steps=2), StageConfig("b", steps=1), StageConfig("c", steps=4))
     config = changed(config, stages=stages)
     assert config.total_steps == 7
-    found = [(stage.name, share) for stage, share in map(config.stage_at, range(8))]
+    found = [(stage.name, done) for stage, done in map(config.stage_at, range(8))]
     assert found == [
-        *(("a", 0.0), ("a", 0.5), ("b", 0.0)),
-        *(("c", 0.0), ("c", 0.25), ("c", 0.5), ("c", 0.75)),
-        ("c", 1.0),
+        *(("a", 0), ("a", 1), ("b", 0)),
+        *(("c", 0), ("c", 1), ("c", 2), ("c", 3)),
+        ("c", 4),
     ]
-
-
-def test_facts_follow_the_schedule() -> None:
-    schedule = ((0.2, 1), (0.5, 2), (1.0, 4))
-    found = [facts_at(schedule, share, 9) for share in (0.0, 0.19, 0.2, 0.49, 0.5, 0.99, 1.0)]
-    assert found == [1, 1, 2, 2, 4, 4, 4]
-    assert facts_at((), 0.5, 9) == 9
 
 
 # --- overrides ----------------------------------------------------------------------------------
@@ -302,23 +361,32 @@ def test_overrides_keep_what_they_do_not_name(config: RunConfig) -> None:
 
 
 def test_embeddings_of_answers_are_for_latents_that_may_hold_one(config: RunConfig) -> None:
-    stages = (StageConfig("align", steps=1, answer=0.0, embed=1.0), *config.stages)
+    align = StageConfig("align", steps=1, objectives=weighted(embed=1.0))
+    stages = (align, *config.stages)
     pure = changed(config, mode="pure", stages=stages)
-    for wrong in ({"mode": "context"}, {"adapter": {"prefix": "deep"}}):
-        with pytest.raises(ConfigError, match="embed > 0 needs mode='pure'"):
-            changed(pure, **wrong)
+    with pytest.raises(ConfigError, match="'embed' needs mode='pure', this run has mode='context'"):
+        changed(pure, mode="context")
+    with pytest.raises(ConfigError, match="'embed' needs an attachment 'soft'"):
+        changed(pure, attachments=(deep(),))
     assert with_overrides(pure, mode="context") == changed(pure, mode="context", stages=stages[1:])
     assert with_overrides(pure, mode="pure") == pure
     assert with_overrides(pure, mode="context", steps=40).total_steps == 40
-    both = (replace(stages[0], answer=0.5), *config.stages)
+    both = (replace(align, objectives=weighted(embed=1.0, answer=0.5)), *config.stages)
     found = with_overrides(changed(pure, stages=both), mode="context")
-    assert found.stages[0] == replace(both[0], embed=0.0)
+    assert found.stages[0] == replace(align, objectives=weighted(answer=0.5))
 
 
 @pytest.mark.parametrize("given", [{"data": ""}, {"encoder": ""}, {"readers": {"a": ""}}])
 def test_an_empty_source_is_not_taken_for_none(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is given as nothing; leave it out"):
         with_overrides(load_preset("testbed"), **given)
+
+
+def test_threads_of_the_testbed_are_for_its_small_readers() -> None:
+    config = load_preset("testbed_smoke")
+    assert config.threads == 1
+    assert with_overrides(config, readers={"one": "testbed:qwen"}).threads == 1
+    assert with_overrides(config, readers={"one": "testbed:qwen", "two": "LM"}).threads is None
 
 
 def test_override_of_readers_brings_the_encoder_along(config: RunConfig) -> None:

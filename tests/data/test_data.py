@@ -13,12 +13,16 @@ from typing import Any
 import datasets
 import pytest
 
-from latentwire_fast.data import hub, sources
-from latentwire_fast.data.examples import Example
+from latentwire_fast.config.schema import DataConfig
+from latentwire_fast.data import sources
+from latentwire_fast.data.examples import Example, Split
+from latentwire_fast.data.sets.hub_set import hub_sets
+from latentwire_fast.data.sets.rows import CONTEXT_CHARS
 from latentwire_fast.data.sources import in_split, load_examples, mix
 from latentwire_fast.data.squad import NO_ANSWER, load_squad
 from latentwire_fast.errors import DataError
 from latentwire_fast.files.text import read_text
+from latentwire_fast.registry import DATA_SETS
 
 
 @pytest.fixture(autouse=True)
@@ -236,8 +240,12 @@ SQUAD = {
 }
 
 
+def convert_or_none(name: str, row: dict[str, Any]) -> Example | None:
+    return DATA_SETS[name](DATA_SETS.config(name)).convert(row)
+
+
 def convert(name: str, row: dict[str, Any]) -> Example:
-    example = hub.HUB_SETS[name].convert(row)
+    example = convert_or_none(name, row)
     assert example is not None
     return example
 
@@ -259,29 +267,29 @@ def test_hotpot_keeps_the_supporting_paragraphs() -> None:
         for pair in zip(*HOTPOT["context"].values(), strict=True)
     ]
     assert convert("hotpot_qa", HOTPOT | {"context": records}) == example
-    assert hub.HUB_SETS["hotpot_qa"].convert(HOTPOT | {"answer": None}) is None
+    assert convert_or_none("hotpot_qa", HOTPOT | {"answer": None}) is None
 
 
 def test_contexts_are_cut_between_words() -> None:
     long = {"title": ["A"], "sentences": [["word " * 900]]}
     context = convert("hotpot_qa", HOTPOT | {"context": long}).context
-    assert len(context) <= hub.CONTEXT_CHARS
+    assert len(context) <= CONTEXT_CHARS
     assert context.endswith(" word")
-    assert len(context) > hub.CONTEXT_CHARS - 6
+    assert len(context) > CONTEXT_CHARS - 6
 
 
 def test_ms_marco_keeps_the_selected_passage() -> None:
     example = convert("ms_marco", MARCO)
     assert example.context == "passage 0\npassage 1\npassage 3"
     assert (example.id, example.answers) == ("12", ("It is y.",))
-    assert hub.HUB_SETS["ms_marco"].convert(MARCO | {"answers": ["No Answer Present."]}) is None
+    assert convert_or_none("ms_marco", MARCO | {"answers": ["No Answer Present."]}) is None
 
 
 def test_natural_questions_takes_the_long_answer_without_markup() -> None:
     example = convert("natural_questions", NATURAL)
     assert example == Example("n1", "The lamp is red", "which colour", ("red",))
     none = NATURAL | {"annotations": NATURAL["annotations"][:1]}
-    assert hub.HUB_SETS["natural_questions"].convert(none) is None
+    assert convert_or_none("natural_questions", none) is None
 
 
 def test_choices_become_texts() -> None:
@@ -314,7 +322,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(hub.HUB_SETS))
+@pytest.mark.parametrize("name", sorted(hub_sets()))
 def test_saved_folder_and_json_rows_agree(tmp_path: Path, name: str) -> None:
     """What `datasets` does to nested columns on the way through arrow does not matter."""
     expected = convert(name, ROWS[name])
@@ -354,7 +362,7 @@ def test_saved_splits_are_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("split", "asked"), [("train", "train"), ("heldout", "validation")])
 def test_hub_is_asked_for_the_right_split(
-    monkeypatch: pytest.MonkeyPatch, split: hub.Split, asked: str
+    monkeypatch: pytest.MonkeyPatch, split: Split, asked: str
 ) -> None:
     calls = []
 
@@ -462,8 +470,10 @@ def test_nothing_of_the_split(tmp_path: Path) -> None:
 
 
 def test_testbed_source() -> None:
-    examples = load_examples("testbed", split="heldout", count=3, seed=5, facts=2)
-    assert examples == load_examples("testbed", split="heldout", count=3, seed=5, facts=2)
+    examples = load_examples("testbed", split="heldout", count=3, seed=5, data=DataConfig(facts=2))
+    assert examples == load_examples(
+        "testbed", split="heldout", count=3, seed=5, data=DataConfig(facts=2)
+    )
     assert all(e.context.count(".") == 2 for e in examples)
     with pytest.raises(DataError, match="give a count"):
         load_examples("testbed", split="all", count=3, seed=5)
@@ -496,7 +506,7 @@ def test_mixture_of_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_real_squad_file(split: hub.Split) -> None:
+def test_real_squad_file(split: Split) -> None:
     """The public development set, where a copy is at hand."""
     root = Path(__file__).parents[2].parent / "shared"
     path = Path(os.environ.get("LATENTWIRE_SHARED", root)) / "data/squad_v1.1_dev_32_articles.json"

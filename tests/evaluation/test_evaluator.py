@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,23 @@ from latentwire_fast.config.serialization import to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
-from latentwire_fast.evaluation import metrics as scores
+from latentwire_fast.evaluation.console import summary_lines
 from latentwire_fast.evaluation.evaluator import Evaluator
-from latentwire_fast.evaluation.method_result import BY_BITS
-from latentwire_fast.evaluation.methods import Methods
+from latentwire_fast.evaluation.methods.base import EvaluationCase, evaluation_methods
+from latentwire_fast.evaluation.metrics import exact_match, f1, normalize_answer
+from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.pipeline import evaluate_run, stored_metrics
+from latentwire_fast.evaluation.report import write_report
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import PromptBuilder, Turn, full_text
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving.prefixes import TrainedParts
 from readers import METHODS, tiny_interlingua, tiny_model
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 BITS = ("16", "8", "6", "4")
+BY_BITS = ("latent_bits", "byte_budget_bits")
 ALL_METHODS = {*METHODS, "first_words"}
 INTERVALS = ("f1", "em", "first_token_top1", "first_token_top5", "nll_per_token", "diversity")
 TIMES = {"prefill_ms_p50", "end_to_end_ms_p50"}
@@ -62,8 +67,8 @@ def make_config(folders: dict[str, Path], model: Interlingua, **evaluation: Any)
         seed=3,
         readers={name: ReaderConfig(str(folder)) for name, folder in folders.items()},
         encoder=model.encoder_config,
-        quantizer=model.quantizer,
-        adapter=model.adapter_config,
+        bottleneck=model.bottleneck_config,
+        attachments=model.attachment_configs,
         data=DataConfig(eval_examples=6, facts=2),
         stages=(StageConfig("answer", steps=1),),
         evaluation=EvalConfig(**{**options, **evaluation}),
@@ -84,8 +89,8 @@ def evaluate(
     config: RunConfig, model: Interlingua, readers: dict[str, Reader], examples: list[Example]
 ) -> Measured:
     """What goes to metrics.json and to predictions.jsonl."""
-    outcome = Evaluator(config, model, readers, examples, progress=False).run()
-    return outcome.metrics(), outcome.records()
+    results = Evaluator(config, model, readers, examples, progress=False).run()
+    return results.metrics(), results.records()
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +244,56 @@ def test_examples_without_an_answer_are_left_out(
     assert evaluator.examples == examples[1:3]
 
 
+def test_one_context_has_no_shuffled_latent(
+    folders: dict[str, Path],
+    model: Interlingua,
+    readers: dict[str, Reader],
+    examples: list[Example],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Its own payload would stand in for another's, and look as good as the latent."""
+    metrics, records = evaluate(make_config(folders, model), model, readers, examples[:1])
+    reason = "all examples have the same context, so no other example's payload can be taken"
+    assert metrics["not_measured"] == {"shuffled_latent": reason}
+    assert f"shuffled_latent is not measured: {reason}" in caplog.text
+    for methods in (*metrics["readers"].values(), *records[0]["readers"].values()):
+        assert list(methods) == [*METHODS, "first_words", *BY_BITS]
+        assert methods["shuffled_latent"] is None
+        assert methods["latent"] is not None
+    metrics["run"] = {"mode": "context", "commit": "", "name": "", "config_sha256": ""}
+    assert f"{'shuffled latent':18}{'-':>12}{'-':>12}" in summary_lines(metrics)
+    assert f"shuffled latent: not measured, {reason}" in summary_lines(metrics)
+    assert "| shuffled latent |" in model_card(make_config(folders, model), metrics)
+    write_report(tmp_path, metrics=metrics, predictions=records, diagnostics=[], config={})
+    report = (tmp_path / "report.md").read_text()
+    assert f"Shuffled latent was not measured: {reason}." in report
+    assert "| Shuffled latent | \N{EM DASH} |" in report
+
+
+def test_never_more_than_one_batch_of_prefixes_is_held(
+    folders: dict[str, Path],
+    model: Interlingua,
+    readers: dict[str, Reader],
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Deep prefixes of 1,000 examples would be 8.4 GB on the shapes of an 8B reader."""
+    make, alive, counts = TrainedParts.__call__, {}, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        soft, deep = make(*args, **options)
+        number = len(counts)
+        alive[number] = len(soft)
+        weakref.finalize(soft, alive.pop, number)
+        counts.append(sum(alive.values()))
+        return soft, deep
+
+    monkeypatch.setattr(TrainedParts, "__call__", counted)
+    evaluate(make_config(folders, model, batch_size=3), model, readers, examples)
+    assert max(counts) == 3
+
+
 # --- bytes --------------------------------------------------------------------------------------
 
 
@@ -289,7 +344,7 @@ def test_scores_are_those_of_the_recorded_predictions(measured: Measured) -> Non
     for name, methods in metrics["readers"].items():
         for method in ALL_METHODS:
             entries = [r["readers"][name][method] for r in records]
-            for key, score in (("f1", scores.f1), ("em", scores.exact_match)):
+            for key, score in (("f1", f1), ("em", exact_match)):
                 values = [
                     score(entry["prediction"], r["answers"])
                     for entry, r in zip(entries, records, strict=True)
@@ -351,10 +406,14 @@ def test_the_latent_is_judged_at_the_runs_own_width(measured: Measured) -> None:
 
 def test_fewer_bytes_hold_a_shorter_text(model: Interlingua, readers: dict[str, Reader]) -> None:
     example = make_examples(1, seed=3)[0]
-    methods = Methods(model, readers["llama"], [example], payloads=[bytes(90)])
-    own, short = methods.byte_budget(), methods.byte_budget([30])
-    assert short.positions[0] < own.positions[0] < methods.text().positions[0]
-    assert own.prompts == methods.byte_budget([90]).prompts
+    payloads = {8: [bytes(90)], 4: [bytes(30)]}
+    case = EvaluationCase(model, readers["llama"], [example], payloads)
+    methods = evaluation_methods()
+    own, short = (
+        methods["byte_budget"].build(case, range(1), bits=bits).positions[0] for bits in (8, 4)
+    )
+    (whole,) = methods["text"].build(case, range(1), bits=8).positions
+    assert short < own < whole
 
 
 # --- joint rescoring ----------------------------------------------------------------------------
@@ -380,7 +439,7 @@ def test_the_joint_answer_is_the_candidate_with_the_higher_total(measured: Measu
     best_each = [max(pair, key=lambda e: e["f1"])["f1"] for pair in zip(*latent, strict=True)]
     assert joint["oracle_f1"] == pytest.approx(sum(best_each) / count)
     same = [
-        scores.normalize_answer(a["prediction"]) == scores.normalize_answer(b["prediction"])
+        normalize_answer(a["prediction"]) == normalize_answer(b["prediction"])
         for a, b in zip(*latent, strict=True)
     ]
     assert joint["agreement"] == sum(same) / count
@@ -572,9 +631,9 @@ def test_an_untrained_folder_says_what_to_do(tmp_path: Path) -> None:
     [
         (None, {"mode": "pure"}),
         ("encoder", {"latents": 9}),
-        ("encoder", {"pooling": "spans"}),
-        ("quantizer", {"bits": 4}),
-        ("adapter", {"gain": 2.0}),
+        ("encoder", {"width": 32}),
+        ("bottleneck", {"bits": 4}),
+        (None, {"attachments": [{"kind": "soft", "gain": 2.0}]}),
     ],
 )
 def test_a_configuration_that_is_not_the_models_is_refused(
@@ -585,7 +644,7 @@ def test_a_configuration_that_is_not_the_models_is_refused(
     config = json.loads(path.read_text())
     (config if part is None else config[part]).update(changes)
     path.write_text(json.dumps(config))
-    name = part or "mode"
+    name = part or next(iter(changes))
     with pytest.raises(CheckpointError, match=rf"not of the model beside it \(differs in {name}\)"):
         evaluate_run(run_dir, progress=False)
     assert not (run_dir / "eval").exists()

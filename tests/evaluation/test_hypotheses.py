@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from latentwire_fast.evaluation.hypotheses import NOT_MEASURED, judge
+from latentwire_fast.evaluation.hypotheses.base import NOT_MEASURED, Evidence, judge_hypotheses
 from latentwire_fast.evaluation.method_result import MethodResult
 from latentwire_fast.evaluation.metrics import paired_interval
 
@@ -60,26 +60,26 @@ def verdicts(
     utf8: float = 230.0,
     unseen: bool = False,
 ) -> dict[str, Any]:
-    """`judge` on good readers, but for what is given."""
+    """`judge_hypotheses` on good readers, but for what is given."""
     results = {name: reader_results() for name in NAMES} if results is None else results
     sizes = payload or {16: 400, 8: 220, 6: 172, 4: 124}
     widths = by_bits or dict.fromkeys(BITS, TEXT_F1)
-    return judge(
-        {
-            "bytes": {
-                "payload_mean": {str(bits): float(size) for bits, size in sizes.items()},
-                "text_utf8_mean": utf8,
+    return judge_hypotheses(
+        Evidence(
+            methods=results,
+            by_bits={
+                name: {"latent": {bits: result(f1) for bits, f1 in widths.items()}}
+                for name in results
             },
-            "latent": {"bits": 6},
-        },
-        results,
-        {name: {bits: result(f1) for bits, f1 in widths.items()} for name in results},
-        joint,
-        payload_sizes={bits: [size] * COUNT for bits, size in sizes.items()},
-        brotli_sizes=[brotli] * COUNT,
-        unseen=unseen,
-        seed=SEED,
-        resamples=RESAMPLES,
+            joint=joint,
+            bits=6,
+            payload_sizes={bits: [size] * COUNT for bits, size in sizes.items()},
+            utf8_sizes=[utf8] * COUNT,
+            brotli_sizes=[brotli] * COUNT,
+            are_added_readers=unseen,
+            seed=SEED,
+            resamples=RESAMPLES,
+        )
     )
 
 

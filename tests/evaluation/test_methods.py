@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from latentwire_fast import wire
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.data.examples import Example
-from latentwire_fast.evaluation.methods import (
+from latentwire_fast.evaluation.methods.base import (
+    EvaluationCase,
     MethodInput,
-    Methods,
+    by_kind,
     cut_utf8,
+    evaluation_methods,
     other_contexts,
     unanswered,
 )
@@ -29,6 +34,7 @@ from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
 from readers import METHODS, tiny_interlingua
 
+BITS = 6
 LATENTS = 12  # wide enough for some context beside a question, too small for any passage
 
 
@@ -49,20 +55,15 @@ def payloads(model: Interlingua, mode: Mode, examples: list[Example]) -> list[by
 
 
 @pytest.fixture(scope="module")
-def methods(
+def case(
     model: Interlingua, reader: Reader, examples: list[Example], payloads: list[bytes]
-) -> Methods:
-    return Methods(
-        model,
-        reader,
-        examples,
-        payloads=payloads,
-    )
+) -> EvaluationCase:
+    return EvaluationCase(model, reader, examples, {BITS: payloads})
 
 
-def content(methods: Methods, prompt: Prompt) -> list[int]:
+def content(case: EvaluationCase, prompt: Prompt) -> list[int]:
     """The ids that stand for user text in a text prompt."""
-    start = methods.reader.prompts.content_start
+    start = case.reader.prompts.content_start
     return prompt.ids[start : start + prompt.content]
 
 
@@ -70,56 +71,78 @@ def answer(prompt: Prompt) -> list[int]:
     return [token for token, scored in zip(prompt.ids, prompt.is_target, strict=True) if scored]
 
 
-def build(methods: Methods, name: str) -> MethodInput:
+def build(case: EvaluationCase, name: str) -> MethodInput:
     with torch.no_grad():
-        return methods.table[name]()
+        return evaluation_methods()[name].build(case, range(len(case.examples)), bits=BITS)
 
 
-def standing_in(methods: Methods, given: MethodInput) -> list[Tensor] | list[None]:
-    """The soft tokens of each prompt."""
+def prefixes_of(case: EvaluationCase, given: MethodInput) -> Tensor | None:
+    """The soft prefixes that the reader gets, or None for text."""
     if given.embeddings is not None:
         return given.embeddings
     if given.payloads is None:
-        return [None] * len(given.prompts)
+        return None
+    latent = case.model.decode_payloads(given.payloads)
     with torch.no_grad():
-        latents = methods.model.decode_payloads(given.payloads)
-        return list(methods.model.prefix(methods.reader.name, latents))
+        return case.model.prefix(case.reader.name, latent)
 
 
 # --- every method -------------------------------------------------------------------------------
 
 
-def test_the_table_holds_every_method_that_reads(methods: Methods) -> None:
-    assert set(methods.table) == set(METHODS)
+def test_the_table_holds_every_method(case: EvaluationCase) -> None:
+    assert set(evaluation_methods()) == {*METHODS, "first_words"}
+    assert [method.kind for method in by_kind().values()] == [
+        *["reference"] * 2,
+        "ours",
+        *["budget"] * 3,
+        *["floor"] * 4,
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_is_a_part_of_the_whole(case: EvaluationCase, name: str) -> None:
+    """What an example is given does not depend on how a data set is cut into batches."""
+    whole, rows = build(case, name), range(5, 8)
+    with torch.no_grad():
+        part = evaluation_methods()[name].build(case, rows, bits=BITS)
+    assert part.prompts == whole.prompts[5:8]
+    assert part.positions == whole.positions[5:8]
+    assert part.payloads == (whole.payloads and whole.payloads[5:8])
+    assert sum(given is not None for given in (whole.payloads, whole.embeddings)) <= 1
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_asks_for_the_same_answer_in_the_same_frame(
-    methods: Methods, name: str
+    case: EvaluationCase, name: str
 ) -> None:
     """Template, anchor and gold answer are the text baseline's: only the content differs."""
-    given, text = build(methods, name), build(methods, "text")
-    start = methods.reader.prompts.content_start
-    assert len(given.prompts) == len(given.positions) == len(methods.examples)
+    given, text = build(case, name), build(case, "text")
+    start = case.reader.prompts.content_start
+    is_text = given.payloads is None and given.embeddings is None
+    assert len(given.prompts) == len(given.positions) == len(case.examples)
     for prompt, whole in zip(given.prompts, text.prompts, strict=True):
         assert answer(prompt) == answer(whole)
         assert prompt.ids[:start] == whole.ids[:start]
         tail = whole.ids[start + whole.content :]
         assert prompt.ids[-len(tail) :] == tail
-        assert (prompt.latent_at is None) == (given.payloads is None and given.embeddings is None)
+        assert (prompt.latent_at is None) == is_text
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_positions_are_those_in_the_latents_place(methods: Methods, mode: Mode, name: str) -> None:
-    given = build(methods, name)
+def test_positions_are_those_in_the_latents_place(
+    case: EvaluationCase, mode: Mode, name: str
+) -> None:
+    given = build(case, name)
+    prefixes = prefixes_of(case, given)
     for prompt, positions, prefix, e in zip(
         given.prompts,
         given.positions,
-        standing_in(methods, given),
-        methods.examples,
+        [None] * len(given.prompts) if prefixes is None else prefixes,
+        case.examples,
         strict=True,
     ):
-        question = len(methods.reader.prompts.text_ids(question_text(e.question)))
+        question = len(case.reader.prompts.text_ids(question_text(e.question)))
         taken = prompt.content if prefix is None else len(prefix)
         # In context mode question and label stay text beside the latent, so they do not count,
         # except where they are themselves part of what is cut.
@@ -129,14 +152,14 @@ def test_positions_are_those_in_the_latents_place(methods: Methods, mode: Mode, 
             "zero_latent",
             "token_budget",
         )
-        free = question + len(methods.reader.prompts.label_ids)
+        free = question + len(case.reader.prompts.label_ids)
         assert positions == max(0, taken - (free if beside else 0))
 
 
-def test_without_its_answer_a_prompt_ends_at_the_anchor(methods: Methods) -> None:
-    anchor = methods.reader.prompts.text_ids("Answer:")
+def test_without_its_answer_a_prompt_ends_at_the_anchor(case: EvaluationCase) -> None:
+    anchor = case.reader.prompts.text_ids("Answer:")
     for name in ("text", "latent"):
-        for prompt in build(methods, name).prompts:
+        for prompt in build(case, name).prompts:
             open_prompt = unanswered(prompt)
             assert prompt.ids == open_prompt.ids + answer(prompt)
             assert open_prompt.ids[-len(anchor) :] == anchor
@@ -157,24 +180,24 @@ def test_cutting_utf8_never_breaks_a_character(text: str, size: int) -> None:
         assert len(text[: len(cut) + 1].encode()) > size
 
 
-def test_a_token_budget_is_the_first_m_tokens(methods: Methods) -> None:
-    given = build(methods, "token_budget")
-    for prompt, positions, e in zip(given.prompts, given.positions, methods.examples, strict=True):
-        text = methods.reader.prompts.text_ids(full_text(e.context, e.question))
-        assert content(methods, prompt) == text[:LATENTS]
+def test_a_token_budget_is_the_first_m_tokens(case: EvaluationCase) -> None:
+    given = build(case, "token_budget")
+    for prompt, positions, e in zip(given.prompts, given.positions, case.examples, strict=True):
+        text = case.reader.prompts.text_ids(full_text(e.context, e.question))
+        assert content(case, prompt) == text[:LATENTS]
         assert positions <= LATENTS
     assert max(given.positions) == LATENTS
 
 
 def test_a_token_budget_can_keep_the_question_and_cut_the_context(
-    methods: Methods, mode: Mode
+    case: EvaluationCase, mode: Mode
 ) -> None:
-    given = build(methods, "token_budget_question")
-    ids = methods.reader.prompts.text_ids
+    given = build(case, "token_budget_question")
+    ids = case.reader.prompts.text_ids
     some_context = False
-    for prompt, positions, e in zip(given.prompts, given.positions, methods.examples, strict=True):
+    for prompt, positions, e in zip(given.prompts, given.positions, case.examples, strict=True):
         question = ids(question_text(e.question))
-        kept = content(methods, prompt)
+        kept = content(case, prompt)
         context = kept[: -len(question)]
         assert kept[-len(question) :] == question
         assert context == ids(context_text(e.context))[: len(context)]
@@ -182,7 +205,7 @@ def test_a_token_budget_can_keep_the_question_and_cut_the_context(
         budget = max(LATENTS, len(question)) if mode == "pure" else LATENTS
         assert positions <= budget
         # In context mode the label stands beside the latent too: it costs nothing.
-        free = len(methods.reader.prompts.label_ids)
+        free = len(case.reader.prompts.label_ids)
         room = max(0, LATENTS - len(question)) if mode == "pure" else LATENTS + free
         assert len(context) == min(room, len(ids(context_text(e.context))))
         some_context |= bool(context)
@@ -190,12 +213,12 @@ def test_a_token_budget_can_keep_the_question_and_cut_the_context(
 
 
 def test_b1_a_byte_budget_is_at_most_the_payload(
-    methods: Methods, mode: Mode, payloads: list[bytes]
+    case: EvaluationCase, mode: Mode, payloads: list[bytes]
 ) -> None:
     for prompt, payload, e in zip(
-        build(methods, "byte_budget").prompts, payloads, methods.examples, strict=True
+        build(case, "byte_budget").prompts, payloads, case.examples, strict=True
     ):
-        text = methods.reader.tokenizer.decode(content(methods, prompt))
+        text = case.reader.tokenizer.decode(content(case, prompt))
         if mode == "context":
             assert text.endswith(question_text(e.question))
             text = text.removesuffix(question_text(e.question)).removeprefix(f"{CONTEXT_LABEL} ")
@@ -207,21 +230,16 @@ def test_b1_a_byte_budget_is_at_most_the_payload(
         assert len(text.encode()) == min(len(payload), len(whole))
 
 
-def test_some_texts_exceed_their_byte_budget(methods: Methods, payloads: list[bytes]) -> None:
-    assert any(len(e.context) > len(p) for e, p in zip(methods.examples, payloads, strict=True))
+def test_some_texts_exceed_their_byte_budget(case: EvaluationCase, payloads: list[bytes]) -> None:
+    assert any(len(e.context) > len(p) for e, p in zip(case.examples, payloads, strict=True))
 
 
 def test_a_byte_budget_counts_bytes_not_characters(
     model: Interlingua, mode: Mode, readers: dict[str, Reader]
 ) -> None:
     example = Example("x", "ä" * 50, "Q?", ("a",))
-    methods = Methods(
-        model,
-        readers["llama"],
-        [example],
-        payloads=[bytes(20)],
-    )
-    text = methods.reader.tokenizer.decode(content(methods, methods.byte_budget().prompts[0]))
+    case = EvaluationCase(model, readers["llama"], [example], {BITS: [bytes(20)]})
+    text = case.reader.tokenizer.decode(content(case, build(case, "byte_budget").prompts[0]))
     # In pure mode the label's 9 bytes count: 5 x 2 are left, and one that is half a character.
     kept = "Context: " + "ä" * (5 if mode == "pure" else 10)
     assert text == (kept if mode == "pure" else kept + question_text("Q?"))
@@ -230,26 +248,31 @@ def test_a_byte_budget_counts_bytes_not_characters(
 # --- floors and controls ------------------------------------------------------------------------
 
 
-def test_closed_book_is_the_question_alone(methods: Methods) -> None:
-    for prompt, e in zip(build(methods, "closed_book").prompts, methods.examples, strict=True):
-        assert content(methods, prompt) == methods.reader.prompts.text_ids(
-            question_text(e.question)
-        )
+def test_closed_book_is_the_question_alone(case: EvaluationCase) -> None:
+    for prompt, e in zip(build(case, "closed_book").prompts, case.examples, strict=True):
+        assert content(case, prompt) == case.reader.prompts.text_ids(question_text(e.question))
 
 
-def test_the_latent_is_the_payload(methods: Methods, payloads: list[bytes]) -> None:
-    assert build(methods, "latent").payloads == payloads
+def test_the_latent_is_the_examples_payload(case: EvaluationCase, payloads: list[bytes]) -> None:
+    assert build(case, "latent").payloads == payloads
 
 
-def test_the_shuffled_latent_is_another_examples(methods: Methods) -> None:
-    given, own = build(methods, "shuffled_latent"), build(methods, "latent")
-    assert given.payloads is not None
-    assert own.payloads is not None
+def test_the_shuffled_latent_is_another_examples(case: EvaluationCase) -> None:
+    given, own = build(case, "shuffled_latent"), build(case, "latent")
     assert given.prompts == own.prompts
-    for i, payload in enumerate(given.payloads):
-        source = [j for j, other in enumerate(own.payloads) if other == payload]
-        assert len(source) == 1
-        assert source != [i]
+    assert own.payloads is not None
+    for i, payload in enumerate(given.payloads or []):
+        assert own.payloads.count(payload) == 1
+        assert own.payloads.index(payload) != i
+
+
+def test_one_context_has_no_other_latent(case: EvaluationCase) -> None:
+    method = evaluation_methods()["shuffled_latent"]
+    assert method.not_measured(case) is None
+    for same in (case.examples[:1], [case.examples[0]] * 3):
+        reason = method.not_measured(dataclasses.replace(case, examples=same))
+        assert reason is not None
+        assert reason.startswith("all examples have the same context")
 
 
 def test_questions_on_one_passage_are_not_each_others_control() -> None:
@@ -260,14 +283,22 @@ def test_questions_on_one_passage_are_not_each_others_control() -> None:
     assert other_contexts(examples[:2]) == [0, 1]  # nothing else to take
 
 
-def test_the_zero_latent_is_the_same_for_all(methods: Methods) -> None:
-    given = build(methods, "zero_latent")
+@pytest.mark.parametrize("bits", [16, 8, 6, 4])
+def test_the_zero_latent_is_a_payload_of_zeros_at_every_width(
+    case: EvaluationCase, bits: int
+) -> None:
+    rows = range(len(case.examples))
+    given = evaluation_methods()["zero_latent"].build(case, rows, bits=bits)
     assert given.payloads is not None
-    assert not methods.model.decode_payloads(given.payloads).any()
+    assert {wire.read_header(payload).bits for payload in given.payloads} == {bits}
+    assert not case.model.decode_payloads(given.payloads).any()
+    assert len(given.payloads) == len(rows)
 
 
-def test_the_first_words_are_the_contexts(methods: Methods) -> None:
-    for words, e in zip(methods.first_words(), methods.examples, strict=True):
+def test_the_first_words_are_the_contexts(case: EvaluationCase) -> None:
+    given = build(case, "first_words")
+    assert given.prompts == given.positions == []
+    for words, e in zip(given.answers or [], case.examples, strict=True):
         assert e.context.startswith(words)
         assert len(words.split()) == 5
 
@@ -275,10 +306,10 @@ def test_the_first_words_are_the_contexts(methods: Methods) -> None:
 # --- embedding replay ---------------------------------------------------------------------------
 
 
-def test_embedding_replay_equals_text(methods: Methods) -> None:
+def test_embedding_replay_equals_text(case: EvaluationCase) -> None:
     """The text's own embeddings as a prefix: same predictions and log-probabilities in fp32."""
-    text, replay = build(methods, "text"), build(methods, "embedding_replay")
-    reader = methods.reader
+    text, replay = build(case, "text"), build(case, "embedding_replay")
+    reader = case.reader
     assert replay.positions == text.positions
     assert replay.embeddings is not None
     receiver = Receiver.for_text(reader)

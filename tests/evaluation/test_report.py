@@ -32,10 +32,10 @@ from latentwire_fast.evaluation.report.formatting import (
     ratio,
 )
 from latentwire_fast.evaluation.report.hypothesis_rows import hypothesis_row
-from latentwire_fast.evaluation.report.labels import METHODS
 from latentwire_fast.evaluation.report.sanity_checks import find_warnings
 from latentwire_fast.evaluation.report.shown_examples import choose_examples
 from latentwire_fast.evaluation.report.view import build_view, headline
+from latentwire_fast.registry import METHODS
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 BITS = ("16", "8", "6", "4")

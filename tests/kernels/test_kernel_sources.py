@@ -24,14 +24,20 @@ LAUNCHERS = sorted(
 )
 KERNELS = [
     ROOT / "kernels" / f"{name}.py"
-    for name in ("distill", "quantize", "adapter", "adapter_rows", "adapter_backward")
+    for name in (
+        *("distillation", "quantization"),
+        *("projection", "projection_rows", "projection_backward"),
+    )
 ]
 WAITING = {
     "item", "tolist", "cpu", "numpy", "nonzero", "is_nonzero", "masked_select", "unique",
     "synchronize", "equal", "allclose",
 }  # fmt: skip
-# Encoding has to know whether the latent is finite before it lets the payload go.
-ALLOWED = {("quantize.py", "scales.amax().item")}
+# Encoding has to know whether codes can carry the latent before it lets the payload go.
+ALLOWED = {
+    ("quantization.py", "scales.amax().item"),
+    ("quantization.py", "z.float().abs().amax().item"),
+}
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
@@ -177,13 +183,15 @@ class Computed(TorchDispatchMode):
         return op(*arguments, **(options or {}))
 
 
-# (calibration's rows, tanh): the kernels that are launched, and the ops round them.
-PROJECTIONS: dict[str, tuple[int, bool, dict[str, int], list[str]]] = {
-    "token": (1, False, {"_rows_kernel": 1}, ["addmm"]),
-    "example": (32, False, {"_rows_kernel": 1}, ["addmm"]),
-    "none": (0, False, {"_rows_kernel": 1}, ["addmm"]),
-    "batch": (128, False, {"_rows_kernel": 2}, ["mean", "addmm"]),
-    "tanh": (1, True, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "div"]),
+# (calibration's rows, tanh, groups of outputs): the kernels that are launched, the ops round them.
+PROJECTIONS: dict[str, tuple[int, bool, int, dict[str, int], list[str]]] = {
+    "token": (1, False, 1, {"_rows_kernel": 1}, ["addmm"]),
+    "example": (32, False, 1, {"_rows_kernel": 1}, ["addmm"]),
+    "none": (0, False, 1, {"_rows_kernel": 1}, ["addmm"]),
+    "batch": (128, False, 1, {"_rows_kernel": 2}, ["mean", "addmm"]),
+    "tanh": (1, True, 1, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "div"]),
+    "groups": (1, False, 3, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "clone", "div"]),
+    "groups, none": (0, False, 3, {"_rows_kernel": 1, "_tiles_kernel": 1}, []),
 }
 
 
@@ -196,7 +204,7 @@ def test_a_frozen_projection_is_two_launches(
     pytest.importorskip("triton")
     from latentwire_fast.kernels import projection, projection_rows, projection_tiles
 
-    rows, tanh, kernels, computed = PROJECTIONS[name]
+    rows, tanh, groups, kernels, computed = PROJECTIONS[name]
     modules = {
         "_fold_kernel": projection,
         "_rows_kernel": projection_rows,
@@ -206,17 +214,19 @@ def test_a_frozen_projection_is_two_launches(
     for kernel, module in modules.items():
         monkeypatch.setattr(module, kernel, launches[kernel])
     weight, vector = torch.randn(24, 16), torch.randn(24)
-    projection = projection.Projection(
+    arguments = projection.Projection(
         *(weight, vector, vector),
         norm=projection.Norm(torch.ones(16), torch.zeros(16), 1e-5),
-        calibration=projection.Calibration(None, 1.0, 1e-8, rows),
+        calibration=projection.Calibration(None, 1.0, 1e-8, rows, groups),
         tanh=tanh,
-        folded=None if tanh else projection.fold(weight, vector, vector, dtype=torch.float32),
+        folded=projection.fold(weight, vector, vector, dtype=torch.float32)
+        if projection.is_folded(16, groups=groups, tanh=tanh)
+        else None,
     )
     codes, scales = torch.empty(4, 256, dtype=torch.uint8), torch.empty(4, 16).half()
     source = projection.Packed(codes, scales, 4, 32, 32, 16, torch.float32)
     launches["_fold_kernel"].count = 0
     with Computed() as seen:
-        projection.project_calibrate(source if packed else torch.empty(128, 16), projection, vector)
+        projection.project_calibrate(source if packed else torch.empty(128, 16), arguments, vector)
     assert {kernel: run.count for kernel, run in launches.items() if run.count} == kernels
     assert seen.names == computed

@@ -42,19 +42,19 @@ class Case:
     aligned: tuple[int, ...] = field(default=())
 
 
-def quantize_cases() -> dict[str, Case]:
+def quantization_cases() -> dict[str, Case]:
     """Latents in bf16 with every group size; in fp32, as encoders give them, with the default."""
     cases = {}
     for bits in (8, 6, 4):
         for dtype, group in ((BF16, 16), (BF16, 32), (BF16, 64), (FP32, 32)):
             name = f"{bits} bits, groups of {group}{', fp32' if dtype == FP32 else ''}"
-            cases |= quantize_trio(name, dtype, bits, group, whole=True)
-        cases |= quantize_trio(f"{bits} bits, groups of 32, a short one", BF16, bits, 32)
-        cases |= quantize_trio(f"{bits} bits, groups of 64, a short one, fp32", FP32, bits, 64)
+            cases |= quantization_trio(name, dtype, bits, group, whole=True)
+        cases |= quantization_trio(f"{bits} bits, groups of 32, a short one", BF16, bits, 32)
+        cases |= quantization_trio(f"{bits} bits, groups of 64, a short one, fp32", FP32, bits, 64)
     return cases
 
 
-def quantize_trio(
+def quantization_trio(
     name: str, dtype: str, bits: int, group: int, *, whole: bool = False
 ) -> dict[str, Case]:
     """Packing, unpacking and both, for whole groups or a last short one."""
@@ -66,23 +66,23 @@ def quantize_trio(
     sizes, aligned = ["i32"] * 3, (3, 4, 5) if whole else ()
     cases = {
         f"pack, {name}": Case(
-            *("quantize", "_quantize_pack_kernel", (dtype, BYTE, FP16, *sizes)),
+            *("quantization", "_quantize_pack_kernel", (dtype, BYTE, FP16, *sizes)),
             *({**shape, **clip, "WHOLE": whole}, warps, 3, both or ("LDG",) * whole, aligned),
         ),
         f"unpack, {name}": Case(
-            *("quantize", "_unpack_dequantize_kernel", (BYTE, FP16, dtype, *sizes)),
+            *("quantization", "_unpack_dequantize_kernel", (BYTE, FP16, dtype, *sizes)),
             *({**shape, "WHOLE": whole}, warps, 3, both or ("STG",) * whole, aligned),
         ),
     }
     if whole:  # to it all groups are alike
         cases[f"fake, {name}"] = Case(
-            *("quantize", "_fake_quantize_kernel", (dtype, dtype, "i32")),
+            *("quantization", "_fake_quantize_kernel", (dtype, dtype, "i32")),
             *({**shape, **clip}, 4, 3, ("LDG", "STG"), (2,)),
         )
     return cases
 
 
-def distill_case(
+def distillation_case(
     vocabulary: int,
     *,
     logits: str = BF16,
@@ -96,20 +96,22 @@ def distill_case(
     arguments = (logits, logits, "*i1", FP32, FP32, grad, *["i32"] * 3, "fp32", "fp32")
     accesses = ("LDGSTS", *(("STG",) if gradient else ()))
     return Case(
-        *("distill", "_kl_kernel", arguments),
+        *("distillation", "_kl_kernel", arguments),
         {"STACKED": False, "SOFTCAP": False, **constants, **flags},
         *(8, 3, accesses if wide else (), (6, 7, 8) if wide else ()),
     )
 
 
-def distill_cases() -> dict[str, Case]:
+def distillation_cases() -> dict[str, Case]:
     cases = {}
     for vocabulary in (128_256, 152_064):
-        cases[f"KL, V {vocabulary}"] = distill_case(vocabulary, gradient=False)
-        cases[f"KL and gradient, V {vocabulary}"] = distill_case(vocabulary)
-        cases[f"KL and gradient, V {vocabulary}, unmasked"] = distill_case(vocabulary, MASKED=False)
-        cases[f"KL and gradient, V {vocabulary}, fp32 to fp32, stacked, unmasked"] = distill_case(
-            vocabulary, logits=FP32, grad=FP32, STACKED=True, MASKED=False
+        cases[f"KL, V {vocabulary}"] = distillation_case(vocabulary, gradient=False)
+        cases[f"KL and gradient, V {vocabulary}"] = distillation_case(vocabulary)
+        cases[f"KL and gradient, V {vocabulary}, unmasked"] = distillation_case(
+            vocabulary, MASKED=False
+        )
+        cases[f"KL and gradient, V {vocabulary}, fp32 to fp32, stacked, unmasked"] = (
+            distillation_case(vocabulary, logits=FP32, grad=FP32, STACKED=True, MASKED=False)
         )
         for name, flags in (
             ("", {}),
@@ -118,24 +120,24 @@ def distill_cases() -> dict[str, Case]:
             (", stacked, softcap", {"STACKED": True, "SOFTCAP": True}),
         ):
             name = f"KL and gradient, V {vocabulary}, fp32{name}"
-            cases[name] = distill_case(vocabulary, logits=FP32, **flags)
+            cases[name] = distillation_case(vocabulary, logits=FP32, **flags)
         cases[f"scale rows, V {vocabulary}"] = Case(
-            *("distill", "_scale_rows_kernel", (BF16, FP32, "i32", "i32")),
+            *("distillation", "_scale_rows_kernel", (BF16, FP32, "i32", "i32")),
             *({"WIDTH": vocabulary, "BLOCK": 2048}, 8, 3, ("LDG", "STG"), (2,)),
         )
     # Gemma's, whose softcap makes the largest kernel.
-    cases["KL and gradient, V 256000, fp32, stacked, softcap"] = distill_case(
+    cases["KL and gradient, V 256000, fp32, stacked, softcap"] = distillation_case(
         256_000, logits=FP32, STACKED=True, SOFTCAP=True
     )
     # GPT-2's vocabulary is odd: nothing is aligned, nothing 16 bytes wide.
-    cases["KL and gradient, V 50257"] = distill_case(50_257, wide=False)
-    cases["KL and gradient, V 50257, fp32, stacked"] = distill_case(
+    cases["KL and gradient, V 50257"] = distillation_case(50_257, wide=False)
+    cases["KL and gradient, V 50257, fp32, stacked"] = distillation_case(
         50_257, logits=FP32, wide=False, STACKED=True
     )
     return cases
 
 
-def adapter_rows_case(
+def rows_case(
     mode: int,
     width: int,
     tile_rows: int,
@@ -157,7 +159,7 @@ def adapter_rows_case(
     source = (BYTE, FP16) if bits else (dtype, dtype)
     pointers = (*source, dtype, dtype, FP32, dtype, FP32, dtype, FP32, FP32)
     return Case(
-        *("adapter_rows", "_rows_kernel", (*pointers, *["i32"] * 6, *["fp32"] * 3), constants),
+        *("projection_rows", "_rows_kernel", (*pointers, *["i32"] * 6, *["fp32"] * 3), constants),
         *(8 if bits or tile_rows == 64 else 4, 3),
         # Of a payload it reads bytes; the Gram matrix comes by asynchronous copies.
         (
@@ -168,25 +170,25 @@ def adapter_rows_case(
     )
 
 
-def adapter_rows_cases() -> dict[str, Case]:
+def rows_cases() -> dict[str, Case]:
     cases = {
-        "rows 256, LayerNorm": adapter_rows_case(0, 256, 16),
-        "rows 4096, LayerNorm": adapter_rows_case(0, 4096, 1),
-        "rows 256, 4 bits, LayerNorm": adapter_rows_case(0, 256, 16, bits=4),
-        "rows 256, uncalibrated": adapter_rows_case(1, 256, 64),
-        "rows 256, tile 16, bf16, Gram, gain": adapter_rows_case(2, 256, 16, gain=True),
+        "rows 256, LayerNorm": rows_case(0, 256, 16),
+        "rows 4096, LayerNorm": rows_case(0, 4096, 1),
+        "rows 256, 4 bits, LayerNorm": rows_case(0, 256, 16, bits=4),
+        "rows 256, uncalibrated": rows_case(1, 256, 64),
+        "rows 256, tile 16, bf16, Gram, gain": rows_case(2, 256, 16, gain=True),
     }
     for tile_rows, width in ((16, 256), (64, 256), (16, 512), (64, 512), (16, 48)):
         for dtype in (BF16, FP32):
             name = f"rows {width}, tile {tile_rows}, {dtype[1:]}, Gram"
-            cases[name] = adapter_rows_case(2, width, tile_rows, dtype=dtype)
+            cases[name] = rows_case(2, width, tile_rows, dtype=dtype)
     for bits in (8, 6, 4):
         for tile_rows in (16, 32, 64):
             name = f"rows 256, tile {tile_rows}, {bits} bits, Gram"
-            cases[name] = adapter_rows_case(3, 256, tile_rows, bits=bits)
+            cases[name] = rows_case(3, 256, tile_rows, bits=bits)
         for tile_rows in (16, 64):
             name = f"rows 256, tile {tile_rows}, {bits} bits, mean squares"
-            cases[name] = adapter_rows_case(4, 256, tile_rows, bits=bits)
+            cases[name] = rows_case(4, 256, tile_rows, bits=bits)
     # The parts that unpacking, LayerNorm and the product leave fewest registers in.
     few: list[tuple[int, int, int, int, str, dict[str, bool]]] = [
         (2, 256, 16, 6, BF16, {"norm_bias": False}),
@@ -200,16 +202,16 @@ def adapter_rows_cases() -> dict[str, Case]:
     ]
     for mode, width, tile_rows, bits, dtype, parts in few:
         name = f"rows {width}, tile {tile_rows}, {bits or 32} bits, {dtype[1:]}, mode {mode}"
-        cases[name] = adapter_rows_case(mode, width, tile_rows, bits=bits, dtype=dtype, **parts)
+        cases[name] = rows_case(mode, width, tile_rows, bits=bits, dtype=dtype, **parts)
     return cases
 
 
-def adapter_cases() -> dict[str, Case]:
-    cases = adapter_rows_cases()
+def projection_cases() -> dict[str, Case]:
+    cases = rows_cases()
     for width in (256, 512):
         folded = {"WIDTH": width, "PADDED": width + 8, "HAS_BIAS": True, "HAS_GAMMA": True}
         cases[f"fold {width}"] = Case(
-            *("adapter", "_fold_kernel", (*[BF16] * 5, "i32")),
+            *("projection", "_fold_kernel", (*[BF16] * 5, "i32")),
             *({**folded, "TILE_ROWS": 8, "BLOCK": 2 * width}, 4),
         )
         flags = ("CALIBRATED", "HAS_NORM", "HAS_NORM_BIAS", "HAS_GAIN")
@@ -217,7 +219,7 @@ def adapter_cases() -> dict[str, Case]:
         shape |= {"BLOCK": width, "TILE_ROWS": 4096 // width, **dict.fromkeys(flags, True)}
         for write, name in ((False, "dots"), (True, "write")):
             cases[f"gradient rows {width}, {name}"] = Case(
-                *("adapter_backward", "_gradient_kernel"),
+                *("projection_backward", "_gradient_kernel"),
                 (*[BF16] * 4, *[FP32] * 3, BF16, BF16, FP32, FP32, "i32", "i32", *["fp32"] * 3),
                 *({**shape, "WRITE": write}, 4, 3, ("STG",) if write else ("LDG",)),
             )
@@ -235,23 +237,52 @@ def tiles_cases() -> dict[str, Case]:
             (256, 4096, True, FP32),
         ):
             out = FP32 if mode in (0, 2) else dtype
-            shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "TANH": tanh}
+            shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "TANH": tanh, "GROUPS": 1}
             tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_K": 64}
             tile["TILE_COLUMNS"] = 64 if dtype == FP32 else 128
             stored, wide = inner > 256, ", fp32" if dtype == FP32 else ""
             cases[f"tiles {inner} to {width}{', tanh' if tanh else ''}{wide}, {name}"] = Case(
-                *("adapter_tiles", "_tiles_kernel"),
+                *("projection_tiles", "_tiles_kernel"),
                 (*[dtype] * 7, FP32, FP32, dtype, out, FP32, "i32", "i32", "fp32", "fp32"),
                 {**shape, "HAS_Y": stored, "HAS_GAIN": False, **flags, **tile},
                 *(8, 3, ("LDG",) if stored else ("LDGSTS",)),
             )
+    cases |= grouped_cases(flags)
     name = "tiles 256 to 4096, tanh, fp32, gradient"
     constants = {**cases[name].constants, "HAS_GAMMA": False}
     cases[f"{name}, no gamma"] = replace(cases[name], constants=constants)
     return cases
 
 
-CASES = {**quantize_cases(), **adapter_cases(), **distill_cases()}
+def grouped_cases(flags: dict[str, bool]) -> dict[str, Case]:
+    """A deep prefix's projection: keys and values of 32 layers of 8 heads of 128 channels, its
+    product stored; of 4 layers of 2 heads of 32; groups that no tile's width divides."""
+    cases = {}
+    for mode, name in enumerate(("squares", "write", "dots", "gradient")):
+        for inner, groups, width, dtype, columns in (
+            (512, 64, 1024, BF16, 128),
+            (512, 64, 1024, FP32, 64),
+            (256, 64, 1024, BF16, 128),
+            (256, 8, 64, BF16, 64),
+            (256, 8, 64, FP32, 64),
+            (64, 56, 96, BF16, 128),
+        ):
+            out = FP32 if mode in (0, 2) else dtype
+            shape = {"MODE": mode, "INNER": inner, "WIDTH": groups * width, "GROUPS": groups}
+            tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_K": 64, "TILE_COLUMNS": columns}
+            absent = {"HAS_GAMMA": False, "HAS_BETA": False, "TANH": False}
+            stored = inner > 256
+            wide = ", fp32" if dtype == FP32 else ""
+            cases[f"tiles {inner} to {groups} groups of {width}{wide}, {name}"] = Case(
+                *("projection_tiles", "_tiles_kernel"),
+                (*[dtype] * 6, FP32, FP32, FP32, dtype, out, FP32, "i32", "i32", "fp32", "fp32"),
+                {**flags, **absent, **shape, "HAS_Y": stored, "HAS_GAIN": True, **tile},
+                *(8, 3, ("LDG",) if stored else ("LDGSTS",)),
+            )
+    return cases
+
+
+CASES = {**quantization_cases(), **projection_cases(), **distillation_cases()}
 
 
 def compiled(case: Case) -> Any:

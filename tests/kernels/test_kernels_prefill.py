@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+import runs
 from kernel_device import DEVICE, needs_kernels
 from latentwire_fast import ops, wire
-from latentwire_fast.config.schema import AdapterConfig
-from latentwire_fast.models.adapters.soft_prompt import Adapter
+from latentwire_fast.models.attachments.soft import SoftPrompt
 from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import PayloadKind, Receiver, ReceiverOptions
@@ -23,7 +23,12 @@ LATENTS, D_Z = 4, 24
 @needs_kernels
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize(
-    "settings", [{"kind": "linear"}, {"kind": "linear", "calibration": "example"}, {"kind": "mlp"}]
+    "settings",
+    [
+        {"adapter": "linear"},
+        {"adapter": "linear", "calibration": "example"},
+        {"adapter": "mlp", "expansion": 2},
+    ],
 )
 def test_payloads_to_a_first_token(
     readers: dict[str, Reader], settings: dict[str, Any], bits: int
@@ -31,9 +36,9 @@ def test_payloads_to_a_first_token(
     tokenizer: PreTrainedTokenizerBase = readers["qwen"].tokenizer
     reader = Reader(tiny_model("qwen2", tokenizer).to(DEVICE), tokenizer, name="qwen")
     shape = {"latents": LATENTS, "d_z": D_Z}
-    adapter = Adapter(
-        AdapterConfig(expansion=2, **settings), **shape, d_model=reader.d_model, target_rms=0.5
-    ).to(DEVICE)
+    adapter = SoftPrompt(runs.soft(**settings), **shape, d_model=reader.d_model, target_rms=0.5).to(
+        DEVICE
+    )
     receiver = Receiver(
         reader,
         adapter,
@@ -48,7 +53,7 @@ def test_payloads_to_a_first_token(
     for name in ("reference", "triton"):
         with ops.backend(name):
             logits[name] = receiver.prefill(prompts, payloads=payloads).logits_BV
-    # What the kernels' arithmetic is off by (see test_kernels_adapter.py), times what the reader
+    # What the kernels' arithmetic is off by (see test_kernels_projection.py), times what the reader
     # makes of it.
     largest = float(logits["reference"].abs().max())
     torch.testing.assert_close(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore::RuntimeWarning"
 NAMES = ("weight", "bias", "norm_weight", "norm_bias", "gamma", "beta", "gain")
 # (shape of x, D, tanh) of every way through the kernels, over rows and columns that fill no tile.
 WAYS = {
-    "gram": ((3, 67, 20), 137, False),
+    "gram": ((2, 67, 20), 137, False),
     "gram, an example a program": ((3, 7, 70), 40, False),
-    "tiles, multiplied out": ((3, 50, 20), 137, True),
+    "tiles, multiplied out": ((2, 67, 20), 137, True),
     "tiles, stored": ((2, 5, 300), 40, True),
     "tiles, stored, linear": ((2, 5, 520), 24, False),
 }
@@ -33,10 +34,15 @@ DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16
 # of them is there once.
 SIZES = [(1, 3584, 32), (17, 4096, 48), (2048, 8192, 256)]
 if INTERPRETED:
-    SIZES = [(n, w, d) for n, w in ((1, 136), (17, 136), (17, 3584)) for d in (32, 48, 256)]
-# A payload's bits and group size: likewise.
-CODES = [(bits, group) for bits in ops.BITS for group in ops.GROUP_SIZES]
-CODES = CODES if INTERPRETED else list(zip(ops.BITS, ops.GROUP_SIZES, strict=True))
+    SIZES = [(n, 136, d) for n in (1, 17) for d in (32, 48, 256)] + [(17, 3584, 48)]
+# Payloads (shape of the latent, bits, group size): groups that end inside rows, short last groups.
+# Every code once, the other shapes with three codes that hold each width and each group size.
+CODES = list(zip(ops.CODE_BITS, ops.GROUP_SIZES, strict=True))
+PAYLOADS = [(s, *code) for s in ((2, 1, 5, 7), (5, 48), (0, 3, 8)) for code in CODES]
+PAYLOADS += [
+    ((3, 7, 20), bits, group)
+    for bits, group in (product(ops.CODE_BITS, ops.GROUP_SIZES) if INTERPRETED else CODES)
+]
 
 
 def inputs(shape: tuple[int, ...], width: int) -> list[Tensor]:
@@ -162,13 +168,37 @@ def test_extreme_rows(dtype: torch.dtype, normed: bool, tanh: bool) -> None:
         torch.testing.assert_close(row, expected, rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (2, 0, 8)])
-def test_few_rows(shape: tuple[int, ...]) -> None:
-    tensors = inputs(shape, 24)
-    found = ours(torch.float32, tensors)
-    for f, e in zip(found, truth(tensors), strict=True):
-        assert f.shape == e.shape
-        assert worst(f, e) <= 1e-4
+# (shape of x, D): a row, no rows, no examples, examples of no rows, rows of no values, no outputs.
+FEW = [((1, 8), 24), ((0, 8), 24), ((0, 3, 8), 24), ((2, 0, 8), 24), ((2, 3, 0), 24), ((2, 8), 0)]
+
+
+@pytest.mark.parametrize("calibration", ops.CALIBRATIONS)
+@pytest.mark.parametrize(("shape", "width"), FEW)
+def test_few_rows_and_none(shape: tuple[int, ...], width: int, calibration: str) -> None:
+    """Values and gradients, NaN where the reference has NaN (the mean square of nothing)."""
+    tensors = inputs((*shape[:-1], max(shape[-1], 1)), width)
+    if not shape[-1]:
+        tensors = [t[..., :0] if i in (0, 1, 3, 4) else t for i, t in enumerate(tensors)]
+    for tanh in (False, True):
+        settings = {"calibration": calibration, "tanh": tanh}
+        found = ours(torch.float32, tensors, **settings)
+        for f, e in zip(found, truth(tensors, **settings), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("calibration", ops.CALIBRATIONS)
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
+def test_an_empty_payload_to_prefix(shape: tuple[int, ...], calibration: str) -> None:
+    arguments = packed(shape, 4, 32)
+    weight, bias = torch.ones(5, shape[-1], device=DEVICE), torch.ones(5, device=DEVICE)
+    settings: dict[str, Any] = {"weight": weight, "bias": bias, "calibration": calibration}
+    results = []
+    for backend in ("triton", "reference"):
+        with ops.backend(backend):
+            results.append(
+                ops.dequantize_project_calibrate(**arguments, **settings, target_rms=1.0)
+            )
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("tanh", [False, True])
@@ -213,6 +243,96 @@ def test_nothing_is_written_outside_or_read_unwritten(
         assert torch.equal(f, e)
 
 
+# --- groups of outputs ----------------------------------------------------------------------------
+
+# (shape of x, D, groups, tanh): a tile's width or not, more tiles than one a group, wide rows
+# whose product is stored, narrow groups.
+GROUPED = {
+    "groups as wide as a tile": ((2, 67, 20), 128, 4, False),
+    "groups of a tile and a rest": ((3, 5, 20), 402, 2, False),
+    "narrow groups": ((2, 9, 20), 60, 12, True),
+    "stored": ((2, 5, 300), 144, 3, False),
+}
+
+
+def grouped_inputs(way: str) -> tuple[list[Tensor], dict[str, Any]]:
+    shape, width, groups, tanh = GROUPED[way]
+    tensors = inputs(shape, width)
+    tensors[1] *= torch.logspace(-1, 1, groups).repeat_interleave(width // groups)[:, None]
+    tensors[-1] = torch.linspace(0.5, 2, groups)
+    return tensors, {"groups": groups, "tanh": tanh}
+
+
+@pytest.mark.parametrize("calibration", ops.CALIBRATIONS)
+@pytest.mark.parametrize("way", GROUPED)
+def test_values_and_gradients_in_groups(way: str, calibration: str) -> None:
+    """fp32 within 1e-4 of fp64, each group's gain gradient too."""
+    tensors, settings = grouped_inputs(way)
+    settings["calibration"] = calibration
+    found = ours(torch.float32, tensors, **settings)
+    for f, e in zip(found, truth(tensors, **settings), strict=True):
+        assert worst(f, e) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("calibration", ["none", "example"])
+def test_keys_and_values_in_half_precision(dtype: torch.dtype, calibration: str) -> None:
+    """A deep prefix's projection: weight, bias and gains; no worse than eager, group by group."""
+    tensors, settings = grouped_inputs("stored")
+    tensors = [t.to(dtype).float() for t in tensors]
+    present = ("weight", "bias", "gain")
+    groups, width = settings["groups"], len(tensors[1])
+    settings["calibration"] = calibration
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, **_: Any) -> Tensor:
+        y = (x @ weight.T + bias).unflatten(-1, (groups, width // groups))
+        if calibration == "example":
+            mean_square = y.square().mean((1, 3), keepdim=True)
+            y = y * 0.5 / (mean_square + reference.RMS_EPS).sqrt()
+        return (y * gain[:, None]).flatten(-2)
+
+    exact = truth(tensors, present, **settings)
+    theirs = run(eager, dtype, tensors, present, **settings)
+    for o, e, t in zip(ours(dtype, tensors, present, **settings), theirs, exact, strict=True):
+        assert worst(o, t) <= worst(e, t) + EPSILON[dtype]
+
+
+@pytest.mark.parametrize("calibration", ["token", "example", "batch"])
+@pytest.mark.parametrize("way", GROUPED)
+def test_groups_write_nothing_outside_and_read_nothing_unwritten(
+    way: str, calibration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Poisoned buffers again; and a NaN stays in its group, in rows that share its mean square."""
+    tensors, settings = grouped_inputs(way)
+    settings["calibration"] = calibration
+    expected = ours(torch.float32, tensors, **settings)
+    with monkeypatch.context() as patch:
+        buffers = guard_outputs(patch)
+        found = ours(torch.float32, tensors, **settings)
+    assert len(buffers) >= 5
+    assert_guards_hold(buffers)
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+    tensors[2][0] = torch.nan  # the first output's bias: of the first group
+    with ops.backend("reference"):
+        broken = run(ops.project_calibrate, torch.float32, tensors, **settings)
+    assert torch.equal(ours(torch.float32, tensors, **settings)[0].isnan(), broken[0].isnan())
+    assert not broken[0].isnan().all()
+
+
+@pytest.mark.parametrize("calibration", ["none", "token", "example"])
+def test_payload_to_keys_and_values(calibration: str) -> None:
+    arguments = packed((3, 7, 20), 6, 16)
+    tensors, _ = grouped_inputs("groups as wide as a tile")
+    parameters = {n: t.to(DEVICE) for n, t in zip(NAMES, tensors[1:], strict=True)}
+    settings: dict[str, Any] = {**parameters, "target_rms": 0.5, "calibration": calibration}
+    with ops.backend("triton"):
+        x = ops.unpack_dequantize(**arguments)
+        found = ops.dequantize_project_calibrate(**arguments, **settings, groups=4)
+        expected = ops.project_calibrate(x, **settings, groups=4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 # --- payloads -------------------------------------------------------------------------------------
 
 
@@ -222,10 +342,9 @@ def packed(shape: tuple[int, ...], bits: int, group: int) -> dict[str, Any]:
     return {**code, "bits": bits, "group_size": group}
 
 
-@pytest.mark.parametrize(("bits", "group"), CODES)
-@pytest.mark.parametrize("shape", [(3, 7, 20), (2, 3, 5, 7), (5, 48), (0, 3, 8)])
-def test_payload_to_prefix(bits: int, group: int, shape: tuple[int, ...]) -> None:
-    """The same as unpacking first; groups that end inside rows, short last groups."""
+@pytest.mark.parametrize(("shape", "bits", "group"), PAYLOADS)
+def test_payload_to_prefix(shape: tuple[int, ...], bits: int, group: int) -> None:
+    """The same as unpacking first."""
     arguments = packed(shape, bits, group)
     _, *tensors = (t.to(DEVICE) for t in inputs(shape, 24))
     parameters = dict(zip(NAMES, tensors, strict=True))
@@ -263,7 +382,7 @@ def test_a_payload_is_not_unpacked_into_memory(
 
 
 class Counted:
-    """`kernels.adapter.fold`, counted."""
+    """`kernels.projection.fold`, counted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from latentwire_fast.kernels import projection
@@ -426,12 +545,12 @@ def test_mean_squares_are_the_reference_s() -> None:
     x, weight, *_ = (t.to(DEVICE) for t in inputs((4, 32), 64))
     x[1] = 0
     bias = -(weight @ x[0])
-    parameters = (weight, bias, None, None, None, None, None)
-    exact = [None if t is None else t.double() for t in parameters]
-    _, expected = reference.project_calibrate(x.double(), *exact, 1.0, "token", False)
+    settings = reference.ProjectionSettings(1.0, "token", 1, False)
+    exact = reference.ProjectionParameters(weight.double(), bias.double())
+    _, expected = reference.project_calibrate(x.double(), exact, settings)
     with ops.backend("triton"):
         op = torch.ops.latentwire_fast.project_calibrate
-        _, squares = op(x, *parameters, 1.0, "token", False)
+        _, squares = op(x, *reference.ProjectionParameters(weight, bias), *settings)
     typical = expected.max()
     assert squares.min() >= 0
     assert (squares - expected).abs().max() <= 1e-5 * typical

@@ -11,7 +11,9 @@ from accelerate.state import AcceleratorState
 
 from kernel_device import needs_kernels
 from latentwire_fast import ops
+from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import StageConfig
+from latentwire_fast.registry import OBJECTIVES
 from runs import changed, records, tiny_config, train
 
 pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -29,7 +31,9 @@ def test_training_with_distillation_matches_the_reference(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four steps of answers and distillation at 6 bits: quantiser, adapter and loss are kernels."""
-    stage = StageConfig("kd", steps=4, kd=0.5, kd_tau=2.0, quantize=6)
+    distilled = OBJECTIVES.config("kd", weight=0.5, tau=2.0)
+    objectives = (*weighted(answer=1.0), distilled)
+    stage = StageConfig("kd", steps=4, objectives=objectives, quantize=6)
     config = changed(
         tiny_config(llama_folder), stages=(stage,), optim={"batch_size": 2, "micro_batch": 2}
     )

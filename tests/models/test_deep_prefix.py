@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import runs
 from latentwire_fast import wire
-from latentwire_fast.config.schema import AdapterConfig, RunConfig
+from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.evaluation.methods import unanswered
-from latentwire_fast.models.adapters.deep_prefix import DeepPrefix
+from latentwire_fast.evaluation.methods.base import unanswered
+from latentwire_fast.models.attachments.deep import DeepPrefix
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.batch import PaddingSide
 from latentwire_fast.prompts.builder import Prompt, Turn
@@ -34,7 +35,7 @@ GEOMETRY = KVGeometry(layers=3, heads=2, head_width=8, rms=((1.0, 2.0), (3.0, 0.
 
 
 def module(**options: object) -> DeepPrefix:
-    config = AdapterConfig(prefix="deep", deep_width=64, expansion=2, **options)  # type: ignore[arg-type]
+    config = DeepPrefix.Config(width=64, expansion=2, **options)  # type: ignore[arg-type]
     return DeepPrefix(config, latents=M, d_z=D_Z, geometry=GEOMETRY)
 
 
@@ -196,24 +197,26 @@ def test_what_does_not_fit_is_refused(reader: Reader, examples: list[Example]) -
 # --- in a model ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["deep", "both"])
+@pytest.fixture(params=[("deep",), ("soft", "deep")], ids=["deep", "both"])
 def model(request: pytest.FixtureRequest, readers: dict[str, Reader]) -> Interlingua:
     base = tiny_interlingua(readers, "context", latents=M)
     torch.manual_seed(0)
     return Interlingua(
         base.encoder,
         {name: ReaderCard.of(reader) for name, reader in readers.items()},
-        encoder_config=base.encoder_config,
-        quantizer=base.quantizer,
-        adapter=AdapterConfig(prefix=request.param, expansion=2, deep_width=32),
+        bottleneck=base.bottleneck_config,
+        attachments=[
+            {"soft": runs.soft(expansion=2), "deep": runs.deep(width=32, expansion=2)}[kind]
+            for kind in request.param
+        ],
         mode="context",
     ).eval()
 
 
 def test_positions_and_parts_follow_the_configuration(model: Interlingua) -> None:
-    both = model.adapter_config.prefix == "both"
+    both = len(model.attachment_configs) == 2
     assert model.positions == (2 * M if both else M)
-    assert set(model.parts("llama")) == {"deep_prefix"} | ({"adapter"} if both else set())
+    assert set(model.parts("llama")) == {"deep"} | ({"soft"} if both else set())
     given = model.reader_inputs("llama", torch.randn(2, M, D_Z))
     assert given["prefixes"].shape[:2] == (2, M if both else 0)
     assert given["deep"] is not None
@@ -243,15 +246,14 @@ def test_a_task_token_stands_in_the_prompt(model: Interlingua) -> None:
 
 @pytest.fixture(scope="module")
 def config(llama_folder: Path, qwen_folder: Path) -> RunConfig:
-    adapter = {"prefix": "deep", "deep_width": 32, "dropout": 0.0}
-    return tiny_config(llama_folder, qwen_folder, adapter=adapter)
+    return tiny_config(llama_folder, qwen_folder, attachments=(runs.deep(width=32, expansion=1),))
 
 
 def test_training_reaches_a_deep_prefix(config: RunConfig, tmp_path: Path) -> None:
     trainer = train(config, tmp_path / "run")
     lines = records(tmp_path / "run")
     assert len(lines) == config.total_steps
-    for name in trainer.readers:
+    for name in trainer.session.readers:
         assert all(line["grad_norms"][name] > 0 for line in lines)
         assert {"keys", "values"} <= lines[-1]["rms"][name].keys()
 

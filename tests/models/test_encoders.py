@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from latentwire_fast.config.schema import EncoderConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.errors import DataError
-from latentwire_fast.models.encoders.base import rms_normalize
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.errors import ConfigError, DataError
+from latentwire_fast.models.encoders.base import Encoder, build_encoder, rms_normalize
 from latentwire_fast.models.encoders.byte import ByteEncoder
-from latentwire_fast.models.encoders.lm import Encoder, LMEncoder
+from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.poolers.spans import pool_spans
-from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.loading import load_tokenizer
+from latentwire_fast.readers.reader import Reader, load_readers
+from latentwire_fast.registry import ENCODERS, POOLERS
+from latentwire_fast.training.builders import build_model
+from runs import tiny_config
 
 CONFIGS = {
-    "queries": EncoderConfig(latents=5, d_z=8, pooling="queries"),
-    "spans": EncoderConfig(latents=5, d_z=8, pooling="spans"),
-    "selected": EncoderConfig(latents=5, d_z=8, pooling="selected"),
-    "byte": EncoderConfig(kind="byte", latents=5, d_z=8, byte_width=16, byte_layers=2),
+    "queries": ENCODERS.config("lm", latents=5, d_z=8, pooler=POOLERS.config("queries")),
+    "spans": ENCODERS.config("lm", latents=5, d_z=8, pooler=POOLERS.config("spans")),
+    "selected": ENCODERS.config("lm", latents=5, d_z=8, pooler=POOLERS.config("selected")),
+    "byte": ENCODERS.config("byte", latents=5, d_z=8, width=16, layers=2),
 }
 
 
@@ -33,7 +38,9 @@ def source(request: pytest.FixtureRequest, readers: dict[str, Reader]) -> Reader
 
 def make(config: EncoderConfig, reader: Reader) -> Encoder:
     torch.manual_seed(1)
-    return build_encoder(replace(config, source=reader.source), {reader.name: reader}).eval()
+    if config.source is not None:
+        config = config.with_source(reader.source)
+    return build_encoder(config, {reader.name: reader}).eval()
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
@@ -54,7 +61,7 @@ def texts(examples: list[Example]) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("question", [None, "Who?"], ids=["context", "pure"])
 def test_the_longest_text_that_is_read(encoder: Encoder, question: str | None) -> None:
     if encoder.config.kind == "byte":
-        limit, unit = encoder.config.byte_max, "bytes"
+        limit, unit = encoder.config.max_bytes, "bytes"
     else:
         limit, unit = encoder.config.max_tokens, "tokens"
     encoder.check_length("short", question)
@@ -121,7 +128,7 @@ def test_rms_normalize_keeps_zero_and_direction() -> None:
 @torch.no_grad()
 def test_text_beyond_the_limit_is_cut(readers: dict[str, Reader]) -> None:
     text = "Nulnak is already 94 years old. " * 6
-    limited = make(replace(CONFIGS["byte"], byte_max=40), readers["llama"])
+    limited = make(replace(CONFIGS["byte"], max_bytes=40), readers["llama"])
     assert torch.equal(limited([text]), limited([text[:60]]))
     assert not torch.equal(limited([text]), limited([text[:20]]))
     lm = make(replace(CONFIGS["spans"], max_tokens=10), readers["llama"])
@@ -203,16 +210,18 @@ def test_queries_are_read_after_the_text(readers: dict[str, Reader]) -> None:
     assert isinstance(encoder, LMEncoder)
     context = "Nulnak is already 94 years old."
     ids = encoder.prompts.build_context(context).ids
-    embeds = torch.cat([encoder.core.get_input_embeddings()(torch.tensor(ids)), encoder.memory])
+    embeds = torch.cat(
+        [encoder.core.get_input_embeddings()(torch.tensor(ids)), encoder.pooler.memory]
+    )
     hidden = encoder.core(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
     expected = rms_normalize(encoder.project(encoder.norm(hidden[len(ids) :])))
     torch.testing.assert_close(encoder([context])[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["queries", "spans"])
+@pytest.mark.parametrize("pooler", ["queries", "spans"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_frozen_core_gets_no_gradient(source: Reader, pooling: str, frozen: bool) -> None:
-    encoder = make(replace(CONFIGS[pooling], frozen=frozen), source).train()
+def test_a_frozen_core_gets_no_gradient(source: Reader, pooler: str, frozen: bool) -> None:
+    encoder = make(replace(CONFIGS[pooler], frozen=frozen), source).train()
     assert isinstance(encoder, LMEncoder)
     (encoder(["Nulnak is old.", "The dog."]) * torch.randn(2, 5, 8)).sum().backward()
     has_gradient = {n for n, p in encoder.named_parameters() if p.grad is not None}
@@ -220,7 +229,7 @@ def test_a_frozen_core_gets_no_gradient(source: Reader, pooling: str, frozen: bo
     added = {n for n, _ in encoder.named_parameters() if not n.startswith("core.")}
     assert added == {
         *("norm.weight", "norm.bias", "project.weight", "project.bias"),
-        *({"memory"} if pooling != "spans" else ()),
+        *({"pooler.memory"} if pooler != "spans" else ()),
     }
     core = {n for n, _ in encoder.named_parameters() if n.startswith("core.")}
     assert has_gradient == (added if frozen else added | core)
@@ -245,3 +254,21 @@ def test_an_encoder_from_a_folder_that_is_no_reader(readers: dict[str, Reader]) 
     weights = dict(readers["qwen"].backbone.named_parameters())
     assert all(torch.equal(p, weights[n]) for n, p in encoder.core.named_parameters())
     assert all(p.requires_grad for p in encoder.core.parameters())
+
+
+@pytest.mark.parametrize("preset", ["testbed", "mine"])
+def test_rehearsals_with_untied_embeddings_say_who_asks_for_them(
+    llama_folder: Path, tmp_path: Path, preset: str
+) -> None:
+    """Nobody set them on the command line: the preset did."""
+    model = LlamaForCausalLM.from_pretrained(llama_folder, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    load_tokenizer(llama_folder).save_pretrained(tmp_path)
+    encoder = {"source": str(tmp_path), "pooler": POOLERS.config("queries", rehearsals=2)}
+    config = tiny_config(llama_folder, preset=preset, encoder=encoder)
+    wanted = (
+        rf"preset '{preset}': encoder\.pooler\.rehearsals=2 needs .* tied embeddings, and .*"
+        rf"{tmp_path.name}.*another LM \(--encoder\), or set rehearsals to 0"
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        build_model(config, load_readers(config.readers))

@@ -18,9 +18,10 @@ from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.saved_model import config_digest
 from latentwire_fast.readers.reader import Reader, load_readers
+from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.training.builders import build_model
 from readers import tiny_model
-from runs import tiny_config
+from runs import soft, tiny_config
 
 WIDTHS = [16, 8, 6, 4]
 
@@ -62,10 +63,10 @@ def folder(model: Interlingua, tmp_path: Path) -> Path:
     "change",
     [
         {},
-        {"encoder": {"pooling": "queries"}},
-        {"encoder": {"kind": "byte", "byte_width": 16}},
-        {"adapter": {"kind": "linear", "tanh": True, "calibration": "example", "gain": 0.5}},
-        {"mode": "pure", "quantizer": {"bits": 4, "group_size": 64}},
+        {"encoder": {"pooler": POOLERS.config("queries")}},
+        {"encoder": ENCODERS.config("byte", latents=4, d_z=8, width=16)},
+        {"attachments": (soft("linear", tanh=True, calibration="example", gain=0.5),)},
+        {"mode": "pure", "bottleneck": {"bits": 4, "group_size": 64}},
         {"encoder": {"frozen": True}},
     ],
     ids=["spans", "queries", "byte", "linear adapter", "pure", "frozen"],
@@ -83,7 +84,7 @@ def test_a_saved_model_is_loaded_bit_by_bit(
     assert all(state[k].dtype == again[k].dtype for k in state)
     assert loaded.fingerprint == model.fingerprint
     assert loaded.cards == model.cards
-    parts = ("mode", "encoder_config", "quantizer", "adapter_config")
+    parts = ("mode", "encoder_config", "bottleneck_config", "attachment_configs")
     assert all(getattr(loaded, part) == getattr(model, part) for part in parts)
     questions = ["How old?"] * len(contexts) if model.mode == "pure" else None
     latent = model.encode(contexts, questions)
@@ -123,7 +124,7 @@ def test_saving_leaves_the_model_usable_and_the_trained_parts_counted(
     trained = model.trained_parameters()
     assert stored["trained_parameters"] == sum(p.numel() for _, p in trained)
     assert stored["trained_parameters"] == sum(v.numel() for v in model.trained_state().values())
-    assert {name.split(".")[0] for name, _ in trained} == {"encoder", "adapters", "task_tokens"}
+    assert {name.split(".")[0] for name, _ in trained} == {"encoder", "attachments", "task_tokens"}
     assert next(model.parameters()).requires_grad
 
 
@@ -131,7 +132,7 @@ def test_saving_leaves_the_model_usable_and_the_trained_parts_counted(
 def test_the_fingerprint_is_the_encoders(config: RunConfig) -> None:
     """New adapters (a third reader) keep reading old payloads; another encoder does not."""
     one, same = build(config), build(config)
-    for parameter in same.adapters.parameters():
+    for parameter in same.attachments.parameters():
         parameter.add_(1.0)
     assert same.fingerprint == one.fingerprint
     assert 0 <= one.fingerprint <= 0xFFFF
@@ -199,7 +200,17 @@ def test_a_model_of_another_version_is_refused(model: Interlingua, tmp_path: Pat
         del card["kv"]
     config["sha256"] = config_digest(config)
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"saved by another version .*'kv'.*train it again"):
+    with pytest.raises(
+        CheckpointError, match=r"saved by another version .*'kv'.*train the model again"
+    ):
+        Interlingua.from_pretrained(folder)
+
+
+def test_an_older_format_is_refused_with_what_to_do(model: Interlingua, tmp_path: Path) -> None:
+    folder = model.save_pretrained(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"format_version": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"format version 1, this release reads 2; train the"):
         Interlingua.from_pretrained(folder)
 
 

@@ -11,24 +11,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentwire_fast.config.schema import EncoderConfig, StageConfig
+from latentwire_fast.config.presets import weighted
+from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import TestbedStream
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.poolers.selected import best_places
-from latentwire_fast.objectives.objective_set import Objectives
+from latentwire_fast.objectives.objective_set import ObjectiveSet
+from latentwire_fast.objectives.prepared import total_counts
 from latentwire_fast.objectives.token_alignment import move_attention, move_places
 from latentwire_fast.prompts.builder import Prompt, Turn, context_text, full_text
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.readers.trace import observe
+from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.training.builders import build_model
-from runs import tiny_config
+from runs import deep, soft, tiny_config
 
-MATCH = StageConfig("match", steps=1, answer=0.0, select=1.0, kv=1.0)
-SELECTED = {"latents": 5, "d_z": 8, "pooling": "selected", "frozen": True}
+MATCH = StageConfig("match", steps=1, objectives=weighted(select=1.0, kv=1.0))
+SELECTED = {"latents": 5, "d_z": 8, "pooler": POOLERS.config("selected"), "frozen": True}
+DEEP = (deep(width=16, heads=2, expansion=1),)
 
 
 # --- which positions ----------------------------------------------------------------------------
@@ -48,7 +52,7 @@ def test_a_text_with_fewer_positions_repeats_its_last() -> None:
 def encoder(request: pytest.FixtureRequest, readers: dict[str, Reader]) -> LMEncoder:
     reader = readers[request.param]
     torch.manual_seed(1)
-    config = EncoderConfig(source=reader.source, **SELECTED)
+    config = ENCODERS.config("lm", source=reader.source, **SELECTED)
     built = build_encoder(config, {reader.name: reader}).eval()
     assert isinstance(built, LMEncoder)
     return built
@@ -81,11 +85,11 @@ def test_an_empty_context_has_a_latent(encoder: LMEncoder) -> None:
     assert latent.shape == (2, 5, 8)
 
 
-def test_other_poolings_select_nothing(readers: dict[str, Reader]) -> None:
+def test_other_poolers_select_nothing(readers: dict[str, Reader]) -> None:
     reader = readers["llama"]
-    encoder = build_encoder(EncoderConfig(source=reader.source), {reader.name: reader})
+    encoder = build_encoder(ENCODERS.config("lm", source=reader.source), {reader.name: reader})
     assert isinstance(encoder, LMEncoder)
-    with pytest.raises(ConfigError, match="pooling='queries' selects no positions"):
+    with pytest.raises(ConfigError, match="pooler 'queries' selects no positions"):
         encoder.select(["text"])
 
 
@@ -182,11 +186,11 @@ def test_both_tokenizers_find_the_same_words(
 @pytest.fixture(params=["context", "pure"])
 def setting(
     request: pytest.FixtureRequest, llama_folder: Path, qwen_folder: Path
-) -> tuple[Interlingua, Objectives, list[Any]]:
+) -> tuple[Interlingua, ObjectiveSet, list[Any]]:
     config = tiny_config(
         *(llama_folder, qwen_folder),
         mode=request.param,
-        adapter={"prefix": "deep", "dropout": 0.0, "deep_width": 16, "deep_heads": 2},
+        attachments=DEEP,
         encoder=SELECTED,
         stages=(MATCH,),
     )
@@ -194,21 +198,21 @@ def setting(
     torch.manual_seed(3)
     model = build_model(config, readers)
     items = TestbedStream(config.data, mode=config.mode, seed=7).batch(0, 5, facts=2)
-    return model, Objectives(model, readers), items
+    return model, ObjectiveSet(model, readers), items
 
 
-def losses(objectives: Objectives, items: Sequence[Any], stage: StageConfig = MATCH) -> Any:
-    works = objectives.prepare(items, stage, sorted(objectives.readers))
-    return objectives.compute(works, stage, Objectives.counts(works))
+def losses(objectives: ObjectiveSet, items: Sequence[Any], stage: StageConfig = MATCH) -> Any:
+    prepared = objectives.prepare(items, stage, sorted(objectives.readers))
+    return objectives.compute(prepared, stage, total_counts(prepared))
 
 
 def test_matching_counts_texts_and_cutting_a_batch_changes_nothing(setting: Any) -> None:
     _, objectives, items = setting
-    works = objectives.prepare(items, MATCH, sorted(objectives.readers))
-    counts = Objectives.counts(works)
+    prepared = objectives.prepare(items, MATCH, sorted(objectives.readers))
+    counts = total_counts(prepared)
     assert set(counts.values()) == {5}
-    whole = objectives.compute(works, MATCH, counts).total.item()
-    parts = sum(objectives.compute(works[i : i + 2], MATCH, counts).total for i in (0, 2, 4))
+    whole = objectives.compute(prepared, MATCH, counts).total.item()
+    parts = sum(objectives.compute(prepared[i : i + 2], MATCH, counts).total for i in (0, 2, 4))
     assert parts.item() == pytest.approx(whole, rel=1e-5)
 
 
@@ -230,11 +234,11 @@ def test_matching_is_the_squared_error_to_the_readers_own(
         texts = [reader.prompts.build(item.turns, context=item.context) for item in items]
         places = start + move_places(selection.places_BM, rows)
         kept = observe(reader, texts).keys_values(places)
-        monkeypatch.setattr(model, "deep_prefix", lambda *_, made=0.5 * kept: made)
+        monkeypatch.setattr(model, "deep_prefix", lambda *_, made=0.5 * kept, **__: made)
         rms = torch.tensor(model.cards[name].kv.rms)
         wanted = (0.25 * kept.pow(2).mean((2, 3, 4, 5)) / rms.pow(2)).mean().item() * len(items)
-        works = objectives.prepare(items, MATCH, [name])
-        found = objectives.compute(works, MATCH, Objectives.counts(works)).sums["kv", name].item()
+        prepared = objectives.prepare(items, MATCH, [name])
+        found = objectives.compute(prepared, MATCH, total_counts(prepared)).sums["kv", name].item()
         assert found == pytest.approx(wanted, rel=1e-4)
 
 
@@ -266,7 +270,7 @@ def test_keys_and_values_alone_need_no_answers(setting: Any) -> None:
     """The same error whether the answers are read behind the text or not."""
     _, objectives, items = setting
     both = losses(objectives, items).sums
-    alone = losses(objectives, items, replace(MATCH, select=0.0)).sums
+    alone = losses(objectives, items, replace(MATCH, objectives=weighted(kv=1.0))).sums
     assert {objective for objective, _ in alone} == {"kv"}
     for key, value in alone.items():
         assert value.item() == pytest.approx(both[key].item(), rel=1e-5)
@@ -274,7 +278,7 @@ def test_keys_and_values_alone_need_no_answers(setting: Any) -> None:
 
 def test_scores_alone_can_be_trained(setting: Any) -> None:
     _, objectives, items = setting
-    found = losses(objectives, items, replace(MATCH, kv=0.0))
+    found = losses(objectives, items, replace(MATCH, objectives=weighted(select=1.0)))
     assert {objective for objective, _ in found.sums} == {"select"}
     found.total.backward()
 
@@ -294,27 +298,28 @@ def test_a_saved_model_selects_the_same(setting: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "adapter", "stage", "message"),
+    ("encoder", "attachments", "stage", "message"),
     [
-        (SELECTED, {"prefix": "deep"}, {}, "need each other"),
-        ({}, {"prefix": "deep"}, {"select": 1.0}, "need each other"),
-        ({"kind": "byte"}, {}, {"select": 1.0}, "need each other"),
-        (SELECTED, {"prefix": "soft"}, {"select": 1.0, "kv": 1.0}, "prefix='deep'"),
-        ({}, {"prefix": "deep"}, {"kv": 1.0}, "pooling='selected'"),
+        (SELECTED, DEEP, {"answer": 1.0}, "need each other"),
+        (SELECTED, DEEP, {"answer": 1.0, "select": 0.0}, "need each other"),
+        ({}, DEEP, {"select": 1.0}, "need each other"),
+        (ENCODERS.config("byte"), (soft(),), {"select": 1.0}, "need each other"),
+        (SELECTED, (soft(),), {"select": 1.0, "kv": 1.0}, "attachment 'deep'"),
+        ({}, DEEP, {"kv": 1.0}, "pooler 'selected'"),
     ],
 )
 def test_selection_and_its_stages_go_together(
     llama_folder: Path,
     qwen_folder: Path,
-    encoder: dict[str, Any],
-    adapter: dict[str, Any],
-    stage: dict[str, Any],
+    encoder: Any,
+    attachments: Any,
+    stage: dict[str, float],
     message: str,
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_config(
             *(llama_folder, qwen_folder),
             encoder=encoder,
-            adapter=adapter,
-            stages=(StageConfig("a", steps=1, **stage),),
+            attachments=attachments,
+            stages=(StageConfig("a", steps=1, objectives=weighted(**stage)),),
         )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from latentwire_fast.config.schema import AdapterConfig
-from latentwire_fast.models.adapters.soft_prompt import Adapter
+from latentwire_fast.models.attachments.soft import SoftPrompt
+from runs import soft
 
 B, M, D_Z, D = 3, 4, 8, 24
 TARGET_RMS = 0.37
 KINDS = ["linear", "mlp"]
 
 
-def adapter(kind: str, **options: object) -> Adapter:
-    config = AdapterConfig(kind=kind, **options)  # type: ignore[arg-type]
-    return Adapter(config, latents=M, d_z=D_Z, d_model=D, target_rms=TARGET_RMS)
+def adapter(kind: str, **options: Any) -> SoftPrompt:
+    """Soft tokens with this adapter."""
+    config: Any = soft(kind, **options)
+    return SoftPrompt(config, latents=M, d_z=D_Z, d_model=D, target_rms=TARGET_RMS)
 
 
 def rms(values: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -69,7 +72,9 @@ def test_linear_is_layer_norm_and_projection(latent: Tensor) -> None:
     module = adapter("linear", tanh=True)
     for parameter in module.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
-    normed = torch.nn.functional.layer_norm(latent, (D_Z,), module.norm.weight, module.norm.bias)
+    normed = torch.nn.functional.layer_norm(
+        latent, (D_Z,), module.adapter.norm.weight, module.adapter.norm.bias
+    )
     y = torch.tanh(normed @ module.weight.T + module.bias)
     y = y * TARGET_RMS / rms(y, (-1,))[..., None]
     torch.testing.assert_close(module(latent), module.gamma * y + module.beta, rtol=1e-4, atol=1e-5)
@@ -80,11 +85,12 @@ def test_mlp_is_residual_at_the_readers_width(latent: Tensor) -> None:
     module = adapter("mlp", expansion=2)
     for parameter in module.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
-    lifted = module.lift(latent) + module.slots
-    hidden = lifted + module.down(torch.nn.functional.silu(module.up(lifted)))
+    mlp: Any = module.adapter
+    lifted = mlp.lift(latent) + mlp.slots
+    hidden = lifted + mlp.down(torch.nn.functional.silu(mlp.up(lifted)))
     y = hidden @ module.weight.T + module.bias
     y = y * TARGET_RMS / rms(y, (-1,))[..., None]
-    assert module.up.weight.shape == (2 * D, D)
+    assert mlp.up.weight.shape == (2 * D, D)
     torch.testing.assert_close(module(latent), module.gamma * y + module.beta, rtol=1e-4, atol=1e-5)
 
 

@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentwire_fast.config.schema import DataConfig, EncoderConfig, Mode, RunConfig
+from latentwire_fast.config.schema import DataConfig, Mode, RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import ExampleStream, TestbedStream
 from latentwire_fast.errors import DataError
 from latentwire_fast.evaluation.pipeline import evaluate_run
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.byte import ByteEncoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.encoders.truncation import Truncation, measure_truncation
 from latentwire_fast.prompts.builder import context_text, full_text, question_text
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.training.builders import warn_of_truncation
 from readers import tiny_interlingua
 from runs import squad_file, tiny_config, train
@@ -33,16 +34,15 @@ PAIRS = [(SHORT, "Who?"), (LONG, "How old is Nulnak?"), (LONG, "Who?")]
 
 
 def lm_encoder(reader: Reader, *, max_tokens: int) -> LMEncoder:
-    config = EncoderConfig(
-        latents=3, d_z=8, source=reader.source, pooling="spans", max_tokens=max_tokens
-    )
+    options = {"latents": 3, "d_z": 8, "source": reader.source, "max_tokens": max_tokens}
+    config = ENCODERS.config("lm", pooler=POOLERS.config("spans"), **options)
     encoder = build_encoder(config, {reader.name: reader})
     assert isinstance(encoder, LMEncoder)
     return encoder.eval()
 
 
-def byte_encoder(*, byte_max: int) -> ByteEncoder:
-    return ByteEncoder(EncoderConfig(kind="byte", byte_max=byte_max, byte_width=16, byte_layers=1))
+def byte_encoder(*, max_bytes: int) -> ByteEncoder:
+    return ByteEncoder(ENCODERS.config("byte", max_bytes=max_bytes, width=16, layers=1))
 
 
 # --- counting -----------------------------------------------------------------------------------
@@ -66,11 +66,11 @@ def test_tokens_beyond_the_limit_are_counted(readers: dict[str, Reader], mode: M
 def test_bytes_beyond_the_limit_are_counted(mode: Mode) -> None:
     texts = [full_text(*p) if mode == "pure" else context_text(p[0]) for p in PAIRS]
     sizes = [len(text.encode()) for text in texts]
-    found = measure_truncation(byte_encoder(byte_max=sizes[0]), PAIRS, mode=mode)
+    found = measure_truncation(byte_encoder(max_bytes=sizes[0]), PAIRS, mode=mode)
     lost = sum(size - sizes[0] for size in sizes)
     assert (found.examples, found.cut) == (3, 2)
     assert found.share == pytest.approx(lost / sum(sizes))
-    assert measure_truncation(byte_encoder(byte_max=max(sizes)), PAIRS, mode=mode).cut == 0
+    assert measure_truncation(byte_encoder(max_bytes=max(sizes)), PAIRS, mode=mode).cut == 0
 
 
 @torch.no_grad()
@@ -118,17 +118,17 @@ def test_training_warns_once_with_the_numbers(caplog: pytest.LogCaptureFixture) 
         Example(str(i), context, question, ("Fosvun",))
         for i, (context, question) in enumerate(PAIRS)
     ]
-    encoder = byte_encoder(byte_max=100)
+    encoder = byte_encoder(max_bytes=100)
     config = DataConfig(source="some.json")
     stream = ExampleStream(examples, config, mode="context", seed=0)
     assert len(stream.items) == 2, "two questions share a passage, and both count"
     warn_of_truncation(encoder, stream, "context")
     expected = measure_truncation(encoder, PAIRS, mode="context")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "2 of 3 examples are longer than the encoder reads (byte_max=100)" in caplog.text
+    assert "2 of 3 examples are longer than the encoder reads (max_bytes=100)" in caplog.text
     assert f"{expected.share:.2%} of all text is cut off" in caplog.text
     caplog.clear()
-    warn_of_truncation(byte_encoder(byte_max=2048), stream, "context")
+    warn_of_truncation(byte_encoder(max_bytes=2048), stream, "context")
     warn_of_truncation(encoder, TestbedStream(config, mode="context", seed=0), "context")
     assert not caplog.records
 
@@ -165,7 +165,7 @@ def test_a_run_says_what_it_did_not_read(
 
 def test_one_text_to_be_sent_is_refused_instead(readers: dict[str, Reader]) -> None:
     model = tiny_interlingua(readers, "context")
-    limit = model.encoder_config.byte_max
+    limit = model.encoder_config.max_bytes
     assert len(model.encode_payloads(["x" * (limit - len(context_text("")))])) == 1
     with pytest.raises(DataError, match=f"the encoder reads {limit:,}"):
         model.encode_payloads([SHORT, "x" * limit])

@@ -12,27 +12,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.data.streams import TestbedStream, TrainItem
 from latentwire_fast.models.interlingua import TASKS, Interlingua
-from latentwire_fast.objectives.objective_set import Key, Losses, Objectives, Work, halves
+from latentwire_fast.objectives.continuation import halves
+from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
+from latentwire_fast.objectives.prepared import Key, PreparedItem, total_counts
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.prompts.builder import Prompt, Turn, full_text
 from latentwire_fast.readers.reader import Reader, load_readers
+from latentwire_fast.registry import OBJECTIVES
 from latentwire_fast.training.builders import build_model
-from runs import tiny_config
+from runs import soft, tiny_config
 
 NAMES = ("llama", "qwen2")
-EVERYTHING = StageConfig(
-    "everything",
-    steps=1,
-    answer=1.0,
-    autoencode=0.2,
-    continuation=0.8,
-    embed=0.3,
-    kd=0.5,
-    kd_tau=2.0,
-)
+
+
+def everything(limit: int | None = None) -> StageConfig:
+    """A stage of all objectives that need no positions."""
+    objectives = (
+        OBJECTIVES.config("answer", tokens=limit),
+        *weighted(autoencode=0.2, continuation=0.8, embed=0.3),
+        OBJECTIVES.config("kd", weight=0.5, tau=2.0, tokens=limit),
+    )
+    return StageConfig("everything", steps=1, objectives=objectives)
+
+
+EVERYTHING = everything()
+
+
+def stage_of(**weights: float) -> StageConfig:
+    """A stage of these objectives, their settings left at their defaults."""
+    return StageConfig("+".join(weights), steps=1, objectives=weighted(**weights))
 
 
 @dataclass
@@ -44,19 +56,16 @@ class Setting:
     items: list[TrainItem]
 
     @property
-    def objectives(self) -> Objectives:
-        return Objectives(self.model, self.readers)
+    def objectives(self) -> ObjectiveSet:
+        return ObjectiveSet(self.model, self.readers)
 
-    def prepare(self, stage: StageConfig) -> tuple[list[Work], Counter[Key]]:
-        works = self.objectives.prepare(self.items, stage, NAMES)
-        return works, Objectives.counts(works)
+    def prepare(self, stage: StageConfig) -> tuple[list[PreparedItem], Counter[Key]]:
+        items = self.objectives.prepare(self.items, stage, NAMES)
+        return items, total_counts(items)
 
     def compute(self, stage: StageConfig) -> Losses:
-        return self.objectives.compute(*self._arguments(stage))
-
-    def _arguments(self, stage: StageConfig) -> tuple[list[Work], StageConfig, Counter[Key]]:
-        works, counts = self.prepare(stage)
-        return works, stage, counts
+        items, counts = self.prepare(stage)
+        return self.objectives.compute(items, stage, counts)
 
     def encode(self, item: TrainItem, *, half: bool = False) -> Tensor:
         """The latent of one item, encoded alone."""
@@ -71,8 +80,8 @@ def setting(request: pytest.FixtureRequest, llama_folder: Path, qwen_folder: Pat
         llama_folder,
         qwen_folder,
         mode=request.param,
-        adapter={"kind": "linear"},
-        quantizer={"bits": 6, "group_size": 16},
+        attachments=(soft("linear"),),
+        bottleneck={"bits": 6, "group_size": 16},
     )
     readers = load_readers(config.readers)
     torch.manual_seed(3)
@@ -119,22 +128,22 @@ def cross_entropy(targets: list[tuple[Tensor, int, int]], limit: int | None = No
 @pytest.mark.parametrize("limit", [None, 1, 2])
 @torch.no_grad()
 def test_answer_cross_entropy_is_the_naive_one(setting: Setting, limit: int | None) -> None:
-    stage = StageConfig("answer", steps=1, answer_tokens=limit)
-    works, counts = setting.prepare(stage)
+    stage = StageConfig("answer", steps=1, objectives=(OBJECTIVES.config("answer", tokens=limit),))
+    items, counts = setting.prepare(stage)
     losses = setting.compute(stage)
     total = 0.0
     for name, reader in setting.readers.items():
-        expected, right, tokens = 0.0, 0, 0
-        for work in works:
-            prefix = setting.model.prefix(name, setting.encode(work.item))[0]
-            targets = scored(reader, work.prompts["answer", name], prefix)
+        expected, correct, tokens = 0.0, 0, 0
+        for prepared in items:
+            prefix = setting.model.prefix(name, setting.encode(prepared.item))[0]
+            targets = scored(reader, prepared.prompts["latent", name], prefix)
             kept = [t for t in targets if limit is None or t[2] < limit]
             expected += cross_entropy(targets, limit)
-            right += sum(int(logits.argmax()) == label for logits, label, _ in kept)
+            correct += sum(int(logits.argmax()) == label for logits, label, _ in kept)
             tokens += len(kept)
         assert counts["answer", name] == tokens
         assert losses.sums["answer", name].item() == pytest.approx(expected, rel=1e-4)
-        assert losses.right[name].item() == right
+        assert losses.measures["accuracy", name].item() == pytest.approx(correct / tokens)
         total += expected / tokens
     assert set(losses.sums) == {("answer", name) for name in NAMES}
     assert losses.total.item() == pytest.approx(total, rel=1e-4)
@@ -143,7 +152,8 @@ def test_answer_cross_entropy_is_the_naive_one(setting: Setting, limit: int | No
 @pytest.mark.parametrize("limit", [None, 1, 2, 50])
 def test_k_token_counts(setting: Setting, limit: int | None) -> None:
     """An answer of n tokens and its EOS count min(K, n + 1) times, every turn anew."""
-    works, counts = setting.prepare(StageConfig("answer", steps=1, answer_tokens=limit, kd=1.0))
+    objectives = tuple(OBJECTIVES.config(kind, tokens=limit) for kind in ("answer", "kd"))
+    items, counts = setting.prepare(StageConfig("answer", steps=1, objectives=objectives))
     for name, reader in setting.readers.items():
         expected = 0
         for item in setting.items:
@@ -151,7 +161,7 @@ def test_k_token_counts(setting: Setting, limit: int | None) -> None:
                 tokens = len(reader.prompts.answer_ids(turn.answer or "")) + 1
                 expected += tokens if limit is None else min(limit, tokens)
         assert counts["answer", name] == counts["kd", name] == expected
-    assert len(works) == len(setting.items)
+    assert len(items) == len(setting.items)
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])
@@ -160,16 +170,20 @@ def test_k_token_counts(setting: Setting, limit: int | None) -> None:
 def test_kd_is_the_naive_kl_to_the_text_prompted_reader(
     setting: Setting, tau: float, limit: int | None
 ) -> None:
-    stage = StageConfig("kd", steps=1, answer=0.0, kd=0.5, kd_tau=tau, answer_tokens=limit)
-    works, counts = setting.prepare(stage)
+    objectives = (
+        OBJECTIVES.config("answer", weight=0.0),
+        OBJECTIVES.config("kd", weight=0.5, tau=tau, tokens=limit),
+    )
+    stage = StageConfig("kd", steps=1, objectives=objectives)
+    items, counts = setting.prepare(stage)
     losses = setting.compute(stage)
     total = 0.0
     for name, reader in setting.readers.items():
         expected = 0.0
-        for work in works:
-            prefix = setting.model.prefix(name, setting.encode(work.item))[0]
-            students = scored(reader, work.prompts["answer", name], prefix)
-            text = reader.prompts.build(work.item.turns, context=work.item.context)
+        for prepared in items:
+            prefix = setting.model.prefix(name, setting.encode(prepared.item))[0]
+            students = scored(reader, prepared.prompts["latent", name], prefix)
+            text = reader.prompts.build(prepared.item.turns, context=prepared.item.context)
             teachers = scored(reader, text)
             for (student, label, step), (teacher, same, _) in zip(students, teachers, strict=True):
                 assert label == same
@@ -188,27 +202,27 @@ def test_kd_is_the_naive_kl_to_the_text_prompted_reader(
 
 @torch.no_grad()
 def test_rebuilding_is_the_naive_cross_entropy(setting: Setting) -> None:
-    stage = StageConfig("pretrain", steps=1, answer=0.0, autoencode=0.2, continuation=0.8)
-    works, counts = setting.prepare(stage)
+    stage = stage_of(autoencode=0.2, continuation=0.8)
+    items, counts = setting.prepare(stage)
     losses = setting.compute(stage)
     total = 0.0
     for name, reader in setting.readers.items():
         for objective, task, weight in (
             ("autoencode", "autoencode", 0.2),
-            ("continue", "continue", 0.8),
+            ("continuation", "continue", 0.8),
         ):
             expected = 0.0
-            for work in works:
-                latent = setting.encode(work.item, half=objective == "continue")
+            for prepared in items:
+                latent = setting.encode(prepared.item, half=objective == "continuation")
                 token = setting.model.task_tokens[name][TASKS.index(task)]
                 prefix = torch.cat([setting.model.prefix(name, latent)[0], token[None]])
-                expected += cross_entropy(scored(reader, work.prompts[objective, name], prefix))
+                expected += cross_entropy(scored(reader, prepared.prompts[objective, name], prefix))
             key = (objective, name)
             assert losses.sums[key].item() == pytest.approx(expected, rel=1e-4)
             total += weight * expected / counts[key]
     assert losses.total.item() == pytest.approx(total, rel=1e-4)
-    assert set(losses.sums) == {(o, n) for o in ("autoencode", "continue") for n in NAMES}
-    assert losses.right == {}
+    assert set(losses.sums) == {(o, n) for o in ("autoencode", "continuation") for n in NAMES}
+    assert losses.measures == {}
 
 
 def test_embeddings_are_the_naive_squared_error(setting: Setting) -> None:
@@ -217,10 +231,10 @@ def test_embeddings_are_the_naive_squared_error(setting: Setting) -> None:
     slots = setting.model.encoder_config.latents
     long = replace(setting.items[0], turns=(Turn("Who?", "one two three four five six"),))
     items = [long, *setting.items[1:]]
-    stage = StageConfig("align", steps=1, answer=0.0, embed=0.5)
-    works = setting.objectives.prepare(items, stage, NAMES)
-    counts = Objectives.counts(works)
-    losses = setting.objectives.compute(works, stage, counts)
+    stage = stage_of(embed=0.5)
+    prepared = setting.objectives.prepare(items, stage, NAMES)
+    counts = total_counts(prepared)
+    losses = setting.objectives.compute(prepared, stage, counts)
     total = 0.0
     for name, reader in setting.readers.items():
         expected, tokens = 0.0, 0
@@ -233,41 +247,40 @@ def test_embeddings_are_the_naive_squared_error(setting: Setting) -> None:
                 expected += error_D.pow(2).mean().item() / reader.embedding_rms**2
             tokens += len(ids)
         assert tokens > len(items)
-        assert len(works[0].prompts["embed", name].ids) == slots
+        assert len(prepared[0].prompts["answer", name].ids) == slots
         assert counts["embed", name] == tokens
         assert losses.sums["embed", name].item() == pytest.approx(expected, rel=1e-4)
         total += 0.5 * expected / tokens
     assert set(losses.sums) == {("embed", name) for name in NAMES}
     assert losses.total.item() == pytest.approx(total, rel=1e-4)
-    assert losses.right == {}
+    assert losses.measures == {}
     losses.total.backward()
     assert all(p.grad is None for r in setting.readers.values() for p in r.model.parameters())
-    for part in (setting.model.encoder, *setting.model.adapters.values()):
+    for part in (setting.model.encoder, *setting.model.attachments.values()):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
         part.zero_grad()
 
 
 def test_rebuilding_targets(setting: Setting) -> None:
     """Autoencoding asks for what the latent encodes, continuation for what comes after its half."""
-    works, counts = setting.prepare(EVERYTHING)
-    for work in works:
-        context, question = work.item.context, work.item.turns[0].question
+    items, counts = setting.prepare(EVERYTHING)
+    for prepared in items:
+        context, question = prepared.item.context, prepared.item.turns[0].question
         encoded = full_text(context, question) if setting.model.mode == "pure" else context
         first, second = halves(context)
         assert f"{first} {second}" == context
-        assert work.half == first
         assert abs(len(first.split()) - len(second.split())) <= 1
         for name, reader in setting.readers.items():
             builder = reader.prompts
-            for objective, text in (("autoencode", encoded), ("continue", second)):
-                prompt = work.prompts[objective, name]  # type: ignore[index]
+            for objective, text in (("autoencode", encoded), ("continuation", second)):
+                prompt = prepared.prompts[objective, name]
                 targets = [i for i, t in zip(prompt.ids, prompt.is_target, strict=True) if t]
                 assert targets == [*builder.text_ids(f" {text}"), builder.eos_id]
                 assert prompt.latent_at is not None
                 assert not any(prompt.is_target[: prompt.latent_at])
-                assert work.counts[objective, name] == len(targets)  # type: ignore[index]
+                assert prepared.counts[objective, name] == len(targets)
     assert set(counts) == {
-        (o, n) for o in ("answer", "autoencode", "continue", "embed", "kd") for n in NAMES
+        (o, n) for o in ("answer", "autoencode", "continuation", "embed", "kd") for n in NAMES
     }
 
 
@@ -286,7 +299,7 @@ def test_the_student_sees_the_context_through_the_latent_alone(
     shape = (len(setting.items), *setting.encode(setting.items[0]).shape[1:])
     latent = torch.randn(shape)
     monkeypatch.setattr(setting.model, "encode", lambda *_: latent)
-    stage = StageConfig("answer", steps=1)
+    stage = stage_of(answer=1.0)
     expected = setting.compute(stage).sums
     others = [replace(item, context=f"Something else {i}.") for i, item in enumerate(setting.items)]
     found = Setting(setting.model, setting.readers, others).compute(stage).sums
@@ -311,8 +324,8 @@ def test_quantised_steps_train_on_what_the_receiver_gets(
     assert not latent.requires_grad
     sent = setting.model.quantize(latent, 4)
     assert not torch.equal(sent, latent)
-    assert len(seen) == 4 * len(NAMES), "answer, its embeddings, rebuilding, continuation"
-    assert sum(torch.equal(value, sent) for value in seen) == 3 * len(NAMES)
+    assert len(seen) == 3 * len(NAMES), "answers and their embeddings, rebuilding, continuation"
+    assert sum(torch.equal(value, sent) for value in seen) == 2 * len(NAMES)
     for value in seen:
         assert torch.equal(value, setting.model.quantize(value, 4)), "codes at 4 bits"
     setting.model.zero_grad()
@@ -328,11 +341,11 @@ def test_quantised_steps_train_on_what_the_receiver_gets(
 
 def gradients(setting: Setting, stage: StageConfig, size: int) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the batch, `size` items at a time."""
-    works, counts = setting.prepare(stage)
+    items, counts = setting.prepare(stage)
     setting.model.zero_grad()
     total = 0.0
-    for start in range(0, len(works), size):
-        losses = setting.objectives.compute(works[start : start + size], stage, counts)
+    for start in range(0, len(items), size):
+        losses = setting.objectives.compute(items[start : start + size], stage, counts)
         losses.total.backward()
         total += losses.total.item()
     found = {
@@ -347,7 +360,7 @@ def test_cutting_a_batch_changes_neither_loss_nor_gradient(
     setting: Setting, limit: int | None
 ) -> None:
     """All objectives at once, ragged in every respect, in micro-batches of 1, 2, 3 and all 5."""
-    stage = replace(EVERYTHING, answer_tokens=limit)
+    stage = everything(limit)
     whole, expected = gradients(setting, stage, 5)
     for size in (1, 2, 3):
         total, found = gradients(setting, stage, size)
@@ -368,14 +381,14 @@ def test_every_trained_parameter_gets_a_gradient_and_no_reader_does(setting: Set
 
 
 def test_only_active_readers_are_prepared_and_trained(setting: Setting) -> None:
-    works = setting.objectives.prepare(setting.items, EVERYTHING, ["qwen2"])
-    counts = Objectives.counts(works)
+    items = setting.objectives.prepare(setting.items, EVERYTHING, ["qwen2"])
+    counts = total_counts(items)
     assert {name for _, name in counts} == {"qwen2"}
     setting.model.zero_grad()
-    losses = setting.objectives.compute(works, EVERYTHING, counts)
+    losses = setting.objectives.compute(items, EVERYTHING, counts)
     losses.total.backward()
-    assert set(losses.right) == {"qwen2"}
-    adapters = setting.model.adapters
+    assert set(losses.measures) == {("accuracy", "qwen2")}
+    adapters = setting.model.attachments
     assert all(p.grad is None for p in adapters["llama"].parameters())
     assert all(p.grad is not None for p in adapters["qwen2"].parameters())
     setting.model.zero_grad()
@@ -384,14 +397,14 @@ def test_only_active_readers_are_prepared_and_trained(setting: Setting) -> None:
 @torch.no_grad()
 def test_kd_with_the_teacher_cache(setting: Setting, tmp_path: Path) -> None:
     """The states are kept in fp16: what is lost is what fp16 rounds away, the first time too."""
-    stage = StageConfig("kd", steps=1, answer=0.0, kd=1.0)
+    stage = stage_of(answer=0.0, kd=1.0)
     exact = setting.compute(stage).sums
     results = []
     for _ in range(2):
         cache = TeacherCache(tmp_path)
-        objectives = Objectives(setting.model, setting.readers, teacher=cache)
-        works, counts = setting.prepare(stage)
-        results.append(objectives.compute(works, stage, counts).sums)
+        objectives = ObjectiveSet(setting.model, setting.readers, teacher=cache)
+        items, counts = setting.prepare(stage)
+        results.append(objectives.compute(items, stage, counts).sums)
     assert (cache.hits, cache.misses) == (len(setting.items) * len(NAMES), 0)
     assert results[0] == results[1]
     for name in NAMES:

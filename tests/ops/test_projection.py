@@ -66,8 +66,11 @@ def test_opcheck() -> None:
     p = {k: v.detach() for k, v in adapter_parameters(5, 7, torch.float32).items()}
     codes, scales = reference.quantize_pack(torch.randn(2, 15), **CODE)
     op = torch.ops.latentwire_fast.dequantize_project_calibrate.default
-    arguments = (codes, scales, 6, 16, [2, 3, 5], torch.float32, *p.values(), 0.5, "token", False)
-    torch.library.opcheck(op, arguments)
+    arguments = (codes, scales, 6, 16, [2, 3, 5], torch.float32, *p.values(), 0.5, "token")
+    torch.library.opcheck(op, (*arguments, 1, False))
+    p["gain"] = torch.rand(7)
+    arguments = (codes, scales, 6, 16, [2, 3, 5], torch.float32, *p.values(), 0.5, "token")
+    torch.library.opcheck(op, (*arguments, 7, False))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -103,6 +106,120 @@ def test_real_widths_are_no_worse_than_same_dtype_eager(
     error, allowed = ((t - truth).abs().max() / scale for t in (ours, eager))
     assert error <= allowed + EPSILON[dtype]
 
+
+# --- groups of outputs ----------------------------------------------------------------------------
+
+
+def by_the_group(
+    x: Tensor, weight: Tensor, bias: Tensor, *, gain: Tensor, target: Tensor, **settings: Any
+) -> Tensor:
+    """A projection per group, one beside the other."""
+    groups = len(gain)
+    parts = [
+        ops.project_calibrate(x, w, b, target_rms=float(t), gain=g, **settings)
+        for w, b, t, g in zip(
+            weight.chunk(groups), bias.chunk(groups), target, gain.unbind(), strict=True
+        )
+    ]
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize("calibration", ops.CALIBRATIONS)
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 5), (2, 1, 3, 5)])
+def test_groups_are_projections_side_by_side(
+    shape: tuple[int, ...], calibration: str, tanh: bool
+) -> None:
+    """In fp64: values and every gradient, by autograd through the others and by gradcheck."""
+    wide = {"dtype": torch.float64, "requires_grad": True}
+    leaves = [torch.randn(s, **wide) for s in (shape, (12, 5), (12,))]
+    gain = (1 + 0.3 * torch.randn(4, dtype=torch.float64)).requires_grad_()
+    target = torch.tensor([0.02, 3.0, 0.5, 40.0], dtype=torch.float64)
+    settings: dict[str, Any] = {"calibration": calibration, "tanh": tanh}
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
+        return ops.project_calibrate(
+            x, weight, bias, gain=gain, target_rms=target, groups=4, **settings
+        )
+
+    out, expected = (
+        f(*leaves, **{"gain": gain, **more})
+        for f, more in ((project, {}), (by_the_group, {"target": target, **settings}))
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-15)
+    weights = torch.randn_like(out)
+    grads = [torch.autograd.grad(o, (*leaves, gain), weights) for o in (out, expected)]
+    for found, exact in zip(*grads, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-13)
+    assert torch.autograd.gradcheck(project, (*leaves, gain))
+
+
+def test_groups_with_every_parameter() -> None:
+    """LayerNorm before; gamma and beta run over all outputs, outside of the groups."""
+    parameters = adapter_parameters(5, 12)
+    del parameters["gain"]
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    gain = torch.rand(3, dtype=torch.float64, requires_grad=True)
+
+    def project(x: Tensor, gain: Tensor, *values: Tensor) -> Tensor:
+        named = dict(zip(parameters, values, strict=True))
+        return ops.project_calibrate(
+            x, **named, gain=gain, target_rms=0.5, groups=3, calibration="example"
+        )
+
+    assert torch.autograd.gradcheck(project, (x, gain, *parameters.values()))
+
+
+@pytest.mark.parametrize("calibration", ["token", "example", "batch"])
+def test_each_group_reaches_its_target(calibration: str) -> None:
+    x = torch.randn(3, 4, 16) * torch.tensor([0.1, 1, 10])[:, None, None]
+    weight = torch.randn(32, 16) * torch.tensor([0.01, 1, 30, 4]).repeat_interleave(8)[:, None]
+    target = torch.tensor([0.03, 2.0, 0.5, 7.0])
+    out = ops.project_calibrate(
+        x, weight, target_rms=target, gain=2.0, calibration=calibration, groups=4
+    )
+    dims = {"token": (-1,), "example": (1, 3), "batch": (0, 1, 3)}[calibration]
+    rms = out.unflatten(-1, (4, 8)).square().mean(dims).sqrt()
+    torch.testing.assert_close(rms, (2 * target).expand(rms.shape), rtol=1e-3, atol=0)
+
+
+def test_groups_save_x_mean_squares_and_parameters_only() -> None:
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    weight, gain = torch.randn(12, 5, requires_grad=True), torch.rand(4, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.project_calibrate(x, weight, gain=gain, target_rms=1.0, groups=4)
+    known = {t.data_ptr() for t in (x, weight, gain)}
+    assert [tuple(t.shape) for t in saved if t.data_ptr() not in known] == [(2, 3, 4)]
+
+
+def test_a_number_or_one_element_stands_for_every_group() -> None:
+    x, weight = torch.randn(2, 3, 5), torch.randn(12, 5)
+    settings: dict[str, Any] = {"groups": 4, "calibration": "token"}
+    expected = ops.project_calibrate(
+        x, weight, target_rms=torch.full((4,), 0.5), gain=torch.full((4,), 3.0), **settings
+    )
+    for target in (0.5, torch.tensor(0.5), torch.tensor([0.5])):
+        for gain in (3.0, torch.tensor(3.0), torch.tensor([3.0])):
+            found = ops.project_calibrate(x, weight, target_rms=target, gain=gain, **settings)
+            torch.testing.assert_close(found, expected)
+
+
+def test_payload_to_prefix_in_groups() -> None:
+    arguments, gain = payload((2, 3, 5)), torch.rand(4, requires_grad=True)
+    settings: dict[str, Any] = {"weight": torch.randn(12, 5), "gain": gain, "target_rms": 0.5}
+    x = ops.unpack_dequantize(**arguments)
+    expected = ops.project_calibrate(x, **settings, groups=4)
+    trained = ops.dequantize_project_calibrate(**arguments, **settings, groups=4)
+    with torch.no_grad():
+        frozen = ops.dequantize_project_calibrate(**arguments, **settings, groups=4)
+    assert torch.equal(trained, expected)
+    assert torch.equal(frozen, expected)
+    grads = [torch.autograd.grad(out.sum(), gain)[0] for out in (trained, expected)]
+    assert torch.equal(*grads)
+
+
+# --- bad arguments --------------------------------------------------------------------------------
 
 LATENT, WEIGHT = torch.zeros(2, 3, 8), torch.zeros(4, 8)
 CODES, SCALES = torch.zeros(2, 18, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.float16)
@@ -176,6 +293,26 @@ BAD_CALLS: dict[str, tuple[type[LatentWireError], str, Callable[[], object]]] = 
         ConfigError,
         "target_rms is inf; calibration 'batch' needs a positive number",
         lambda: project(target_rms=float("inf"), calibration="batch"),
+    ),
+    "groups of no size": (
+        ConfigError,
+        "project_calibrate: groups is 0; expected a whole number of at least 1",
+        lambda: project(groups=0),
+    ),
+    "groups that do not divide": (
+        KernelError,
+        "project_calibrate: 4 outputs do not divide among 3 groups; expected rows of weight in",
+        lambda: project(groups=3),
+    ),
+    "a gain for each of too many": (
+        KernelError,
+        r"project_calibrate: gain has shape \(4,\); expected one element or 2, one a group",
+        lambda: project(groups=2, gain=torch.ones(4)),
+    ),
+    "a target for each of too many": (
+        KernelError,
+        r"project_calibrate: target_rms has shape \(3,\); expected one element or 2, one a group",
+        lambda: project(groups=2, target_rms=torch.ones(3)),
     ),
     "device": (
         KernelError,

@@ -12,15 +12,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import AddedToken
 
-from latentwire_fast.config.schema import EncoderConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError, DataError
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.checks import check_vocabulary, learns_positions
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader, load_readers
+from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.serving import Receiver
 from latentwire_fast.training.builders import build_model
 from readers import tiny_model
@@ -69,7 +69,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     model.save_pretrained(tmp_path)
     longer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"encoder LM '{tmp_path}': its tokenizer {expected}"):
-        build_encoder(EncoderConfig(source=str(tmp_path)), {})
+        build_encoder(ENCODERS.config("lm", source=str(tmp_path)), {})
 
 
 def test_control_tokens_of_a_larger_model_are_passed_over(
@@ -148,13 +148,15 @@ def test_other_readers_warn_once(
     assert f"{len(prompt.ids)} positions, reader 'llama' knows 20: what it says" in caplog.text
 
 
-@pytest.mark.parametrize("pooling", ["queries", "spans"])
+@pytest.mark.parametrize("pooler", ["queries", "spans"])
 def test_an_encoder_reads_no_further_than_its_lms_table(
-    llama_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, pooling: str
+    llama_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, pooler: str
 ) -> None:
     gpt2(llama_tokenizer, positions=40).save_pretrained(tmp_path)
     llama_tokenizer.save_pretrained(tmp_path)
-    source = EncoderConfig(source=str(tmp_path), latents=4, d_z=8, pooling=pooling)
+    source = ENCODERS.config(
+        "lm", source=str(tmp_path), latents=4, d_z=8, pooler=POOLERS.config(pooler)
+    )
     encoder = build_encoder(source, {})
     prompt = encoder.prompts.build([Turn("Who?")], context="Nulnak is old.")
     read = 40 - 4 - (len(prompt.ids) - prompt.content)

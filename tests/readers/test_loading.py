@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from latentwire_fast.config.schema import EncoderConfig
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.models.encoders.build import build_encoder
+from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.readers.loading import load_weights
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ENCODERS
 from latentwire_fast.serving import Receiver
 from readers import tiny_model
 
@@ -66,7 +66,7 @@ def test_missing_weights_are_named(folder: Path) -> None:
     assert f"{NORM} is missing; save the model again" in message
     assert "\n" not in message
     with pytest.raises(ConfigError, match=r"weights of a LlamaModel: layers\.1\.mlp\.up_proj"):
-        build_encoder(EncoderConfig(source=str(folder)), {})
+        build_encoder(ENCODERS.config("lm", source=str(folder)), {})
 
 
 def test_of_many_missing_weights_the_first_are_named(folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_model_without_its_head_is_no_reader_but_starts_an_encoder(folder: Pat
     edit_config(folder, tie_word_embeddings=False)
     with pytest.raises(ConfigError, match=r"lm_head\.weight is missing"):
         Reader.load(folder, name="broken")
-    encoder = build_encoder(EncoderConfig(source=str(folder)), {})
+    encoder = build_encoder(ENCODERS.config("lm", source=str(folder)), {})
     assert encoder.config.source == str(folder)
 
 

@@ -474,7 +474,7 @@ def test_a_reader_with_other_weights_is_refused(reader: Reader) -> None:
 
 def test_parts_and_layers_in_the_wrong_place_are_refused(readers: dict[str, Reader]) -> None:
     reader = readers["llama"]
-    adapter = make_model(reader).adapters["llama"]
+    adapter = make_model(reader).parts("llama")["soft"]
     kind = PayloadKind(LATENTS, D_Z, 0)
     with pytest.raises(ConfigError, match="needs an adapter, a deep prefix, or both"):
         Receiver(reader, None, payload_kind=kind)

@@ -8,23 +8,24 @@ from pathlib import Path
 import pytest
 
 from latentwire_fast.config.overrides import with_overrides
-from latentwire_fast.config.presets import load_preset
+from latentwire_fast.config.presets import load_preset, weighted
 from latentwire_fast.config.schema import ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.interlingua import Interlingua
-from runs import changed, store, tiny_config, train
+from latentwire_fast.registry import POOLERS
+from runs import changed, deep, store, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 TEXT = "Nulnak is already 94 years old."
 SELECTED = {
-    "encoder": {"pooling": "selected", "frozen": True},
-    "adapter": {"prefix": "deep", "deep_width": 16, "deep_heads": 2},
+    "encoder": {"pooler": POOLERS.config("selected"), "frozen": True},
+    "attachments": (deep(width=16, heads=2, expansion=1, dropout=0.1),),
     "stages": (
-        StageConfig("select", steps=1, answer=0.0, select=1.0),
-        StageConfig("both", steps=2, answer=0.0, select=1.0, kv=1.0),
+        StageConfig("select", steps=1, objectives=weighted(select=1.0)),
+        StageConfig("both", steps=2, objectives=weighted(select=1.0, kv=1.0)),
         StageConfig("answer", steps=1),
     ),
 }
@@ -43,17 +44,17 @@ def base(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(base: Path, llama_folder: Path, qwen_folder: Path) -> RunConfig:
     """One that adds the other, by a preset with an encoder of its own."""
-    own = tiny_config(llama_folder, encoder={"latents": 7}, quantizer={"bits": 8})
+    own = tiny_config(llama_folder, encoder={"latents": 7}, bottleneck={"bits": 8})
     return with_overrides(own, base=str(base), readers={"added": str(qwen_folder)})
 
 
-def test_a_base_brings_its_encoder_quantizer_and_mode(
+def test_a_base_brings_its_encoder_bottleneck_and_mode(
     config: RunConfig, llama_folder: Path, base: Path
 ) -> None:
     before = tiny_config(llama_folder)
-    assert (config.encoder, config.quantizer, config.mode) == (
+    assert (config.encoder, config.bottleneck, config.mode) == (
         before.encoder,
-        before.quantizer,
+        before.bottleneck,
         before.mode,
     )
     assert config.base == str(base)
@@ -64,15 +65,18 @@ def test_an_added_reader_reads_the_payloads_that_are_out_there(
     config: RunConfig, base: Path, tmp_path: Path
 ) -> None:
     trainer = train(config, tmp_path / "added")
-    assert {name.split(".")[0] for name, _ in trainer.state.named} == {"adapters", "task_tokens"}
+    assert {name.split(".")[0] for name, _ in trainer.session.state.named} == {
+        "attachments",
+        "task_tokens",
+    }
     first = Interlingua.from_pretrained(base / "model")
     added = Interlingua.from_pretrained(tmp_path / "added" / "model")
     payloads = first.encode_payloads([TEXT])
     assert added.encode_payloads([TEXT]) == payloads
     latent = added.decode_payloads(payloads)
     assert added.prefix("added", latent).isfinite().all()
-    fresh = parameter_digest(first.adapters["llama"].state_dict().items())
-    assert parameter_digest(added.adapters["added"].state_dict().items()) != fresh
+    fresh = parameter_digest(first.attachments["llama"].state_dict().items())
+    assert parameter_digest(added.attachments["added"].state_dict().items()) != fresh
     with pytest.raises(ConfigError, match="no adapter for reader 'llama'"):
         added.prefix("llama", latent)
 
@@ -91,7 +95,7 @@ def test_the_encoder_learns_nothing_and_keeps_its_dropout_off(
 ) -> None:
     trainer = train(config, tmp_path / "added")
     before = Interlingua.from_pretrained(base / "model").encoder.state_dict()
-    assert parameter_digest(trainer.model.encoder.state_dict().items()) == parameter_digest(
+    assert parameter_digest(trainer.session.model.encoder.state_dict().items()) == parameter_digest(
         before.items()
     )
     lines = (tmp_path / "added" / "diagnostics.jsonl").read_text().splitlines()
@@ -107,7 +111,10 @@ def test_positions_that_are_chosen_stay_and_their_keys_are_learned(
         base=str(tmp_path / "base"),
         readers={"added": str(qwen_folder)},
     )
-    assert [(s.name, s.select, s.kv) for s in config.stages] == [("both", 0, 1), ("answer", 0, 0)]
+    assert [(s.name, s.objectives) for s in config.stages] == [
+        ("both", weighted(kv=1.0)),
+        ("answer", weighted(answer=1.0)),
+    ]
     train(config, tmp_path / "added")
     lines = (tmp_path / "added" / "diagnostics.jsonl").read_text().splitlines()
     losses = [set(json.loads(line)["losses"]) for line in lines]
@@ -169,14 +176,14 @@ def test_a_base_that_is_no_run_or_is_not_trained(
 
 
 def test_an_encoder_that_the_base_does_not_have(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="another encoder, quantizer or mode than its base"):
+    with pytest.raises(ConfigError, match="another encoder, bottleneck or mode than its base"):
         train(changed(config, encoder={"latents": 3}), tmp_path)
 
 
 def test_a_stage_that_selects_on_a_base(config: RunConfig) -> None:
-    stage = StageConfig("select", steps=1, select=1.0)
+    stage = StageConfig("select", steps=1, objectives=weighted(answer=1.0, select=1.0))
     with pytest.raises(ConfigError, match="keeps its positions"):
-        changed(config, stages=(stage,), encoder={"pooling": "selected"})
+        changed(config, stages=(stage,), encoder={"pooler": POOLERS.config("selected")})
 
 
 def test_readers_added_without_a_name_for_them_are_the_presets(base: Path) -> None:

@@ -29,7 +29,7 @@ class Run:
         matrices = [p for p in self.net.parameters() if p.dim() == 2]
         others = [p for p in self.net.parameters() if p.dim() == 1]
         self.optimizers = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=1e-3)]
-        self.guard = NonFiniteGuard(run_dir)
+        self.guard = NonFiniteGuard(run_dir / "nonfinite.json")
 
     def step(self, number: int, *, poison_loss: float = 0.0, poison_gradient: float = 0.0) -> None:
         loss = self.net(torch.randn(4, 16)).square().mean() + poison_loss

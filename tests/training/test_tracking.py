@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from latentwire_fast.files import atomic
+from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.training.tracking import (
     Tracker,
     latent_statistics,
@@ -38,7 +39,7 @@ def board(run_dir: Path) -> EventAccumulator:
 
 def test_records_are_complete_lines_at_once(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with Tracker(run_dir, resume_step=None) as tracker:
+    with Tracker(RunFolder(run_dir), resume_step=None) as tracker:
         for step in (10, 20):
             tracker.log(record(step))
             assert steps_in(run_dir)[-1] == step, "not flushed"
@@ -47,7 +48,7 @@ def test_records_are_complete_lines_at_once(tmp_path: Path) -> None:
 
 
 def test_values_become_strict_json(tmp_path: Path) -> None:
-    with Tracker(tmp_path, resume_step=None) as tracker:
+    with Tracker(RunFolder(tmp_path), resume_step=None) as tracker:
         tracker.log({
             "step": 1,
             "loss": torch.tensor(0.5),
@@ -72,10 +73,10 @@ def test_values_become_strict_json(tmp_path: Path) -> None:
 
 
 def test_resume_drops_later_records(tmp_path: Path) -> None:
-    with Tracker(tmp_path, resume_step=None) as tracker:
+    with Tracker(RunFolder(tmp_path), resume_step=None) as tracker:
         for step in (10, 20, 30, 40):
             tracker.log(record(step))
-    with Tracker(tmp_path, resume_step=20) as tracker:
+    with Tracker(RunFolder(tmp_path), resume_step=20) as tracker:
         assert steps_in(tmp_path) == [10, 20]
         tracker.log(record(30, note="again"))
     assert steps_in(tmp_path) == [10, 20, 30]
@@ -84,7 +85,7 @@ def test_resume_drops_later_records(tmp_path: Path) -> None:
 
 def test_a_new_run_starts_empty(tmp_path: Path) -> None:
     (tmp_path / "diagnostics.jsonl").write_text(json.dumps(record(5)) + "\n")
-    with Tracker(tmp_path, resume_step=None):
+    with Tracker(RunFolder(tmp_path), resume_step=None):
         assert steps_in(tmp_path) == []
 
 
@@ -93,7 +94,7 @@ def test_a_torn_line_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture
     whole = json.dumps(record(10)) + "\n"
     for length in range(len(whole) - 1):
         path.write_text(whole + whole[:length])
-        with Tracker(tmp_path, resume_step=10) as tracker:
+        with Tracker(RunFolder(tmp_path), resume_step=10) as tracker:
             tracker.log(record(20))
         assert steps_in(tmp_path) == [10, 20]
     assert "dropped 1 unreadable lines" in caplog.text
@@ -128,7 +129,7 @@ def test_what_is_no_record_is_dropped(
 def test_a_failing_truncation_leaves_the_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Tracker(tmp_path, resume_step=None) as tracker:
+    with Tracker(RunFolder(tmp_path), resume_step=None) as tracker:
         tracker.log(record(10))
         tracker.log(record(20))
 
@@ -138,7 +139,7 @@ def test_a_failing_truncation_leaves_the_records(
 
     monkeypatch.setattr(atomic, "disk", NoRename())
     with pytest.raises(OSError, match="simulated"):
-        Tracker(tmp_path, resume_step=10)
+        Tracker(RunFolder(tmp_path), resume_step=10)
     assert steps_in(tmp_path) == [10, 20]
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latentwire_fast import ops, wire
+from latentwire_fast.config import schema
 from latentwire_fast.errors import PayloadError
 
 SPECIFICATION = Path(__file__).parents[2] / "docs" / "wire_format.md"
@@ -184,7 +185,7 @@ def test_w3_unpack_agrees_with_the_specification(
     assert wire.unpack(payload)[0].flatten().tolist() == values
 
 
-@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("bits", ops.CODE_BITS)
 def test_w3_packing_reaches_a_fixed_point_for_every_scale(bits: int) -> None:
     """Groups whose scale is any fp16 number, approached at and between its roundings."""
     qmax = 2 ** (bits - 1) - 1
@@ -209,6 +210,42 @@ def test_w3_packing_reaches_a_fixed_point_for_every_scale(bits: int) -> None:
     assert (once - decoded).abs().max() < qmax * UNIT
 
 
+@pytest.mark.parametrize("bits", wire.BITS)
+def test_a_value_beyond_what_the_bits_can_carry_is_refused(bits: int) -> None:
+    """65504 times the largest code, which is exact in the payload; at 16 bits 65504."""
+    limit = torch.tensor(65504.0 * (1 if bits == 16 else 2 ** (bits - 1) - 1))
+    latent_BMD = torch.stack([latent_of((2, 20)), latent_of((2, 20))])
+    latent_BMD[1, 0, 4] = -limit
+    payload = wire.pack_batch(latent_BMD, bits=bits, group_size=32)[1]
+    assert wire.unpack(payload)[0][0, 4] == -limit
+    # fp16 rounds what is up to half a step above its largest value down to it.
+    above = 65520.0 if bits == 16 else limit.nextafter(torch.tensor(math.inf)).item()
+    latent_BMD[1, 0, 4] = above
+    words = (
+        r"65504, or take 8 bits" if bits == 16 else rf"at most {limit:.0f}, the largest at {bits}"
+    )
+    message = rf"the latent at \[1, 0, 4\] is {above}, which it cannot carry; rescale it .*{words}"
+    with pytest.raises(PayloadError, match=message):
+        wire.pack_batch(latent_BMD, bits=bits, group_size=32)
+    with pytest.raises(PayloadError, match="cannot carry; rescale it"):
+        wire.pack(latent_BMD[1], bits=bits, group_size=32)
+
+
+@pytest.mark.parametrize("bits", ops.CODE_BITS)
+def test_a_code_out_of_range_under_the_largest_scale_is_refused(bits: int) -> None:
+    """Nothing that `pack` takes has such a value; it is refused for its code like elsewhere."""
+    latent_MD = torch.zeros(1, 16)
+    latent_MD[0, 0] = -65504.0 * (2 ** (bits - 1) - 1)
+    payload = bytearray(wire.pack(latent_MD, bits=bits, group_size=16))
+    payload[16] -= 1  # -qmax to -qmax - 1
+    with pytest.raises(PayloadError, match="code byte 0 is out of range or has padding set"):
+        wire.unpack(repaired(payload))
+
+
+def test_the_widths_are_16_bits_and_those_of_codes() -> None:
+    assert wire.BITS == schema.BITS == (16, *ops.CODE_BITS)
+
+
 def test_equal_values_have_one_payload_whatever_their_storage() -> None:
     latent = latent_of((3, 20)).to(torch.bfloat16).float()
     latent[0, :5] = 0.0
@@ -228,6 +265,17 @@ def test_a_latent_on_the_gpu_gives_the_same_payload(bits: int) -> None:
     latent = latent_of((3, 21))
     expected = wire.pack(latent, bits=bits, group_size=16)
     assert wire.pack(latent.cuda(), bits=bits, group_size=16) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", wire.BITS)
+def test_a_payload_is_unpacked_on_the_gpu_alike(bits: int) -> None:
+    payloads = wire.pack_batch(latent_of((4, 3, 21)), bits=bits, group_size=16)
+    expected, headers = wire.unpack_batch(payloads)
+    found, again = wire.unpack_batch(payloads, device="cuda")
+    assert found.is_cuda
+    assert torch.equal(found.cpu(), expected)
+    assert again == headers
 
 
 # --- W1, W2: damage -------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""W4: payloads that were mutated and given the right CRC again (`fuzz_wire.py` makes them)."""
+"""Payloads that were mutated and given the right CRC again (`fuzz_wire.py` makes them).
+
+`make fuzz` goes on with new ones for a minute: 200,000 and more where nothing else runs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("count", "seed"), [(10_000, 0), pytest.param(200_000, 1, marks=pytest.mark.slow)]
+    ("count", "seed"), [(10_000, 0), pytest.param(100_000, 1, marks=pytest.mark.slow)]
 )
 def test_w4_mutated_payloads_are_refused_or_canonical(count: int, seed: int) -> None:
     tally = fuzz_wire.fuzz(seed, lambda tally: tally.tried < count)

@@ -1,10 +1,10 @@
 """The report of an evaluation: `report.html`, `report.md` with its figures, and `metrics.csv`.
 
-`metrics` is what `metrics.json` holds; `further.py` adds a few scores from the predictions. Scores
-are shares of 1, each a number or `{"mean", "low", "high"}`; hypotheses that compare F1 (H1, H2, H4,
-H7) are differences of such shares, the others ratios. `run.vocab_sizes` (reader name to V), where
-present, lets the report check that the text baseline's NLL is below ln V. Whatever is missing
-prints as not measured.
+`metrics` is what `metrics.json` holds; `extra_scores.py` adds a few scores from the predictions.
+Scores are shares of 1, each a number or `{"mean", "low", "high"}`; hypotheses that compare F1 are
+differences of such shares, the others ratios. `run.vocab_sizes` (reader name to V), where present,
+lets the report check that the text baseline's NLL is below ln V. Whatever is missing prints as not
+measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import jinja2
 
-from latentwire_fast.evaluation.method_result import BY_BITS
+from latentwire_fast.evaluation.methods.base import methods_by_bits
 from latentwire_fast.evaluation.report.extra_scores import Means, further_scores
 from latentwire_fast.evaluation.report.figures import accuracy_figure, learning_figure
 from latentwire_fast.evaluation.report.formatting import measured
@@ -84,9 +84,10 @@ def metrics_csv(metrics: Mapping[str, Any], further: Means) -> str:
 
 
 def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
+    by_bits = methods_by_bits()
     for reader, methods in (metrics.get("readers") or {}).items():
         for method, scores in methods.items():
-            if method in BY_BITS:
+            if method in by_bits:
                 for bits, of_width in scores.items():
                     for metric, value in of_width.items():
                         yield reader, f"{method.removesuffix('_bits')}_{bits}_bits", metric, value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentwire_fast.evaluation import metrics as scores
+from latentwire_fast.evaluation.metrics import ROUGE_TYPES, accuracy, rouge
 
 FURTHER = {
     "rouge1": "ROUGE-1",
@@ -30,7 +30,7 @@ def further_scores(predictions: Sequence[Mapping[str, Any]]) -> Means:
         for reader, methods in (record.get("readers") or {}).items():
             of_reader = collected.setdefault(reader, {})
             for method, entry in methods.items():
-                if "prediction" in entry and record.get("answers"):
+                if entry and "prediction" in entry and record.get("answers"):
                     of_reader.setdefault(method, []).append((entry, record["answers"]))
     return {
         reader: {method: _means(pairs) for method, pairs in methods.items()}
@@ -40,9 +40,9 @@ def further_scores(predictions: Sequence[Mapping[str, Any]]) -> Means:
 
 def _means(pairs: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> dict[str, float]:
     texts = [entry["prediction"] for entry, _ in pairs]
-    rouge = [scores.rouge(text, answers) for text, (_, answers) in zip(texts, pairs, strict=True)]
-    means = {kind: sum(r[kind] for r in rouge) / len(rouge) for kind in scores.ROUGE_TYPES}
-    means["accuracy"] = scores.accuracy(texts, [answers[0] for _, answers in pairs])
+    scores = [rouge(text, answers) for text, (_, answers) in zip(texts, pairs, strict=True)]
+    means = {kind: sum(s[kind] for s in scores) / len(scores) for kind in ROUGE_TYPES}
+    means["accuracy"] = accuracy(texts, [answers[0] for _, answers in pairs])
     ranks = [entry.get("first_token_reciprocal_rank") for entry, _ in pairs]
     known = [rank for rank in ranks if rank is not None]
     if known:

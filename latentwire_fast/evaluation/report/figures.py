@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from latentwire_fast.evaluation.methods.base import methods_by_bits
 from latentwire_fast.evaluation.report.formatting import Measured, measured
 
 Records = Sequence[Mapping[str, Any]]
@@ -48,13 +49,8 @@ STYLE: dict[Any, Any] = {
 DPI = 200
 # Mantissas of the ticks on a logarithmic axis that spans more, or less, than one decade.
 COARSE_TICKS, FINE_TICKS = (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)
-# What the markers of the first figure stand for: (marker, filled, label).
-MARKERS = (
-    ("o", True, "payload"),
-    ("v", True, "text cut to the payload's bytes"),
-    ("s", False, "text, brotli"),
-    ("s", True, "text, UTF-8"),
-)
+# What the markers of whole texts stand for: (marker, filled, label).
+TEXT_MARKERS = (("s", False, "text, brotli"), ("s", True, "text, UTF-8"))
 
 
 def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
@@ -87,7 +83,9 @@ def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
         axes.set_ylabel("F1 (%)")
         figure.legend(handles=handles, loc="outside upper left", ncols=3)
         handles = []
-        for marker, is_filled, label in MARKERS:
+        curves = [m.by_bits for m in methods_by_bits().values() if m.by_bits]
+        markers = [(curve.marker, True, curve.legend) for curve in curves]
+        for marker, is_filled, label in (*markers, *TEXT_MARKERS):
             face = MUTED if is_filled else "white"
             handles.append(
                 Line2D([], [], color=MUTED, marker=marker, mfc=face, linestyle="", label=label)
@@ -131,9 +129,13 @@ class _Points:
         sizes = metrics.get("bytes") or {}
         payload = sizes.get("payload_mean") or {}
         self.bits = str((metrics.get("latent") or {}).get("bits"))
-        self.latent = _by_size(methods.get("latent_bits"), payload)
+        self.curves = [
+            (_by_size(methods.get(key), payload), method.by_bits)
+            for key, method in methods_by_bits().items()
+            if method.by_bits
+        ]
+        self.latent = self.curves[0][0]
         self.text = measured((methods.get("text") or {}).get("f1"))
-        self.budget = _by_size(methods.get("byte_budget_bits"), payload)
         self.text_sizes = (sizes.get("text_brotli_mean"), sizes.get("text_utf8_mean"))
 
     def sizes(self) -> list[float]:
@@ -141,17 +143,17 @@ class _Points:
         return [size for size, _, _ in self.latent] + [s for s in self.text_sizes if s]
 
     def draw(self, axes: Axes, colour: str) -> None:
-        for points, marker, line in ((self.latent, "o", "-"), (self.budget, "v", ":")):
+        for points, curve in self.curves:
             axes.plot(
                 [size for size, _, _ in points],
                 [100 * score.mean for _, score, _ in points],
                 color=colour,
-                linestyle=line,
+                linestyle=curve.line,
                 linewidth=1.8,
             )
             for size, score, bits in points:
                 scale = 8.5 if bits == self.bits else 5.5
-                _dot(axes, size, score, colour, marker=marker, scale=scale)
+                _dot(axes, size, score, colour, marker=curve.marker, scale=scale)
         if self.text:
             for text_size, face in zip(self.text_sizes, ("white", colour), strict=True):
                 if text_size:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from latentwire_fast.evaluation.methods.base import evaluation_methods
 from latentwire_fast.evaluation.metrics import distinct_shares, empty_rate, uniform_nll
 from latentwire_fast.evaluation.report.formatting import mean, number, percent, size
 
 Records = Sequence[Mapping[str, Any]]
 
 FEW_EXAMPLES = 100
-FLOOR_MARGIN = 0.02  # a shuffled or zero latent this far above closed book still carries something
+FLOOR_MARGIN = 0.02  # a control this far above closed book still carries something
 WEAK_TEXT_F1 = 0.5
 EMPTY_LIMIT = 0.05
 COLLAPSED_RANK, COLLAPSED_COSINE = 2.0, 0.95
@@ -41,6 +42,10 @@ def _about_size(metrics: Mapping[str, Any]) -> Iterator[str]:
             f"{number(100 * truncated['text_share'], digits=2)}% of all text is in no latent, yet "
             "counts in the text's sizes and for what the text baseline reads."
         )
+    methods = evaluation_methods()
+    for key, reason in (metrics.get("not_measured") or {}).items():
+        label = methods[key].label if key in methods else key
+        yield f"{label} was not measured: {reason}."
     sizes = metrics.get("bytes") or {}
     bits = str((metrics.get("latent") or {}).get("bits"))
     payload = (sizes.get("payload_mean") or {}).get(bits)
@@ -77,11 +82,12 @@ def _about_scores(
             f"{name}: F1 on the full text is only {percent(text).text}: the reader does not "
             "master the task, and being close to it proves little."
         )
-    for method in ("shuffled_latent", "zero_latent"):
+    controls = {key: m.label for key, m in evaluation_methods().items() if m.is_control}
+    for method, label in controls.items():
         floor = score(method)
         if floor is not None and closed is not None and floor > closed + FLOOR_MARGIN:
             yield (
-                f"{name}: the {method.replace('_', ' ')} scores F1 {percent(floor).text}, above "
+                f"{name}: the {label.lower()} scores F1 {percent(floor).text}, above "
                 f"closed book ({percent(closed).text}): part of the score does not come from the "
                 "payload's content."
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from latentwire_fast.config.schema import BITS
+from latentwire_fast.evaluation.methods.base import bits_key, by_kind
 from latentwire_fast.evaluation.report.formatting import MISSING, size
-from latentwire_fast.evaluation.report.labels import BITS, METHODS
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -42,14 +43,17 @@ def choose_examples(predictions: Records, metrics: Mapping[str, Any]) -> dict[st
 def _example(record: Mapping[str, Any], bits: str) -> dict[str, Any]:
     readers = record.get("readers") or {}
     rows = []
-    for method, (label, *_) in METHODS.items():
-        answers = [methods.get(method) for methods in readers.values()]
+    methods = by_kind()
+    for key, method in methods.items():
+        answers = [entries.get(key) for entries in readers.values()]
         if any(answers):
-            rows.append(_row(label, answers, is_ours=method == "latent"))
-    for width in BITS:
-        answers = [(m.get("latent_bits") or {}).get(width) for m in readers.values()]
-        if width != bits and any(answers):
-            rows.append(_row(f"Latent, {width} bits", answers))
+            rows.append(_row(method.label, answers, is_ours=method.kind == "ours"))
+    ours = {key: m for key, m in methods.items() if m.by_bits and m.kind == "ours"}
+    for key, method in ours.items():
+        for width in map(str, BITS):
+            answers = [(r.get(bits_key(key)) or {}).get(width) for r in readers.values()]
+            if width != bits and any(answers):
+                rows.append(_row(f"{method.label}, {width} bits", answers))
     context = record.get("context") or ""
     clipped = max(0, len(context) - CONTEXT_CHARS)
     return {

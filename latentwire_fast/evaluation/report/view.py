@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latentwire_fast.config.presets import PRESETS
+from latentwire_fast.config.schema import BITS
 from latentwire_fast.config.serialization import to_json
-from latentwire_fast.evaluation.method_result import BY_BITS
+from latentwire_fast.evaluation.hypotheses.base import hypotheses
+from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
 from latentwire_fast.evaluation.report.extra_scores import FURTHER, Means
 from latentwire_fast.evaluation.report.formatting import (
     MISSING,
@@ -23,8 +25,7 @@ from latentwire_fast.evaluation.report.formatting import (
     ratio,
     size,
 )
-from latentwire_fast.evaluation.report.hypothesis_rows import HYPOTHESES, hypothesis_row, verdict
-from latentwire_fast.evaluation.report.labels import BITS, METHODS, Method
+from latentwire_fast.evaluation.report.hypothesis_rows import hypothesis_row, verdict
 from latentwire_fast.evaluation.report.sanity_checks import find_warnings
 from latentwire_fast.evaluation.report.shown_examples import choose_examples
 
@@ -48,12 +49,13 @@ def build_view(
         "headline": headline(metrics),
         "tiles": list(_tiles(metrics)),
         "warnings": find_warnings(metrics, predictions, diagnostics),
-        "hypotheses": [hypothesis_row(metrics, key) for key in HYPOTHESES],
+        "hypotheses": [hypothesis_row(metrics, key) for key in hypotheses()],
         "columns": [title for title, *_ in _COLUMNS],
         "readers": [
             {"name": name, "rows": list(_method_rows(methods, metrics))}
             for name, methods in _readers(metrics).items()
         ],
+        "width_columns": _width_columns(metrics),
         "widths": list(_width_rows(metrics)),
         "joint": _joint(metrics),
         "further_columns": list(FURTHER.values()),
@@ -106,7 +108,7 @@ def _tiles(metrics: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             "label": f"of {name}'s text F1",
             "note": "" if fewer == MISSING else f"with {fewer} fewer prefix positions",
         }
-    verdicts = [verdict(metrics, key) for key in HYPOTHESES]
+    verdicts = [verdict(metrics, key) for key in hypotheses()]
     yield {
         "value": f"{verdicts.count('pass')} of {len(verdicts)}",
         "label": "hypotheses pass",
@@ -138,42 +140,57 @@ _COLUMNS = (
 def _method_rows(
     methods: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Known methods in the order of `METHODS`, then any other."""
-    others = [name for name in methods if name not in METHODS and name not in BY_BITS]
-    for name in (*METHODS, *others):
-        if methods.get(name) is None:
+    """Registered methods in the order of their kinds, then any other; a method that was not
+    measured has empty cells."""
+    known, by_bits = by_kind(), methods_by_bits()
+    for key in (*known, *(k for k in methods if k not in known and k not in by_bits)):
+        if key not in methods:
             continue
-        method = METHODS.get(name) or Method(name.replace("_", " "), "", "budget")
+        method = known.get(key)
         yield {
-            "label": method.label,
-            "note": method.note,
-            "kind": method.kind,
-            "cells": [show(methods[name].get(key)) for _, key, show in _COLUMNS],
-            "bytes": _bytes_of(name, metrics),
+            "label": method.label if method else key.replace("_", " "),
+            "note": method.note if method else "",
+            "kind": method.kind if method else "budget",
+            "cells": [show((methods[key] or {}).get(score)) for _, score, show in _COLUMNS],
+            "bytes": _bytes_of(method, metrics),
         }
 
 
-def _bytes_of(method: str, metrics: Mapping[str, Any]) -> str:
-    """What the method sends in place of the text, where that is a size of its own."""
+def _bytes_of(method: EvaluationMethod | None, metrics: Mapping[str, Any]) -> str:
+    """What a method sends in place of the text, where that is a size of its own."""
     sizes, payload = metrics.get("bytes") or {}, size(_payload(metrics))
-    if method == "text":
+    sends = method.sends if method else "nothing"
+    if sends == "text":
         utf8, brotli = size(sizes.get("text_utf8_mean")), size(sizes.get("text_brotli_mean"))
         return f"{utf8}, brotli {brotli}"
-    if method in ("latent", "shuffled_latent", "zero_latent"):
+    if sends == "payload":
         return payload
-    return f"≤ {payload}" if method == "byte_budget" and payload != MISSING else MISSING
+    return f"≤ {payload}" if sends == "at most payload" and payload != MISSING else MISSING
+
+
+def _width_columns(metrics: Mapping[str, Any]) -> list[str]:
+    """Headings of the scores at every bit width: those of each reader in turn."""
+    return [
+        heading.format(reader=name)
+        for name in _readers(metrics)
+        for method in methods_by_bits().values()
+        if method.by_bits
+        for _, heading in method.by_bits.columns
+    ]
 
 
 def _width_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     sizes = metrics.get("bytes") or {}
-    readers = _readers(metrics)
-    for bits in BITS:
-        scores, budgets = (
-            [(methods.get(key) or {}).get(bits) or {} for methods in readers.values()]
-            for key in BY_BITS
-        )
+    for bits in map(str, BITS):
+        scores = [
+            ((methods.get(key) or {}).get(bits) or {}).get(score)
+            for methods in _readers(metrics).values()
+            for key, method in methods_by_bits().items()
+            if method.by_bits
+            for score, _ in method.by_bits.columns
+        ]
         payload = (sizes.get("payload_mean") or {}).get(bits)
-        if payload is None and not any(scores):
+        if payload is None and all(score is None for score in scores):
             continue
         yield {
             "bits": bits,
@@ -181,10 +198,7 @@ def _width_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "payload": size(payload),
             "of_utf8": ratio(payload, sizes.get("text_utf8_mean")),
             "of_brotli": ratio(payload, sizes.get("text_brotli_mean")),
-            "scores": [
-                (percent(s.get("f1")), percent(s.get("em")), percent(b.get("f1")))
-                for s, b in zip(scores, budgets, strict=True)
-            ],
+            "scores": [percent(score) for score in scores],
         }
 
 
@@ -205,12 +219,12 @@ def _joint(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _further_rows(further: Means) -> Iterator[dict[str, Any]]:
     for name, methods in further.items():
-        for method in METHODS:
-            if method in methods:
+        for key, method in by_kind().items():
+            if key in methods:
                 yield {
                     "reader": name,
-                    "label": METHODS[method].label,
-                    "cells": [percent(methods[method].get(key)) for key in FURTHER],
+                    "label": method.label,
+                    "cells": [percent(methods[key].get(score)) for score in FURTHER],
                 }
 
 

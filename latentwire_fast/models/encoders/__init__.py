@@ -1,1 +1,6 @@
-"""Text to latent `[B, M, d_z]`."""
+"""Text to latent `[B, M, d_z]`. One line per encoder: its name, and where it is."""
+
+PARTS = {
+    "lm": "latentwire_fast.models.encoders.lm:LMEncoder",
+    "byte": "latentwire_fast.models.encoders.byte:ByteEncoder",
+}

@@ -1,25 +1,135 @@
-"""What encoders share."""
+"""What encoders share.
+
+Every encoder ends in an RMS-normalised latent: the groups of a bottleneck then share one scale of
+values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from latentwire_fast.errors import DataError
+from latentwire_fast.config.schema import EncoderConfig
+from latentwire_fast.errors import ConfigError, DataError
+from latentwire_fast.models.poolers.base import Selection
+from latentwire_fast.prompts.builder import encoded_text
+from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ENCODERS
 
 Texts = Sequence[str]
+
+
+class Limit(NamedTuple):
+    """The longest text that an encoder reads.
+
+    Attributes:
+        setting: the name of the setting that says so.
+        length: how many.
+        unit: of what.
+    """
+
+    setting: str
+    length: int
+    unit: str
+
+
+class Encoder(nn.Module):
+    """Contexts, or contexts with questions (pure mode), to latents.
+
+    Attributes:
+        config: its settings, which may ask for less than the run's did (see `build`).
+    """
+
+    Config: ClassVar[type[EncoderConfig]] = EncoderConfig
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def build(cls, config: EncoderConfig, readers: Mapping[str, Reader]) -> Encoder:
+        """A fresh encoder, as a training starts from it.
+
+        Args:
+            readers: of the run, whose weights it may take.
+        """
+        return cls(config)
+
+    def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
+        """Latents `[B, M, d_z]` fp32. Texts beyond the limit are cut."""
+        raise NotImplementedError
+
+    def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
+        """The same with the positions that the latents stand at: of the text alone, counted from
+        its first token, where `text_ends` counts from.
+
+        Raises:
+            ConfigError: this encoder selects none.
+        """
+        raise ConfigError(f"encoder {self.config.kind!r} selects no positions")
+
+    def text_ends(self, context: str, question: str | None = None) -> list[int]:
+        """Index of the character behind each token of the text that is read.
+
+        Raises:
+            ConfigError: this encoder reads no tokens.
+        """
+        raise ConfigError(f"encoder {self.config.kind!r} reads no tokens")
+
+    @property
+    def limit(self) -> Limit:
+        """The longest text that it reads."""
+        raise NotImplementedError
+
+    def length_of(self, text: str) -> int:
+        """The length of a text (`encoded_text`) in the unit of the limit."""
+        raise NotImplementedError
+
+    def check_length(self, context: str, question: str | None = None) -> None:
+        """Raise unless the encoder reads all of a text: `forward` cuts the context of what is
+        longer.
+
+        Raises:
+            DataError: it is longer than the limit.
+        """
+        length, limit = self.length_of(encoded_text(context, question)), self.limit
+        if length > limit.length:
+            raise DataError(
+                f"the text has {length:,} {limit.unit}, the encoder reads {limit.length:,}; cut it "
+                "into several"
+            )
+
+    def save(self, folder: Path) -> list[str]:
+        """Write what `load` needs besides the settings and the weights.
+
+        Returns:
+            The files' names, relative to the folder.
+        """
+        return []
+
+    @classmethod
+    def load(cls, folder: Path, config: EncoderConfig) -> Encoder:
+        """The encoder that was saved in a folder, before its weights are loaded."""
+        return cls(config)
+
+
+def build_encoder(config: EncoderConfig, readers: Mapping[str, Reader]) -> Encoder:
+    """A fresh encoder of these settings.
+
+    Args:
+        readers: of the run, whose weights it may take.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    encoder: Encoder = ENCODERS.part_of(config).build(config, readers)
+    return encoder
 
 
 def rms_normalize(latent: Tensor) -> Tensor:
     """Each latent vector scaled to a root mean square of 1 (zero stays zero)."""
     return latent * torch.rsqrt(latent.pow(2).mean(-1, keepdim=True) + 1e-6)
-
-
-def check_length(length: int, limit: int, unit: str) -> None:
-    """Raise a DataError if a text is longer than an encoder reads."""
-    if length > limit:
-        raise DataError(
-            f"the text has {length:,} {unit}, the encoder reads {limit:,}; cut it into several"
-        )

@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import EncoderConfig
-from latentwire_fast.models.encoders.base import Texts, check_length, rms_normalize
+from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
 from latentwire_fast.models.layers import pre_norm_layer
 from latentwire_fast.prompts.builder import encoded_text
 
 
-class ByteEncoder(nn.Module):
+class ByteEncoder(Encoder):
     """UTF-8 bytes, two strided convolutions, a transformer, and a cross-attention latent pooler.
 
     The pooler's queries read the byte states; a gated residual adds their mean, so that a fresh
     pooler starts from a summary of the text.
     """
 
-    PAD = 256
+    @dataclass(frozen=True)
+    class Config(EncoderConfig):
+        """An encoder on UTF-8 bytes, which starts from nothing.
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        width, heads = config.byte_width, config.byte_heads
+        Attributes:
+            width, layers, heads: of its transformer.
+            max_bytes: longest text that is read.
+        """
+
+        width: int = 128
+        layers: int = 2
+        heads: int = 4
+        max_bytes: int = 2048
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.at_least_one("width", "layers", "heads", "max_bytes")
+            require(
+                self.width % self.heads == 0,
+                f"width={self.width} does not divide among heads={self.heads}",
+            )
+
+    PAD: ClassVar[int] = 256
+    table_parameters: ClassVar[tuple[str, ...]] = ("position", "queries")
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        width, heads = config.width, config.heads
         self.embed = nn.Embedding(257, width, padding_idx=self.PAD)
-        self.position = nn.Parameter(torch.randn((config.byte_max + 3) // 4, width) * 0.02)
+        self.position = nn.Parameter(torch.randn((config.max_bytes + 3) // 4, width) * 0.02)
         self.convolve = nn.Sequential(
             nn.Conv1d(width, width, 5, padding=2),
             nn.GELU(),
@@ -35,7 +62,7 @@ class ByteEncoder(nn.Module):
             nn.Conv1d(width, width, 4, stride=2, padding=1),
         )
         layer = pre_norm_layer(width, heads)
-        self.body = nn.TransformerEncoder(layer, config.byte_layers, enable_nested_tensor=False)
+        self.body = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.queries = nn.Parameter(torch.randn(config.latents, width) * 0.5)
         self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
         self.gate = nn.Parameter(torch.zeros(()))
@@ -43,21 +70,21 @@ class ByteEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.d_z)
 
-    def check_length(self, context: str, question: str | None = None) -> None:
-        """Raise unless the encoder reads all of a text.
+    @property
+    def limit(self) -> Limit:
+        """In bytes."""
+        return Limit("max_bytes", self.config.max_bytes, "bytes")
 
-        Raises:
-            DataError: more than `byte_max` bytes.
-        """
-        size = len(encoded_text(context, question).encode())
-        check_length(size, self.config.byte_max, "bytes")
+    def length_of(self, text: str) -> int:
+        """Its UTF-8 bytes."""
+        return len(text.encode())
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
-        """Latents `[B, M, d_z]` fp32. Texts beyond `byte_max` bytes are cut."""
+        """Latents `[B, M, d_z]` fp32. Texts beyond `max_bytes` are cut."""
         asked = [None] * len(contexts) if questions is None else questions
         texts = [encoded_text(c, q) for c, q in zip(contexts, asked, strict=True)]
         device = self.gate.device
-        rows = [torch.tensor(list(t.encode()[: self.config.byte_max])) for t in texts]
+        rows = [torch.tensor(list(t.encode()[: self.config.max_bytes])) for t in texts]
         width = -(-max(len(r) for r in rows) // 4) * 4
         ids = pad_sequence(rows, batch_first=True, padding_value=self.PAD)
         ids = nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.PAD).to(device)

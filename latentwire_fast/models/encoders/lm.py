@@ -1,124 +1,159 @@
-"""Text to latent `[B, M, d_z]`: an encoder that starts from a pretrained LM, and one on raw bytes.
+"""An encoder that starts from a pretrained LM.
 
-Both end in an RMS-normalised latent: the quantiser's groups then share one scale of values.
-Shapes: B texts, T positions, M latents, D the encoder's width.
+Shapes: B texts, M latents, D the LM's width.
 """
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from latentwire_fast.config.schema import EncoderConfig
-from latentwire_fast.errors import ConfigError
-from latentwire_fast.models.encoders.base import Texts, check_length, rms_normalize
-from latentwire_fast.models.encoders.byte import ByteEncoder
-from latentwire_fast.models.poolers.selected import PositionSelector, Selection
-from latentwire_fast.models.poolers.spans import pool_spans
-from latentwire_fast.prompts.batch import PromptBatch, collate
+from latentwire_fast.config.schema import EncoderConfig, PoolerConfig, RunConfig
+from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
+from latentwire_fast.models.lm_text import LMFacts, LMText
+from latentwire_fast.models.poolers.base import Pooler, Selection
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
+from latentwire_fast.readers.checks import check_vocabulary, learns_positions
+from latentwire_fast.readers.loading import load_tokenizer, load_weights
+from latentwire_fast.readers.reader import Reader, checkpoint_activations
+from latentwire_fast.registry import POOLERS
+
+FOLDER = "encoder"  # of a saved model: the LM's configuration and tokenizer
 
 
-class LMEncoder(nn.Module):
-    """A causal LM that reads the text, and a pooler that makes M latents of its hidden states.
-
-    `queries`: M learned tokens follow the text; their last hidden states become the latents (the
-    in-context autoencoder of ICAE, arXiv:2307.06945). `spans`: the text's hidden states are
-    averaged over M contiguous spans (as ARC-Encoder pools, arXiv:2510.20535). `selected`: the
-    latents stand at M of the text's own positions (`selection.py`).
-
-    With `rehearsals`, queries behind the text first say what the LM would say: each pass gives
-    every query the distribution that its predecessor came to, as an expected embedding, so that
-    after r passes the first r tokens are what greedy decoding would write (Jacobi iteration; no
-    gradient). The encoder then starts from all that the LM knows, not from its next token alone:
-    with 3 passes the Llama reader was at its text score after 210 steps, without at a third of it.
+class LMEncoder(Encoder):
+    """A causal LM that reads the text, and a pooler that makes M states of what it holds.
 
     Args:
         core: the LM without its head; trained unless `config.frozen`.
         tokenizer: its tokenizer. The text is laid out as a prompt of that LM, which is what it
             knows.
+        shared: the core is a reader's own module, which nothing may change.
+
+    Raises:
+        ConfigError: the pooler cannot work with this LM.
     """
 
+    @dataclass(frozen=True)
+    class Config(EncoderConfig):
+        """An encoder that starts from a pretrained causal LM.
+
+        Attributes:
+            source: the LM: a reader's source (its own weights are taken), a folder or a hub id.
+            pooler: what the LM holds to M latents.
+            frozen: keep the LM's weights and train only what was added.
+            max_tokens: longest text that is read.
+            gradient_checkpointing: recompute the LM's activations in backward.
+        """
+
+        source: str = "testbed:llama"
+        pooler: PoolerConfig = field(default_factory=lambda: POOLERS.config("queries"))
+        frozen: bool = False
+        max_tokens: int = 1024
+        gradient_checkpointing: bool = False
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.at_least_one("max_tokens")
+
+        @property
+        def selects_positions(self) -> bool:
+            """Whether its pooler does."""
+            return bool(POOLERS.part_of(self.pooler).selects_positions)
+
+        def check(self, run: RunConfig) -> None:
+            """Its pooler checks itself."""
+            self.pooler.check(run)
+
+        def allows(self, trained: EncoderConfig) -> bool:
+            """It may read less than was asked, and the LM that it started from may have moved."""
+            if not isinstance(trained, LMEncoder.Config) or trained.max_tokens > self.max_tokens:
+                return False
+            return trained == replace(self, source=trained.source, max_tokens=trained.max_tokens)
+
+    pretrained_modules: ClassVar[tuple[str, ...]] = ("core",)
+    config: Config
+
     def __init__(
-        self, core: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EncoderConfig
+        self,
+        core: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
+        *,
+        shared: bool = False,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.core = core.requires_grad_(not config.frozen)
+        super().__init__(config)
         self.prompts = PromptBuilder(tokenizer)
         self.tokenizer = tokenizer
-        width = core.config.hidden_size
-        embedding = cast(nn.Embedding, core.get_input_embeddings())
-        scale = embedding.weight.detach().float().std().item()
-        self.selector: PositionSelector | None = None
-        if config.pooling == "selected":
-            self.selector = PositionSelector(
-                layers=core.config.num_hidden_layers, width=width, latents=config.latents
-            )
-        elif config.pooling != "spans":
-            # Queries that start as the anchor's last token already hold the LM's idea of an answer.
-            start = embedding.weight[self.prompts.anchor_ids[-1]].detach().float()
-            noise = torch.randn(config.latents, width) * (0.3 * scale)
-            self.memory = nn.Parameter(start + noise)
-        if config.rehearsals:
-            if config.pooling != "queries" or not core.config.tie_word_embeddings:
-                raise ConfigError(
-                    "rehearsals need pooling='queries' and an encoder LM with tied embeddings"
-                )
-            self.query_offsets = nn.Parameter(torch.zeros(config.latents, width))
-        self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, config.d_z)
+        lm = LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
+        self.pooler: Pooler = POOLERS.part_of(config.pooler)(config.pooler, lm)
+        self.core = core.requires_grad_(not config.frozen)
+        self.norm = nn.LayerNorm(lm.width)
+        self.project = nn.Linear(lm.width, config.d_z)
+        if shared:
+            self.register_load_state_dict_pre_hook(_refuse_other_core)
 
-    def check_length(self, context: str, question: str | None = None) -> None:
-        """Raise unless the encoder reads all of a text: `forward` cuts the context of what is
-        longer.
+    @classmethod
+    def build(cls, config: EncoderConfig, readers: Mapping[str, Reader]) -> LMEncoder:
+        """A fresh encoder, whose own `config` may read less than the given one.
 
-        Raises:
-            DataError: more than `max_tokens`.
+        It starts from the reader with the same source, if any, unless its weights are quantised:
+        from a copy of its weights, or from that module itself where nothing will change it. It
+        reads no more tokens than an LM with a table of positions has room for.
         """
-        length = len(self.prompts.text_ids(encoded_text(context, question)))
-        check_length(length, self.config.max_tokens, "tokens")
+        assert isinstance(config, LMEncoder.Config)
+        reader = _reader_of(config.source, readers)
+        shared = reader is not None and _can_share(config, reader)
+        if reader is None:
+            core = load_weights(AutoModel, config.source, dtype=torch.float32)
+            tokenizer = load_tokenizer(config.source)
+            check_vocabulary(tokenizer, core, name=f"encoder LM {config.source!r}")
+        else:
+            backbone = reader.backbone if shared else copy.deepcopy(reader.backbone).float()
+            core, tokenizer = cast(PreTrainedModel, backbone), reader.tokenizer
+        if learns_positions(core):
+            config = _within_positions(config, core, PromptBuilder(tokenizer))
+        if config.gradient_checkpointing:
+            checkpoint_activations(core)
+        return cls(core, tokenizer, config, shared=shared).train()
+
+    def train(self, mode: bool = True) -> LMEncoder:
+        """A frozen LM stays in eval mode: it has nothing to learn from dropout, and may be a
+        reader's own."""
+        super().train(mode)
+        if self.config.frozen:
+            self.core.eval()
+        return self
+
+    @property
+    def limit(self) -> Limit:
+        """In tokens."""
+        return Limit("max_tokens", self.config.max_tokens, "tokens")
+
+    def length_of(self, text: str) -> int:
+        """Its tokens."""
+        return len(self.prompts.text_ids(text))
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
-        if self.selector is not None:
-            return self.select(contexts, questions)[0]
-        prompts = self._prompts(contexts, questions)
-        if self.config.pooling == "spans":
-            batch = self._collate(prompts, None)
-            hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
-            return self._latent(pool_spans(hidden_BTD, batch.lengths_B, self.config.latents))
-        for prompt in prompts:
-            prompt.latent_at = len(prompt.ids)
-        queries_BMD = self.memory.expand(len(prompts), -1, -1)
-        for _ in range(self.config.rehearsals):
-            with torch.no_grad():
-                said_BMD = self._rehearse(self._read(prompts, queries_BMD))
-            queries_BMD = torch.cat([queries_BMD[:, :1], said_BMD], 1) + self.query_offsets
-        return self._latent(self._read(prompts, queries_BMD))
+        return self._latent(self.pooler(self._text(contexts, questions)))
 
     def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
-        """Latents `[B, M, d_z]` fp32, and the positions that they stand at: of the text alone,
-        counted from its first token, where `text_ends` counts from.
+        """Latents `[B, M, d_z]` fp32, and the positions that they stand at.
 
         Raises:
-            ConfigError: the encoder's pooling selects no positions.
+            ConfigError: the encoder's pooler selects no positions.
         """
-        if self.selector is None:
-            raise ConfigError(f"pooling={self.config.pooling!r} selects no positions")
-        prompts = self._prompts(contexts, questions)
-        batch = self._collate(prompts, None)
-        output = self.core(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
-        start = self.prompts.content_start
-        selection = self.selector(
-            [hidden_BTD[:, start:] for hidden_BTD in output.hidden_states],
-            self._choosable(prompts, batch)[:, start:],
-        )
+        selection = self.pooler.select(self._text(contexts, questions))
         return self._latent(selection.states_BMD), selection
 
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
@@ -136,18 +171,11 @@ class LMEncoder(nn.Module):
         kept = max(0, question - max(0, len(tokens) - limit))
         return [*tokens[:kept], *tokens[question:]][:limit]
 
-    def _choosable(self, prompts: Sequence[Prompt], batch: PromptBatch) -> Tensor:
-        """Mask `[B, T]` of the positions that hold the text itself, without its label."""
-        start = self.prompts.content_start
-        label = len(self.prompts.label_ids)
-        column_T = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)
-        stop_B1 = torch.tensor([[start + p.content] for p in prompts], device=column_T.device)
-        # an empty context has no position but its label's
-        first_B1 = torch.minimum(torch.full_like(stop_B1, start + label), stop_B1 - 1)
-        return (column_T >= first_B1) & (column_T < stop_B1)
+    def _latent(self, states_BMD: Tensor) -> Tensor:
+        return rms_normalize(self.project(self.norm(states_BMD.float())).float())
 
-    def _latent(self, pooled_BMD: Tensor) -> Tensor:
-        return rms_normalize(self.project(self.norm(pooled_BMD.float())).float())
+    def _text(self, contexts: Texts, questions: Texts | None) -> LMText:
+        return LMText(self.core, self.prompts, self._prompts(contexts, questions))
 
     def _prompts(self, contexts: Texts, questions: Texts | None) -> list[Prompt]:
         prompts = []
@@ -163,21 +191,68 @@ class LMEncoder(nn.Module):
             prompts.append(prompt)
         return prompts
 
-    def _collate(self, prompts: Sequence[Prompt], queries: Tensor | None) -> PromptBatch:
-        embedding = cast(nn.Embedding, self.core.get_input_embeddings())
-        return collate(prompts, embedding=embedding, pad_id=self.prompts.eos_id, prefixes=queries)
+    def save(self, folder: Path) -> list[str]:
+        """Write the LM's configuration and its tokenizer."""
+        self.core.config.save_pretrained(folder / FOLDER)
+        self.tokenizer.save_pretrained(folder / FOLDER)
+        return [f"{FOLDER}/{path.name}" for path in sorted((folder / FOLDER).iterdir())]
 
-    def _read(self, prompts: Sequence[Prompt], queries_BMD: Tensor) -> Tensor:
-        """Last hidden states `[B, M, D]` of the queries."""
-        batch = self._collate(prompts, queries_BMD)
-        hidden_BTD = self.core(**batch.model_inputs(), use_cache=False).last_hidden_state
-        rows, columns = batch.places_P2.unbind(1)
-        return hidden_BTD[rows, columns].view(queries_BMD.shape)
-
-    def _rehearse(self, hidden_BMD: Tensor) -> Tensor:
-        """Expected embeddings `[B, M - 1, D]` of what all queries but the last predict."""
-        weight = cast(nn.Embedding, self.core.get_input_embeddings()).weight
-        return (hidden_BMD[:, :-1] @ weight.T).softmax(-1) @ weight
+    @classmethod
+    def load(cls, folder: Path, config: EncoderConfig) -> LMEncoder:
+        """The encoder that was saved in a folder, before its weights are loaded."""
+        assert isinstance(config, LMEncoder.Config)
+        lm_config = AutoConfig.from_pretrained(folder / FOLDER)
+        # The configuration is the reader's, whose dtype may be shorter than what was trained.
+        core = AutoModel.from_config(lm_config, dtype=torch.float32)
+        return cls(core, load_tokenizer(folder / FOLDER), config)
 
 
-Encoder = LMEncoder | ByteEncoder
+def _reader_of(source: str, readers: Mapping[str, Reader]) -> Reader | None:
+    """The first reader of a source whose weights are not quantised."""
+    for reader in readers.values():
+        if reader.source == source and not hasattr(reader.model, "hf_quantizer"):
+            return reader
+    return None
+
+
+def _can_share(config: LMEncoder.Config, reader: Reader) -> bool:
+    """Whether an encoder may use a reader's own module: nothing changes it, it computes in fp32 as
+    encoders do, and it is on one device."""
+    weights = list(reader.model.parameters())
+    whole = {(weight.dtype, weight.device) for weight in weights} == {
+        (torch.float32, reader.device)
+    }
+    placed = getattr(reader.model, "hf_device_map", None) is not None
+    return config.frozen and not config.gradient_checkpointing and whole and not placed
+
+
+def _within_positions(
+    config: LMEncoder.Config, core: PreTrainedModel, prompts: PromptBuilder
+) -> LMEncoder.Config:
+    """Settings that read no more than an LM's table of positions has room for."""
+    # all but the text: what a prompt of pure mode has besides it, and the queries
+    frame = prompts.build([Turn("")], context="")
+    others = len(frame.ids) - frame.content + config.latents
+    room = core.config.get_text_config().max_position_embeddings - others
+    if room < 1:
+        raise ConfigError(
+            f"encoder LM {config.source!r} has no position left for a text beside "
+            f"{config.latents} latents; take fewer, or another LM"
+        )
+    return replace(config, max_tokens=min(config.max_tokens, room))
+
+
+def _refuse_other_core(encoder: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before weights are loaded into an encoder that shares its LM with a reader: they must be
+    that reader's.
+
+    Raises:
+        CheckpointError: they are not; loading them would change the reader.
+    """
+    for name, weight in cast(LMEncoder, encoder).core.state_dict().items():
+        saved = state.get(f"{prefix}core.{name}")
+        if saved is not None and not torch.equal(saved.to(weight.device), weight):
+            raise CheckpointError(
+                f"the encoder's LM was saved with other weights ({name}) than the reader has that "
+                "it is taken from; load the reader that the training began with"
+            )

@@ -5,12 +5,11 @@ A single text that is to be sent is refused instead (`check_length` of the encod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from latentwire_fast.config.schema import Mode
-from latentwire_fast.models.encoders.byte import ByteEncoder
-from latentwire_fast.models.encoders.lm import Encoder
+from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.prompts.builder import encoded_text
 
 
@@ -41,19 +40,14 @@ def measure_truncation(
     encoder: Encoder, texts: Iterable[tuple[str, str]], *, mode: Mode
 ) -> Truncation:
     """Count what `encoder` cuts of (context, question) pairs, one pair per example."""
-    length: Callable[[str], int]
-    if isinstance(encoder, ByteEncoder):
-        name, limit, length = "byte_max", encoder.config.byte_max, lambda t: len(t.encode())
-    else:
-        ids = encoder.prompts.text_ids
-        name, limit, length = "max_tokens", encoder.config.max_tokens, lambda t: len(ids(t))
     known: dict[str, int] = {}  # several questions on one passage: it is tokenised once
     lengths = []
     for context, question in texts:
         text = encoded_text(context, question if mode == "pure" else None)
         if text not in known:
-            known[text] = length(text)
+            known[text] = encoder.length_of(text)
         lengths.append(known[text])
-    over = [max(0, n - limit) for n in lengths]
+    limit = encoder.limit
+    over = [max(0, n - limit.length) for n in lengths]
     share = sum(over) / max(1, sum(lengths))
-    return Truncation(len(over), sum(n > 0 for n in over), share, f"{name}={limit}")
+    return Truncation(len(over), sum(n > 0 for n in over), share, f"{limit.setting}={limit.length}")

@@ -1,1 +1,7 @@
-"""Hidden states `[B, T, D]` to M latents."""
+"""What an LM makes of a text, to M latents. One line per pooler: its name, and where it is."""
+
+PARTS = {
+    "queries": "latentwire_fast.models.poolers.queries:QueriesPooler",
+    "spans": "latentwire_fast.models.poolers.spans:SpansPooler",
+    "selected": "latentwire_fast.models.poolers.selected:SelectedPooler",
+}

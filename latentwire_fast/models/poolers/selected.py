@@ -5,39 +5,28 @@ A reader needs few of a text's positions. On the testbed, with its view of the t
 the prompts, and the Qwen reader 98% (98% both with all of them). So a latent stands at such a
 position, describes what the encoder's LM holds there, and a deep prefix makes keys and values of
 it. What attends is a question, which a context-only encoder does not see: a linear score of the
-LM's states is trained on the readers' attention instead (`objectives.py`).
+LM's states is trained on the readers' attention instead (`objectives/`).
 
 Shapes: B texts, T positions, D the LM's width, M latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.models.layers import pre_norm_layer
+from latentwire_fast.models.lm_text import LMFacts, LMText
+from latentwire_fast.models.poolers.base import Pooler, Selection
+
+HEADS, BLOCKS = 4, 2  # of the transformer over the positions
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Positions of a batch of texts.
-
-    Attributes:
-        scores_BT: of every position, minus infinity where none may be chosen.
-        places_BM: the chosen ones, ascending.
-        states_BMD: what the LM holds there.
-    """
-
-    scores_BT: Tensor
-    places_BM: Tensor
-    states_BMD: Tensor
-
-
-class PositionSelector(nn.Module):
+class SelectedPooler(Pooler):
     """Scores positions by the hidden states of all of an LM's layers, and describes the best M.
 
     All layers, because what a token is stands in the first, and what it belongs to in later ones.
@@ -47,33 +36,38 @@ class PositionSelector(nn.Module):
     second and nothing of the first (0.57 and 0.02).
     """
 
-    def __init__(
-        self, *, layers: int, width: int, latents: int, heads: int = 4, blocks: int = 2
-    ) -> None:
-        super().__init__()
-        self.latents = latents
-        states = layers + 1  # the embeddings as well
-        self.scores = nn.ModuleList(nn.Linear(width, 1, bias=False) for _ in range(states))
-        self.mixes = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(states))
+    @dataclass(frozen=True)
+    class Config(PoolerConfig):
+        """Positions that answers will look at; a stage with `select` teaches it which. There is
+        nothing to set."""
+
+    selects_positions = True
+
+    def __init__(self, config: Config, lm: LMFacts) -> None:
+        super().__init__(config, lm)
+        self.latents = lm.latents
+        states = lm.layers + 1  # the embeddings as well
+        self.scores = nn.ModuleList(nn.Linear(lm.width, 1, bias=False) for _ in range(states))
+        self.mixes = nn.ModuleList(nn.Linear(lm.width, lm.width, bias=False) for _ in range(states))
         self.body = nn.TransformerEncoder(
-            pre_norm_layer(width, heads),
-            blocks,
+            pre_norm_layer(lm.width, HEADS),
+            BLOCKS,
             enable_nested_tensor=False,
         )
 
-    def forward(self, states: Sequence[Tensor], allowed_BT: Tensor) -> Selection:
-        """Select among the allowed positions.
+    def forward(self, text: LMText) -> Tensor:
+        """States `[B, M, D]` of the chosen positions."""
+        return self.select(text).states_BMD
 
-        Args:
-            states: hidden states `[B, T, D]`, embeddings first.
-            allowed_BT: True where a position may be chosen; at least once in each row.
-        """
+    def select(self, text: LMText) -> Selection:
+        """The chosen positions, and their states."""
+        states, is_text_BT = text.all_layers()
         normed = [F.layer_norm(h.float(), h.shape[-1:]) for h in states]
         scores_BT = torch.stack([f(h) for f, h in zip(self.scores, normed, strict=True)]).sum(0)
-        scores_BT = scores_BT.squeeze(-1).masked_fill(~allowed_BT, -torch.inf)
+        scores_BT = scores_BT.squeeze(-1).masked_fill(~is_text_BT, -torch.inf)
         places_BM = best_places(scores_BT.detach(), self.latents)
         mixed = [f(h) for f, h in zip(self.mixes, normed, strict=True)]
-        states_BTD = self.body(torch.stack(mixed).sum(0), src_key_padding_mask=~allowed_BT)
+        states_BTD = self.body(torch.stack(mixed).sum(0), src_key_padding_mask=~is_text_BT)
         index = places_BM[..., None].expand(-1, -1, states_BTD.shape[-1])
         return Selection(scores_BT, places_BM, states_BTD.gather(1, index))
 

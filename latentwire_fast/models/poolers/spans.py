@@ -1,9 +1,35 @@
-"""Means over contiguous spans of a text's hidden states."""
+"""Means over contiguous spans of a text's hidden states (as ARC-Encoder pools, arXiv:2510.20535).
+
+Shapes: B texts, T positions, M latents, D the LM's width.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from latentwire_fast.config.schema import PoolerConfig
+from latentwire_fast.models.lm_text import LMFacts, LMText
+from latentwire_fast.models.poolers.base import Pooler
+
+
+class SpansPooler(Pooler):
+    """The text's last hidden states, averaged over M contiguous spans. Nothing is learned."""
+
+    @dataclass(frozen=True)
+    class Config(PoolerConfig):
+        """Averages of contiguous spans; there is nothing to set."""
+
+    def __init__(self, config: Config, lm: LMFacts) -> None:
+        super().__init__(config, lm)
+        self.latents = lm.latents
+
+    def forward(self, text: LMText) -> Tensor:
+        """States `[B, M, D]`."""
+        hidden_BTD, lengths_B = text.hidden()
+        return pool_spans(hidden_BTD, lengths_B, self.latents)
 
 
 def pool_spans(hidden_BTD: Tensor, lengths_B: Tensor, spans: int) -> Tensor:

@@ -1,0 +1,132 @@
+"""Where the time of a training step goes: encoder, readers, backward, optimiser, data, logging.
+
+    python bench/train_step.py testbed --steps 20
+    python bench/train_step.py testbed_context --stage answer --threads 1 --json step.json
+    python bench/train_step.py my_run.json --steps 5
+
+The step is the trainer's own, in a run that ends after a few steps and is then removed: the clock
+(`step_clock.py`) listens to the modules and optimisers of that run. The table holds the median over
+the steps of one stage, by default the preset's longest. A GPU is waited for at every change of
+part, so the parts of a step there add up to more than an undisturbed step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# This folder, which Python put there, holds others named like packages (`kernels`).
+sys.path[0] = str(ROOT)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="train_step", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("preset", help="a preset, or a configuration in a .json file")
+    add("--stage", help="of the preset; the longest if not given")
+    add("--steps", type=int, default=20, help="steps that are measured")
+    add("--warmup", type=int, default=3, help="steps of the stage before them")
+    add("--threads", type=int, help="of torch on a CPU; the preset's own if not given")
+    add("--json", type=Path, help="write the numbers here too")
+    return parser.parse_args(arguments)
+
+
+def measure(
+    preset: str, *, stage: str | None, steps: int, warmup: int, threads: int | None
+) -> dict[str, Any]:
+    """Train for `warmup + steps` steps of one stage and one step of each other stage.
+
+    Returns:
+        The setting (preset, stage, threads, device, load) and `parts`: milliseconds and share of a
+        step by part, the largest first.
+
+    Raises:
+        ConfigError: no such preset or stage.
+    """
+    import torch
+
+    from bench.step_clock import TimedTrainer
+    from latentwire_fast.config.presets import load_preset
+
+    config = load_preset(preset)
+    name = stage or max(config.stages, key=lambda part: part.steps).name
+    config = shortened(config, stage=name, steps=warmup + steps)
+    if threads is not None:
+        config = replace(config, threads=threads)
+    with tempfile.TemporaryDirectory(prefix="train_step.") as folder:
+        trainer = TimedTrainer(config, Path(folder) / "run", progress=False)
+        trainer.run()
+    return {
+        "preset": preset,
+        "stage": name,
+        "steps": steps,
+        "batch_size": config.optim.batch_size,
+        "device": str(trainer.accelerator.device),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "parts": trainer.clock.medians(name, skip=warmup, log_every=config.log_every),
+    }
+
+
+def shortened(config: Any, *, stage: str, steps: int) -> Any:
+    """The run with `steps` steps of one stage and one of each other, and no checkpoint between.
+
+    Raises:
+        ConfigError: the run has no such stage.
+    """
+    from latentwire_fast.errors import ConfigError
+
+    names = [part.name for part in config.stages]
+    if stage not in names:
+        raise ConfigError(f"{config.preset} has no stage {stage!r}; its stages are {names}")
+    stages = tuple(
+        replace(part, steps=steps if part.name == stage else 1) for part in config.stages
+    )
+    return replace(config, stages=stages, save_every=steps + len(stages))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [
+        f"{result['preset']}, stage {result['stage']}: batch {result['batch_size']}, "
+        f"{result['device']}, {result['threads']} threads, load {result['load']}, "
+        f"median of {result['steps']} steps",
+        f"{'part':<28}{'ms':>10}{'share':>8}",
+    ]
+    parts = result["parts"]
+    lines += [f"{name:<28}{p['ms']:>10.1f}{p['share']:>8.1%}" for name, p in parts.items()]
+    total = sum(part["ms"] for part in parts.values())
+    return "\n".join([*lines, f"{'all':<28}{total:>10.1f}{1:>8.1%}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    from latentwire_fast.cli import quiet_libraries
+
+    args = parse(arguments)
+    quiet_libraries()
+    result = measure(
+        args.preset,
+        stage=args.stage,
+        steps=args.steps,
+        warmup=args.warmup,
+        threads=args.threads,
+    )
+    print(table(result))
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Data sets that a run can name. `base.py` says how to write one."""
+
+PARTS = {
+    "testbed": "latentwire_fast.data.sets.testbed:Testbed",
+    "squad_file": "latentwire_fast.data.sets.squad_file:SquadFile",
+    "squad": "latentwire_fast.data.sets.squad:Squad",
+    "squad_v2": "latentwire_fast.data.sets.squad_v2:SquadV2",
+    "hotpot_qa": "latentwire_fast.data.sets.hotpot_qa:HotpotQA",
+    "ms_marco": "latentwire_fast.data.sets.ms_marco:MSMarco",
+    "natural_questions": "latentwire_fast.data.sets.natural_questions:NaturalQuestions",
+    "mmlu": "latentwire_fast.data.sets.mmlu:MMLU",
+    "truthful_qa": "latentwire_fast.data.sets.truthful_qa:TruthfulQA",
+}

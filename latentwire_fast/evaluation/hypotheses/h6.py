@@ -1,0 +1,59 @@
+"""The payload is smaller than the text is after brotli, without much loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latentwire_fast.evaluation.hypotheses.base import (
+    NEEDS_TEXT_READERS,
+    Evidence,
+    Hypothesis,
+    HypothesisConfig,
+)
+from latentwire_fast.evaluation.method_result import mean
+
+
+class BytesBelowBrotli(Hypothesis):
+    """Payload bytes over brotli bytes at the narrowest bit width that keeps the text's F1."""
+
+    @dataclass(frozen=True)
+    class Config(HypothesisConfig):
+        """`bar`: ratio of the bytes. `kept`: share of every reader's text F1 that must be kept."""
+
+        bar: float = 1.0
+        kept: float = 0.95
+
+    config: Config
+    quantity, unit, side = "payload bytes over brotli bytes", "ratio", "below"
+    needs, needs_text_readers = NEEDS_TEXT_READERS, True
+    reads = ("latent", "text")
+    also = f"no bit width keeps {100 * Config.kept:g}% of every reader's text F1"
+
+    @property
+    def claim(self) -> str:
+        """The claim in words."""
+        return (
+            "The payload is smaller than the brotli-compressed text at "
+            f"{100 * self.config.kept:g}% of the text's F1"
+        )
+
+    def judge(self, evidence: Evidence) -> dict[str, Any]:
+        """The ratio at that width; at the narrowest of all where none keeps enough."""
+        kept = [bits for bits in evidence.payload_sizes if self._keeps(evidence, bits)]
+        bits = min(kept or evidence.payload_sizes)
+        ratio = evidence.ratio(evidence.payload_sizes[bits], evidence.brotli_sizes)
+        return self.verdict(ratio, also=bool(kept), bits=bits)
+
+    def _keeps(self, evidence: Evidence, bits: int) -> bool:
+        """Whether every reader keeps enough of its text F1 at this width."""
+        return all(
+            mean(evidence.by_bits[name]["latent"][bits].f1)
+            >= self.config.kept * mean(reader["text"].f1)
+            for name, reader in evidence.methods.items()
+        )
+
+    def circumstance(self, found: Mapping[str, Any]) -> str:
+        """At which bit width."""
+        return f" at {found['bits']} bits" if found.get("bits") is not None else ""

@@ -1,0 +1,17 @@
+"""Evaluation methods: what a reader is given in the place of the text. `base.py` says how to write
+one."""
+
+PARTS = {
+    "text": "latentwire_fast.evaluation.methods.text:Text",
+    "latent": "latentwire_fast.evaluation.methods.latent:Latent",
+    "token_budget": "latentwire_fast.evaluation.methods.token_budget:TokenBudget",
+    "token_budget_question": (
+        "latentwire_fast.evaluation.methods.token_budget_question:TokenBudgetQuestion"
+    ),
+    "byte_budget": "latentwire_fast.evaluation.methods.byte_budget:ByteBudget",
+    "closed_book": "latentwire_fast.evaluation.methods.closed_book:ClosedBook",
+    "shuffled_latent": "latentwire_fast.evaluation.methods.shuffled_latent:ShuffledLatent",
+    "zero_latent": "latentwire_fast.evaluation.methods.zero_latent:ZeroLatent",
+    "embedding_replay": "latentwire_fast.evaluation.methods.embedding_replay:EmbeddingReplay",
+    "first_words": "latentwire_fast.evaluation.methods.first_words:FirstWords",
+}

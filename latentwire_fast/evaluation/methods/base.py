@@ -1,0 +1,271 @@
+"""What every evaluation method shares: its place in the tables, and how its prompts are built.
+
+A method gives each example's reader something to answer from: the text, a payload, less text,
+nothing. All methods go through the same prompt builder, the same decoding and the same scorer.
+Budgets count *content* positions: template and anchor are the same for all.
+
+    class Reversed(EvaluationMethod):
+        @dataclass(frozen=True)
+        class Config(MethodConfig):
+            "No settings."
+
+        label, note, kind = "Reversed text", "the words from last to first", "floor"
+
+        def build(self, case, rows, *, bits):
+            ...
+            return text_input(case, rows, user_ids)
+
+    METHODS.register("reversed_text", Reversed)
+
+What is registered is evaluated, and stands in metrics.json, the terminal and the report.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from latentwire_fast.config.base import PartSettings
+from latentwire_fast.config.schema import Mode
+from latentwire_fast.data.examples import Example
+from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.prompts.builder import Prompt, Turn, question_text
+from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import METHODS, Registry
+
+Kind = Literal["reference", "ours", "budget", "floor"]
+KINDS: tuple[Kind, ...] = ("reference", "ours", "budget", "floor")  # as the report orders them
+
+
+@dataclass(frozen=True)
+class EvaluationCase:
+    """One reader with the examples that it answers by every method.
+
+    Attributes:
+        model: the trained interlingua; its mode says what a latent stands for.
+        examples: each with at least one answer.
+        payloads: at every bit width, one payload per example.
+    """
+
+    model: Interlingua
+    reader: Reader
+    examples: Sequence[Example]
+    payloads: Mapping[int, Sequence[bytes]]
+
+    @property
+    def mode(self) -> Mode:
+        """What a latent stands for."""
+        return self.model.mode
+
+    @property
+    def positions(self) -> int:
+        """How many of the reader's positions a latent takes."""
+        return self.model.positions
+
+    @property
+    def free_label(self) -> int:
+        """Tokens of the context's label: in context mode it stands beside the latent, and so costs
+        no method anything."""
+        return len(self.reader.prompts.label_ids) if self.mode == "context" else 0
+
+    def zero_payload(self, bits: int) -> bytes:
+        """A payload of a latent that is zero everywhere."""
+        shape = self.model.encoder_config
+        (payload,) = self.model.payloads(torch.zeros(1, shape.latents, shape.d_z), bits=bits)
+        return payload
+
+    @cached_property
+    def other_contexts(self) -> list[int]:
+        """`other_contexts` of the examples."""
+        return other_contexts(self.examples)
+
+
+@dataclass
+class MethodInput:
+    """What a reader is given for a batch of examples: text, payloads or embeddings.
+
+    Attributes:
+        prompts: one per example, with the gold answer as targets.
+        positions: per prompt, how many positions the latent, or the text in its place, takes.
+        payloads: one per prompt, all of one bit width.
+        embeddings: ready soft prefixes `[M_i, D]`, one per prompt.
+        answers: ready answers, where no reader is asked; there are no prompts then.
+    """
+
+    prompts: list[Prompt]
+    positions: list[int]
+    payloads: list[bytes] | None = None
+    embeddings: list[Tensor] | None = None
+    answers: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class MethodConfig(PartSettings):
+    """Settings of an evaluation method; most have none."""
+
+    registry: ClassVar[Registry] = METHODS
+
+
+@dataclass(frozen=True)
+class ByBits:
+    """How scores at every bit width are shown.
+
+    Attributes:
+        columns: score and heading of each column in the report's table of bit widths; `{reader}`
+            stands for the reader's name.
+        legend, marker, line: of the curve in the figure of accuracy against bytes.
+        beside: what the terminal writes before these scores in another method's line; a line of
+            its own where it is empty.
+    """
+
+    columns: tuple[tuple[str, str], ...]
+    legend: str
+    marker: str = "D"
+    line: str = "--"
+    beside: str = ""
+
+
+class EvaluationMethod(ABC):
+    """One way to ask a reader. The registered name is its key in metrics.json.
+
+    Attributes:
+        label, note: its name and a few more words, in the report.
+        kind: `reference` (what all else is held against), `ours`, `budget` (text cut to what the
+            latent takes) or `floor` (what no method may fall below). It orders and colours rows.
+        console_label: its name in the terminal: empty for the label in small letters, None to leave
+            the method out there.
+        sends: what takes the text's place on the wire, for the report's column of bytes.
+        is_timed: whether the time to the first token and to the answer is measured.
+        is_control: it knows nothing of the example but the question, so it must not score above
+            closed book.
+        in_model_card: whether the model card shows its F1.
+        by_bits: given for a method that is scored at every bit width, beside the run's own.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    label: ClassVar[str]
+    note: ClassVar[str] = ""
+    kind: ClassVar[Kind] = "budget"
+    console_label: ClassVar[str | None] = ""
+    sends: ClassVar[Literal["text", "payload", "at most payload", "nothing"]] = "nothing"
+    is_timed: ClassVar[bool] = False
+    is_control: ClassVar[bool] = False
+    in_model_card: ClassVar[bool] = False
+    by_bits: ClassVar[ByBits | None] = None
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+
+    def not_measured(self, case: EvaluationCase) -> str | None:
+        """Why these examples cannot be used for the method; None where they can."""
+        return None
+
+    @abstractmethod
+    def build(self, case: EvaluationCase, rows: range, *, bits: int) -> MethodInput:
+        """What the reader is given for some of the case's examples.
+
+        Args:
+            rows: the batch: indices of `case.examples`.
+            bits: the bit width of payloads, and of the bytes that a budget allows.
+        """
+
+
+def evaluation_methods() -> dict[str, EvaluationMethod]:
+    """Every registered method by its name, with default settings."""
+    return {name: METHODS[name](METHODS.config(name)) for name in METHODS.names()}
+
+
+def by_kind() -> dict[str, EvaluationMethod]:
+    """`evaluation_methods` in the order in which people read them."""
+    methods = evaluation_methods().items()
+    return dict(sorted(methods, key=lambda item: KINDS.index(item[1].kind)))
+
+
+def bits_key(name: str) -> str:
+    """A method's key for its scores at every bit width, beside its own key."""
+    return f"{name}_bits"
+
+
+def methods_by_bits() -> dict[str, EvaluationMethod]:
+    """The methods that are scored at every bit width, by `bits_key`."""
+    methods = evaluation_methods().items()
+    return {bits_key(name): method for name, method in methods if method.by_bits}
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def turns(example: Example) -> list[Turn]:
+    """The example's question with its gold answer."""
+    return [Turn(example.question, example.answers[0])]
+
+
+def text_input(
+    case: EvaluationCase, rows: range, user_ids: Sequence[Sequence[int] | None]
+) -> MethodInput:
+    """Text prompts whose user part is the given ids; None stands for the whole text."""
+    examples = [case.examples[i] for i in rows]
+    prompts = [
+        case.reader.prompts.build(turns(example), context=example.context, user_ids=ids)
+        for example, ids in zip(examples, user_ids, strict=True)
+    ]
+    return MethodInput(prompts, content_positions(case, prompts, examples))
+
+
+def latent_input(case: EvaluationCase, rows: range, payloads: list[bytes]) -> MethodInput:
+    """Prompts in which these payloads stand in the text's place, one per example."""
+    prompts = [
+        case.reader.prompts.build(turns(example), context=example.context, latent=case.mode)
+        for example in (case.examples[i] for i in rows)
+    ]
+    return MethodInput(prompts, [case.positions] * len(prompts), payloads=payloads)
+
+
+def content_positions(
+    case: EvaluationCase, prompts: Sequence[Prompt], examples: Sequence[Example]
+) -> list[int]:
+    """Per prompt, the content positions in the latent's place: in context mode its label and the
+    question are not among them."""
+    if case.mode == "pure":
+        return [prompt.content for prompt in prompts]
+    ids = case.reader.prompts.text_ids
+    questions = [len(ids(question_text(example.question))) for example in examples]
+    return [
+        max(0, prompt.content - question - case.free_label)
+        for prompt, question in zip(prompts, questions, strict=True)
+    ]
+
+
+def unanswered(prompt: Prompt) -> Prompt:
+    """A one-turn prompt without its answer: what decoding starts from."""
+    end = prompt.is_target.index(True) if any(prompt.is_target) else len(prompt.ids)
+    return Prompt(prompt.ids[:end], prompt.latent_at, prompt.is_target[:end], prompt.content)
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def cut_utf8(text: str, size: int) -> str:
+    """The longest prefix of a text whose UTF-8 form has at most `size` bytes."""
+    return text.encode()[: max(0, size)].decode(errors="ignore")
+
+
+def other_contexts(examples: Sequence[Example]) -> list[int]:
+    """Per example, the next one (cyclic) with another context; itself where all contexts are equal.
+
+    Data sets ask several questions of one passage: a mere neighbour's latent may stand for the same
+    text.
+    """
+    count = len(examples)
+
+    def partner(i: int) -> int:
+        following = ((i + step) % count for step in range(1, count))
+        return next((j for j in following if examples[j].context != examples[i].context), i)
+
+    return [partner(i) for i in range(count)]

@@ -1,0 +1,113 @@
+"""Scores of one method with one reader: answers decoded, gold answers weighed in one pass.
+
+Readers are asked through their `Receiver`, as a user's program asks them. It decodes payloads batch
+by batch, so that never more than one batch of prefixes is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.method_result import MethodResult
+from latentwire_fast.evaluation.methods.base import (
+    EvaluationCase,
+    EvaluationMethod,
+    MethodInput,
+    unanswered,
+)
+from latentwire_fast.evaluation.metrics import exact_match, f1, first_token_hit, reciprocal_rank
+from latentwire_fast.readers.decoding import DecodeOptions
+from latentwire_fast.readers.target_scores import TargetScores
+from latentwire_fast.serving import Receiver
+
+TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
+LOGPROB_STEPS = 4  # tokens of the gold answer whose log-probabilities predictions.jsonl holds
+
+
+def judge_answers(answers: list[str], examples: Sequence[Example]) -> MethodResult:
+    """Exact match and F1 of one answer per example."""
+    pairs = list(zip(answers, examples, strict=True))
+    return MethodResult(
+        answers,
+        [exact_match(answer, example.answers) for answer, example in pairs],
+        [f1(answer, example.answers) for answer, example in pairs],
+    )
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    """The indices 0 to `count` - 1 in batches of `size`."""
+    return (range(i, min(i + size, count)) for i in range(0, count, size))
+
+
+@dataclass
+class Scorer:
+    """Scores methods on the examples of one case.
+
+    Attributes:
+        progress: called after every batch.
+    """
+
+    case: EvaluationCase
+    receiver: Receiver
+    options: DecodeOptions
+    batch_size: int
+    progress: Callable[[], object] = lambda: None
+
+    def score(self, method: EvaluationMethod, *, bits: int) -> MethodResult:
+        """Everything that is known of a method: its answers, and the gold answers' likelihoods."""
+        return self._run(method, bits, with_likelihoods=True)
+
+    def decode(self, method: EvaluationMethod, *, bits: int) -> MethodResult:
+        """The method's answers alone."""
+        return self._run(method, bits, with_likelihoods=False)
+
+    def _run(self, method: EvaluationMethod, bits: int, *, with_likelihoods: bool) -> MethodResult:
+        answers: list[str] = []
+        likelihoods = MethodResult([], [], [])
+        for rows in batches(len(self.case.examples), self.batch_size):
+            given = method.build(self.case, rows, bits=bits)
+            answers += self._answers(given, rows)
+            likelihoods.positions += given.positions
+            if with_likelihoods and given.answers is None:
+                add_likelihoods(likelihoods, self._target_scores(given))
+            self.progress()
+        judged = judge_answers(answers, self.case.examples)
+        likelihoods.predictions, likelihoods.em, likelihoods.f1 = answers, judged.em, judged.f1
+        return likelihoods
+
+    def _answers(self, given: MethodInput, rows: range) -> list[str]:
+        if given.answers is not None:
+            return given.answers
+        ids = self.receiver.generate(
+            [unanswered(prompt) for prompt in given.prompts],
+            payloads=given.payloads,
+            embeddings=given.embeddings,
+            options=self.options,
+            numbers=rows,
+        )
+        return [self.case.reader.decode(row) for row in ids]
+
+    def _target_scores(self, given: MethodInput) -> TargetScores:
+        return self.receiver.score(
+            given.prompts, payloads=given.payloads, embeddings=given.embeddings
+        )
+
+
+def add_likelihoods(result: MethodResult, scores: TargetScores) -> None:
+    """Append what a batch of gold answers is worth to a method's result."""
+    first = (scores.step_N == 0).nonzero()[:, 0]
+    ranked_BK = scores.ranked_NK(RANKED)[first.to(scores.logprobs_NV.device)].tolist()
+    labels = scores.labels_N[first].tolist()
+    for gold_n, ranked, label in zip(
+        scores.by_prompt(scores.gold_N), ranked_BK, labels, strict=True
+    ):
+        gold = gold_n.tolist()
+        result.nll.append(-sum(gold))
+        result.tokens.append(len(gold))
+        result.gold_logprobs.append(gold[:LOGPROB_STEPS])
+        result.first_token_ids.append(ranked[0])
+        result.top1.append(first_token_hit(ranked, label, k=1))
+        result.top5.append(first_token_hit(ranked, label, k=TOP_K))
+        result.reciprocal_ranks.append(reciprocal_rank(ranked, {label}))

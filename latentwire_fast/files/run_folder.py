@@ -1,0 +1,118 @@
+"""Where everything of a run lies. Nobody else joins these names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run.
+
+    Attributes:
+        path: the folder itself, as it was given.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """What the run is called: the name of its folder."""
+        return self.path.resolve().name
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the one process that writes."""
+        return self.path / ".lock"
+
+    @property
+    def config(self) -> Path:
+        """The run's configuration."""
+        return self.path / "config.json"
+
+    @property
+    def diagnostics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "diagnostics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same numbers for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def nonfinite(self) -> Path:
+        """The step that a NaN or an infinity stopped, if one did."""
+        return self.path / "nonfinite.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The newest checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def teacher(self) -> Path:
+        """The text-prompted teacher's hidden states."""
+        return self.path / "teacher"
+
+    @property
+    def model(self) -> Path:
+        """The trained model; it appears as a whole when the training is over."""
+        return self.path / "model"
+
+    @property
+    def unfinished_model(self) -> Path:
+        """The trained model while it is written."""
+        return self.path / "model.tmp"
+
+    @property
+    def model_card(self) -> Path:
+        """What the evaluation writes about the model, beside it."""
+        return self.model / "README.md"
+
+    @property
+    def eval(self) -> Path:
+        """The run's own report; its figures are in it too."""
+        return self.path / "eval"
+
+    @property
+    def metrics(self) -> Path:
+        """Every score, as JSON; the last file that an evaluation writes."""
+        return self.eval / "metrics.json"
+
+    @property
+    def metrics_table(self) -> Path:
+        """The scores as a table."""
+        return self.eval / "metrics.csv"
+
+    @property
+    def predictions(self) -> Path:
+        """One JSON object per held-out example."""
+        return self.eval / "predictions.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report as a page that holds all of itself."""
+        return self.eval / "report.html"
+
+    @property
+    def report_text(self) -> Path:
+        """The report as Markdown."""
+        return self.eval / "report.md"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training is complete and its model saved."""
+        return (self.model / "config.json").exists()
+
+    def owns(self, path: Path) -> bool:
+        """Whether training or evaluation writes a file of this path, or into a folder of it."""
+        path, run = path.resolve(), self.path.resolve()
+        if not path.is_relative_to(run):
+            return False
+        here = RunFolder(run)
+        folders = (here.model, here.checkpoints, here.teacher, here.tensorboard)
+        files = (here.config, here.diagnostics, here.nonfinite, here.lock)
+        report = (here.metrics, here.metrics_table, here.predictions, here.report, here.report_text)
+        return path in (*files, *report) or any(path.is_relative_to(f) for f in (*folders, *files))

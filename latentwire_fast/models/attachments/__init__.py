@@ -1,0 +1,6 @@
+"""A latent to what one reader takes in. One line per attachment: its name, and where it is."""
+
+PARTS = {
+    "soft": "latentwire_fast.models.attachments.soft:SoftPrompt",
+    "deep": "latentwire_fast.models.attachments.deep:DeepPrefix",
+}

@@ -1,0 +1,88 @@
+"""What reader attachments share, and what they make together.
+
+Shapes: B batch, M latents, d the latent's width, D the reader's; L layers, H key/value heads of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, TypedDict
+
+from torch import Tensor, nn
+
+from latentwire_fast.config.schema import AttachmentConfig
+from latentwire_fast.readers.card import ReaderCard
+
+
+class ReaderInputs(TypedDict):
+    """What a latent becomes for one reader: keyword arguments of `Reader.collate` and `generate`.
+
+    prefixes: soft tokens `[B, M, D]`, none of them (M = 0) where the prefix is deep only.
+    deep: keys and values `[L, 2, B, H, M, d_head]`, or None.
+    """
+
+    prefixes: Tensor
+    deep: Tensor | None
+
+
+Place = Literal["prefixes", "deep"]
+
+
+class Attachment(nn.Module):
+    """Latents to one entry of a reader's inputs.
+
+    An attachment of a new kind that gives a reader something else (cross-attention into its layers,
+    say) adds an entry to `ReaderInputs`, and what reads it to `Reader`.
+
+    Attributes:
+        gives: that entry.
+        config: its settings.
+    """
+
+    Config: ClassVar[type[AttachmentConfig]] = AttachmentConfig
+    gives: ClassVar[Place]
+
+    def __init__(self, config: AttachmentConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def build(
+        cls, config: AttachmentConfig, card: ReaderCard, *, latents: int, d_z: int
+    ) -> Attachment:
+        """A fresh attachment for latents `[latents, d_z]` and the reader of a card."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> int:
+        """How many of the reader's positions it takes."""
+        raise NotImplementedError
+
+    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
+        """The entry of the reader's inputs that `gives` names.
+
+        Args:
+            gain: a factor on its strength, which a user may give when decoding.
+        """
+        raise NotImplementedError
+
+    def rms(self, latent_BMd: Tensor) -> dict[str, float]:
+        """Root mean squares of what it makes, by name, for the log."""
+        return {}
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether `of_codes` is there."""
+        return False
+
+    def of_codes(self, codes: Tensor, scales: Tensor, **packing: Any) -> Tensor:
+        """`forward` of a packed latent, in the weights' dtype; the latent is never written.
+
+        Args:
+            codes, scales, packing: as in `ops.dequantize_project_calibrate`.
+        """
+        raise NotImplementedError
+
+
+def rms_of(tensor: Tensor) -> float:
+    """Root mean square over all elements."""
+    return tensor.float().pow(2).mean().sqrt().item()

@@ -1,0 +1,45 @@
+"""What bottlenecks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from latentwire_fast.config.schema import BottleneckConfig
+from latentwire_fast.wire.header import Header
+
+
+class Bottleneck(nn.Module):
+    """What a latent loses on its way to the receiver: in training by `forward`, on the wire by
+    `pack` and `unpack`. Both must lose the same.
+
+    Attributes:
+        config: its settings; `config.bits` is the width that is sent unless told otherwise.
+    """
+
+    Config: ClassVar[type[BottleneckConfig]] = BottleneckConfig
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, latent_BMd: Tensor, bits: int) -> Tensor:
+        """What the receiver gets at this width; gradients pass through."""
+        raise NotImplementedError
+
+    def pack(self, latent_BMd: Tensor, *, bits: int, fingerprint: int) -> list[bytes]:
+        """One payload per latent, made on the latents' device."""
+        raise NotImplementedError
+
+    def unpack(
+        self, payloads: Sequence[bytes], *, device: torch.device
+    ) -> tuple[Tensor, list[Header]]:
+        """Latents `[B, M, d_z]` fp32 on a device, and the headers of payloads of one layout.
+
+        Raises:
+            PayloadError: bytes that `pack` never writes.
+        """
+        raise NotImplementedError

@@ -1,0 +1,62 @@
+"""What poolers share.
+
+Shapes: B texts, T positions, M latents, D the LM's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from latentwire_fast.config.schema import PoolerConfig
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.models.lm_text import LMFacts, LMText
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of a batch of texts.
+
+    Attributes:
+        scores_BT: of every position, minus infinity where none may be chosen.
+        places_BM: the chosen ones, ascending.
+        states_BMD: what the pooler makes of them.
+    """
+
+    scores_BT: Tensor
+    places_BM: Tensor
+    states_BMD: Tensor
+
+
+class Pooler(nn.Module):
+    """Texts before an LM to M states each. It asks the LM for the passes that it needs.
+
+    Args:
+        config: its settings.
+        lm: of the LM that reads the texts.
+
+    Attributes:
+        selects_positions: whether it takes the states of some positions of the text, and `select`
+            says which.
+    """
+
+    Config: ClassVar[type[PoolerConfig]] = PoolerConfig
+    selects_positions: ClassVar[bool] = False
+
+    def __init__(self, config: PoolerConfig, lm: LMFacts) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, text: LMText) -> Tensor:
+        """States `[B, M, D]`."""
+        raise NotImplementedError
+
+    def select(self, text: LMText) -> Selection:
+        """The same with the positions that the states are of.
+
+        Raises:
+            ConfigError: this pooler selects none.
+        """
+        raise ConfigError(f"pooler {self.config.kind!r} selects no positions")

@@ -1,0 +1,50 @@
+"""The answers' cross-entropy: what the readers are to say when they read the latent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentwire_fast.config.base import require
+from latentwire_fast.config.schema import ObjectiveConfig
+from latentwire_fast.objectives.base import Objective
+from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.prepared import PreparedItem, count_targets
+from latentwire_fast.readers.reader import Reader
+
+
+class Answer(Objective):
+    """Cross-entropy over the answers' tokens behind the latent; also reports their accuracy."""
+
+    @dataclass(frozen=True)
+    class Config(ObjectiveConfig):
+        """Settings of the answers' cross-entropy.
+
+        Attributes:
+            tokens: how many tokens of each answer count; None: all of them and EOS.
+        """
+
+        tokens: int | None = None
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require(
+                self.tokens is None or self.tokens >= 1,
+                f"objective {self.kind!r}: tokens={self.tokens}, expected at least 1, or none",
+            )
+
+    config: Config
+
+    def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
+        """Counts tokens."""
+        return count_targets(prepared.latent_prompt(reader), self.config.tokens)
+
+    def compute(self, batch: ReaderBatch) -> Tensor:
+        """Cross-entropy; `accuracy` is of the most probable tokens, each behind the true ones."""
+        kept_N = batch.answers.first_N(self.config.tokens)
+        logits_NV = batch.reader.head(batch.answers.hidden_ND[kept_N]).float()
+        labels_N = batch.answers.batch.labels_N[kept_N]
+        batch.report("accuracy", (logits_NV.detach().argmax(-1) == labels_N).sum())
+        return F.cross_entropy(logits_NV, labels_N, reduction="sum")

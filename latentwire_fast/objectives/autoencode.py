@@ -1,0 +1,36 @@
+"""Autoencoding: a reader writes out the text that the latent stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from latentwire_fast.config.schema import ObjectiveConfig
+from latentwire_fast.objectives.base import Objective
+from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.prepared import PreparedItem, count_targets
+from latentwire_fast.prompts.builder import replaced_text
+from latentwire_fast.readers.reader import Reader
+
+
+class Autoencode(Objective):
+    """Cross-entropy over the text that the latent stands for."""
+
+    @dataclass(frozen=True)
+    class Config(ObjectiveConfig):
+        """Settings of autoencoding: its weight alone."""
+
+    def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
+        """Counts tokens."""
+        item = prepared.item
+        text = replaced_text(item.context, item.turns[0].question, mode=prepared.mode)
+        prompt = prepared.prompt("autoencode", reader, lambda: reader.prompts.build_rebuild(text))
+        return count_targets(prompt)
+
+    def compute(self, batch: ReaderBatch) -> Tensor:
+        """The cross-entropy, summed over tokens."""
+        inputs = batch.model.reader_inputs(
+            batch.reader.name, batch.encoded.sent_BMd, task="autoencode"
+        )
+        return batch.cross_entropy("autoencode", inputs)

@@ -1,0 +1,55 @@
+"""What every objective is.
+
+A batch is prepared first (prompts and counts), then the objectives are computed part by part, each
+as a *sum*, which is divided by the whole batch's count. So a batch may be cut into micro-batches or
+spread over processes without changing its gradient.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from latentwire_fast.config.schema import ObjectiveConfig
+from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.prepared import PreparedItem
+from latentwire_fast.readers.reader import Reader
+
+
+class Objective(ABC):
+    """One thing that readers and encoder are trained on; one for all readers.
+
+    A subclass has a nested `Config(ObjectiveConfig)`: its weight, its own settings, and `check`.
+
+    Attributes:
+        counted: what its sum is a sum over. Only tokens count as training speed.
+        needs_positions: whether it needs the positions that an encoder has chosen
+            (`EncodedBatch.selection`).
+        config: its settings.
+        model: what is trained.
+    """
+
+    counted: ClassVar[Literal["tokens", "texts", "embeddings"]] = "tokens"
+    needs_positions: ClassVar[bool] = False
+
+    def __init__(self, config: ObjectiveConfig, model: Interlingua) -> None:
+        self.config = config
+        self.model = model
+
+    @abstractmethod
+    def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
+        """Add the prompts that it reads of an item to `prepared`.
+
+        Returns:
+            How many terms its sum has for this item and reader.
+        """
+
+    @abstractmethod
+    def compute(self, batch: ReaderBatch) -> Tensor:
+        """The sum over a micro-batch for one reader, 0-d.
+
+        What else is to be reported, such as an accuracy, it gives to `batch.report`.
+        """

@@ -1,0 +1,58 @@
+"""Distillation: with the latent a reader predicts what it predicts with the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from latentwire_fast import ops
+from latentwire_fast.config.base import require
+from latentwire_fast.config.schema import ObjectiveConfig
+from latentwire_fast.objectives.base import Objective
+from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.prepared import PreparedItem, count_targets
+from latentwire_fast.readers.reader import Reader
+
+
+class KD(Objective):
+    """KL divergence to the text-prompted reader at the answers' tokens, times tau squared."""
+
+    @dataclass(frozen=True)
+    class Config(ObjectiveConfig):
+        """Settings of distillation.
+
+        Attributes:
+            tau: temperature of both distributions.
+            tokens: how many tokens of each answer count; None: all of them and EOS.
+        """
+
+        tau: float = 1.0
+        tokens: int | None = None
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require(self.tau > 0, f"objective {self.kind!r}: tau={self.tau}, expected above 0")
+            require(
+                self.tokens is None or self.tokens >= 1,
+                f"objective {self.kind!r}: tokens={self.tokens}, expected at least 1, or none",
+            )
+
+    config: Config
+
+    def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
+        """Counts tokens."""
+        prepared.text_prompt(reader)
+        return count_targets(prepared.latent_prompt(reader), self.config.tokens)
+
+    def compute(self, batch: ReaderBatch) -> Tensor:
+        """The divergence, summed over tokens."""
+        kept_N = batch.answers.first_N(self.config.tokens)
+        student_ND = batch.answers.hidden_ND[kept_N]
+        return ops.linear_kd_kl(
+            student_ND,
+            batch.teacher_hidden_ND[kept_N].to(student_ND),
+            batch.reader.head_weight,
+            tau=self.config.tau,
+            reduction="sum",
+        )

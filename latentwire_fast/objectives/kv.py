@@ -1,0 +1,61 @@
+"""Keys and values: a deep prefix holds what its reader keeps at the positions that were chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from latentwire_fast.config.base import require
+from latentwire_fast.config.schema import ObjectiveConfig, RunConfig
+from latentwire_fast.objectives.base import Objective
+from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.positions import token_ends
+from latentwire_fast.objectives.prepared import PreparedItem
+from latentwire_fast.objectives.token_alignment import move_places
+from latentwire_fast.readers.reader import Reader
+
+
+class KV(Objective):
+    """Squared distance of a deep prefix to the reader's own keys and values of the text.
+
+    Relative to their mean square, per layer and per keys or values.
+    """
+
+    counted = "texts"
+    needs_positions = True
+
+    @dataclass(frozen=True)
+    class Config(ObjectiveConfig):
+        """Settings of keys and values: their weight alone."""
+
+        def check(self, run: RunConfig) -> None:
+            """Raise unless there are positions, and a prefix that holds keys and values."""
+            require(
+                run.encoder.selects_positions and run.gives("deep"),
+                f"objective {self.kind!r} needs encoder pooler 'selected' and an attachment 'deep'",
+            )
+
+    def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
+        """Counts texts."""
+        if prepared.mode == "pure":
+            prepared.text_prompt(reader)
+        elif ("text", reader.name) not in prepared.prompts:
+            # Without answers behind it, a third of the tokens: the text itself.
+            context = prepared.item.context
+            prepared.prompt("context", reader, lambda: reader.prompts.build_context(context))
+        return 1
+
+    def compute(self, batch: ReaderBatch) -> Tensor:
+        """The mean distance, summed over texts."""
+        selection = batch.encoded.positions
+        start = batch.reader.prompts.content_start
+        places_BM = start + move_places(selection.places_BM, token_ends(batch))
+        # [L, 2, B, H, M, d_head], both
+        kept = batch.observation.keys_values(places_BM)
+        made = cast(Tensor, batch.inputs["deep"])
+        rms_L2 = torch.tensor(batch.model.cards[batch.reader.name].kv.rms, device=kept.device)
+        error = (made - kept) / rms_L2[:, :, None, None, None, None]
+        return error.pow(2).mean((0, 1, 3, 4, 5)).sum()

@@ -1,0 +1,206 @@
+"""What the objectives of a stage share over one micro-batch, so that nothing is computed twice.
+
+`EncodedBatch` holds what the encoder makes of the items, for all readers; `ReaderBatch` what one
+reader makes of that. Shapes: B items, T positions of a text, N scored tokens, M latents, D the
+reader's width, V vocabulary, d `d_z`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentwire_fast.models.attachments.base import ReaderInputs
+from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.models.poolers.base import Selection
+from latentwire_fast.objectives.prepared import PreparedItem
+from latentwire_fast.objectives.teacher_cache import TeacherCache
+from latentwire_fast.prompts.batch import PromptBatch
+from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.trace import Observation, observe
+
+Texts = tuple[str, ...]
+
+
+class EncodedBatch:
+    """The items of a micro-batch and what the encoder makes of them.
+
+    Args:
+        bits: width that latents are quantised to on their way to the readers; None for none.
+        select: also ask the encoder for the positions that its latents stand at.
+        cut: cut the graph behind the encoder. Backward through a reader's loss then ends at the
+            cut, and `backward` goes on from there, once for all readers.
+
+    Attributes:
+        latent_BMd: the items' latents before quantisation, detached.
+        sent_BMd: what the readers get of them.
+        selection: the positions and their scores; None unless `select`.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[PreparedItem],
+        model: Interlingua,
+        *,
+        bits: int | None,
+        select: bool,
+        cut: bool,
+    ) -> None:
+        self.items = items
+        self.model = model
+        self._bits = bits
+        self._cut = cut
+        self._cuts: list[tuple[Tensor, Tensor]] = []  # (end of the encoder's graph, leaf behind it)
+        self._sent: dict[tuple[Texts, Texts | None], Tensor] = {}
+        contexts = tuple(p.item.context for p in items)
+        questions = tuple(p.question for p in items if p.question is not None) or None
+        self.selection: Selection | None = None
+        if select:
+            latent_BMd, selection = model.select(contexts, questions)
+            scores_BT = self._leaf(selection.scores_BT)
+            self.selection = replace(selection, scores_BT=scores_BT)
+        else:
+            latent_BMd = model.encode(contexts, questions)
+        self.latent_BMd = latent_BMd.detach()
+        self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd)
+
+    def sent(self, contexts: Texts, questions: Texts | None) -> Tensor:
+        """What the readers get of other texts `[B, M, d]`, encoded once for all readers."""
+        key = contexts, questions
+        if key not in self._sent:
+            self._sent[key] = self._send(self.model.encode(contexts, questions))
+        return self._sent[key]
+
+    @property
+    def positions(self) -> Selection:
+        """The positions that the latents stand at, for objectives that need them."""
+        assert self.selection is not None, "an objective without `needs_positions` asked for them"
+        return self.selection
+
+    def _send(self, latent_BMd: Tensor) -> Tensor:
+        if self._bits is not None:
+            latent_BMd = self.model.quantize(latent_BMd, self._bits)
+        return self._leaf(latent_BMd)
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        """The value, or where the graph is cut a leaf in its place that collects its gradient."""
+        if not (self._cut and value.requires_grad):
+            return value
+        leaf = value.detach().requires_grad_()
+        self._cuts.append((value, leaf))
+        return leaf
+
+    def backward(self) -> None:
+        """Backward through the encoder, with the gradients that all readers left at the cuts."""
+        reached = [(value, leaf) for value, leaf in self._cuts if leaf.grad is not None]
+        if reached:
+            ends = [value for value, _ in reached]
+            torch.autograd.backward(ends, [leaf.grad for _, leaf in reached])
+
+
+@dataclass(frozen=True)
+class AnswerPass:
+    """A reader's forward pass over the answers behind the latents.
+
+    Attributes:
+        batch: the prompts that were read.
+        hidden_ND: last hidden states at the positions that predict an answer's token.
+    """
+
+    batch: PromptBatch
+    hidden_ND: Tensor
+
+    def first_N(self, limit: int | None) -> Tensor:
+        """Mask of the tokens within the first `limit` of their answer; None for all of them."""
+        if limit is None:
+            return torch.ones_like(self.batch.step_N, dtype=torch.bool)
+        return self.batch.step_N < limit
+
+
+class ReaderBatch:
+    """One reader's view of a micro-batch: each part is computed when it is first asked for.
+
+    Args:
+        encoded: the items, with their latents.
+        teacher: cache of the hidden states behind text prompts; None computes them each time.
+    """
+
+    def __init__(
+        self, encoded: EncodedBatch, reader: Reader, *, teacher: TeacherCache | None
+    ) -> None:
+        self.encoded = encoded
+        self.reader = reader
+        self.model = encoded.model
+        self._teacher = teacher
+        self._reports: dict[str, Tensor] = {}
+
+    @property
+    def items(self) -> Sequence[PreparedItem]:
+        """The items of the micro-batch."""
+        return self.encoded.items
+
+    def prompts(self, kind: str) -> list[Prompt]:
+        """The items' prompts of one kind for this reader."""
+        return [item.prompts[kind, self.reader.name] for item in self.items]
+
+    @cached_property
+    def inputs(self) -> ReaderInputs:
+        """What the reader is given in the place of the items' latents."""
+        return self.model.reader_inputs(self.reader.name, self.encoded.sent_BMd)
+
+    @cached_property
+    def answers(self) -> AnswerPass:
+        """The forward pass over the answers behind the latents (prompts of kind `latent`)."""
+        batch = self.reader.collate(self.prompts("latent"), **self.inputs)
+        return AnswerPass(batch, self.reader.target_hidden(batch))
+
+    @cached_property
+    def teacher_hidden_ND(self) -> Tensor:
+        """The same reader's hidden states at the same tokens behind the text, without gradient.
+
+        Of prompts of kind `text`.
+        """
+        prompts = self.prompts("text")
+        if self._teacher is not None:
+            return self._teacher.hidden(self.reader, prompts)
+        with torch.no_grad():
+            return self.reader.target_hidden(self.reader.collate(prompts))
+
+    @cached_property
+    def observation(self) -> Observation:
+        """What the reader makes of the items' texts: `text` prompts, or `context` if there are
+        none."""
+        kind = "text" if self.reads_answers else "context"
+        return observe(self.reader, self.prompts(kind))
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the items' texts were read with their questions and answers."""
+        return ("text", self.reader.name) in self.items[0].prompts
+
+    def report(self, name: str, value: Tensor) -> None:
+        """Report a further sum of the objective that is being computed, such as `accuracy`.
+
+        It is divided by the objective's count, as its loss is.
+
+        Args:
+            value: 0-d, without gradient.
+        """
+        self._reports[name] = value
+
+    def take_reports(self) -> dict[str, Tensor]:
+        """What was reported since the last call."""
+        reports, self._reports = self._reports, {}
+        return reports
+
+    def cross_entropy(self, kind: str, inputs: ReaderInputs) -> Tensor:
+        """Cross-entropy summed over all target tokens of the prompts of one kind, 0-d."""
+        batch = self.reader.collate(self.prompts(kind), **inputs)
+        logits_NV = self.reader.head(self.reader.target_hidden(batch)).float()
+        return F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")

@@ -1,0 +1,196 @@
+"""One optimiser step: batch, losses, gradients, guards, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from latentwire_fast.config.schema import RunConfig, StageConfig
+from latentwire_fast.objectives.prepared import Key, PreparedItem, total_counts
+from latentwire_fast.schedules.base import build_schedule
+from latentwire_fast.training.accumulation import Accumulated, MicroLoss, run_accumulated
+from latentwire_fast.training.distributed import Reducer
+from latentwire_fast.training.optimizers import scale_learning_rates
+from latentwire_fast.training.session import Session
+from latentwire_fast.training.tracking import latent_statistics, module_gradient_norms
+
+LOSSES = "losses"  # the group of a step's parts that holds its losses; other groups are measures
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did.
+
+    Attributes:
+        step: its 0-based number.
+        stage: the stage that it was of. facts: the curriculum's level.
+        loss: of the global batch, 0-d.
+        parts: its named parts as `GROUP/NAME`: `losses/answer/llama`, `accuracy/llama`.
+        lr: the factor on the learning rates.
+        grad_norm: 2-norm of all gradients before clipping, 0-d. grad_norms: by module.
+        latent_BMd: the latents of this process's items, not quantised.
+        tokens: how many tokens the readers predicted. seconds: what the step took.
+    """
+
+    step: int
+    stage: StageConfig
+    facts: int
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+    lr: float
+    grad_norm: Tensor
+    grad_norms: Mapping[str, float]
+    latent_BMd: Tensor
+    tokens: int
+    seconds: float
+
+    def record(self, session: Session) -> dict[str, Any]:
+        """The step's line in `diagnostics.jsonl`."""
+        latent_BMd, model = self.latent_BMd, session.model
+        return {
+            "step": self.step,
+            "stage": self.stage.name,
+            "facts": self.facts,
+            "loss": self.loss.item(),
+            **by_group(self.parts),
+            "lr": self.lr,
+            "grad_norm": self.grad_norm.item(),
+            "grad_norms": self.grad_norms,
+            "latent": latent_statistics(latent_BMd),
+            "rms": {name: model.prefix_rms(name, latent_BMd) for name in session.readers},
+            "tokens_per_second": self.tokens / self.seconds,
+            "seconds": session.state.seconds,
+        }
+
+
+def by_group(parts: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The parts of a step as numbers, by group: `losses` and `accuracy` always, other measures
+    where there are any."""
+    groups: dict[str, dict[str, float]] = {LOSSES: {}, "accuracy": {}}
+    for key, value in parts.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = value.item()
+    return groups
+
+
+def is_logged(config: RunConfig, step: int) -> bool:
+    """Whether a 0-based step gets a record: every `log_every`, and the last."""
+    return step % config.log_every == 0 or step + 1 == config.total_steps
+
+
+def facts_at(config: RunConfig, step: int) -> int:
+    """The testbed's facts per passage at a 0-based step."""
+    stage, done = config.stage_at(step)
+    if stage.facts is None:
+        return config.data.facts
+    return int(build_schedule(stage.facts).value(done, stage.steps))
+
+
+def lr_factor(config: RunConfig, step: int) -> float:
+    """The factor on the learning rates at a 0-based step: the run's schedule times its stage's."""
+    stage, _ = config.stage_at(step)
+    return stage.lr * build_schedule(config.optim.lr_schedule).value(step, config.total_steps)
+
+
+def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> StepResult:
+    """Do the next optimiser step of a session. Its counter is left to the caller.
+
+    Raises:
+        TrainingError: non-finite values, or one example alone does not fit into memory.
+    """
+    config, state, start = session.config, session.state, time.perf_counter()
+    stage, _ = config.stage_at(state.step)
+    facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
+    batch = session.stream.batch(state.step, config.optim.batch_size, facts=facts)
+    items = session.objectives.prepare(
+        batch[accelerator.process_index :: accelerator.num_processes],
+        stage,
+        session.active_readers(),
+    )
+    counts = reducer.counts(total_counts(items))
+    result, latent_BMd = _accumulate(session, accelerator, items, stage, counts)
+    state.micro_batch = result.micro_batch
+    reducer.gradients(state.parameters)
+    loss, parts = reducer.values(result.loss, result.parts)
+    norms = _module_norms(session) if is_logged(config, state.step) else {}
+    session.nonfinite.check(
+        loss,
+        step=state.step,
+        named_parameters=state.named,
+        example_ids=[item.id for item in batch],
+        losses={k.removeprefix(f"{LOSSES}/"): v for k, v in parts.items()},
+    )
+    norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.optim.clip)
+    scale_learning_rates(state.optimizers, factor)
+    state.spikes.watch(loss.item(), step=state.step)
+    for optimizer in state.optimizers:
+        optimizer.step()
+    elapsed = time.perf_counter() - start
+    state.seconds += elapsed
+    return StepResult(
+        step=state.step,
+        stage=stage,
+        facts=facts,
+        loss=loss,
+        parts=parts,
+        lr=factor,
+        grad_norm=norm,
+        grad_norms=norms,
+        latent_BMd=latent_BMd,
+        tokens=session.objectives.tokens(stage, counts),
+        seconds=elapsed,
+    )
+
+
+def _module_norms(session: Session) -> dict[str, float]:
+    model = session.model
+    readers = {name: torch.nn.ModuleDict(model.parts(name)) for name in session.readers}
+    return module_gradient_norms({"encoder": model.encoder, **readers})
+
+
+def _accumulate(
+    session: Session,
+    accelerator: Accelerator,
+    items: Sequence[PreparedItem],
+    stage: StageConfig,
+    counts: Mapping[Key, int],
+) -> tuple[Accumulated, Tensor]:
+    """Leave the gradients of this process's part of a batch; also returns its latents."""
+    sequential = session.config.optim.readers == "sequential"
+    latents: list[Tensor] = []
+
+    def loss_fn(micro: Sequence[PreparedItem]) -> MicroLoss:
+        if micro[0] is items[0]:  # also when the step starts again after running out of memory
+            latents.clear()
+        with accelerator.autocast():
+            losses = session.objectives.compute(
+                micro, stage, counts, backward=accelerator.backward if sequential else None
+            )
+        latents.append(losses.latent_BMd)
+        parts = {
+            f"{LOSSES}/{objective}/{name}": value / max(1, counts[objective, name])
+            for (objective, name), value in losses.sums.items()
+        }
+        parts |= {f"{measure}/{name}": v for (measure, name), v in losses.measures.items()}
+        # `compute` has divided by the global counts: micro-batches simply add up.
+        return MicroLoss(losses.total, len(micro) / len(items), parts)
+
+    result = run_accumulated(
+        items,
+        loss_fn=loss_fn,
+        parameters=session.state.parameters,
+        micro_batch=session.state.micro_batch,
+        backward=_went_backward if sequential else accelerator.backward,
+        divisor=lambda weight: 1.0,
+    )
+    return result, torch.cat(latents)
+
+
+def _went_backward(total: Tensor) -> None:
+    """In place of a backward pass: `compute` has gone backward reader by reader."""
