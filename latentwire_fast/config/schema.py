@@ -127,6 +127,9 @@ class AdapterConfig(Settings):
         gain: factor on that RMS. tanh: squash the projection (the seeds' adapter).
         expansion, dropout: of the MLPs.
         deep_width, deep_layers, deep_heads: the transformer that generates a deep prefix.
+        deep_calibration: rescale a deep prefix's keys and values, of each layer by themselves, to
+            the learned gains (which start at the RMS of the reader's own), or only multiply by
+            them.
     """
 
     prefix: Literal["soft", "deep", "both"] = "soft"
@@ -139,6 +142,7 @@ class AdapterConfig(Settings):
     deep_width: int = 256
     deep_layers: int = 2
     deep_heads: int = 8
+    deep_calibration: Calibration = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from latentwire_fast import ops
 from latentwire_fast.config.schema import AdapterConfig
 from latentwire_fast.models.layers import pre_norm_layer
 from latentwire_fast.readers.kv_geometry import KVGeometry
@@ -24,7 +25,7 @@ from latentwire_fast.readers.kv_geometry import KVGeometry
 
 class DeepPrefix(nn.Module):
     """Residual MLP on each latent, a transformer over the slots, then one projection per layer to
-    `H x D` keys and values.
+    `H x D` keys and values, all in one `ops.project_calibrate` with a group for each.
 
     Attention over the slots lets one say what several latents hold together, so that the code may
     be spread over them. Loss on the testbed's context mode (one seed, up to 2 facts) after 200 and
@@ -65,6 +66,7 @@ class DeepPrefix(nn.Module):
         nn.init.normal_(self.project.weight, std=width**-0.5)
         nn.init.zeros_(self.project.bias)
         self.gain = nn.Parameter(torch.tensor(geometry.rms))
+        self.calibration = config.deep_calibration
 
     def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
         """Keys and values `[L, 2, B, H, M, D]`, in the generator's dtype.
@@ -76,8 +78,21 @@ class DeepPrefix(nn.Module):
         lifted_BMW = self.lift(latent_BMd) + self.slots
         inner = nn.functional.silu(self.up(self.norm(lifted_BMW)))
         hidden_BMW = lifted_BMW + self.dropout(self.down(inner))
-        flat = self.project(self.body(hidden_BMW))
-        made = flat.unflatten(-1, (g.layers, 2, g.heads, g.head_width))
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
-        return made.permute(2, 3, 0, 4, 1, 5) * scale_L2[:, :, None, None, None, None]
+        made = ops.project_calibrate(
+            _as_autocast(self.body(hidden_BMW)),
+            *(self.project.weight, self.project.bias),
+            target_rms=1.0,
+            gain=scale_L2.flatten(),
+            calibration=self.calibration,
+            groups=2 * g.layers,
+        )
+        return made.unflatten(-1, (g.layers, 2, g.heads, g.head_width)).permute(2, 3, 0, 4, 1, 5)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """In the dtype that a Linear would multiply in: a LayerNorm leaves fp32, an op takes what it
+    gets."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
