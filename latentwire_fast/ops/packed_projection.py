@@ -1,4 +1,4 @@
-"""From a payload's codes to prefix embeddings in one op: unpacked on the way into the projection."""
+"""From a payload's codes to prefix embeddings in one op: unpacked on the way to a projection."""
 
 from __future__ import annotations
 
