@@ -1,6 +1,8 @@
-"""K1 against eager torch, torch.compile and bitsandbytes: pack, unpack, fake-quantise.
+"""Group quantisation (K1 of docs/kernels.md) against eager torch, torch.compile and bitsandbytes.
 
-pytest bench/bench_quantize.py --benchmark-only
+Pack, unpack, fake-quantise:
+
+pytest bench/kernels/bench_quantize.py --benchmark-only
 """
 
 from __future__ import annotations
