@@ -168,7 +168,7 @@ def test_without_its_answer_a_prompt_ends_at_the_anchor(case: EvaluationCase) ->
             assert unanswered(open_prompt) == open_prompt
 
 
-# --- budgets ------------------------------------------------------------------------------------
+# --- budgets (B1) -------------------------------------------------------------------------------
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=30), size=st.integers(-3, 90))
@@ -212,7 +212,7 @@ def test_a_token_budget_can_keep_the_question_and_cut_the_context(
     assert some_context
 
 
-def test_b1_a_byte_budget_is_at_most_the_payload(
+def test_a_byte_budget_is_at_most_the_payload(
     case: EvaluationCase, mode: Mode, payloads: list[bytes]
 ) -> None:
     for prompt, payload, e in zip(

@@ -135,7 +135,7 @@ def spread_latent(shape: tuple[int, int], seed: int, exponents: tuple[int, int])
 @example((1, 4096), 6, 64, 0, (-26, -18), 0xFFFF)
 @example((256, 1), 6, 64, 0, (-26, -18), 0xFFFF)
 @example((1, 1), 4, 16, 0, (0, 0), 0)
-def test_w3_round_trip_is_byte_identical(
+def test_round_trip_is_byte_identical(
     shape: tuple[int, int],
     bits: int,
     group_size: int,
@@ -175,7 +175,7 @@ def test_w3_round_trip_is_byte_identical(
     seed=st.integers(0, 2**32 - 1),
     exponents=st.tuples(st.integers(-30, 13), st.integers(-30, 13)),
 )
-def test_w3_unpack_agrees_with_the_specification(
+def test_unpack_agrees_with_the_specification(
     shape: tuple[int, int], bits: int, group_size: int, seed: int, exponents: tuple[int, int]
 ) -> None:
     latent = spread_latent(shape, seed, exponents)
@@ -186,7 +186,7 @@ def test_w3_unpack_agrees_with_the_specification(
 
 
 @pytest.mark.parametrize("bits", ops.CODE_BITS)
-def test_w3_packing_reaches_a_fixed_point_for_every_scale(bits: int) -> None:
+def test_packing_reaches_a_fixed_point_for_every_scale(bits: int) -> None:
     """Groups whose scale is any fp16 number, approached at and between its roundings."""
     qmax = 2 ** (bits - 1) - 1
     multiples = torch.arange(0, 256, 1 / 64, dtype=torch.float64)  # of UNIT
@@ -286,7 +286,7 @@ LARGEST = (60, 64, 8, 32, 4096)
 
 
 @pytest.mark.parametrize("case", [*SIZES, LARGEST], ids=lambda case: f"{case[-1]}_bytes")
-def test_w1_truncations_bit_flips_and_extensions_are_refused(
+def test_truncations_bit_flips_and_extensions_are_refused(
     case: tuple[int, int, int, int, int],
 ) -> None:
     latents, d_z, bits, group_size, size = case
@@ -301,7 +301,7 @@ def test_w1_truncations_bit_flips_and_extensions_are_refused(
             assert not accepted(payload[:at] + bytes([payload[at] ^ 1 << bit]) + payload[at + 1 :])
 
 
-def test_w2_two_bit_flips_are_refused() -> None:
+def test_two_bit_flips_are_refused() -> None:
     payload = wire.pack(latent_of((4, 16)), bits=4, group_size=64)
     assert len(payload) == 50
     whole = int.from_bytes(payload, "little")
@@ -311,7 +311,7 @@ def test_w2_two_bit_flips_are_refused() -> None:
         assert not accepted((whole ^ 1 << i ^ 1 << j).to_bytes(50, "little"))
 
 
-# --- refusals with a right CRC --------------------------------------------------------------------
+# --- W4: refusals with a correct CRC --------------------------------------------------------------
 
 
 def header_with(**changes: int) -> bytes:
@@ -403,7 +403,7 @@ def test_what_is_not_a_payload_is_refused() -> None:
         (16, 2, "017c 0000", "value 0 is NaN"),
     ],
 )  # fmt: skip
-def test_w4_values_that_pack_never_writes_are_refused(
+def test_values_that_pack_never_writes_are_refused(
     bits: int, d_z: int, body: str, message: str | None
 ) -> None:
     size = 0 if bits == 16 else 16
@@ -422,7 +422,7 @@ def test_w4_values_that_pack_never_writes_are_refused(
 
 
 @pytest.mark.parametrize("bits", wire.BITS)
-def test_w7_a_huge_claim_costs_neither_time_nor_memory(
+def test_a_huge_claim_costs_neither_time_nor_memory(
     bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 0 if bits == 16 else 64

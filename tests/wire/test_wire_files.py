@@ -279,12 +279,12 @@ def golden_versions() -> list[int]:
     return [int(folder.name[1:]) for folder in sorted(GOLDEN.glob("v*"))]
 
 
-def test_w8_every_version_has_golden_files() -> None:
+def test_every_version_has_golden_files() -> None:
     assert golden_versions() == list(range(1, wire.VERSION + 1))
 
 
 @pytest.mark.parametrize("version", golden_versions())
-def test_w8_golden_files_decode_for_ever(version: int) -> None:
+def test_golden_files_decode_for_ever(version: int) -> None:
     folder = GOLDEN / f"v{version}"
     expected = json.loads((folder / "expected.json").read_text())
     assert sorted(expected) == sorted(path.name for path in folder.glob("*.lwire"))
@@ -304,7 +304,7 @@ def test_w8_golden_files_decode_for_ever(version: int) -> None:
 
 
 @pytest.mark.parametrize("version", [0, wire.VERSION + 1, 255])
-def test_w8_an_unknown_version_says_so(payloads: list[bytes], version: int) -> None:
+def test_an_unknown_version_says_so(payloads: list[bytes], version: int) -> None:
     # Before anything else is read: another version may lay out its header differently.
     payload = repaired(payloads[0][:2] + bytes([version]) + bytes([99] * 40))
     with pytest.raises(
@@ -318,7 +318,7 @@ def test_w8_an_unknown_version_says_so(payloads: list[bytes], version: int) -> N
 
 @pytest.mark.parametrize("bits", wire.BITS)
 @pytest.mark.parametrize("shape", [(1, 1), (12, 16), (3, 21), (32, 256)])
-def test_b1_reported_bytes_are_the_bytes_of_the_file(
+def test_reported_bytes_are_the_bytes_of_the_file(
     tmp_path: Path, bits: int, shape: tuple[int, int]
 ) -> None:
     path = tmp_path / "x.lwire"
@@ -328,7 +328,7 @@ def test_b1_reported_bytes_are_the_bytes_of_the_file(
 
 
 @pytest.mark.parametrize("text", ["", "Answer:", "naïve café — 東京 🙂\n" * 30])
-def test_b1_text_bytes_are_the_bytes_of_the_files(tmp_path: Path, text: str) -> None:
+def test_text_bytes_are_the_bytes_of_the_files(tmp_path: Path, text: str) -> None:
     plain, packed = tmp_path / "x.txt", tmp_path / "x.br"
     plain.write_text(text, encoding="utf-8", newline="")
     packed.write_bytes(brotli.compress(plain.read_bytes(), quality=11))

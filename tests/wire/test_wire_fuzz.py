@@ -1,4 +1,4 @@
-"""Payloads that were mutated and given the right CRC again (`fuzz_wire.py` makes them).
+"""Payloads that were mutated and given the correct CRC again (W4); `fuzz_wire.py` makes them.
 
 `make fuzz` goes on with new ones for a minute: 200,000 and more where nothing else runs.
 """
@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.parametrize(
     ("count", "seed"), [(10_000, 0), pytest.param(100_000, 1, marks=pytest.mark.slow)]
 )
-def test_w4_mutated_payloads_are_refused_or_canonical(count: int, seed: int) -> None:
+def test_mutated_payloads_are_refused_or_canonical(count: int, seed: int) -> None:
     tally = fuzz_wire.fuzz(seed, lambda tally: tally.tried < count)
     assert tally.tried == count
     # The mutations reach everything: each kind of refusal, and much that is valid.
@@ -21,7 +21,7 @@ def test_w4_mutated_payloads_are_refused_or_canonical(count: int, seed: int) -> 
     assert tally.refused["not the one its codes ask for"] > count / 20
 
 
-def test_w4_a_failure_names_its_payload(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_names_its_payload(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(payload: bytes) -> None:
         raise IndexError
 
@@ -30,7 +30,7 @@ def test_w4_a_failure_names_its_payload(monkeypatch: pytest.MonkeyPatch) -> None
         fuzz_wire.fuzz(0, lambda _: True)
 
 
-def test_w4_a_payload_that_is_not_canonical_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_payload_that_is_not_canonical_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     payload = fuzz_wire.corpus()[-1]
     wrong = fuzz_wire.repaired(payload[:-2] + b"\x00\x3c")
     result = fuzz_wire.wire.unpack(payload)
