@@ -102,8 +102,13 @@ def in_script() -> Iterator[InScript]:
 
 
 def serve() -> None:
-    """Answer the requests on stdin, each in a fork."""
+    """Answer the requests on stdin, each in a fork.
+
+    The module is imported first, so that the forks of later requests need not do it again.
+    """
     for line in sys.stdin:
+        with contextlib.suppress(Exception):  # the fork reports it
+            importlib.import_module(json.loads(line)[0])
         status = in_child(partial(respond, *json.loads(line)))
         if status:
             write({"error": f"{line.strip()} ended with status {status}"})

@@ -36,13 +36,14 @@ from runs import (
     model_digest,
     records,
     squad_file,
+    store,
     tiny_config,
     train,
 )
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
-STEPS = 30
+STEPS = 100
 WIDTHS = ["16", "8", "6", "4"]
 CONTEXT = "Nulnak is already 94 years old. The dog of Bakrim is named Fosvun."
 
@@ -211,7 +212,10 @@ def strip_times(value: object) -> object:
 def test_encode_and_generate_meet_over_a_file_of_bytes(run_dir: Path, tmp_path: Path) -> None:
     note, payload = tmp_path / "note.txt", tmp_path / "note.lwire"
     note.write_text(CONTEXT)
-    output = done("encode", "--run", run_dir, "--context", note, "--out", payload)
+    # One command here and one in a process of its own: what they share is the file.
+    arguments: tuple[object, ...] = ("--run", run_dir, "--context", note, "--out", payload)
+    status, output, error = in_this_process("encode", *arguments)
+    assert status == 0, error
     size = payload.stat().st_size
     header = wire.read_header(payload.read_bytes())
     assert f"{payload}: {size} bytes for {len(CONTEXT)} bytes of text" in output
@@ -219,11 +223,14 @@ def test_encode_and_generate_meet_over_a_file_of_bytes(run_dir: Path, tmp_path: 
     assert "encode" in output
     assert "ms" in output
     assert (header.bits, header.latents, header.d_z) == (6, 4, 8)
-    answers = []
+    arguments = ("--run", run_dir, "--payload", payload)
+    arguments += ("--question", "How old is Nulnak?", "--max-new-tokens", 4)
+    answers = [done("generate", *arguments, "--reader", "llama")]
     for reader in ("llama", "qwen2"):
-        arguments = ("--run", run_dir, "--reader", reader, "--payload", payload)
-        arguments += ("--question", "How old is Nulnak?", "--max-new-tokens", 4)
-        answers.append(done("generate", *arguments))
+        status, output, error = in_this_process("generate", *arguments, "--reader", reader)
+        assert status == 0, error
+        answers.append(output)
+    assert answers[0].splitlines()[1] == answers[1].splitlines()[1], "the same in any process"
     for output in answers:
         lines = output.splitlines()
         assert lines[0].startswith("load ")
@@ -395,11 +402,13 @@ def stop_training(process: subprocess.Popen[str], run_dir: Path, *, after: int, 
     return errors.rsplit("\n", 2)[-2]
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_goes_on(llama_folder: Path, tmp_path: Path) -> None:
     """Also in a background job of a script, where SIGINT is ignored from the start."""
     run_dir, plain = tmp_path / "stopped", tmp_path / "plain"
-    arguments = ("testbed_smoke", "--steps", STEPS, "--no-eval", "--run")
-    done("train", *arguments, plain)
+    config = store(tiny_config(llama_folder, save_every=1000), tmp_path / "config.json")
+    arguments = (config, "--steps", STEPS, "--no-eval", "--run")
+    status, error = mistake("train", *arguments, plain)
+    assert status == 0, error
 
     process = start("train", *arguments, run_dir, preexec_fn=ignore_ctrl_c)
     last = stop_training(process, run_dir, after=0, times=1)
@@ -416,7 +425,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     again = load_checkpoint(run_dir / "checkpoints").step
     assert again >= saved, "nothing that was saved is lost"
 
-    done("train", *arguments, run_dir)
+    status, error = mistake("train", *arguments, run_dir)
+    assert status == 0, error
     assert records(run_dir) == records(plain)
     assert model_digest(run_dir) == model_digest(plain)
 

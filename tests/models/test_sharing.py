@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.errors import CheckpointError
 from latentwire_fast.models.encoders import lm
@@ -25,7 +26,7 @@ SELECTED = {
     "encoder": {"pooler": POOLERS.config("selected"), "frozen": True},
     "attachments": (deep(width=16, heads=2, expansion=1),),
     "stages": (
-        StageConfig("match", steps=2, answer=0.0, select=1.0, kv=1.0),
+        StageConfig("match", steps=2, objectives=weighted(select=1.0, kv=1.0)),
         StageConfig("answer", steps=2),
     ),
 }
@@ -169,9 +170,9 @@ def test_training_with_shared_weights_is_training_with_copies(
 ) -> None:
     config = changed(config, optim={"gradient_checkpointing": checkpointing})
     trainer = train(config, tmp_path / "shared")
-    one, two = trainer.readers.values()
-    assert trainer.model.encoder.core is one.backbone is two.backbone
-    assert one.weights_digest() == trainer.model.cards["one"].fingerprint
+    one, two = trainer.session.readers.values()
+    assert trainer.session.model.encoder.core is one.backbone is two.backbone
+    assert one.weights_digest() == trainer.session.model.cards["one"].fingerprint
     monkeypatch.setattr(lm, "_can_share", lambda *_: False)
     train(config, tmp_path / "copied")
     assert records(tmp_path / "shared") == records(tmp_path / "copied")

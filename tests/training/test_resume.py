@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from crashes import InScript
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.data.streams import TrainItem
 from latentwire_fast.errors import CheckpointError, RunStopped
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
+from latentwire_fast.readers.reader import load_readers
+from latentwire_fast.training import session
 from latentwire_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from latentwire_fast.training.trainer import Trainer
 from runs import (
     changed,
-    environment_on_the_cpu,
     model_digest,
     new_process,
     records,
@@ -320,14 +320,19 @@ def reporting(descriptor: int) -> None:
     Trainer._train_step, Trainer.save = reported_step, reported_save  # type: ignore[method-assign]
 
 
-def case_kill(root: Path, kills: int) -> dict[str, Any]:
-    """Start a training, SIGKILL it at a random instant, again and again; then let it finish.
+def case_kill(root: Path) -> dict[str, Any]:
+    """Start a training, SIGKILL it at a random instant, again and again (as often as a stage has
+    steps); then let it finish.
 
-    The libraries are imported once; each training is a fork. When to kill is drawn as a number of
-    reports to wait for, and a share of the time to the next: on a slow machine as on a fast one,
-    kills fall everywhere from the loading of a checkpoint to the writing of the next.
+    The libraries are imported and the readers loaded once; each training is a fork. When to kill is
+    drawn as a number of reports to wait for, and a share of the time to the next: on a slow machine
+    as on a fast one, kills fall everywhere from the loading of a checkpoint to the writing of the
+    next.
     """
     config, run_dir = stored(root / "config.json"), root / "run"
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # a fork cannot begin to use a GPU
+    kills, readers = config.stages[0].steps, load_readers(config.readers, torch.device("cpu"))
+    session.load_readers = lambda *_: readers
     rng = random.Random(0)
     reached, while_saving, finished = 0, 0, False
     start_up, pause = 0.5, 0.05  # seconds to the first report, and between two
@@ -373,7 +378,7 @@ def case_kill(root: Path, kills: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_c2_sigkill_at_random_instants(
-    llama_folder: Path, qwen_folder: Path, tmp_path: Path, kills: int
+    llama_folder: Path, tmp_path: Path, in_script: InScript, kills: int
 ) -> None:
     """Nothing that was saved is lost, and in the end the run is the one nobody disturbed."""
     stages = tuple(
@@ -384,24 +389,11 @@ def test_c2_sigkill_at_random_instants(
             "quantized": {"quantize": 6},
         }.items()
     )
-    config = tiny_config(llama_folder, qwen_folder, stages=stages, save_every=1)
+    config = tiny_config(llama_folder, stages=stages, save_every=1)
     store(config, tmp_path / "config.json")
-    process = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(kills)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-        env=environment_on_the_cpu(),
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    result = json.loads(process.stdout.splitlines()[-1])
+    result = in_script(case_kill, tmp_path)
     assert result["reached"] > 0
     assert not result["finished"], "the run was over before the last kill"
     train(config, tmp_path / "undisturbed")
     assert records(tmp_path / "run") == records(tmp_path / "undisturbed")
     assert model_digest(tmp_path / "run") == model_digest(tmp_path / "undisturbed")
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(case_kill(Path(sys.argv[1]), int(sys.argv[2]))) + "\n")
