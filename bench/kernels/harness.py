@@ -77,7 +77,7 @@ class Case:
         kernel: K1 to K4; name: the operation; shape: its sizes; dtype: of what it works on.
         work: what it cannot do without, which sets its floor.
         design: the launches of our implementation, which predict its time.
-        inputs: makes them; truth: the right result, fp64; errors: of a result, by name.
+        inputs: makes them; truth: the correct result, fp64; errors: of a result, by name.
         rows: by name; `eager` comes before those that are held to its errors.
         part: cases of one part get their autotuned rows before the next part's get any.
         wall: time the calls with their launching, as a caller waits for them.

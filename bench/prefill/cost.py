@@ -173,7 +173,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Work:
+class PrefillCost:
     """Everything between a request and its first token.
 
     Attributes:

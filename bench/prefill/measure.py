@@ -225,4 +225,4 @@ def row_seconds(args: argparse.Namespace, source: str, batch: int, rates: Any) -
     element = DTYPES[args.dtype]
     sizes = Sizes(dims, encoder, args.d_z, TEMPLATE_POSITIONS, element, adapter_of(args))
     rows = plan_of(args).rows(source, batch, dims, element=element)
-    return [CAUTION * sizes.work(row).predict(rates, engine=row.engine) for row in rows]
+    return [CAUTION * sizes.cost(row).predict(rates, engine=row.engine) for row in rows]

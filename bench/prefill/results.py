@@ -85,7 +85,7 @@ def result_of(
     **measured: Any,
 ) -> Result:
     """A row with its costs, and what was measured if anything was."""
-    work = sizes.work(row)
+    cost = sizes.cost(row)
     reader = sizes.reader_pass(row)
     return Result(
         row,
@@ -94,9 +94,9 @@ def result_of(
         text_bytes=measured.pop("text_bytes", None),
         positions=reader.new,
         kv_bytes=reader.kv_bytes,
-        flops=work.flops,
-        floor=None if ceilings is None else 1e3 * work.floor(ceilings),
-        predicted=None if rates is None else 1e3 * work.predict(rates, engine=row.engine),
+        flops=cost.flops,
+        floor=None if ceilings is None else 1e3 * cost.floor(ceilings),
+        predicted=None if rates is None else 1e3 * cost.predict(rates, engine=row.engine),
         **measured,
     )
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from bench.prefill.cost import Pass, Trained, Work
+from bench.prefill.cost import Pass, PrefillCost, Trained
 from bench.prefill.shapes import Dims
 from latentwire_fast.config.schema import AttachmentConfig
 from latentwire_fast.readers.card import ReaderCard
@@ -183,14 +183,14 @@ class Sizes:
         past = {"deep_prefix": row.latents or 0, "kv_reuse": row.text_tokens}.get(row.method, 0)
         return Pass(self.dims, row.batch, self.positions(row), past, self.element)
 
-    def work(self, row: Row) -> Work:
+    def cost(self, row: Row) -> PrefillCost:
         """Everything between the request and the first token."""
         reader = self.reader_pass(row)
         if row.method == "text":
-            return Work((reader,), tokens=row.batch * reader.new)
+            return PrefillCost((reader,), tokens=row.batch * reader.new)
         if row.method == "kv_reuse":
             held = Pass(self.dims, row.batch, row.text_tokens, element=self.element).kv_bytes
-            return Work((reader,), row.batch * held, tokens=row.batch * self.template)
+            return PrefillCost((reader,), row.batch * held, tokens=row.batch * self.template)
         slots = row.batch * (row.latents or 0)
         parts: list[Pass | Trained] = [self._trained(row.method, slots), reader]
         link = slots * self.d_z * (row.bits or 16) / 8
@@ -203,7 +203,7 @@ class Sizes:
             if row.encoder == "cold":
                 link += sender.weight_bytes
         tokens = row.batch * (self.template + (row.text_tokens if row.encoder else 0))
-        return Work(tuple(parts), link, tokens=tokens, payloads=row.batch)
+        return PrefillCost(tuple(parts), link, tokens=tokens, payloads=row.batch)
 
     def _trained(self, method: str, slots: int) -> Trained:
         """The adapter or the deep prefix: all weights of its matmuls meet every slot."""

@@ -177,7 +177,7 @@ def measure_rows(
 
     Args:
         rows: in the order in which they are made.
-        make: makes a row ready, and checks that it computes the right thing.
+        make: makes a row ready, and checks that it computes the correct result.
         release: gives memory back; called after every failure.
         watch: shows the progress of so many runs.
 

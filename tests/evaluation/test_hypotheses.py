@@ -23,7 +23,7 @@ NAMES = ("llama", "qwen")
 def result(
     f1: float, *, positions: int = LATENTS, nll: float = 1.0, ms: float | None = None
 ) -> MethodResult:
-    """A method whose F1 has exactly this mean: the first examples right, the rest wrong."""
+    """A method whose F1 has exactly this mean: the first examples correct, the rest wrong."""
     correct = round(f1 * COUNT)
     scores = [1.0] * correct + [0.0] * (COUNT - correct)
     return MethodResult(

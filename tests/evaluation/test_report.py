@@ -133,8 +133,8 @@ def make_predictions(count: int = 60) -> list[dict[str, Any]]:
         gold = example.answers[0]
 
         def scored(text: str, gold: str = gold) -> dict[str, Any]:
-            right = float(text == gold)
-            return {"prediction": text, "em": right, "f1": right}
+            correct = float(text == gold)
+            return {"prediction": text, "em": correct, "f1": correct}
 
         other = examples[(i + 1) % count].answers[0]
         latent = other if i % 7 == 0 else gold

@@ -155,7 +155,7 @@ class Hypothesis(ABC):
         return ""
 
     def meets(self, value: float, bar: float) -> bool:
-        """Whether a value is on the right side of a bar."""
+        """Whether a value meets the bar."""
         return {
             "least": value >= bar,
             "above": value > bar,
