@@ -1,4 +1,4 @@
-"""What the entry points share: reporting errors, logging, reading NAME=SOURCE and devices."""
+"""Pieces that all entry points use: error reports, logging, reading of NAME=SOURCE and devices."""
 
 from __future__ import annotations
 

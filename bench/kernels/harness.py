@@ -1,4 +1,4 @@
-"""What the kernels' benchmarks share: cases, their rows, the gate on correctness, the records.
+"""The frame of the kernels' benchmarks: cases, their rows, the gate on correctness, the records.
 
 A case is one operation at one shape; its rows are ways to compute it: `ours`, `eager` torch,
 `torch.compile`, other libraries. A row is timed only after its result passed the gate against fp64
@@ -50,7 +50,7 @@ Forward = Callable[..., Any]
 
 
 class Absent(Exception):
-    """Why a row has no figures."""
+    """The reason why a row has no figures."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Case:
 
 
 def dtype_of(gpu: bool) -> torch.dtype:
-    """What is benchmarked on a GPU, and what CPUs are good at."""
+    """The dtype that is benchmarked: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if gpu else torch.float32
 
 
@@ -204,7 +204,7 @@ def run_case(
 
 @contextmanager
 def _noted(absent: dict[str, str], *names: str) -> Iterator[None]:
-    """Why rows have no figures, if they fail inside: one row's failure is not the others'."""
+    """Note why rows have no figures if they fail inside: one row's failure is not the others'."""
     try:
         yield
     except Absent as reason:

@@ -100,7 +100,7 @@ class EncoderConfig(PartSettings):
         return False
 
     def with_source(self, source: str) -> EncoderConfig:
-        """The same with an LM from elsewhere.
+        """A copy of these settings that starts from another LM.
 
         Raises:
             ConfigError: it starts from no LM.

@@ -1,4 +1,4 @@
-"""How answers are scored: official SQuAD v1.1 rules, likelihoods, rankings, bootstrap intervals.
+"""Scores of answers: official SQuAD v1.1 rules, likelihoods, rankings, bootstrap intervals.
 
 Scores of single examples lie in 0..1; a set's score is their mean with a percentile bootstrap
 interval (examples are resampled; systems compared on the same examples are resampled together).

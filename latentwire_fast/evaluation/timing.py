@@ -1,4 +1,4 @@
-"""How long methods take: to the first token, and from the text to the answer."""
+"""Times of methods: to the first token, and from the text to the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a frozen reader makes of a text: where its answers look, and the keys and values it keeps.
+"""Traces of a frozen reader's pass over a text: attention of the answers, keys and values.
 
 Both are targets: of an encoder's scores for positions, and of a deep prefix, which is to hold at
 slot k what the reader would hold at the position that latent k stands for. Matching keys and values

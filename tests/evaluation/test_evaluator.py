@@ -88,7 +88,7 @@ def model(readers: dict[str, Reader]) -> Interlingua:
 def evaluate(
     config: RunConfig, model: Interlingua, readers: dict[str, Reader], examples: list[Example]
 ) -> Measured:
-    """What goes to metrics.json and to predictions.jsonl."""
+    """The content of metrics.json and of predictions.jsonl."""
     results = Evaluator(config, model, readers, examples, progress=False).run()
     return results.metrics(), results.records()
 

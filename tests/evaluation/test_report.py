@@ -59,7 +59,7 @@ def interval(value: float, spread: float = 0.03) -> dict[str, float]:
 
 
 def make_metrics(*, mode: str = "context", examples: int = 500) -> dict[str, Any]:
-    """What an evaluation of two readers writes."""
+    """The metrics of two readers, as an evaluation writes them."""
     readers: dict[str, Any] = {}
     for name, text in READERS.items():
         readers[name] = {

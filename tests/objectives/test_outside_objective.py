@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 class Size(Objective):
-    """How far the soft tokens' mean square is from a number."""
+    """Distance of the soft tokens' mean square from a number."""
 
     counted = "texts"
 
