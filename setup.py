@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def torch_folder() -> Path:
-    """Where torch lies: the extension is compiled against the torch that will load it."""
+    """The folder of torch: the extension is compiled against the torch that will load it."""
     try:
         import torch.utils
     except ImportError as error:

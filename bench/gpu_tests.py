@@ -52,13 +52,13 @@ def run_tests(folder: Path, limit: float, *, tiny: bool) -> list[dict[str, Any]]
         for path, several in commands.items()
         for number, command in enumerate(several)
     ]
-    said = dict.fromkeys(commands, "")
+    logs = dict.fromkeys(commands, "")
     endings = dict.fromkeys(commands, OK)
     for path, log, process in running:
         ending = finish(process, by=started + limit)
-        said[path] += log.read_text(errors="replace") + "\n"
+        logs[path] += log.read_text(errors="replace") + "\n"
         endings[path] = ending if endings[path] == OK else endings[path]
-    return [report_of(path.name, said[path], endings[path]) for path in commands]
+    return [report_of(path.name, logs[path], endings[path]) for path in commands]
 
 
 def dealt(path: Path) -> list[list[str]]:

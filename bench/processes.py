@@ -16,7 +16,7 @@ OK, FAILED = "done", "failed"
 
 
 def environment() -> dict[str, str]:
-    """That of the sections: the checkout is importable, nothing is fetched."""
+    """The environment of the sections: the checkout is importable, nothing is fetched."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,

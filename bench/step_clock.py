@@ -44,7 +44,7 @@ class StepClock:
         self._stack.pop()
 
     def turn(self, part: str) -> None:
-        """Another part takes the place of the present one."""
+        """Charge the time so far to the present part, and go over to another."""
         self._charge()
         self._stack[-1] = part
 
@@ -136,7 +136,7 @@ class TimedTrainer(Trainer):
         super().save()
 
     def _end_step(self) -> None:
-        """What came after the step itself, such as writing its record, belongs to it too."""
+        """End a step; the work right after it, such as writing its record, counts as part of it."""
         if self._stage is not None:
             stage, logged = self._stage
             self.clock.end_step(stage, logged=logged)

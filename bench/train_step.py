@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: encoder, readers, backward, optimiser, data, logging.
+"""The time of a training step by part: encoder, readers, backward, optimiser, data, logging.
 
     python bench/train_step.py testbed --steps 20
     python bench/train_step.py testbed_context --stage answer --threads 1 --json step.json

@@ -1,5 +1,5 @@
-"""What the entry points share: reporting errors, logging, reading NAME=SOURCE, devices and modules
-of parts from outside the package."""
+"""Pieces that all entry points use: error reports, logging, reading of NAME=SOURCE, devices, and
+modules with parts from outside the package."""
 
 from __future__ import annotations
 

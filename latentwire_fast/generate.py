@@ -76,7 +76,7 @@ class GenerateArguments:
 
 
 class Answer(NamedTuple):
-    """What one payload became, and how long it took in seconds."""
+    """The answer to one payload, and the seconds that it took."""
 
     text: str
     tokens: int
@@ -86,7 +86,7 @@ class Answer(NamedTuple):
 
 
 def decode_options(args: GenerateArguments) -> DecodeOptions:
-    """How to decode, from the command line.
+    """Options of decoding, from the command line.
 
     Raises:
         ConfigError: an option outside its range.
@@ -103,7 +103,7 @@ def decode_options(args: GenerateArguments) -> DecodeOptions:
 
 
 def receiver_options(args: GenerateArguments) -> ReceiverOptions:
-    """How to receive, from the command line.
+    """Options of the receiver, from the command line.
 
     Raises:
         ConfigError: a gain outside its range.

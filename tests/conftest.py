@@ -1,4 +1,4 @@
-"""What holds for every test: fixed seeds, deterministic torch, no network, hypothesis profiles."""
+"""Settings of every test: fixed seeds, deterministic torch, no network, hypothesis profiles."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def eager_project(
     calibration: str,
     tanh: bool = False,
 ) -> Tensor:
-    """What a user writes with torch's own modules, in the dtypes given."""
+    """The plain version with torch's own modules, in the dtypes of its arguments."""
     y = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias), weight, bias)
     y = y.tanh() if tanh else y
     if calibration != "none":

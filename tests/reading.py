@@ -1,4 +1,4 @@
-"""What tests give readers to read, and the slow way to decode that fast ones are compared with."""
+"""Prompts for readers in tests, and the slow way to decode that fast ones are compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests give receivers: untrained models of one reader, payloads, and prompts for them."""
+"""Inputs for receivers in tests: untrained models of one reader, payloads, and prompts."""
 
 from __future__ import annotations
 

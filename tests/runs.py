@@ -99,14 +99,14 @@ def tiny_squad(path: Path, *, passages: int = 7) -> Path:
 
 
 def new_process(seed: int) -> None:
-    """What a fresh process has: generators of python and numpy in a state of their own."""
+    """Put the generators of python and numpy into a state of their own, as in a fresh process."""
     torch.use_deterministic_algorithms(True)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (the generators that libraries draw from)
 
 
 def environment_on_the_cpu() -> dict[str, str]:
-    """For a process that a test starts: no GPU, one thread, and the imports that this one has."""
+    """Environment of a process that a test starts: no GPU, one thread, the imports of this one."""
     settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("ACCELERATE_USE_CPU", None)  # of this process's tests; users do without

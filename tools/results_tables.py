@@ -120,7 +120,7 @@ def times(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def origins(runs: Sequence[dict[str, Any]]) -> str:
-    """What made each column."""
+    """The runs that each column comes from."""
     rows = [
         [
             run["label"],

@@ -47,7 +47,7 @@ SMALL_LOGITS, SMALL_HIDDEN = [(8, 999)], [(8, 32, 999)]
 
 
 def eager_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """What a user writes, with fp32 softmaxes."""
+    """The plain torch version, with fp32 softmaxes."""
     log_q = torch.log_softmax(student.float() / TAU, -1)
     log_p = torch.log_softmax(teacher.float() / TAU, -1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TAU**2

@@ -58,7 +58,7 @@ def eager(
     *,
     tanh: bool = False,
 ) -> Tensor:
-    """What a user writes."""
+    """The plain torch version."""
     normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
     y = F.linear(normed, weight, bias)
     y = y.tanh() if tanh else y
@@ -67,7 +67,7 @@ def eager(
 
 
 def named(parameters: tuple[Tensor, ...]) -> dict[str, Any]:
-    """As our ops call them."""
+    """Parameters by the names of the ops' arguments."""
     names = ("weight", "bias", "norm_weight", "norm_bias", "gamma", "beta")
     return {**dict(zip(names, parameters, strict=True)), "target_rms": TARGET_RMS}
 
@@ -77,7 +77,7 @@ def ours(x: Tensor, *parameters: Tensor, tanh: bool = False) -> Tensor:
 
 
 def frozen(forward: Forward) -> Forward:
-    """With what frozen parameters give kept from an earlier call.
+    """A forward pass that uses what an earlier call stored of its frozen parameters.
 
     While a graph is recorded the op makes it anew, so that replays see weights written since. Here
     nobody writes any.

@@ -1,4 +1,4 @@
-"""What the hardware can do at most, and the floor that it sets: measured, or from a datasheet."""
+"""Ceilings of the hardware, and the floor that they set: measured, or from a datasheet."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _best(call: Callable[[], object], *, repeats: int, device: str) -> float:
 
 
 def _launch_seconds(device: str) -> float:
-    """Of a kernel on one element: between kernels of a replayed graph, or called on a CPU."""
+    """Seconds of a kernel on one element: within a replayed graph, or called on a CPU."""
     one = torch.zeros(1, device=device)
     if device == "cpu":
         return _best(lambda: one.add_(1), repeats=100, device=device)

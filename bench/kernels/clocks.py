@@ -1,4 +1,4 @@
-"""How long calls take, measured side by side: every round times each of them once.
+"""Clocks of calls, side by side: every round times each of them once.
 
 On a GPU a call that takes tens of microseconds or more is timed by events, with the L2 cache
 flushed before it. A shorter one is recorded many times into a CUDA graph, over copies of its inputs
@@ -52,7 +52,7 @@ class Timing:
 
 
 def make_ready(call: Call, inputs: Inputs) -> None:
-    """What a call that uses its inputs up, and says so by a method `before`, needs before it.
+    """Prepare the inputs of a call that overwrites them and therefore has a method `before`.
 
     Not timed, nor counted.
     """
@@ -62,7 +62,7 @@ def make_ready(call: Call, inputs: Inputs) -> None:
 
 
 def copies_for(inputs: Inputs, *, traffic: float, l2_bytes: int) -> list[Inputs]:
-    """As many copies of the inputs as move `ROTATE_L2` times the cache, the original first."""
+    """Copies of the inputs, the original first; together they move `ROTATE_L2` times the cache."""
     count = max(1, -int(-ROTATE_L2 * l2_bytes // max(traffic, 1)))
     copies = [
         tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in inputs)
@@ -209,7 +209,7 @@ class GraphClock:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, which can be long, or empty."""
+    """The first line of an error's message; the name of its class if that is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -38,7 +38,7 @@ BENCHMARKS = {"K1": 0.17, "K2": 0.21, "K3a": 0.13, "K3b": 0.17, "K4": 0.09}
 
 @dataclass
 class Run:
-    """What is found, written after every section.
+    """The results so far, written after every section.
 
     Attributes:
         folder: where to; parts: scratch files of the workers.
@@ -109,7 +109,7 @@ def run_worker(run: Run, name: str, limit: float) -> str:
 
 
 def assume_ceilings(run: Run) -> None:
-    """Those that an H200 is known to reach, whose name says so: tests and benchmarks run without
+    """Use the ceilings that an H200 is known to reach: tests and benchmarks run without
     measured ones."""
     from bench.kernels.ceilings import REACHABLE
 
@@ -119,7 +119,7 @@ def assume_ceilings(run: Run) -> None:
 
 
 def build_extension(run: Run, limit: float) -> str:
-    """In place, for this Python; placement has a torch path without it, so this is no failure."""
+    """Build the extension in place; a failure is only noted, as placement also has a torch path."""
     if run.tiny:
         return "skipped: nothing is built at tiny shapes"
     return processes.build_extension(run.parts / "build.log", limit)
@@ -173,7 +173,7 @@ def cases_of(name: str, **options: bool) -> list[Any]:
 
 
 def about(device: str) -> dict[str, str]:
-    """Where the numbers come from."""
+    """The provenance of the numbers."""
     from datetime import UTC, datetime
     from importlib.metadata import PackageNotFoundError, version
 

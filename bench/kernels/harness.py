@@ -1,4 +1,4 @@
-"""What the kernels' benchmarks share: cases, their rows, the gate on correctness, the records.
+"""The frame of the kernels' benchmarks: cases, their rows, the gate on correctness, the records.
 
 A case is one operation at one shape; its rows are ways to compute it: `ours`, `eager` torch,
 `torch.compile`, other libraries. A row is timed only after its result passed the gate against fp64
@@ -50,7 +50,7 @@ Forward = Callable[..., Any]
 
 
 class Absent(Exception):
-    """Why a row has no figures."""
+    """The reason why a row has no figures."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Case:
         kernel: K1 to K4; name: the operation; shape: its sizes; dtype: of what it works on.
         work: what it cannot do without, which sets its floor.
         design: the launches of our implementation, which predict its time.
-        inputs: makes them; truth: the right result, fp64; errors: of a result, by name.
+        inputs: makes them; truth: the correct result, fp64; errors: of a result, by name.
         rows: by name; `eager` comes before those that are held to its errors.
         part: cases of one part get their autotuned rows before the next part's get any.
         wall: time the calls with their launching, as a caller waits for them.
@@ -105,7 +105,7 @@ class Case:
 
 
 def dtype_of(gpu: bool) -> torch.dtype:
-    """What is benchmarked on a GPU, and what CPUs are good at."""
+    """The dtype that is benchmarked: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if gpu else torch.float32
 
 
@@ -204,7 +204,7 @@ def run_case(
 
 @contextmanager
 def _noted(absent: dict[str, str], *names: str) -> Iterator[None]:
-    """Why rows have no figures, if they fail inside: one row's failure is not the others'."""
+    """Note why rows have no figures if they fail inside: one row's failure is not the others'."""
     try:
         yield
     except Absent as reason:

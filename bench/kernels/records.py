@@ -1,4 +1,4 @@
-"""What was measured of one row of a case: what tables, targets and files are made of."""
+"""Records of one row of a case: tables, targets and files are made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels are meant to reach, and what a run's records say of it."""
+"""Targets of the kernels, and what a run's records say of them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def of_matmul(ceilings: Ceilings) -> Figure:
 
 
 def targets(ceilings: Ceilings) -> list[Target]:
-    """All of them, in the order of the kernels."""
+    """All targets, in the order of the kernels."""
 
     def large(shape: tuple[int, ...]) -> bool:
         return shape[0] * shape[1] * 2 >= 256 * 2**20

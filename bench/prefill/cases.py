@@ -154,7 +154,7 @@ def _finish(clock: Clock, logits_BV: Tensor) -> Sample:
 
 
 def _eager(row: Row) -> Row | None:
-    """The same row in the engine that is transformers' own path."""
+    """This row in the engine that is transformers' own path; None where it is that one already."""
     return None if row.engine == "eager" else Row(**{**row.__dict__, "engine": "eager"})
 
 

@@ -1,4 +1,4 @@
-"""How long a prefill takes, phase by phase.
+"""Times of a prefill, phase by phase.
 
 A phase ends where `mark` is called. On the CPU that is a reading of the clock; on a GPU an event in
 the stream, which between prefills is idle, so that an event recorded there has the host's time, and

@@ -1,4 +1,4 @@
-"""What a prefill costs: its floor, and how long it should take, from shapes and rates alone.
+"""The cost of a prefill: its floor, and how long it should take, from shapes and rates alone.
 
 The floor counts what no implementation can do without: every weight read once, the cache written,
 the multiplications. The prediction counts the kernels that transformers' decoder layer really
@@ -45,7 +45,7 @@ class Kernels:
     fusible: bool = False
 
     def seconds(self, rates: Ceilings, *, engine: str) -> float:
-        """How long they take on the GPU, one after the other."""
+        """Seconds that they take on the GPU, one after the other."""
         kept = COMPILED_SHARE if self.fusible and engine == "compile" else 1.0
         busy = max(
             kept * self.traffic / rates.bytes_per_second,
@@ -76,21 +76,21 @@ class Pass:
 
     @property
     def layer_weights(self) -> int:
-        """Of the matmuls of one layer."""
+        """Weights of the matmuls of one layer."""
         d = self.dims
         attention = d.width * d.head_width * (2 * d.heads + 2 * d.kv_heads)
         return attention + 3 * d.width * d.inner
 
     @property
     def kv_bytes(self) -> int:
-        """Of the cache behind it, per row."""
+        """Bytes of the cache after the pass, per row."""
         d = self.dims
         positions = self.past + self.new
         return 2 * d.layers * d.kv_heads * d.head_width * positions * self.element
 
     @property
     def attention_flops(self) -> int:
-        """Of one layer: scores and sums, for the positions that causal attention looks at."""
+        """Operations of attention in one layer: scores and sums, for the positions before each."""
         pairs = self.new * self.past + self.new * (self.new + 1) // 2
         return 4 * self.rows * self.dims.heads * self.dims.head_width * pairs
 
@@ -103,7 +103,7 @@ class Pass:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all matmuls, the head with them."""
+        """Bytes of the weights of all matmuls, the head with them."""
         d = self.dims
         head = d.width * d.vocabulary if self.decodes else 0
         return (d.layers * self.layer_weights + head) * self.element
@@ -116,7 +116,7 @@ class Pass:
         return self.weight_bytes + embeddings + cache
 
     def kernels(self) -> Iterable[Kernels]:
-        """What transformers launches."""
+        """The kernels that transformers launches."""
         d, e, n = self.dims, self.element, self.tokens
         tiled = self.rows * self.new + -(self.rows * self.new) % TILE_ROWS
         q, kv = d.heads * d.head_width, d.kv_heads * d.head_width
@@ -173,7 +173,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Work:
+class PrefillCost:
     """Everything between a request and its first token.
 
     Attributes:
@@ -207,7 +207,7 @@ class Work:
 
 
 def cpu_ceilings(dtype: torch.dtype) -> Ceilings:
-    """This CPU's own: a copy that no cache holds, and a matmul, with the threads that torch has."""
+    """Ceilings of this CPU: a copy that no cache holds, and a matmul, with torch's threads."""
     source = torch.ones(2**26, dtype=torch.uint8)
     target = torch.empty_like(source)
     side = 1024

@@ -1,4 +1,4 @@
-"""What a run of the prefill benchmark leaves in its folder."""
+"""The files of a run of the prefill benchmark."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _draw(results: Results, folder: Path) -> None:
 
 
 def _draw_panel(axis: Any, here: list[Result]) -> None:
-    """Of the last engine and the first bit width."""
+    """Draw one panel, for the last engine and the first bit width."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     engine = next(e for e in reversed(ENGINES) if any(r.row.engine == e for r in here))

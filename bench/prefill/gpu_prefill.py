@@ -144,7 +144,7 @@ def run_all(
         most = seconds if section == sections[-1] else section.seconds
         run(section.name, most, lambda limit, s=section: latency(s, folder, limit, commit))
     print((folder / "sections.txt").read_text())
-    # Placement has a torch path: without the extension the tables are right, and say so.
+    # Placement has a torch path: without the extension the tables are correct, and they say so.
     return int(any(o != OK for name, o in outcomes.items() if name != "extension"))
 
 

@@ -117,12 +117,12 @@ class Group:
         return [for_text(result, n, self.workloads[n].text_bytes) for n in lengths]
 
     def logits(self) -> dict[Row, Tensor]:
-        """Of the eager rows, which are not timed here: what the same rows must have elsewhere."""
+        """Logits of the eager rows, which are not timed here: other processes compare with them."""
         eager = (row for row in self.rows if row.engine == "eager" and row.method != "kv_reuse")
         return {row: self._reference(row, None) for row in eager}
 
     def _ready(self, row: Row) -> Callable[[], Sample]:
-        """What runs the row, once it has passed its gate."""
+        """The call that runs the row, once it has passed its gate."""
         on_gpu = self.bench.device != "cpu"
         before = torch.cuda.memory_allocated() if on_gpu else 0
         case = build_case(self.bench, row, self._workload(row))
@@ -162,7 +162,7 @@ def release(device: str) -> None:
 
 
 def check_gate(found: Tensor, expected: Tensor, dtype: str) -> float:
-    """How far logits `[B, V]` are from the reference's: the worst row's distance over its norm.
+    """Distance of logits `[B, V]` from the reference's: the worst row's, over its norm.
 
     Raises:
         AssertionError: too far.

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> Results:
 
 
 def machine_record(args: argparse.Namespace, ceilings: Any) -> dict[str, Any]:
-    """Where the numbers come from."""
+    """The provenance of the numbers."""
     return {
         "device": device_name(torch.device(args.device)),
         "driver": driver(),
@@ -139,7 +139,7 @@ class Run:
             self.args.name = f"{source}, half on cpu" if self.args.half_on_cpu else source
             # The first group's time starts with its reader's.
             deadlines = [self.timetable.start((source, self.args.batches[0]))]
-            with self._told(self.args.name):
+            with self._reporting(self.args.name):
                 self._measure_reader(source, deadlines)
             for batch in self.args.batches:
                 self.timetable.skip((source, batch))
@@ -151,8 +151,8 @@ class Run:
         return self.results
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """What goes wrong in the block is told, and the run goes on behind it."""
+    def _reporting(self, what: str) -> Iterator[None]:
+        """Report an error in the block, and go on behind it."""
         try:
             yield
         except Exception as error:
@@ -178,7 +178,7 @@ class Run:
         for batch in args.batches:
             if batch != args.batches[0]:
                 deadlines.append(self.timetable.start((source, batch)))
-            with self._told(f"{args.name}, batch {batch}"):
+            with self._reporting(f"{args.name}, batch {batch}"):
                 self._measure_group(reader, batch, expected.get(batch), deadlines[-1])
             release(args.device)
 
@@ -220,9 +220,9 @@ class Run:
 
 
 def row_seconds(args: argparse.Namespace, source: str, batch: int, rates: Any) -> list[float]:
-    """What one run of each row of a group should take at these rates, and some more."""
+    """Seconds that one run of each row of a group should take at these rates, with a margin."""
     dims, encoder = Dims.of(config_of(source)), Dims.of(config_of(args.encoder))
     element = DTYPES[args.dtype]
     sizes = Sizes(dims, encoder, args.d_z, TEMPLATE_POSITIONS, element, adapter_of(args))
     rows = plan_of(args).rows(source, batch, dims, element=element)
-    return [CAUTION * sizes.work(row).predict(rates, engine=row.engine) for row in rows]
+    return [CAUTION * sizes.cost(row).predict(rates, engine=row.engine) for row in rows]

@@ -1,4 +1,4 @@
-"""What was measured, as results.json, samples.csv, Markdown, LaTeX and a figure.
+"""The results, as results.json, samples.csv, Markdown, LaTeX and a figure.
 
 A result is one row for one text length; rows whose time does not depend on the text appear once for
 each length that they stand for, with the same samples.
@@ -72,7 +72,7 @@ class Result:
 
     @property
     def sum_of_phases(self) -> float:
-        """What share of the total the phases add up to."""
+        """The share of the total that the phases add up to."""
         return sum(self.phases.values()) / (self.p50 or math.nan)
 
 
@@ -85,7 +85,7 @@ def result_of(
     **measured: Any,
 ) -> Result:
     """A row with its costs, and what was measured if anything was."""
-    work = sizes.work(row)
+    cost = sizes.cost(row)
     reader = sizes.reader_pass(row)
     return Result(
         row,
@@ -94,9 +94,9 @@ def result_of(
         text_bytes=measured.pop("text_bytes", None),
         positions=reader.new,
         kv_bytes=reader.kv_bytes,
-        flops=work.flops,
-        floor=None if ceilings is None else 1e3 * work.floor(ceilings),
-        predicted=None if rates is None else 1e3 * work.predict(rates, engine=row.engine),
+        flops=cost.flops,
+        floor=None if ceilings is None else 1e3 * cost.floor(ceilings),
+        predicted=None if rates is None else 1e3 * cost.predict(rates, engine=row.engine),
         **measured,
     )
 
@@ -114,7 +114,7 @@ class Results:
     results: list[Result] = field(default_factory=list)
 
     def speedup(self, result: Result, *, engine: str) -> float | None:
-        """How many times faster than the text in that engine, at the same batch and length."""
+        """The factor over the text in that engine, at the same batch and length."""
         wanted = replace(result.row, method="text", engine=engine, latents=None, bits=None)
         wanted = replace(wanted, encoder=None)
         base = next((other for other in self.results if other.row == wanted), None)
@@ -124,7 +124,7 @@ class Results:
         return times[0] / times[1] if times[0] and times[1] else None
 
     def ordered(self) -> list[Result]:
-        """As the tables show them."""
+        """The results in the order of the tables."""
         readers = list(dict.fromkeys(r.row.reader for r in self.results))
 
         def key(result: Result) -> tuple[Any, ...]:

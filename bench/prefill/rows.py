@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from bench.prefill.cost import Pass, Trained, Work
+from bench.prefill.cost import Pass, PrefillCost, Trained
 from bench.prefill.shapes import Dims
 from latentwire_fast.config.schema import AttachmentConfig
 from latentwire_fast.readers.card import ReaderCard
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """As the tables name it."""
+        """The row's name in tables."""
         names = {
             "text": "text",
             "latent": f"latent, {self.encoder} encoder",
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        """All of it, in words."""
+        """The whole row in words."""
         of = [f"{self.reader}, batch {self.batch}: {self.label}", self.engine]
         of += [f"{self.text_tokens} tokens"] if self.text_tokens else []
         of += [f"M = {self.latents}, {self.bits} bits"] if self.latents else []
@@ -98,7 +98,7 @@ class Plan:
         return tuple(n for n in self.text_tokens if most is None or batch * n <= most)
 
     def rows(self, reader: str, batch: int, dims: Dims, *, element: int) -> Iterator[Row]:
-        """Those of one reader and batch, in the order in which they are made: an engine's text
+        """The rows of one reader and batch, in the order in which they are made: an engine's text
         first, which its other rows are compared with, and eager rows before graphs.
 
         All M are there for the last engine, the middle one for the others. A deep prefix is as
@@ -133,7 +133,7 @@ class Plan:
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
-    """Of a command line."""
+    """The plan of a command line."""
     return Plan(
         methods=tuple(args.methods),
         engines=tuple(sorted(set(args.engines), key=ENGINES.index)),
@@ -146,7 +146,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def adapter_of(args: argparse.Namespace) -> AttachmentConfig:
-    """Of a command line."""
+    """The adapter of a command line."""
     return soft_prompt(args.adapter)
 
 
@@ -157,7 +157,7 @@ def soft_prompt(adapter: str) -> AttachmentConfig:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the cost of a row depends on besides the row.
+    """The sizes that the cost of a row depends on, besides the row itself.
 
     Attributes:
         template: positions of a prompt besides context or latent: template, question, anchor.
@@ -183,14 +183,14 @@ class Sizes:
         past = {"deep_prefix": row.latents or 0, "kv_reuse": row.text_tokens}.get(row.method, 0)
         return Pass(self.dims, row.batch, self.positions(row), past, self.element)
 
-    def work(self, row: Row) -> Work:
+    def cost(self, row: Row) -> PrefillCost:
         """Everything between the request and the first token."""
         reader = self.reader_pass(row)
         if row.method == "text":
-            return Work((reader,), tokens=row.batch * reader.new)
+            return PrefillCost((reader,), tokens=row.batch * reader.new)
         if row.method == "kv_reuse":
             held = Pass(self.dims, row.batch, row.text_tokens, element=self.element).kv_bytes
-            return Work((reader,), row.batch * held, tokens=row.batch * self.template)
+            return PrefillCost((reader,), row.batch * held, tokens=row.batch * self.template)
         slots = row.batch * (row.latents or 0)
         parts: list[Pass | Trained] = [self._trained(row.method, slots), reader]
         link = slots * self.d_z * (row.bits or 16) / 8
@@ -203,7 +203,7 @@ class Sizes:
             if row.encoder == "cold":
                 link += sender.weight_bytes
         tokens = row.batch * (self.template + (row.text_tokens if row.encoder else 0))
-        return Work(tuple(parts), link, tokens=tokens, payloads=row.batch)
+        return PrefillCost(tuple(parts), link, tokens=tokens, payloads=row.batch)
 
     def _trained(self, method: str, slots: int) -> Trained:
         """The adapter or the deep prefix: all weights of its matmuls meet every slot."""

@@ -75,7 +75,7 @@ class Timed(Generic[Row]):
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The reason of an error, in one line."""
     return f"{type(error).__name__}: {error}"
 
 
@@ -89,7 +89,7 @@ def warm_up(timed: Timed[Any], *, runs: int, limited: bool) -> None:
 
 
 def runs_within(seconds: float, costs: Sequence[float], *, repeats: int) -> list[int]:
-    """How often each row runs if all of them may take so long together.
+    """The number of runs of each row, if all of them may take so long together.
 
     At least 5 times, whatever the time; rows of less than 50 ms up to `repeats` times before the
     others share what is left.
@@ -105,7 +105,7 @@ def runs_within(seconds: float, costs: Sequence[float], *, repeats: int) -> list
 
 
 def _fill(seconds: float, costs: Sequence[float], *, repeats: int) -> list[int]:
-    """The same for rows of one kind: all may take equally long, and what one leaves, others get."""
+    """Runs of rows of one kind: all may take equally long, and what one leaves, others get."""
     least = min(repeats, LEAST_REPEATS)
 
     def runs(each: float) -> list[int]:
@@ -148,7 +148,7 @@ def interleave(rows: Sequence[Timed[Any]], *, deadline: float | None) -> Iterato
 
 @dataclass(frozen=True)
 class Effort:
-    """What the rows of a group get.
+    """The time and the runs that the rows of a group get.
 
     Attributes:
         deadline: of `time.monotonic`; None where there is time for everything.
@@ -177,7 +177,7 @@ def measure_rows(
 
     Args:
         rows: in the order in which they are made.
-        make: makes a row ready, and checks that it computes the right thing.
+        make: makes a row ready, and checks that it computes the correct result.
         release: gives memory back; called after every failure.
         watch: shows the progress of so many runs.
 
@@ -245,7 +245,7 @@ class Timetable(Generic[Key]):
         return now + share * max(0.0, self._deadline - now)
 
     def skip(self, group: Key) -> None:
-        """What a group that cannot start would have had is for the others."""
+        """Give the time of a group that cannot start to the others."""
         self._expected.pop(group, None)
 
 
@@ -255,7 +255,7 @@ def expected_seconds(
     readers: Mapping[Key, bool],
     effort: Effort,
 ) -> dict[Key, float]:
-    """What each group should take.
+    """Seconds that each group should take.
 
     Args:
         groups: seconds of one run of each row.

@@ -91,7 +91,7 @@ SHAPES: dict[str, LlamaConfig | Qwen2Config] = {
 
 @dataclass(frozen=True)
 class Dims:
-    """What a decoder's costs depend on."""
+    """Dimensions of a decoder that its costs depend on."""
 
     layers: int
     width: int
@@ -103,7 +103,7 @@ class Dims:
 
     @classmethod
     def of(cls, config: Any) -> Dims:
-        """Those of a transformers configuration."""
+        """The dimensions of a transformers configuration."""
         config = config.get_text_config(decoder=True)
         head_width = getattr(config, "head_dim", None)
         return cls(
@@ -118,7 +118,7 @@ class Dims:
 
 
 def _inner_width(config: Any) -> int:
-    """Of the MLPs; OPT and GPT-2 have names of their own for it."""
+    """Width inside the MLPs; OPT and GPT-2 have names of their own for it."""
     names = ("intermediate_size", "ffn_dim", "n_inner")
     found = (getattr(config, name, None) for name in names)
     return next(filter(None, found), 4 * config.hidden_size)
@@ -282,7 +282,7 @@ def split_prompts(prompts: PromptBuilder, workload: Workload) -> tuple[list[list
 
 
 def rest_prompts(prompts: PromptBuilder, rests: list[str]) -> list[Prompt]:
-    """What follows the held part: the rest of the text, then template and anchor."""
+    """Prompts of what follows the held part: the rest of the text, then template and anchor."""
     whole = [
         prompts.build([Turn("")], context=None, user_ids=ids)
         for ids in prompts.text_ids_of_many(rests)

@@ -33,7 +33,7 @@ def _figures(value: float | None) -> str:
 
 
 def _scaled(value: float | None, unit: str = "") -> str:
-    """With the unit's prefix, as in 1.2 kB."""
+    """A number with its unit's prefix, as in 1.2 kB."""
     if value is None:
         return "-"
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -98,7 +98,7 @@ COLUMNS = (
 
 
 def _with_content(results: Results, columns: Sequence[Column]) -> list[Column]:
-    """Those in which some row has something: on a CPU, for one, nothing is predicted."""
+    """The columns that some row has a value in: on a CPU, for one, nothing is predicted."""
     rows = results.results
     return [c for c in columns if any(c.cell(results, result) != "-" for result in rows)]
 
@@ -137,7 +137,7 @@ def latex(results: Results) -> str:
 
 
 def _place(row: Row) -> tuple[int, int]:
-    """Of a line in a LaTeX table; lines of one method stay in order of length and M."""
+    """The place of a line in a LaTeX table; lines of one method stay in order of length and M."""
     return ENGINES.index(row.engine), METHODS.index(row.method)
 
 

@@ -39,15 +39,17 @@ def _with_objectives(
 
 def _added_to(base: str, config: RunConfig) -> RunConfig:
     """A run that teaches its readers what the encoder of another run writes."""
-    kept = read_run_config(Path(base))
-    if kept.base is not None:
-        raise ConfigError(f"{base} has its encoder from {kept.base}; give that run as the base")
-    config = _in_mode(kept.mode, config)
+    base_config = read_run_config(Path(base))
+    if base_config.base is not None:
+        raise ConfigError(
+            f"{base} has its encoder from {base_config.base}; give that run as the base"
+        )
+    config = _in_mode(base_config.mode, config)
     return replace(
         config,
         base=base,
-        encoder=kept.encoder,
-        bottleneck=kept.bottleneck,
+        encoder=base_config.encoder,
+        bottleneck=base_config.bottleneck,
         # Its positions are chosen already. What else a stage does with them, readers do.
         stages=_with_objectives(config.stages, lambda objective: not objective.teaches_positions),
     )
@@ -77,8 +79,8 @@ def with_overrides(
         dtype: of every reader.
         steps: total over all stages, which shrink or grow in proportion, to one step at least.
     """
-    given = {"data": data, "encoder": encoder, "base": base, **(readers or {})}
-    for option, value in given.items():
+    sources = {"data": data, "encoder": encoder, "base": base, **(readers or {})}
+    for option, value in sources.items():
         if value == "":  # an unset variable of a shell, say
             raise ConfigError(f"{option} is given as nothing; leave it out, or name a source")
     if readers:
@@ -100,11 +102,9 @@ def with_overrides(
     if encoder is not None:
         config = replace(config, encoder=config.encoder.with_source(encoder))
     if data is not None or eval_examples is not None:
-        kept = config.data
-        count = kept.eval_examples if eval_examples is None else eval_examples
-        config = replace(
-            config, data=replace(kept, source=data or kept.source, eval_examples=count)
-        )
+        count = config.data.eval_examples if eval_examples is None else eval_examples
+        source = data or config.data.source
+        config = replace(config, data=replace(config.data, source=source, eval_examples=count))
     if steps is not None:
         if steps < 1:
             raise ConfigError(f"steps={steps}, expected at least 1")

@@ -41,8 +41,8 @@ def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None
     require(eos_ban_steps >= 0, f"eos_ban_steps={eos_ban_steps}, expected at least 0")
 
 
-# A reader's name is the key of its modules in these, and stands beside "encoder" in diagnostics.
-_RESERVED = {"encoder", *dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+# Names that no reader may have: its name is a key of these two classes, beside "encoder".
+_RESERVED_NAMES = {"encoder", *dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 
 
 def check_reader_name(name: str) -> None:
@@ -55,7 +55,7 @@ def check_reader_name(name: str) -> None:
         re.fullmatch(r"\w[\w-]*", name) is not None,
         f"reader name {name!r}: give it one of letters, digits, _ and - that does not begin with -",
     )
-    require(name not in _RESERVED, f"reader name {name!r} is taken; give the reader another")
+    require(name not in _RESERVED_NAMES, f"reader name {name!r} is taken; give the reader another")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class EncoderConfig(PartSettings):
         return False
 
     def with_source(self, source: str) -> EncoderConfig:
-        """The same with an LM from elsewhere.
+        """A copy of these settings that starts from another LM.
 
         Raises:
             ConfigError: it starts from no LM.

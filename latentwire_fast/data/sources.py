@@ -77,7 +77,7 @@ def load_examples(
 def heldout_examples(
     config: DataConfig, *, count: int | None = None, seed: int | None = None
 ) -> list[Example]:
-    """What a run is scored on; `count` and `seed` replace the configuration's own.
+    """Examples that a run is scored on; `count` and `seed` replace the configuration's own.
 
     Raises:
         DataError: as `load_examples`.

@@ -27,7 +27,7 @@ class TrainItem:
 
 
 class Stream(Protocol):
-    """Where training batches come from.
+    """The source of training batches.
 
     Attributes:
         digest: of the data, where there are files that may change; empty where there are none.

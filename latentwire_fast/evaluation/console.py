@@ -1,4 +1,4 @@
-"""What a run's evaluation found, in a few lines for the terminal."""
+"""The summary of an evaluation, in a few lines for the terminal."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Evaluator:
         return list(batches(len(self.examples), self.config.evaluation.batch_size))
 
     def _not_measured(self, case: EvaluationCase) -> dict[str, str]:
-        """Why methods cannot be measured on these examples, by their names."""
+        """The reasons why methods cannot be measured on these examples, by method name."""
         reasons = {name: method.not_measured(case) for name, method in self.methods.items()}
         found = {name: reason for name, reason in reasons.items() if reason}
         for name, reason in found.items():

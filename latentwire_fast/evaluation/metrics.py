@@ -1,4 +1,4 @@
-"""How answers are scored: official SQuAD v1.1 rules, likelihoods, rankings, bootstrap intervals.
+"""Scores of answers: official SQuAD v1.1 rules, likelihoods, rankings, bootstrap intervals.
 
 Scores of single examples lie in 0..1; a set's score is their mean with a percentile bootstrap
 interval (examples are resampled; systems compared on the same examples are resampled together).
@@ -60,7 +60,7 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     """Token-overlap F1 against the best answer (official SQuAD v1.1 script), 0..1.
 
     The answer `""` stands for "no answer" and follows the v2.0 script: only an empty prediction is
-    right.
+    correct.
 
     Raises:
         ValueError: no answers.

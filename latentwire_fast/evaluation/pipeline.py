@@ -89,11 +89,11 @@ def stored_metrics(run_dir: Path) -> dict[str, Any] | None:
     """metrics.json of the run's own report, if this code made it of this configuration."""
     try:
         metrics: dict[str, Any] = json.loads(RunFolder(run_dir).metrics.read_text())
-        made = [metrics["run"][key] for key in ("config_sha256", "commit", "versions")]
+        recorded = [metrics["run"][key] for key in ("config_sha256", "commit", "versions")]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     now = [config_hash(read_run_config(run_dir)), commit(), versions()]
-    return metrics if made == now else None
+    return metrics if recorded == now else None
 
 
 def _check_out(folder: RunFolder, out: Path) -> None:

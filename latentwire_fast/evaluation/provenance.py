@@ -1,4 +1,4 @@
-"""Where a number comes from: the `run` entry of metrics.json, and the model card of a run."""
+"""The provenance of numbers: the `run` entry of metrics.json, and the model card of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, as metrics.json and as the records of predictions.jsonl."""
+"""The files of an evaluation: metrics.json and the records of predictions.jsonl."""
 
 from __future__ import annotations
 

@@ -67,31 +67,31 @@ class Scorer:
         answers: list[str] = []
         likelihoods = MethodResult([], [], [])
         for rows in batches(len(self.case.examples), self.batch_size):
-            given = method.build(self.case, rows, bits=bits)
-            answers += self._answers(given, rows)
-            likelihoods.positions += given.positions
-            if with_likelihoods and given.answers is None:
-                add_likelihoods(likelihoods, self._target_scores(given))
+            inputs = method.build(self.case, rows, bits=bits)
+            answers += self._answers(inputs, rows)
+            likelihoods.positions += inputs.positions
+            if with_likelihoods and inputs.answers is None:
+                add_likelihoods(likelihoods, self._target_scores(inputs))
             self.progress()
         judged = judge_answers(answers, self.case.examples)
         likelihoods.predictions, likelihoods.em, likelihoods.f1 = answers, judged.em, judged.f1
         return likelihoods
 
-    def _answers(self, given: MethodInput, rows: range) -> list[str]:
-        if given.answers is not None:
-            return given.answers
+    def _answers(self, inputs: MethodInput, rows: range) -> list[str]:
+        if inputs.answers is not None:
+            return inputs.answers
         ids = self.receiver.generate(
-            [unanswered(prompt) for prompt in given.prompts],
-            payloads=given.payloads,
-            embeddings=given.embeddings,
+            [unanswered(prompt) for prompt in inputs.prompts],
+            payloads=inputs.payloads,
+            embeddings=inputs.embeddings,
             options=self.options,
             numbers=rows,
         )
         return [self.case.reader.decode(row) for row in ids]
 
-    def _target_scores(self, given: MethodInput) -> TargetScores:
+    def _target_scores(self, inputs: MethodInput) -> TargetScores:
         return self.receiver.score(
-            given.prompts, payloads=given.payloads, embeddings=given.embeddings
+            inputs.prompts, payloads=inputs.payloads, embeddings=inputs.embeddings
         )
 
 

@@ -1,4 +1,4 @@
-"""How long methods take: to the first token, and from the text to the answer."""
+"""Times of methods: to the first token, and from the text to the answer."""
 
 from __future__ import annotations
 
@@ -74,30 +74,30 @@ class _Clock:
             examples=[self.case.examples[i]],
             payloads={bits: [items[i]] for bits, items in self.case.payloads.items()},
         )
-        given = method.build(single, range(1), bits=self.bits)
-        prompts = [unanswered(given.prompts[0])]
+        inputs = method.build(single, range(1), bits=self.bits)
+        prompts = [unanswered(inputs.prompts[0])]
 
         def prefill() -> object:
             return self.receiver.prefill(
-                prompts, payloads=given.payloads, embeddings=given.embeddings
+                prompts, payloads=inputs.payloads, embeddings=inputs.embeddings
             )
 
         return Times(self._milliseconds(prefill), self._milliseconds(self._answer, method, single))
 
     def _answer(self, method: EvaluationMethod, single: EvaluationCase) -> str:
         """One example from its text to the answer."""
-        given = method.build(single, range(1), bits=self.bits)
+        inputs = method.build(single, range(1), bits=self.bits)
         ids = self.receiver.generate(
-            [unanswered(given.prompts[0])],
-            payloads=self._sent(given, single),
-            embeddings=given.embeddings,
+            [unanswered(inputs.prompts[0])],
+            payloads=self._sent(inputs, single),
+            embeddings=inputs.embeddings,
             options=self.options,
         )
         return single.reader.decode(ids[0])
 
-    def _sent(self, given: MethodInput, single: EvaluationCase) -> Sequence[bytes] | None:
+    def _sent(self, inputs: MethodInput, single: EvaluationCase) -> Sequence[bytes] | None:
         """The payload that the sender makes now; None where the method takes none."""
-        if given.payloads is None:
+        if inputs.payloads is None:
             return None
         example, model = single.examples[0], single.model
         questions = [example.question] if single.mode == "pure" else None

@@ -90,7 +90,7 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file: its length and sha256."""
+    """The entry of a file in a manifest: its length and sha256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}

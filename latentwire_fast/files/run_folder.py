@@ -1,4 +1,4 @@
-"""Where everything of a run lies. Nobody else joins these names."""
+"""The paths of a run's files. No other module joins these names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """What the run is called: the name of its folder."""
+        """The run's name: that of its folder."""
         return self.path.resolve().name
 
     @property
@@ -38,7 +38,7 @@ class RunFolder:
 
     @property
     def tensorboard(self) -> Path:
-        """The same numbers for TensorBoard."""
+        """The numbers of `diagnostics`, for TensorBoard."""
         return self.path / "tensorboard"
 
     @property
@@ -68,7 +68,7 @@ class RunFolder:
 
     @property
     def model_card(self) -> Path:
-        """What the evaluation writes about the model, beside it."""
+        """The model card that the evaluation writes beside the model."""
         return self.model / "README.md"
 
     @property

@@ -1,4 +1,4 @@
-"""What is learned: the objectives of a training stage.
+"""The objectives of a training stage.
 
 PARTS names each objective's class; it is imported when a stage asks for it.
 """

@@ -43,8 +43,8 @@ class Answer(Objective):
 
     def compute(self, batch: ReaderBatch) -> Tensor:
         """Cross-entropy; `accuracy` is of the most probable tokens, each behind the true ones."""
-        kept_N = batch.answers.first_N(self.config.tokens)
-        logits_NV = batch.reader.head(batch.answers.hidden_ND[kept_N]).float()
-        labels_N = batch.answers.batch.labels_N[kept_N]
+        scored_N = batch.answers.first_N(self.config.tokens)
+        logits_NV = batch.reader.head(batch.answers.hidden_ND[scored_N]).float()
+        labels_N = batch.answers.batch.labels_N[scored_N]
         batch.report("accuracy", (logits_NV.detach().argmax(-1) == labels_N).sum())
         return F.cross_entropy(logits_NV, labels_N, reduction="sum")

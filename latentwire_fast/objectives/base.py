@@ -1,4 +1,4 @@
-"""What every objective is.
+"""The base class of objectives.
 
 A batch is prepared first (prompts and counts), then the objectives are computed part by part, each
 as a *sum*, which is divided by the whole batch's count. So a batch may be cut into micro-batches or

@@ -47,11 +47,11 @@ class KD(Objective):
 
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The divergence, summed over tokens."""
-        kept_N = batch.answers.first_N(self.config.tokens)
-        student_ND = batch.answers.hidden_ND[kept_N]
+        scored_N = batch.answers.first_N(self.config.tokens)
+        student_ND = batch.answers.hidden_ND[scored_N]
         return ops.linear_kd_kl(
             student_ND,
-            batch.teacher_hidden_ND[kept_N].to(student_ND),
+            batch.teacher_hidden_ND[scored_N].to(student_ND),
             batch.reader.head_weight,
             tau=self.config.tau,
             reduction="sum",

@@ -53,9 +53,11 @@ class KV(Objective):
         selection = batch.encoded.positions
         start = batch.reader.prompts.content_start
         places_BM = start + move_places(selection.places_BM, token_ends(batch))
-        # [L, 2, B, H, M, d_head], both
-        kept = batch.observation.keys_values(places_BM)
-        made = cast(Tensor, batch.inputs["deep"])
-        rms_L2 = torch.tensor(batch.model.cards[batch.reader.name].kv.rms, device=kept.device)
-        error = (made - kept) / rms_L2[:, :, None, None, None, None]
+        # Both [L, 2, B, H, M, d_head].
+        target_L2BHMD = batch.observation.keys_values(places_BM)
+        predicted_L2BHMD = cast(Tensor, batch.inputs["deep"])
+        rms_L2 = torch.tensor(
+            batch.model.cards[batch.reader.name].kv.rms, device=target_L2BHMD.device
+        )
+        error = (predicted_L2BHMD - target_L2BHMD) / rms_L2[:, :, None, None, None, None]
         return error.pow(2).mean((0, 1, 3, 4, 5)).sum()

@@ -1,4 +1,4 @@
-"""What the objectives of a stage share over one micro-batch, so that nothing is computed twice.
+"""The results that a stage's objectives share over one micro-batch: nothing is computed twice.
 
 `EncodedBatch` holds what the encoder makes of the items, for all readers; `ReaderBatch` what one
 reader makes of that. Shapes: B items, T positions of a text, N scored tokens, M latents, D the
@@ -29,7 +29,7 @@ Texts = tuple[str, ...]
 
 
 class EncodedBatch:
-    """The items of a micro-batch and what the encoder makes of them.
+    """The items of a micro-batch, with their latents.
 
     Args:
         bits: width that latents are quantised to on their way to the readers; None for none.
@@ -71,7 +71,7 @@ class EncodedBatch:
         self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd)
 
     def sent(self, contexts: Texts, questions: Texts | None) -> Tensor:
-        """What the readers get of other texts `[B, M, d]`, encoded once for all readers."""
+        """Latents `[B, M, d]` of other texts as readers get them, encoded once for all readers."""
         key = contexts, questions
         if key not in self._sent:
             self._sent[key] = self._send(self.model.encode(contexts, questions))
@@ -151,7 +151,7 @@ class ReaderBatch:
 
     @cached_property
     def inputs(self) -> ReaderInputs:
-        """What the reader is given in the place of the items' latents."""
+        """The reader's inputs in the place of the items' latents."""
         return self.model.reader_inputs(self.reader.name, self.encoded.sent_BMd)
 
     @cached_property
@@ -162,9 +162,9 @@ class ReaderBatch:
 
     @cached_property
     def teacher_hidden_ND(self) -> Tensor:
-        """The same reader's hidden states at the same tokens behind the text, without gradient.
+        """The teacher: the reader's hidden states `[N, D]` at the answer tokens behind the text.
 
-        Of prompts of kind `text`.
+        Without gradient; the prompts are those of kind `text`.
         """
         prompts = self.prompts("text")
         if self._teacher is not None:
@@ -174,8 +174,8 @@ class ReaderBatch:
 
     @cached_property
     def observation(self) -> Observation:
-        """What the reader makes of the items' texts: `text` prompts, or `context` if there are
-        none."""
+        """The reader's attention, keys and values on the items' texts: of `text` prompts, or of
+        `context` prompts if there are none."""
         kind = "text" if self.reads_answers else "context"
         return observe(self.reader, self.prompts(kind))
 
@@ -195,7 +195,7 @@ class ReaderBatch:
         self._reports[name] = value
 
     def take_reports(self) -> dict[str, Tensor]:
-        """What was reported since the last call."""
+        """The reports since the last call."""
         reports, self._reports = self._reports, {}
         return reports
 

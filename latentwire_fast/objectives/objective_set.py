@@ -83,7 +83,7 @@ class ObjectiveSet:
         return result
 
     def tokens(self, stage: StageConfig, counts: Mapping[Key, int]) -> int:
-        """How many of a batch's counts are tokens that readers predict."""
+        """The number of tokens that readers predict, of a batch's counts."""
         parts = self.of(stage)
         return sum(n for (kind, _), n in counts.items() if parts[kind].counted == "tokens")
 

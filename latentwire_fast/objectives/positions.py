@@ -1,4 +1,4 @@
-"""Where the tokens of a micro-batch's texts end, as its encoder and as a reader cut them."""
+"""Token ends of a micro-batch's texts, as its encoder and as a reader cut them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class PreparedItem:
 
     @property
     def question(self) -> str | None:
-        """What the encoder reads beside the context: the first question in pure mode, else None."""
+        """The question that the encoder reads: the first in pure mode, else None."""
         return self.item.turns[0].question if self.mode == "pure" else None
 
     def prompt(self, kind: str, reader: Reader, build: Callable[[], Prompt]) -> Prompt:
@@ -57,7 +57,7 @@ class PreparedItem:
 
 
 def total_counts(prepared: Iterable[PreparedItem]) -> Counter[Key]:
-    """What each objective counts over a whole batch."""
+    """The count of each objective over a whole batch."""
     return sum((item.counts for item in prepared), Counter())
 
 

@@ -52,7 +52,7 @@ class Select(Objective):
         """The cross-entropy, summed over texts."""
         selection = batch.encoded.positions
         start = batch.reader.prompts.content_start
-        looks_BT = move_attention(
+        attention_BT = move_attention(
             batch.observation.attention_BT[:, start:], token_ends(batch), selection.scores_BT
         )
-        return F.cross_entropy(selection.scores_BT.clamp(min=-1e9), looks_BT, reduction="sum")
+        return F.cross_entropy(selection.scores_BT.clamp(min=-1e9), attention_BT, reduction="sum")

@@ -1,4 +1,4 @@
-"""What a reader is given, for training, evaluation and generation alike: one builder, nothing else.
+"""The one prompt builder, for training, evaluation and generation alike.
 
 A prompt is one or more turns. The user's part holds the context and the question, the assistant's
 part starts with the *anchor* (`Answer:`), and the answer carries its own leading space: an anchor
@@ -68,17 +68,17 @@ def question_text(question: str) -> str:
 
 
 def full_text(context: str, question: str) -> str:
-    """What a latent of pure mode stands for, and what a text prompt's user part is."""
+    """The user part of a text prompt; a latent of pure mode stands for all of it."""
     return context_text(context) + question_text(question)
 
 
 def encoded_text(context: str, question: str | None) -> str:
-    """What an encoder reads: the context, with the question in pure mode."""
+    """The text that an encoder reads: the context, with the question in pure mode."""
     return context_text(context) if question is None else full_text(context, question)
 
 
 def replaced_text(context: str, question: str, *, mode: Mode) -> str:
-    """What a payload is sent instead of: in context mode the label stays beside the latent."""
+    """The text that a payload replaces: in context mode without its label, which stays."""
     return full_text(context, question) if mode == "pure" else context
 
 

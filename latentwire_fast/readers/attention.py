@@ -97,7 +97,7 @@ def mask_free(model: PreTrainedModel) -> Iterator[bool]:
 
 
 def causal_mask(queries: int, keys: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What eager attention adds to its scores, `[1, 1, T, N]`: 0, or the dtype's least number."""
+    """Causal mask `[1, 1, T, N]`, added to eager attention's scores: 0 or the dtype's minimum."""
     hidden = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
     mask = torch.zeros(1, 1, queries, keys, dtype=dtype, device=device)
     return mask.masked_fill(hidden, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""What a model stores of each of its readers."""
+"""The card of a reader: the facts that a model stores of each of its readers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latentwire_fast.readers.reader import Reader
 
 @dataclass(frozen=True)
 class ReaderCard:
-    """What an adapter must know of its reader, and how it recognises it."""
+    """Facts that an adapter needs of its reader, and the fingerprint that it knows it by."""
 
     d_model: int
     embedding_rms: float

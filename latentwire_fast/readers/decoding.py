@@ -1,4 +1,4 @@
-"""How a reader picks tokens: greedily, but for the options that say otherwise."""
+"""Decoding: a reader picks tokens greedily, but for the options that say otherwise."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _execution_device(layer: nn.Module) -> str:
 
 
 def key_value_heads(config: Any) -> int:
-    """Of a decoder's configuration; where it has no such entry, every head has its own."""
+    """The number of key/value heads of a decoder's configuration: all heads, if it names none."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 

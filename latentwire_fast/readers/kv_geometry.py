@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """What a deep prefix must know of a reader.
+    """Shape and size of a reader's keys and values, for deep prefixes.
 
     Attributes:
         layers, heads, head_width: L, H and D of its key/value cache.

@@ -50,7 +50,7 @@ class DeviceRuns(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """How often K/V data was copied.
+    """The number of times that K/V data was copied.
 
     Attributes:
         prepare: where it was produced: gathered by device, cast, pinned. 1 for all of that; with

@@ -1,4 +1,4 @@
-"""What a reader thinks of given answers: the result of one teacher-forced pass.
+"""Log-probabilities of given answers: the result of one teacher-forced pass.
 
 Shapes: N answer tokens of all prompts, V vocabulary, K ranks.
 """

@@ -1,10 +1,10 @@
-"""What a frozen reader makes of a text: where its answers look, and the keys and values it keeps.
+"""Traces of a frozen reader's pass over a text: attention of the answers, keys and values.
 
 Both are targets: of an encoder's scores for positions, and of a deep prefix, which is to hold at
 slot k what the reader would hold at the position that latent k stands for. Matching keys and values
 is a regression without a reader to differentiate, and has no plateau: after 600 steps of it on the
-testbed, the first batch of answers had 0.93 (Llama) and 0.91 (Qwen) of its tokens right, where 500
-steps of cross-entropy, with learned queries, had come to 0.82 and 0.76.
+testbed, 0.93 (Llama) and 0.91 (Qwen) of the tokens of the first batch of answers were correct;
+500 steps of cross-entropy, with learned queries, had come to 0.82 and 0.76.
 
 Shapes: L layers, B texts, H key/value heads, T positions, M latents, D head width, N positions that
 predict an answer's token.

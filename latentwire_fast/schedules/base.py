@@ -1,4 +1,4 @@
-"""What every schedule is: a number as a pure function of the step, so that resuming needs no
+"""The base class of schedules: a number as a pure function of the step, so that resuming needs no
 state."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same number at every step."""
+"""One number for all steps."""
 
 from __future__ import annotations
 

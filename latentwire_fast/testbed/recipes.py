@@ -1,4 +1,4 @@
-"""How the testbed readers are trained: shapes, curriculum and learning rates.
+"""Recipes of the testbed readers: shapes, curriculum and learning rates.
 
 What made small models read at all (measured): Muon for matrices; a warm-up on shuffled random
 chunks until copying works; then one, two and four facts; an eighth each of chunk rows and name-list
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one reader is built, in steps.
+    """The recipe of one reader, in steps.
 
     Attributes:
         lr_knots: (step, factor on the learning rates), linear in between; the last step ends the
@@ -42,7 +42,7 @@ class Recipe:
         return self.lr_knots[-1][0]
 
     def shortened(self, steps: int) -> Recipe:
-        """The same in `steps` steps."""
+        """This recipe in `steps` steps."""
 
         def at(step: int) -> int:
             return round(step * steps / self.steps)

@@ -167,10 +167,10 @@ class ReaderTraining:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        right, scored = logits.detach().argmax(-1) == labels, weights == 1.0
+        correct, scored = logits.detach().argmax(-1) == labels, weights == 1.0
         drills = DRILLS * drill_rows(len(ids)) if facts else len(ids)
         for key, part in (("copy", slice(0, drills)), ("answer", slice(drills, None))):
             if scored[part].any():
-                value = right[part][scored[part]].float().mean().item()
+                value = correct[part][scored[part]].float().mean().item()
                 self.accuracy[key] += 0.05 * (value - self.accuracy[key])
         return loss.item()

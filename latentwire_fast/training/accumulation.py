@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class MicroLoss(NamedTuple):
-    """What a loss function returns for some examples.
+    """Sums that a loss function returns for some examples.
 
     Attributes:
         total: the *summed* loss, 0-d.

@@ -1,4 +1,4 @@
-"""What stops or saves a training run: non-finite values, spikes, memory, touched frozen weights."""
+"""Guards of a training run: non-finite values, loss spikes, memory, changed frozen weights."""
 
 from __future__ import annotations
 

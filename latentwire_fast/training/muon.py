@@ -55,17 +55,19 @@ class Muon(torch.optim.Muon):
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         for members in _stacks(updates):
             stack_NRC = torch.stack([_wide(updates[i]) for i in members])
-            made_NRC = orthogonalize(
+            orthogonal_NRC = orthogonalize(
                 stack_NRC,
                 coefficients=group["ns_coefficients"],
                 steps=group["ns_steps"],
                 eps=group["eps"],
             )
-            for i, made_RC in zip(members, made_NRC, strict=True):
+            for i, orthogonal_RC in zip(members, orthogonal_NRC, strict=True):
                 parameter = parameters[i]
-                made = made_RC if parameter.shape == made_RC.shape else made_RC.T
+                update = (
+                    orthogonal_RC if parameter.shape == orthogonal_RC.shape else orthogonal_RC.T
+                )
                 factor = _rate_factor(parameter, group["adjust_lr_fn"])
-                parameter.add_(made, alpha=-lr * factor)
+                parameter.add_(update, alpha=-lr * factor)
 
 
 def orthogonalize(

@@ -1,4 +1,4 @@
-"""What a run is besides its weights: the state of its optimisers and of its random generators."""
+"""A run's state besides its weights: that of its optimisers and of its random generators."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _state_dict(
     tensors: Mapping[str, Tensor],
     saved: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `optimizer.load_state_dict` takes: parameters numbered in this optimiser's own order."""
+    """The argument of `optimizer.load_state_dict`: parameters in this optimiser's own order."""
     numbers = {name: number for number, name in enumerate(_by_name(optimizer, names))}
     states: dict[int, dict[str, Any]] = {}
     for name, scalars in saved["scalars"].items():

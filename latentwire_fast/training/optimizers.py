@@ -59,7 +59,7 @@ def pretrained_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _named_in_classes(model: nn.Module, attribute: str) -> list[nn.Parameter | nn.Module]:
-    """What the modules of a model name in a class attribute that holds names of their own."""
+    """Parameters and modules that a model's modules name in this class attribute."""
     found: list[nn.Parameter | nn.Module] = []
     for module in model.modules():
         names = getattr(module, attribute, ())

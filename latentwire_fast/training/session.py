@@ -1,4 +1,4 @@
-"""What a training run holds in memory, built once from its configuration."""
+"""The objects of a training run, built once from its configuration."""
 
 from __future__ import annotations
 

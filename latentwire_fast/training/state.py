@@ -1,4 +1,4 @@
-"""What a run's next step depends on, saved and restored as a whole."""
+"""The state that a run's next step depends on, saved and restored as a whole."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ LOSSES = "losses"  # the group of a step's parts that holds its losses; other gr
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step did.
+    """The result of one optimiser step.
 
     Attributes:
         step: its 0-based number.
@@ -193,4 +193,4 @@ def _accumulate(
 
 
 def _went_backward(total: Tensor) -> None:
-    """In place of a backward pass: `compute` has gone backward reader by reader."""
+    """A backward pass that does nothing: `compute` has gone backward reader by reader."""

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: `diagnostics.jsonl`, TensorBoard scalars, statistics.
+"""The log of a run: `diagnostics.jsonl`, TensorBoard scalars, statistics.
 
 Shapes: B examples, M latent vectors, D latent width.
 """

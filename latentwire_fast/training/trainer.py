@@ -79,7 +79,7 @@ class Trainer:
 
     @property
     def session(self) -> Session:
-        """What the run holds in memory, from the start of its training on."""
+        """The run's objects in memory, from the start of its training on."""
         assert self._session is not None, "the training has not begun"
         return self._session
 

@@ -23,7 +23,7 @@ _U16_MAX = 0xFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What the first 16 bytes say (the CRC apart). One that exists is valid.
+    """The fields of the first 16 bytes, without the CRC. A header that exists is valid.
 
     Attributes:
         bits: bits per value: 16, 8, 6 or 4.

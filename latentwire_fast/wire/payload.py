@@ -158,7 +158,7 @@ def unpack_batch(
 
 
 def split_bodies(payloads: Sequence[bytes], header: Header) -> tuple[np.ndarray, np.ndarray]:
-    """What follows the headers of payloads with this layout, cut in two.
+    """The bytes behind the headers of payloads with this layout, cut in two.
 
     Returns:
         Codes `[B, c]` uint8, at 16 bits the bytes of the values themselves; scales `[B, G]` fp16,

@@ -131,7 +131,7 @@ JOINING = r" ?[^\W\d_]+|\d| ?[^\s\w]+[\r\n]*|\s+"
 
 
 def joining_prompts(*, words: bool) -> PromptBuilder:
-    """Of a tokenizer that joins a context's end with what follows; or `words` of it as well."""
+    """Prompts of a tokenizer that joins a context's end with what follows, or `words` as well."""
     tokenizer = Tokenizer(models.BPE())
     split: Any = pre_tokenizers.Split(Regex(r"[\s\S]+" if words else JOINING), "isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -208,12 +208,12 @@ def test_the_floor_is_below_the_prediction_and_above_the_weights() -> None:
     weights = 2 * (dims.layers * Pass(dims, 1, 1).layer_weights + dims.vocabulary * dims.width)
     for batch in (1, 8, 32):
         for row in PLAN.rows("r", batch, dims, element=2):
-            work = sizes.work(row)
-            floor = work.floor(REACHABLE["H200"])
+            cost = sizes.cost(row)
+            floor = cost.floor(REACHABLE["H200"])
             assert weights / REACHABLE["H200"].bytes_per_second <= floor
-            predicted = {e: work.predict(REACHABLE["H200"], engine=e) for e in ("eager", "graph")}
+            predicted = {e: cost.predict(REACHABLE["H200"], engine=e) for e in ("eager", "graph")}
             assert floor < predicted["graph"] <= predicted["eager"], row
-    text = sizes.work(Row("r", "text", "graph", 1, 250))
+    text = sizes.cost(Row("r", "text", "graph", 1, 250))
     # The figures of the plan: 3.1 ms for the weights, 3.5 ms for 250 tokens at peak.
     assert 1e3 * text.floor(H200) == pytest.approx(4.0, abs=0.3)
 
@@ -223,15 +223,15 @@ def test_costs_count_what_the_trained_parts_have() -> None:
     sizes = replace(TINY_SIZES, dims=dims, d_z=32)
     linear = replace(sizes, adapter=soft_prompt("linear"))
     cached = Row("r", "latent_cached", "eager", 2, 0, 4, 6)
-    assert linear.work(cached).parts[0].weights == 4096 * 32
+    assert linear.cost(cached).parts[0].weights == 4096 * 32
     adapter, deep = (
-        sizes.work(Row("r", method, "eager", 2, 0, 4, 6)).parts[0]
+        sizes.cost(Row("r", method, "eager", 2, 0, 4, 6)).parts[0]
         for method in ("latent_cached", "deep_prefix")
     )
     assert adapter.weights == 4096 * (32 + 9 * 4096)
     assert adapter.rows == deep.rows == 8
-    made = 2 * 32 * 8 * 128
-    assert DEEP.width * made < deep.weights < 1.5 * DEEP.width * made
+    key_value_numbers = 2 * 32 * 8 * 128
+    assert 1.0 < deep.weights / (DEEP.width * key_value_numbers) < 1.5
 
 
 def test_a_compiled_engine_keeps_fewer_launches() -> None:
@@ -497,12 +497,12 @@ def test_a_kernel_that_is_wrong_fails_the_gate_in_every_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits are compared with those of the reference, not with another run of the kernel."""
-    right = prefixes.dequantize
+    original = prefixes.dequantize
     monkeypatch.setattr(ops.dispatch, "_backend", "auto")
 
     def kernel(codes: torch.Tensor, scales: torch.Tensor, header: Any) -> torch.Tensor:
         factor = 1.0 if ops.dispatch._backend == "reference" else 1.5
-        return factor * right(codes, scales, header)
+        return factor * original(codes, scales, header)
 
     monkeypatch.setattr(prefixes, "dequantize", kernel)
     arguments = tiny_arguments(tmp_path, "--methods", "text", "latent_cached", "deep_prefix")
@@ -595,14 +595,14 @@ def test_peak_memory_is_that_of_a_run_and_of_what_the_row_keeps(
         dtype=torch.float32, device="cpu", scratch=tmp_path,
     )  # fmt: skip
     rows = group.Group(bench, plan_of(arguments), arguments, batch=2)
-    kept = {"text": 10, "kv_reuse": 20}
+    held_bytes = {"text": 10, "kv_reuse": 20}
 
     def use(amount: int) -> None:
         memory["peak"] = max(memory["peak"], memory["now"] + amount)
 
     def build(bench: Any, row: Row, workload: Workload) -> cases.Case:
         use(9999)  # the prefill that makes keys and values to be reused
-        memory["now"] += kept[row.method]
+        memory["now"] += held_bytes[row.method]
 
         def logits() -> torch.Tensor:
             use(300 if row.method == "text" else 5)

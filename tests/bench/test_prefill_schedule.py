@@ -209,7 +209,7 @@ def simulate(world: World, section: Any, *, slower: float) -> dict[Row, Timed[Ro
 
             def make(row: Row, sizes: Sizes = sizes) -> Callable[[], Sample]:
                 nonlocal first
-                cost = slower * sizes.work(row).predict(H200, engine=row.engine)
+                cost = slower * sizes.cost(row).predict(H200, engine=row.engine)
                 world.now += 0.5 + first + (4 if row.engine == "graph" else 2) * cost
                 first = 0.0
                 return world.runs(row, cost)

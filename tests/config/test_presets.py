@@ -17,7 +17,7 @@ from latentwire_fast.training.trainer import Trainer
 
 
 def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: str) -> str:
-    """What the training command prints for these arguments and `--print-config`."""
+    """Output of the training command for these arguments and `--print-config`."""
     monkeypatch.setattr(sys, "argv", ["train", *words, "--print-config"])
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trained"))
     train.main()

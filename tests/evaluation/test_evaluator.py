@@ -88,7 +88,7 @@ def model(readers: dict[str, Reader]) -> Interlingua:
 def evaluate(
     config: RunConfig, model: Interlingua, readers: dict[str, Reader], examples: list[Example]
 ) -> Measured:
-    """What goes to metrics.json and to predictions.jsonl."""
+    """The content of metrics.json and of predictions.jsonl."""
     results = Evaluator(config, model, readers, examples, progress=False).run()
     return results.metrics(), results.records()
 
@@ -294,10 +294,10 @@ def test_never_more_than_one_batch_of_prefixes_is_held(
     assert max(counts) == 3
 
 
-# --- bytes --------------------------------------------------------------------------------------
+# --- B1: bytes ----------------------------------------------------------------------------------
 
 
-def test_b1_reported_bytes_are_those_of_the_payload_files(
+def test_reported_bytes_are_those_of_the_payload_files(
     measured: Measured, model: Interlingua, examples: list[Example], tmp_path: Path
 ) -> None:
     metrics, records = measured
@@ -312,7 +312,7 @@ def test_b1_reported_bytes_are_those_of_the_payload_files(
         assert metrics["bytes"]["payload_mean"][bits] == total / len(examples)
 
 
-def test_b1_the_text_is_what_the_payload_replaces(
+def test_the_text_is_what_the_payload_replaces(
     measured: Measured, examples: list[Example], tmp_path: Path
 ) -> None:
     metrics, records = measured
@@ -326,7 +326,7 @@ def test_b1_the_text_is_what_the_payload_replaces(
         assert metrics["bytes"][f"{key}_mean"] == sum(values) / len(values)
 
 
-def test_b1_the_byte_budget_is_the_payload_at_the_runs_width(
+def test_the_byte_budget_is_the_payload_at_the_runs_width(
     measured: Measured, readers: dict[str, Reader], examples: list[Example]
 ) -> None:
     for record, e in zip(measured[1], examples, strict=True):
@@ -463,10 +463,10 @@ def test_a_total_is_the_sum_of_both_readers_mean_log_probabilities(
             assert total == pytest.approx(expected, abs=1e-4)
 
 
-# --- D1, D2 -------------------------------------------------------------------------------------
+# --- D1, D2: the same scores again, and in batches of any size ----------------------------------
 
 
-def test_d1_the_same_seed_gives_the_same_scores(
+def test_the_same_seed_gives_the_same_scores(
     measured: Measured,
     folders: dict[str, Path],
     model: Interlingua,
@@ -479,7 +479,7 @@ def test_d1_the_same_seed_gives_the_same_scores(
     assert again[1] == measured[1]
 
 
-def test_d2_batches_of_one_give_the_predictions_of_batches_of_sixteen(
+def test_batches_of_one_give_the_predictions_of_batches_of_sixteen(
     measured: Measured,
     folders: dict[str, Path],
     model: Interlingua,

@@ -23,9 +23,9 @@ NAMES = ("llama", "qwen")
 def result(
     f1: float, *, positions: int = LATENTS, nll: float = 1.0, ms: float | None = None
 ) -> MethodResult:
-    """A method whose F1 has exactly this mean: the first examples right, the rest wrong."""
-    right = round(f1 * COUNT)
-    scores = [1.0] * right + [0.0] * (COUNT - right)
+    """A method whose F1 has exactly this mean: the first examples correct, the rest wrong."""
+    correct = round(f1 * COUNT)
+    scores = [1.0] * correct + [0.0] * (COUNT - correct)
     return MethodResult(
         predictions=[str(i) for i in range(COUNT)],
         em=scores,
@@ -106,7 +106,7 @@ def test_all_seven_are_there_with_their_keys() -> None:
 
 
 @pytest.mark.parametrize(("f1", "verdict"), [(0.8, "pass"), (0.785, "pass"), (0.775, "fail")])
-def test_h1_allows_two_points_below_text(f1: float, verdict: str) -> None:
+def test_the_latent_may_lose_two_points_against_text(f1: float, verdict: str) -> None:
     h1 = verdicts(one_reader_with(latent=result(f1, ms=2.0)))["H1"]
     assert h1["verdict"] == verdict
     assert h1["value"] == pytest.approx(f1 - TEXT_F1)
@@ -114,7 +114,7 @@ def test_h1_allows_two_points_below_text(f1: float, verdict: str) -> None:
 
 
 @pytest.mark.parametrize(("positions", "verdict"), [(48, "pass"), (47, "fail")])
-def test_h1_needs_four_times_fewer_positions(positions: int, verdict: str) -> None:
+def test_the_latent_needs_four_times_fewer_positions(positions: int, verdict: str) -> None:
     text = result(TEXT_F1, positions=positions, ms=4.0)
     h1 = verdicts(one_reader_with(text=text))["H1"]
     assert h1["verdict"] == verdict
@@ -138,7 +138,9 @@ def test_the_interval_is_the_paired_one_of_the_worst_reader() -> None:
 
 @pytest.mark.parametrize("baseline", ["token_budget", "token_budget_question"])
 @pytest.mark.parametrize(("f1", "verdict"), [(0.765, "pass"), (0.775, "fail"), (0.9, "fail")])
-def test_h2_needs_three_points_over_both_budgets(baseline: str, f1: float, verdict: str) -> None:
+def test_three_points_over_both_token_budgets_are_needed(
+    baseline: str, f1: float, verdict: str
+) -> None:
     h2 = verdicts(one_reader_with(**{baseline: result(f1)}))["H2"]
     assert h2["verdict"] == verdict
     assert h2["value"] == pytest.approx(TEXT_F1 - f1)
@@ -149,7 +151,7 @@ def test_h2_needs_three_points_over_both_budgets(baseline: str, f1: float, verdi
 
 
 @pytest.mark.parametrize(("nll", "verdict"), [(0.5, "pass"), (1.04, "pass"), (1.06, "fail")])
-def test_h3_allows_five_percent_more_nll_than_text(nll: float, verdict: str) -> None:
+def test_five_percent_more_nll_than_text_is_allowed(nll: float, verdict: str) -> None:
     h3 = verdicts(one_reader_with(latent=result(TEXT_F1, nll=nll, ms=2.0)))["H3"]
     assert h3["verdict"] == verdict
     assert h3["value"] == pytest.approx(max(nll, 1.0))  # the other reader's ratio is 1
@@ -160,7 +162,9 @@ def test_h3_allows_five_percent_more_nll_than_text(nll: float, verdict: str) -> 
 
 
 @pytest.mark.parametrize(("f1", "verdict"), [(0.82, "pass"), (0.81, "fail"), (0.7, "fail")])
-def test_h4_needs_one_and_a_half_points_over_the_best_single(f1: float, verdict: str) -> None:
+def test_joint_rescoring_needs_one_and_a_half_points_over_the_best_single_reader(
+    f1: float, verdict: str
+) -> None:
     worse = one_reader_with(latent=result(0.5, ms=2.0))  # the better one counts
     h4 = verdicts(worse, joint=result(f1))["H4"]
     assert h4["verdict"] == verdict
@@ -172,7 +176,7 @@ def test_h4_needs_one_and_a_half_points_over_the_best_single(f1: float, verdict:
 
 
 @pytest.mark.parametrize(("ms", "verdict"), [(3.9, "pass"), (4.0, "fail"), (4.1, "fail")])
-def test_h5_needs_a_faster_prefill_with_every_reader(ms: float, verdict: str) -> None:
+def test_a_faster_prefill_is_needed_with_every_reader(ms: float, verdict: str) -> None:
     h5 = verdicts(one_reader_with(latent=result(TEXT_F1, ms=ms)))["H5"]
     assert h5["verdict"] == verdict
     assert h5["value"] == pytest.approx(4.0 / ms)
@@ -180,11 +184,11 @@ def test_h5_needs_a_faster_prefill_with_every_reader(ms: float, verdict: str) ->
 
 
 @pytest.mark.parametrize(("utf8", "verdict"), [(173.0, "pass"), (172.0, "fail")])
-def test_h5_needs_a_payload_below_the_texts_bytes(utf8: float, verdict: str) -> None:
+def test_a_payload_below_the_texts_bytes_is_needed(utf8: float, verdict: str) -> None:
     assert verdicts(utf8=utf8)["H5"]["verdict"] == verdict
 
 
-def test_h5_is_not_measured_without_times() -> None:
+def test_the_prefill_is_not_measured_without_times() -> None:
     assert verdicts(one_reader_with(latent=result(TEXT_F1)))["H5"] == NOT_MEASURED
 
 
@@ -192,7 +196,7 @@ def test_h5_is_not_measured_without_times() -> None:
 
 
 @pytest.mark.parametrize(("brotli", "verdict"), [(125, "pass"), (124, "fail"), (100, "fail")])
-def test_h6_needs_fewer_bytes_than_brotli(brotli: int, verdict: str) -> None:
+def test_fewer_bytes_than_brotli_are_needed(brotli: int, verdict: str) -> None:
     h6 = verdicts(brotli=brotli)["H6"]
     assert h6["verdict"] == verdict
     assert h6["value"] == pytest.approx(124 / brotli)
@@ -207,32 +211,35 @@ def test_h6_needs_fewer_bytes_than_brotli(brotli: int, verdict: str) -> None:
         (0.755, 0.755, 8, "fail"),
     ],
 )
-def test_h6_takes_the_narrowest_width_that_keeps_95_percent(
+def test_the_narrowest_width_that_keeps_95_percent_is_taken(
     four: float, six: float, bits: int, verdict: str
 ) -> None:
     h6 = verdicts(by_bits={16: 0.8, 8: 0.8, 6: six, 4: four})["H6"]
     assert (h6["bits"], h6["verdict"]) == (bits, verdict)
 
 
-def test_h6_fails_where_no_width_keeps_the_score_however_small_it_is() -> None:
+def test_no_width_that_keeps_the_score_is_a_failure_however_small_it_is() -> None:
     h6 = verdicts(by_bits=dict.fromkeys(BITS, 0.7), brotli=10_000)["H6"]
     assert h6["verdict"] == "fail"
     assert h6["value"] < 1
 
 
-# --- a reader that cannot read ------------------------------------------------------------------
+# --- H7: readers added afterwards -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("f1", "verdict"), [(0.76, "pass"), (0.75, "pass"), (0.74, "fail")])
-def test_h7_allows_an_added_reader_five_points_below_text(f1: float, verdict: str) -> None:
+def test_an_added_reader_may_lose_five_points_against_text(f1: float, verdict: str) -> None:
     h7 = verdicts(one_reader_with(latent=result(f1, ms=2.0)), unseen=True)["H7"]
     assert h7["value"] == pytest.approx(f1 - TEXT_F1)
     assert h7["low"] <= h7["value"] <= h7["high"]
     assert (h7["bar"], h7["verdict"]) == (-0.05, verdict)
 
 
-def test_h7_is_not_measured_on_readers_that_the_encoder_learned_with() -> None:
+def test_added_readers_are_not_measured_where_the_encoder_learned_with_all() -> None:
     assert verdicts()["H7"] == NOT_MEASURED
+
+
+# --- a reader that cannot read ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("floor", ["closed_book", "first_words"])

@@ -76,13 +76,13 @@ def build(case: EvaluationCase, name: str) -> MethodInput:
         return evaluation_methods()[name].build(case, range(len(case.examples)), bits=BITS)
 
 
-def prefixes_of(case: EvaluationCase, given: MethodInput) -> Tensor | None:
+def prefixes_of(case: EvaluationCase, inputs: MethodInput) -> Tensor | None:
     """The soft prefixes that the reader gets, or None for text."""
-    if given.embeddings is not None:
-        return given.embeddings
-    if given.payloads is None:
+    if inputs.embeddings is not None:
+        return inputs.embeddings
+    if inputs.payloads is None:
         return None
-    latent = case.model.decode_payloads(given.payloads)
+    latent = case.model.decode_payloads(inputs.payloads)
     with torch.no_grad():
         return case.model.prefix(case.reader.name, latent)
 
@@ -109,7 +109,7 @@ def test_a_batch_is_a_part_of_the_whole(case: EvaluationCase, name: str) -> None
     assert part.prompts == whole.prompts[5:8]
     assert part.positions == whole.positions[5:8]
     assert part.payloads == (whole.payloads and whole.payloads[5:8])
-    assert sum(given is not None for given in (whole.payloads, whole.embeddings)) <= 1
+    assert sum(source is not None for source in (whole.payloads, whole.embeddings)) <= 1
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -117,11 +117,11 @@ def test_every_method_asks_for_the_same_answer_in_the_same_frame(
     case: EvaluationCase, name: str
 ) -> None:
     """Template, anchor and gold answer are the text baseline's: only the content differs."""
-    given, text = build(case, name), build(case, "text")
+    inputs, text = build(case, name), build(case, "text")
     start = case.reader.prompts.content_start
-    is_text = given.payloads is None and given.embeddings is None
-    assert len(given.prompts) == len(given.positions) == len(case.examples)
-    for prompt, whole in zip(given.prompts, text.prompts, strict=True):
+    is_text = inputs.payloads is None and inputs.embeddings is None
+    assert len(inputs.prompts) == len(inputs.positions) == len(case.examples)
+    for prompt, whole in zip(inputs.prompts, text.prompts, strict=True):
         assert answer(prompt) == answer(whole)
         assert prompt.ids[:start] == whole.ids[:start]
         tail = whole.ids[start + whole.content :]
@@ -133,12 +133,12 @@ def test_every_method_asks_for_the_same_answer_in_the_same_frame(
 def test_positions_are_those_in_the_latents_place(
     case: EvaluationCase, mode: Mode, name: str
 ) -> None:
-    given = build(case, name)
-    prefixes = prefixes_of(case, given)
+    inputs = build(case, name)
+    prefixes = prefixes_of(case, inputs)
     for prompt, positions, prefix, e in zip(
-        given.prompts,
-        given.positions,
-        [None] * len(given.prompts) if prefixes is None else prefixes,
+        inputs.prompts,
+        inputs.positions,
+        [None] * len(inputs.prompts) if prefixes is None else prefixes,
         case.examples,
         strict=True,
     ):
@@ -168,7 +168,7 @@ def test_without_its_answer_a_prompt_ends_at_the_anchor(case: EvaluationCase) ->
             assert unanswered(open_prompt) == open_prompt
 
 
-# --- budgets ------------------------------------------------------------------------------------
+# --- budgets (B1) -------------------------------------------------------------------------------
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=30), size=st.integers(-3, 90))
@@ -181,21 +181,21 @@ def test_cutting_utf8_never_breaks_a_character(text: str, size: int) -> None:
 
 
 def test_a_token_budget_is_the_first_m_tokens(case: EvaluationCase) -> None:
-    given = build(case, "token_budget")
-    for prompt, positions, e in zip(given.prompts, given.positions, case.examples, strict=True):
+    inputs = build(case, "token_budget")
+    for prompt, positions, e in zip(inputs.prompts, inputs.positions, case.examples, strict=True):
         text = case.reader.prompts.text_ids(full_text(e.context, e.question))
         assert content(case, prompt) == text[:LATENTS]
         assert positions <= LATENTS
-    assert max(given.positions) == LATENTS
+    assert max(inputs.positions) == LATENTS
 
 
 def test_a_token_budget_can_keep_the_question_and_cut_the_context(
     case: EvaluationCase, mode: Mode
 ) -> None:
-    given = build(case, "token_budget_question")
+    inputs = build(case, "token_budget_question")
     ids = case.reader.prompts.text_ids
     some_context = False
-    for prompt, positions, e in zip(given.prompts, given.positions, case.examples, strict=True):
+    for prompt, positions, e in zip(inputs.prompts, inputs.positions, case.examples, strict=True):
         question = ids(question_text(e.question))
         kept = content(case, prompt)
         context = kept[: -len(question)]
@@ -212,7 +212,7 @@ def test_a_token_budget_can_keep_the_question_and_cut_the_context(
     assert some_context
 
 
-def test_b1_a_byte_budget_is_at_most_the_payload(
+def test_a_byte_budget_is_at_most_the_payload(
     case: EvaluationCase, mode: Mode, payloads: list[bytes]
 ) -> None:
     for prompt, payload, e in zip(
@@ -258,10 +258,10 @@ def test_the_latent_is_the_examples_payload(case: EvaluationCase, payloads: list
 
 
 def test_the_shuffled_latent_is_another_examples(case: EvaluationCase) -> None:
-    given, own = build(case, "shuffled_latent"), build(case, "latent")
-    assert given.prompts == own.prompts
+    inputs, own = build(case, "shuffled_latent"), build(case, "latent")
+    assert inputs.prompts == own.prompts
     assert own.payloads is not None
-    for i, payload in enumerate(given.payloads or []):
+    for i, payload in enumerate(inputs.payloads or []):
         assert own.payloads.count(payload) == 1
         assert own.payloads.index(payload) != i
 
@@ -288,17 +288,17 @@ def test_the_zero_latent_is_a_payload_of_zeros_at_every_width(
     case: EvaluationCase, bits: int
 ) -> None:
     rows = range(len(case.examples))
-    given = evaluation_methods()["zero_latent"].build(case, rows, bits=bits)
-    assert given.payloads is not None
-    assert {wire.read_header(payload).bits for payload in given.payloads} == {bits}
-    assert not case.model.decode_payloads(given.payloads).any()
-    assert len(given.payloads) == len(rows)
+    inputs = evaluation_methods()["zero_latent"].build(case, rows, bits=bits)
+    assert inputs.payloads is not None
+    assert {wire.read_header(payload).bits for payload in inputs.payloads} == {bits}
+    assert not case.model.decode_payloads(inputs.payloads).any()
+    assert len(inputs.payloads) == len(rows)
 
 
 def test_the_first_words_are_the_contexts(case: EvaluationCase) -> None:
-    given = build(case, "first_words")
-    assert given.prompts == given.positions == []
-    for words, e in zip(given.answers or [], case.examples, strict=True):
+    inputs = build(case, "first_words")
+    assert inputs.prompts == inputs.positions == []
+    for words, e in zip(inputs.answers or [], case.examples, strict=True):
         assert e.context.startswith(words)
         assert len(words.split()) == 5
 

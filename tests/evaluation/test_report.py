@@ -59,7 +59,7 @@ def interval(value: float, spread: float = 0.03) -> dict[str, float]:
 
 
 def make_metrics(*, mode: str = "context", examples: int = 500) -> dict[str, Any]:
-    """What an evaluation of two readers writes."""
+    """The metrics of two readers, as an evaluation writes them."""
     readers: dict[str, Any] = {}
     for name, text in READERS.items():
         readers[name] = {
@@ -133,8 +133,8 @@ def make_predictions(count: int = 60) -> list[dict[str, Any]]:
         gold = example.answers[0]
 
         def scored(text: str, gold: str = gold) -> dict[str, Any]:
-            right = float(text == gold)
-            return {"prediction": text, "em": right, "f1": right}
+            correct = float(text == gold)
+            return {"prediction": text, "em": correct, "f1": correct}
 
         other = examples[(i + 1) % count].answers[0]
         latent = other if i % 7 == 0 else gold

@@ -1,6 +1,6 @@
-"""Texts and folders that are old or new, never torn, and one writer per run folder.
+"""Texts and folders that are old or new, never torn (C5), and one writer per run folder (C6).
 
-The ids in test names are those of the reliability requirements.
+The short ids are those of docs/guarantees.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def test_disk_steps_are_all_known() -> None:
 
 
 @pytest.mark.parametrize("step", ["write_bytes", "sync", "rename"])
-def test_c5_a_failing_text_write_leaves_the_old_text(
+def test_a_failing_text_write_leaves_the_old_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     path = tmp_path / "report.json"
@@ -82,7 +82,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
 # --- C6: two writers ----------------------------------------------------------------------------
 
 
-def test_c6_the_second_writer_refuses(tmp_path: Path) -> None:
+def test_the_second_writer_refuses(tmp_path: Path) -> None:
     with RunLock(tmp_path / "run"):
         with (
             pytest.raises(TrainingError, match=f"in use by process {os.getpid()}"),
@@ -115,12 +115,12 @@ def case_lock(root: Path) -> dict:
         return {"child": child, "refusal": refusal}
 
 
-def test_c6_across_processes(in_script: InScript, tmp_path: Path) -> None:
+def test_across_processes(in_script: InScript, tmp_path: Path) -> None:
     result = in_script(case_lock, tmp_path)
     assert f"in use by process {result['child']}" in result["refusal"]
 
 
-def test_c6_a_run_folder_that_cannot_be_one(tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(TrainingError, match="cannot write to run folder"),

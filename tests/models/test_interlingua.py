@@ -262,7 +262,7 @@ def test_one_changed_weight_makes_another_reader(model: Interlingua, config: Run
         model.check_reader(reader)
 
 
-# --- damage -------------------------------------------------------------------------------------
+# --- damage, and hostile files (S2) -------------------------------------------------------------
 
 
 def refused(folder: Path) -> None:
@@ -378,7 +378,7 @@ class Bomb:
     ids=["pickle", "torch.save"],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "encoder/tokenizer.json", "config.json"])
-def test_s2_a_pickle_in_disguise_is_rejected_and_not_run(
+def test_a_pickle_in_disguise_is_rejected_and_not_run(
     folder: Path, tmp_path: Path, name: str, write: Callable[[Path, Bomb], object]
 ) -> None:
     effect = tmp_path / "effect"
@@ -389,8 +389,8 @@ def test_s2_a_pickle_in_disguise_is_rejected_and_not_run(
     assert effect.exists(), "the bomb does not work, so the test shows nothing"
 
 
-def test_s2_readers_come_from_safetensors_alone(llama_folder: Path, tmp_path: Path) -> None:
-    """transformers would load a pytorch_model.bin where there are no safetensors."""
+def test_readers_come_from_safetensors_alone(llama_folder: Path, tmp_path: Path) -> None:
+    """transformers would load a pytorch_model.bin where there are no safetensors (S2)."""
     effect = tmp_path / "effect"
     folder = tmp_path / "reader"
     shutil.copytree(llama_folder, folder)

@@ -26,7 +26,7 @@ SIZELESS = soft(expansion=1, dropout=0.1, calibration="none")
 
 
 class Size(Objective):
-    """How far the soft tokens' mean square is from a number."""
+    """Distance of the soft tokens' mean square from a number."""
 
     counted = "texts"
 

@@ -227,7 +227,7 @@ class TestRefusals:
 
 
 class FakePlacement:
-    """What was sent to two accelerators, and who waited for it."""
+    """A placement that notes what was sent to two accelerators, and who waited for it."""
 
     def __init__(self, log: list[Any], sent: int) -> None:
         self.log, self.sent = log, sent

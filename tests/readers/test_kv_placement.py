@@ -42,7 +42,7 @@ def make_placer(dtype: torch.dtype = torch.float32) -> Placer:
 def layer_by_layer(
     prefix: torch.Tensor, *, batch: int, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What a loop over layers gives: each moved, cast and broadcast by itself."""
+    """The result of a loop over layers: each moved, cast and broadcast by itself."""
     keys, values = (
         [prefix[i, part].to("cpu").to(dtype).expand(batch, -1, -1, -1) for i in range(len(prefix))]
         for part in (0, 1)

@@ -38,7 +38,7 @@ SIDES: list[PaddingSide] = ["left", "right"]
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", ["text", "prefix"])
-def test_d2_log_probabilities_of_a_padded_batch_are_those_of_single_rows(
+def test_log_probabilities_of_a_padded_batch_are_those_of_single_rows(
     reader: Reader, examples: list[Example], kind: str, side: PaddingSide
 ) -> None:
     prompts, prefixes = inputs(reader, examples, kind, answered=True)
@@ -99,10 +99,10 @@ def test_scores_are_those_of_each_prompts_answer(reader: Reader, examples: list[
     assert [len(row) for row in without.by_prompt(without.gold_N)] == [0, *map(len, targets)]
 
 
-# --- frozen, yet transparent to gradients -------------------------------------------------------
+# --- frozen, yet transparent to gradients (N3) --------------------------------------------------
 
 
-def test_n3_gradients_flow_to_the_prefix_and_not_to_the_reader(
+def test_gradients_flow_to_the_prefix_and_not_to_the_reader(
     reader: Reader, examples: list[Example]
 ) -> None:
     before = reader.weights_digest()

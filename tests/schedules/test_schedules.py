@@ -12,7 +12,7 @@ from latentwire_fast.schedules.base import build_schedule
 
 
 def values(kind: str, total: int, **settings: Any) -> list[float]:
-    """What a schedule gives for each of `total` steps."""
+    """The values of a schedule for each of `total` steps."""
     schedule = build_schedule(SCHEDULES.config(kind, **settings))
     return [schedule.value(step, total) for step in range(total)]
 

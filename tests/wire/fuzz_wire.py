@@ -147,7 +147,7 @@ def take_body(rng: random.Random, payload: bytearray, others: list[bytes]) -> No
 
 
 def reshape(rng: random.Random, payload: bytearray, _: list[bytes]) -> None:
-    """Another layout with a body of the right length: gets past the length check."""
+    """Another layout with a body of the correct length: gets past the length check."""
     bits = rng.choice(wire.BITS)
     header = wire.Header(
         bits=bits,
@@ -205,7 +205,7 @@ def unpacked(payload: bytes) -> tuple[Tensor, wire.Header] | str:
 
 
 def assert_canonical(header: wire.Header, accepted: list[tuple[bytes, Tensor]]) -> None:
-    """That payloads with this header are what the latents that they were unpacked to pack to."""
+    """Raise unless these payloads are what the latents that they were unpacked to pack to."""
     for payload, latent in accepted:
         assert latent.shape == (header.latents, header.d_z), payload.hex()
         assert latent.dtype == torch.float32, payload.hex()
@@ -222,7 +222,7 @@ def assert_canonical(header: wire.Header, accepted: list[tuple[bytes, Tensor]]) 
 
 
 def check(payload: bytes) -> str | None:
-    """Why the payload is refused, None if it is accepted; AssertionError if wrongly."""
+    """The reason why the payload is refused, None if it is accepted; AssertionError if wrongly."""
     found = unpacked(payload)
     if isinstance(found, str):
         return found
@@ -232,8 +232,8 @@ def check(payload: bytes) -> str | None:
 
 
 @dataclass
-class Tally:
-    """What became of the payloads of a run."""
+class Counts:
+    """Counts of the payloads of a run, by what became of them."""
 
     tried: int = 0
     accepted: int = 0
@@ -247,15 +247,15 @@ class Tally:
             self.refused[next((r for r in REFUSALS if r in refusal), refusal)] += 1
 
 
-def fuzz(seed: int, keep_going: Callable[[Tally], bool]) -> Tally:
+def fuzz(seed: int, keep_going: Callable[[Counts], bool]) -> Counts:
     """Check mutated payloads while `keep_going` says so.
 
     Each is unpacked by itself; those that are accepted are packed again together, by header, which
     takes a third off the time.
     """
-    rng, payloads, tally = random.Random(seed), corpus(), Tally()
+    rng, payloads, counts = random.Random(seed), corpus(), Counts()
     accepted: defaultdict[wire.Header, list[tuple[bytes, Tensor]]] = defaultdict(list)
-    while keep_going(tally):
+    while keep_going(counts):
         payload = mutated(rng, payloads)
         try:
             found = unpacked(payload)
@@ -264,16 +264,16 @@ def fuzz(seed: int, keep_going: Callable[[Tally], bool]) -> Tally:
         except Exception as error:
             raise AssertionError(f"{type(error).__name__} for {payload.hex()}") from error
         if isinstance(found, str):
-            tally.add(found)
+            counts.add(found)
             continue
-        tally.add(None)
+        counts.add(None)
         latent, header = found
         accepted[header].append((payload, latent))
         if len(accepted[header]) == PACKED_TOGETHER:
             assert_canonical(header, accepted.pop(header))
     for header, group in accepted.items():
         assert_canonical(header, group)
-    return tally
+    return counts
 
 
 def main(*, seconds: float = 60.0, seed: int | None = None) -> None:
@@ -283,12 +283,12 @@ def main(*, seconds: float = 60.0, seed: int | None = None) -> None:
     seed = random.randrange(2**32) if seed is None else seed
     logger.info("seed %d", seed)
     end = time.monotonic() + seconds
-    tally = fuzz(seed, lambda _: time.monotonic() < end)
+    counts = fuzz(seed, lambda _: time.monotonic() < end)
     logger.info(
         "%d payloads: %d accepted and canonical, none wrongly; refused: %s",
-        tally.tried,
-        tally.accepted,
-        dict(tally.refused.most_common()),
+        counts.tried,
+        counts.accepted,
+        dict(counts.refused.most_common()),
     )
 
 

@@ -311,7 +311,7 @@ def test_two_bit_flips_are_refused() -> None:
         assert not accepted((whole ^ 1 << i ^ 1 << j).to_bytes(50, "little"))
 
 
-# --- refusals with a right CRC --------------------------------------------------------------------
+# --- W4: refusals with a correct CRC --------------------------------------------------------------
 
 
 def header_with(**changes: int) -> bytes:

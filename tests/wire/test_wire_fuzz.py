@@ -1,4 +1,4 @@
-"""Payloads that were mutated and given the right CRC again (`fuzz_wire.py` makes them).
+"""Payloads that were mutated and given the correct CRC again (W4); `fuzz_wire.py` makes them.
 
 `make fuzz` goes on with new ones for a minute: 200,000 and more where nothing else runs.
 """
@@ -13,12 +13,12 @@ import pytest
     ("count", "seed"), [(10_000, 0), pytest.param(100_000, 1, marks=pytest.mark.slow)]
 )
 def test_mutated_payloads_are_refused_or_canonical(count: int, seed: int) -> None:
-    tally = fuzz_wire.fuzz(seed, lambda tally: tally.tried < count)
-    assert tally.tried == count
+    counts = fuzz_wire.fuzz(seed, lambda counts: counts.tried < count)
+    assert counts.tried == count
     # The mutations reach everything: each kind of refusal, and much that is valid.
-    assert set(tally.refused) == set(fuzz_wire.REFUSALS)
-    assert tally.accepted > count / 10
-    assert tally.refused["not the one its codes ask for"] > count / 20
+    assert set(counts.refused) == set(fuzz_wire.REFUSALS)
+    assert counts.accepted > count / 10
+    assert counts.refused["not the one its codes ask for"] > count / 20
 
 
 def test_a_failure_names_its_payload(monkeypatch: pytest.MonkeyPatch) -> None:

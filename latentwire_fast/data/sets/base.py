@@ -1,4 +1,4 @@
-"""What every data set shares: how it is named, what it gives, and how it is trained on.
+"""The base class of data sets: how a set is named, what it gives, and how it is trained on.
 
     class Riddles(DataSet):
         @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class MMLU(HubSet):
         heldout: str = "test"
 
     def convert(self, row: Row) -> Example:
-        """The choices as context, the right one's text as answer."""
+        """The choices as context, the correct one's text as answer."""
         question, choices = row["question"].strip(), [str(choice) for choice in row["choices"]]
         identifier = digest(row["subject"], question, *choices)
         return choice_example(identifier, question, choices, int(row["answer"]))

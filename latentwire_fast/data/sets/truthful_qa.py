@@ -1,4 +1,4 @@
-"""TruthfulQA (Lin et al. 2022), with one right choice (MC1)."""
+"""TruthfulQA (Lin et al. 2022), with one correct choice (MC1)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TruthfulQA(HubSet):
         heldout: str = "validation"
 
     def convert(self, row: Row) -> Example:
-        """The choices, shuffled by the question: the file lists the right one first."""
+        """The choices, shuffled by the question: the file lists the correct one first."""
         targets = row["mc1_targets"]
         question, choices = row["question"].strip(), list(targets["choices"])
         gold = choices[list(targets["labels"]).index(1)]

@@ -1,4 +1,4 @@
-"""What every hypothesis shares: a claim in words, a value with its interval, a bar, a verdict.
+"""The base class of hypotheses: a claim in words, a value with its interval, a bar, a verdict.
 
 With several readers a hypothesis holds only if it holds for each: the value shown is the worst
 reader's. Differences of F1 are shares of 1 (0.02 is 2 points). What compares with text is *not
@@ -49,7 +49,7 @@ NOT_MEASURED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the verdicts rest on.
+    """The measurements that verdicts rest on.
 
     Attributes:
         methods: per reader and method.
@@ -155,7 +155,7 @@ class Hypothesis(ABC):
         return ""
 
     def meets(self, value: float, bar: float) -> bool:
-        """Whether a value is on the right side of a bar."""
+        """Whether a value meets the bar."""
         return {
             "least": value >= bar,
             "above": value > bar,

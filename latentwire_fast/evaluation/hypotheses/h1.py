@@ -53,6 +53,6 @@ class AccuracyOfText(Hypothesis):
         )
 
     def circumstance(self, found: Mapping[str, Any]) -> str:
-        """At how many times fewer positions."""
+        """The words that say at how many times fewer positions."""
         ratio = found.get("position_ratio")
         return "" if ratio is None else f" at {ratio:,.1f}{TIMES} fewer positions"

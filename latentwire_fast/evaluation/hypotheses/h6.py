@@ -55,5 +55,5 @@ class BytesBelowBrotli(Hypothesis):
         )
 
     def circumstance(self, found: Mapping[str, Any]) -> str:
-        """At which bit width."""
+        """The words that say at which bit width."""
         return f" at {found['bits']} bits" if found.get("bits") is not None else ""

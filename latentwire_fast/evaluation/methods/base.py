@@ -1,4 +1,4 @@
-"""What every evaluation method shares: its place in the tables, and how its prompts are built.
+"""The base class of evaluation methods: its place in the tables, and how its prompts are built.
 
 A method gives each example's reader something to answer from: the text, a payload, less text,
 nothing. All methods go through the same prompt builder, the same decoding and the same scorer.
@@ -60,7 +60,7 @@ class EvaluationCase:
 
     @property
     def mode(self) -> Mode:
-        """What a latent stands for."""
+        """The part of a prompt that a latent stands for."""
         return self.model.mode
 
     @property
@@ -88,7 +88,7 @@ class EvaluationCase:
 
 @dataclass
 class MethodInput:
-    """What a reader is given for a batch of examples: text, payloads or embeddings.
+    """Input of a reader for a batch of examples: text, payloads or embeddings.
 
     Attributes:
         prompts: one per example, with the gold answer as targets.
@@ -163,12 +163,12 @@ class EvaluationMethod(ABC):
         self.config = config
 
     def not_measured(self, case: EvaluationCase) -> str | None:
-        """Why these examples cannot be used for the method; None where they can."""
+        """The reason why these examples cannot be used for the method; None where they can."""
         return None
 
     @abstractmethod
     def build(self, case: EvaluationCase, rows: range, *, bits: int) -> MethodInput:
-        """What the reader is given for some of the case's examples.
+        """The reader's input for some of the case's examples.
 
         Args:
             rows: the batch: indices of `case.examples`.

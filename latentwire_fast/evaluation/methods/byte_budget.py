@@ -17,8 +17,8 @@ from latentwire_fast.prompts.builder import full_text
 
 
 class ByteBudget(EvaluationMethod):
-    """As much text as fits into the payload's bytes: of the whole prompt (pure mode), or of the
-    context (context mode)."""
+    """The longest text that fits into the payload's bytes: of the whole prompt (pure mode), or of
+    the context (context mode)."""
 
     @dataclass(frozen=True)
     class Config(MethodConfig):

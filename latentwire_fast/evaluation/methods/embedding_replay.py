@@ -18,7 +18,7 @@ from latentwire_fast.prompts.builder import Prompt
 
 
 class EmbeddingReplay(EvaluationMethod):
-    """What the reader would embed itself, given as a prefix: it must answer as from text."""
+    """The text's own embeddings as a prefix: the reader must answer as from the text."""
 
     @dataclass(frozen=True)
     class Config(MethodConfig):

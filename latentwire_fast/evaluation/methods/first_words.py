@@ -13,7 +13,7 @@ from latentwire_fast.evaluation.methods.base import (
 
 
 class FirstWords(EvaluationMethod):
-    """What scores without reading: a few words of the context."""
+    """A few words of the context as the answer: a score that needs no reading."""
 
     @dataclass(frozen=True)
     class Config(MethodConfig):

@@ -25,7 +25,7 @@ class ShuffledLatent(EvaluationMethod):
     is_control = in_model_card = True
 
     def not_measured(self, case: EvaluationCase) -> str | None:
-        """There is no other payload where all examples have one context."""
+        """The reason where all examples have one context: then there is no other payload."""
         if case.other_contexts[0] != 0:
             return None
         return "all examples have the same context, so no other example's payload can be taken"

@@ -29,7 +29,7 @@ class TokenBudget(EvaluationMethod):
         ids = case.reader.prompts.text_ids
         examples = [case.examples[i] for i in rows]
         cut = [ids(full_text(e.context, e.question))[: case.positions] for e in examples]
-        given = text_input(case, rows, cut)
+        inputs = text_input(case, rows, cut)
         # The cut runs over context and question alike, so in either mode all of it counts.
-        given.positions = [prompt.content for prompt in given.prompts]
-        return given
+        inputs.positions = [prompt.content for prompt in inputs.prompts]
+        return inputs

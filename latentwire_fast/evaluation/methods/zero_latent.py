@@ -26,5 +26,5 @@ class ZeroLatent(EvaluationMethod):
     is_control = True
 
     def build(self, case: EvaluationCase, rows: range, *, bits: int) -> MethodInput:
-        """The same payload for every example."""
+        """The payload of an all-zero latent, for every example."""
         return latent_input(case, rows, [case.zero_payload(bits)] * len(rows))

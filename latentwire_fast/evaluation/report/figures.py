@@ -123,7 +123,7 @@ def _by_size(
 
 
 class _Points:
-    """What one reader adds to the first figure."""
+    """The points that one reader adds to the first figure."""
 
     def __init__(self, methods: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         sizes = metrics.get("bytes") or {}

@@ -15,7 +15,7 @@ def verdict(metrics: Mapping[str, Any], key: str) -> str:
 
 
 def hypothesis_row(metrics: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What both templates print of one hypothesis."""
+    """The row of one hypothesis, as both templates print it."""
     hypothesis, found = hypotheses()[key], _found(metrics, key)
     is_points = hypothesis.unit == "points"
 
@@ -41,7 +41,7 @@ def _found(metrics: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _explain(hypothesis: Hypothesis, judged: str, found: Mapping[str, Any]) -> str:
-    """What the verdict rests on: another condition, or where the bar lies in the interval."""
+    """The ground of the verdict: another condition, or where the bar lies in the interval."""
     if judged not in ("pass", "fail"):
         return f"Not measured: it needs {hypothesis.needs}."
     value, low, high, bar = (found.get(part) for part in ("value", "low", "high", "bar"))

@@ -1,4 +1,4 @@
-"""What makes a result doubtful, read off the numbers: one sentence per finding."""
+"""Sanity checks of the numbers: one sentence per finding that makes a result doubtful."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CONTEXT_CHARS, ANSWER_CHARS = 900, 160
 
 
 def choose_examples(predictions: Records, metrics: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Good examples (every reader's latent answer is right), and the worst.
+    """Good examples (every reader's latent answer is correct), and the worst.
 
     Good ones come first where the token budget fails, bad ones first where the text succeeds: there
     the latent makes the difference. Ties keep the order of the data.
@@ -92,7 +92,7 @@ def _answer(found: Mapping[str, Any] | None) -> dict[str, str]:
     if found is None:
         return {"text": MISSING, "grade": "none"}
     f1 = found.get("f1") or 0.0
-    grade = "right" if f1 == 1 or found.get("em") == 1 else "partial" if f1 > 0 else "wrong"
+    grade = "correct" if f1 == 1 or found.get("em") == 1 else "partial" if f1 > 0 else "wrong"
     text = (found.get("prediction") or "").strip() or "(empty)"
     if len(text) > ANSWER_CHARS:
         text = text[:ANSWER_CHARS] + "\N{HORIZONTAL ELLIPSIS}"

@@ -1,4 +1,4 @@
-"""What a report shows: the numbers of one evaluation arranged for the templates, as text.
+"""The content of a report: the numbers of one evaluation arranged for the templates, as text.
 
 Both templates print the same view, so HTML and Markdown cannot disagree.
 """
@@ -157,7 +157,7 @@ def _method_rows(
 
 
 def _bytes_of(method: EvaluationMethod | None, metrics: Mapping[str, Any]) -> str:
-    """What a method sends in place of the text, where that is a size of its own."""
+    """Bytes that a method sends in place of the text, where it has a size of its own."""
     sizes, payload = metrics.get("bytes") or {}, size(_payload(metrics))
     sends = method.sends if method else "nothing"
     if sends == "text":
