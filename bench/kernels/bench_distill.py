@@ -1,6 +1,6 @@
 """K3 against eager torch, torch.compile and Liger-Kernel: KL on logits, and through the head.
 
-pytest bench/bench_distill.py --benchmark-only
+pytest bench/kernels/bench_distill.py --benchmark-only
 """
 
 from __future__ import annotations

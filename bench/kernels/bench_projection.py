@@ -1,7 +1,7 @@
 """K2 against eager torch and torch.compile: LayerNorm, projection, RMS calibration, affine; with
 tanh; from a payload's codes.
 
-pytest bench/bench_adapter.py --benchmark-only
+pytest bench/kernels/bench_projection.py --benchmark-only
 """
 
 from __future__ import annotations

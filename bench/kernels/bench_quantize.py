@@ -1,6 +1,6 @@
 """K1 against eager torch, torch.compile and bitsandbytes: pack, unpack, fake-quantise.
 
-pytest bench/bench_quantize.py --benchmark-only
+pytest bench/kernels/bench_quantize.py --benchmark-only
 """
 
 from __future__ import annotations
