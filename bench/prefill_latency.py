@@ -6,10 +6,11 @@
     python bench/prefill_latency.py --predict                                # no GPU, no weights
     make gpu-prefill OUT=folder                                              # 8B and 7B on a GPU
 
-A reader is a shape with random weights (`bench/prefill/shapes.py`), a local folder or a hub id. Every row
-first passes a gate: its logits are those of the same prefill in transformers' own eager path. The
-runs of one reader and batch interleave. Needs torch, transformers and numpy; draws its figure where
-matplotlib is installed, and shows progress where tqdm is. `docs/prefill.md` explains the rows.
+A reader is a shape with random weights (`bench/prefill/shapes.py`), a local folder or a hub id.
+Every row first passes a gate: its logits are those of the same prefill in transformers' own eager
+path. The runs of one reader and batch interleave. Needs torch, transformers and numpy; draws its
+figure where matplotlib is installed, and shows progress where tqdm is. `docs/prefill.md` explains
+the rows.
 """
 
 from __future__ import annotations

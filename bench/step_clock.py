@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentwire_fast.training.tracking import Tracker
 from latentwire_fast.training.trainer import Trainer
 
 OTHER = "guards, clipping, other"
@@ -118,13 +119,13 @@ class TimedTrainer(Trainer):
         self.clock = StepClock()
         self._stage: tuple[str, bool] | None = None  # of the step that runs: its name; logged
 
-    def _setup(self) -> None:
-        super()._setup()
+    def _loop(self, tracker: Tracker | None) -> None:
         listen(self, self.clock)
+        super()._loop(tracker)
 
     def _train_step(self) -> dict[str, Any] | None:
         self._end_step()
-        stage, _ = self.config.stage_at(self.state.step)
+        stage, _ = self.config.stage_at(self.session.state.step)
         self.clock.begin_step()
         record = super()._train_step()
         self._stage = stage.name, record is not None
@@ -144,23 +145,24 @@ class TimedTrainer(Trainer):
 
 def listen(trainer: Trainer, clock: StepClock) -> None:
     """Hook a clock into everything that a trainer has set up for its steps."""
-    model, accelerator = trainer.model, trainer.accelerator
+    session, accelerator = trainer.session, trainer.accelerator
+    model = session.model
     replace = {
-        (trainer.stream, "batch"): "data",
-        (trainer.objectives, "prepare"): "prompts",
-        (trainer.objectives, "compute"): "losses",
+        (session.stream, "batch"): "data",
+        (session.objectives, "prepare"): "prompts",
+        (session.objectives, "compute"): "losses",
         (accelerator, "backward"): "losses backward",
     }
     for (owner, name), part in replace.items():
         setattr(owner, name, clock.wrap(part, getattr(owner, name)))
     for name in ("encode", "select"):
         setattr(model, name, _encoder(clock, getattr(model, name)))
-    for name, reader in trainer.readers.items():
+    for name, reader in session.readers.items():
         for module in (reader.backbone, reader.head):
             _module(clock, module, name, targets=f"{name} targets")
         for module in model.parts(name).values():
             _module(clock, module, "adapters", targets=None)
-    for optimizer in trainer.state.optimizers:
+    for optimizer in session.state.optimizers:
         part = f"optimiser {type(optimizer).__name__}"
         optimizer.register_step_pre_hook(lambda *_, part=part: clock.enter(part))
         optimizer.register_step_post_hook(lambda *_: clock.leave())

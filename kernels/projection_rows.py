@@ -48,7 +48,8 @@ FEW_ROWS = 16 * 132
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows as K1 packs them: `latents` rows of `width` values share the codes of one example.
+    """Rows as `quantize_pack` packs them: `latents` rows of `width` values share an example's
+    codes.
 
     codes `[B, code_bytes]` uint8, scales `[B, groups]` fp16; `dtype` is what is computed with.
     """

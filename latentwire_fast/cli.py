@@ -1,14 +1,20 @@
-"""Pieces that all entry points use: error reports, logging, reading of NAME=SOURCE and devices."""
+"""Pieces that all entry points use: error reports, logging, reading of NAME=SOURCE, devices, and
+modules with parts from outside the package."""
 
 from __future__ import annotations
 
 import errno
+import importlib
+import inspect
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from latentwire_fast.errors import ConfigError, LatentWireError, RunStopped
 
@@ -17,6 +23,8 @@ if TYPE_CHECKING:  # `--help` does without torch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 STANDARD = Path("-")  # in the place of a file: standard input, or standard output
+# `import` is a word of Python's, so the field of the arguments has another name than the option.
+Imports = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import")]
 
 _ADVICE = {
     errno.ENOSPC: "make room on that disk and run the same command again",
@@ -62,8 +70,51 @@ def quiet_libraries() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score names its tokenizer there
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of `--device`; without one the accelerator that torch sees, or else the CPU.
+def make_callable(module: str, function: Callable[..., Any]) -> None:
+    """Let a module be called like the function of its own name.
+
+    `latentwire_fast.train` is a function of the public face and a module to run with `python -m`.
+    Importing a module puts it into the package under its name, in the place of anything else, and
+    nobody can say beforehand who imports it first. So the package always holds the module, and
+    calling it calls the function.
+
+    Args:
+        module: its `__name__`.
+    """
+
+    class CallableModule(ModuleType):
+        __call__ = staticmethod(function)
+        __signature__ = inspect.signature(function)  # for `help` and editors
+
+    sys.modules[module].__class__ = CallableModule
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import the modules of `--import`: parts from outside the package register themselves there.
+
+    Raises:
+        ConfigError: no such module.
+    """
+    advice = (
+        "give the name of a module without .py, such as my_parts; it must be in the current folder "
+        "or on PYTHONPATH"
+    )
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(f"--import {name!r} is no module's name; {advice}")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise  # it is there, and imports what is not: the traceback says where
+            raise ConfigError(f"--import {name}: {error}; {advice}") from None
+
+
+def choose_device(name: str | None, *, option: str = "--device") -> torch.device:
+    """The device of that name; without one the accelerator that torch sees, or else the CPU.
+
+    Args:
+        option: what the name was given as, for messages.
 
     Raises:
         ConfigError: torch knows no such device, or this machine has not got it.
@@ -77,18 +128,18 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name!r} is no device; this machine has {found}") from None
+        raise ConfigError(f"{option} {name!r} is no device; this machine has {found}") from None
     if device.type != "cpu":
         count = torch.accelerator.device_count() if accelerator is not None else 0
         if accelerator is None or device.type != accelerator.type:
-            raise ConfigError(f"--device {name}: torch sees no such device here; it has {found}")
+            raise ConfigError(f"{option} {name}: torch sees no such device here; it has {found}")
         if device.index is not None and device.index >= count:
             raise ConfigError(
-                f"--device {name}: there are {count} of them here, counted from 0; take a lower "
+                f"{option} {name}: there are {count} of them here, counted from 0; take a lower "
                 "number"
             )
     elif device.index:
-        raise ConfigError(f"--device {name}: there is one CPU device; write cpu")
+        raise ConfigError(f"{option} {name}: there is one CPU device; write cpu")
     return device
 
 

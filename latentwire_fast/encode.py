@@ -20,8 +20,10 @@ import tyro
 from latentwire_fast.cli import (
     STANDARD,
     Dtype,
+    Imports,
     check_question,
     choose_device,
+    import_modules,
     quiet_libraries,
     run_entry_point,
 )
@@ -43,6 +45,8 @@ class EncodeArguments:
         bits: 16, 8, 6 or 4; the model's own if not given.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the encoder computes in; float32, as it was trained, unless given.
+        imports: a Python module to import first, repeatable: it registers parts of your own
+            (docs/extending.md).
     """
 
     run: Path
@@ -52,12 +56,14 @@ class EncodeArguments:
     bits: int | None = None
     device: str | None = None
     dtype: Dtype | None = None
+    imports: Imports = ()
 
 
 def main() -> None:
     """Encode one file and print its sizes and times."""
     args = tyro.cli(EncodeArguments, prog="latentwire_fast.encode")
     quiet_libraries()
+    import_modules(args.imports)
     from latentwire_fast import wire
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.files.atomic import check_replaceable

@@ -5,6 +5,8 @@
     python -m latentwire_fast.evaluate score --data squad.json --predictions predictions.json
 
 The first scores the held-out examples of the run again, the second new ones.
+
+From Python: `latentwire_fast.evaluate("runs/demo")`.
 """
 
 from __future__ import annotations
@@ -13,10 +15,22 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from latentwire_fast.cli import Dtype, choose_device, quiet_libraries, run_entry_point
+from latentwire_fast.cli import (
+    Dtype,
+    Imports,
+    choose_device,
+    import_modules,
+    make_callable,
+    quiet_libraries,
+    run_entry_point,
+)
+
+if TYPE_CHECKING:  # `--help` does without torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,8 @@ class RunArguments:
             --fresh-seed.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the readers compute in; the run's own unless given.
+        imports: a Python module to import first, repeatable: it registers parts of your own
+            (docs/extending.md).
     """
 
     run: Path
@@ -40,6 +56,7 @@ class RunArguments:
     out: Path | None = None
     device: str | None = None
     dtype: Dtype | None = None
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,57 @@ class ScoreArguments:
     predictions: Path
 
 
-def score(arguments: list[str]) -> None:
+def evaluate(
+    run: str | Path,
+    *,
+    fresh_seed: int | None = None,
+    examples: int | None = None,
+    out: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: Dtype | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score a trained run on held-out examples and write its report.
+
+    Args:
+        run: the run folder.
+        fresh_seed: score held-out examples drawn with this seed: new ones of the testbed, another
+            sample of a finite set.
+        examples: how many (the run's own number if not given).
+        out: write metrics.json to this file only, outside the run folder; required with
+            `fresh_seed`.
+        device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
+        dtype: that the readers compute in; the run's own unless given.
+        progress: show a progress bar.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        ConfigError: an argument that cannot be. CheckpointError: the run is not trained, or its
+            readers have other weights than it was trained for. TrainingError: the run folder is in
+            use, or cannot be written to.
+    """
+    from latentwire_fast.errors import ConfigError
+    from latentwire_fast.evaluation.pipeline import evaluate_run
+
+    if fresh_seed is not None and out is None:
+        raise ConfigError(
+            "fresh_seed needs out (--fresh-seed needs --out FILE): the run's own report stays as "
+            "it is"
+        )
+    return evaluate_run(
+        Path(run),
+        fresh_seed=fresh_seed,
+        count=examples,
+        out=None if out is None else Path(out),
+        device=choose_device(device, option="device") if isinstance(device, str) else device,
+        dtype=dtype,
+        progress=progress,
+    )
+
+
+def score_command(arguments: list[str]) -> None:
     """Print official scores as JSON."""
     args = tyro.cli(ScoreArguments, args=arguments, prog="latentwire_fast.evaluate score")
     from latentwire_fast.evaluation.squad_score import score_file
@@ -63,19 +130,15 @@ def score(arguments: list[str]) -> None:
     print(json.dumps(score_file(args.data, args.predictions)))
 
 
-def evaluate() -> None:
-    """Evaluate a run and say where the report is."""
+def evaluate_command() -> None:
+    """Evaluate a run, print the results and say where the report is."""
     args = tyro.cli(RunArguments, prog="latentwire_fast.evaluate")
     quiet_libraries()
-    from latentwire_fast.errors import ConfigError
-    from latentwire_fast.evaluation.pipeline import evaluate_run
-
-    if args.fresh_seed is not None and args.out is None:
-        raise ConfigError("--fresh-seed needs --out FILE: the run's own report stays as it is")
-    metrics = evaluate_run(
+    import_modules(args.imports)
+    metrics = evaluate(
         args.run,
         fresh_seed=args.fresh_seed,
-        count=args.examples,
+        examples=args.examples,
         out=args.out,
         device=None if args.device is None else choose_device(args.device),
         dtype=args.dtype,
@@ -90,10 +153,12 @@ def evaluate() -> None:
 def main() -> None:
     """`score ...` scores a file, anything else evaluates a run."""
     if sys.argv[1:2] == ["score"]:
-        score(sys.argv[2:])
+        score_command(sys.argv[2:])
     else:
-        evaluate()
+        evaluate_command()
 
+
+make_callable(__name__, evaluate)
 
 if __name__ == "__main__":
     run_entry_point(main)

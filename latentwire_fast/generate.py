@@ -20,8 +20,10 @@ import tyro
 from latentwire_fast.cli import (
     STANDARD,
     Dtype,
+    Imports,
     check_question,
     choose_device,
+    import_modules,
     quiet_libraries,
     run_entry_point,
 )
@@ -54,6 +56,8 @@ class GenerateArguments:
         seed: of the sample.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the reader computes in; the run's own unless given.
+        imports: a Python module to import first, repeatable: it registers parts of your own
+            (docs/extending.md).
     """
 
     run: Path
@@ -68,6 +72,7 @@ class GenerateArguments:
     seed: int = 0
     device: str | None = None
     dtype: Dtype | None = None
+    imports: Imports = ()
 
 
 class Answer(NamedTuple):
@@ -181,6 +186,7 @@ def main() -> None:
     """Decode the payloads and print each answer, its bytes and times."""
     args = tyro.cli(GenerateArguments, prog="latentwire_fast.generate")
     quiet_libraries()
+    import_modules(args.imports)
     decoding, receiving = decode_options(args), receiver_options(args)
     start = time.perf_counter()
     model, reader = load(args)

@@ -5,10 +5,13 @@
     python -m latentwire_fast.train testbed --data squad.json \\
         --reader llama=PATH --reader qwen=PATH
     python -m latentwire_fast.train testbed --base runs/demo --reader NAME=PATH    # one more reader
+    python -m latentwire_fast.train mine.json --import my_parts    # with parts of your own
     torchrun --nproc-per-node 2 -m -- latentwire_fast.train testbed        # several processes
 
 Run the same command again to resume what was stopped. Of a finished run it prints the results, and
 evaluates it only where that has not been done.
+
+From Python: `latentwire_fast.train(config, "runs/mine")`.
 """
 
 from __future__ import annotations
@@ -17,17 +20,25 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from latentwire_fast.cli import (
     Dtype,
+    Imports,
     choose_device,
+    import_modules,
+    make_callable,
     parse_pairs,
     quiet_libraries,
     run_entry_point,
 )
+
+if TYPE_CHECKING:  # `--help` does without torch
+    import torch
+
+    from latentwire_fast.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class TrainArguments:
             file in the place of a preset.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: of the readers; the preset's own unless given.
+        imports: a Python module to import first, repeatable: it registers parts of your own
+            (docs/extending.md).
     """
 
     preset: Annotated[str, tyro.conf.Positional]
@@ -73,19 +86,71 @@ class TrainArguments:
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
+    imports: Imports = ()
+
+
+def train(
+    config: RunConfig,
+    run: str | Path,
+    *,
+    evaluate: bool = True,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Train a run, or go on with it where it was stopped, then evaluate it.
+
+    Of a finished run nothing is trained again, and it is evaluated only where that has not been
+    done.
+
+    Args:
+        run: the run folder; made if missing.
+        evaluate: score it on its held-out examples afterwards, and write the report.
+        device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
+        progress: show progress bars.
+
+    Returns:
+        The content of metrics.json; None without an evaluation, and in every process but the first
+        where several train together.
+
+    Raises:
+        ConfigError, DataError: the configuration cannot work, or the folder holds another run.
+        RunStopped: by SIGINT or SIGTERM, and saved; the same call goes on.
+        TrainingError, CheckpointError: see `Trainer` and `evaluate_run`.
+    """
+    from latentwire_fast.data.sources import heldout_examples
+    from latentwire_fast.errors import ConfigError
+    from latentwire_fast.evaluation.pipeline import evaluate_run, stored_metrics
+    from latentwire_fast.training.trainer import Trainer
+
+    folder = Path(run)
+    place = choose_device(device, option="device") if isinstance(device, str) else device
+    if place and place.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"device {device}: several processes take one device each, by their numbers; "
+            f"write {place.type}"
+        )
+    # An error now, not after the training.
+    heldout = heldout_examples(config.data) if evaluate else []
+    trainer = Trainer(config, folder, heldout=heldout, progress=progress, device=place)
+    was_finished = trainer.finished
+    trainer.run()
+    leads = trainer.accelerator.is_main_process
+    del trainer  # and its readers: the evaluation loads its own
+    if not (leads and evaluate):
+        return None
+    metrics = stored_metrics(folder) if was_finished else None
+    return metrics or evaluate_run(folder, device=place, progress=progress)
 
 
 def main() -> None:
-    """Parse, train, evaluate."""
+    """Parse, train, evaluate, and print the results."""
     args = tyro.cli(TrainArguments, prog="latentwire_fast.train")
     quiet_libraries()
+    import_modules(args.imports)
     from latentwire_fast.config.overrides import with_overrides
     from latentwire_fast.config.presets import load_preset
     from latentwire_fast.config.serialization import to_json
-    from latentwire_fast.data.sources import heldout_examples
-    from latentwire_fast.errors import ConfigError
     from latentwire_fast.files.run_folder import RunFolder
-    from latentwire_fast.training.trainer import Trainer
 
     config = with_overrides(
         load_preset(args.preset),
@@ -103,29 +168,18 @@ def main() -> None:
     if args.print_config:
         print(json.dumps(to_json(config), indent=2))
         return
-    device = None if args.device is None else choose_device(args.device)
-    if device and device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"--device {args.device}: several processes take one device each, by their numbers; "
-            f"write {device.type}"
-        )
-    # An error now, not after the training.
-    heldout = [] if args.no_eval else heldout_examples(config.data)
     added = [*config.readers] if config.base else []
     run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
-    trainer = Trainer(config, run_dir, heldout=heldout, device=device)
-    was_finished = trainer.finished
-    trainer.run()
-    leads = trainer.accelerator.is_main_process
-    del trainer  # and its readers: the evaluation loads its own
-    if leads and not args.no_eval:
+    device = None if args.device is None else choose_device(args.device)
+    metrics = train(config, run_dir, evaluate=not args.no_eval, device=device)
+    if metrics is not None:
         from latentwire_fast.evaluation.console import summary_lines
-        from latentwire_fast.evaluation.pipeline import evaluate_run, stored_metrics
 
-        metrics = stored_metrics(run_dir) if was_finished else None
-        print("\n".join(summary_lines(metrics or evaluate_run(run_dir, device=device))))
+        print("\n".join(summary_lines(metrics)))
         print(f"report: {RunFolder(run_dir).report}")
 
+
+make_callable(__name__, train)
 
 if __name__ == "__main__":
     run_entry_point(main)

@@ -1,4 +1,5 @@
-"""K3 against eager torch, torch.compile and Liger-Kernel: KL on logits, and through the head.
+"""The distillation KL (K3 of docs/kernels.md) against eager torch, torch.compile and
+Liger-Kernel: KL on logits, and through the head.
 
 pytest bench/kernels/bench_distill.py --benchmark-only
 """

@@ -1,5 +1,5 @@
-"""K2 against eager torch and torch.compile: LayerNorm, projection, RMS calibration, affine; with
-tanh; from a payload's codes.
+"""The calibrated projection (K2 of docs/kernels.md) against eager torch and torch.compile:
+LayerNorm, projection, RMS calibration, affine; with tanh; from a payload's codes.
 
 pytest bench/kernels/bench_projection.py --benchmark-only
 """

@@ -1,4 +1,6 @@
-"""K1 against eager torch, torch.compile and bitsandbytes: pack, unpack, fake-quantise.
+"""Group quantisation (K1 of docs/kernels.md) against eager torch, torch.compile and bitsandbytes.
+
+Pack, unpack, fake-quantise:
 
 pytest bench/kernels/bench_quantize.py --benchmark-only
 """

@@ -1,4 +1,4 @@
-"""Distillation KL on logits (K3), with the student's gradient made in the forward call."""
+"""Distillation KL on logits, with the student's gradient made in the forward call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distillation KL on hidden states through the head (K3), without ever holding `[N, V]`."""
+"""Distillation KL on hidden states through the head, without ever holding `[N, V]`."""
 
 from __future__ import annotations
 

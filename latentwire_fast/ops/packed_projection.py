@@ -1,4 +1,4 @@
-"""From a payload's codes to prefix embeddings in one op: K1's unpacking as K2's prologue."""
+"""From a payload's codes to prefix embeddings in one op: unpacked on the way to a projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projection and RMS calibration (K2): the last stage of every adapter."""
+"""Projection and RMS calibration: the last stage of every adapter."""
 
 from __future__ import annotations
 

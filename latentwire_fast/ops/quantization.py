@@ -1,4 +1,4 @@
-"""Group quantisation (K1): pack, unpack, and the straight-through fake quantisation of training."""
+"""Group quantisation: pack, unpack, and the straight-through fake quantisation of training."""
 
 from __future__ import annotations
 

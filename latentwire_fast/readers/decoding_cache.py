@@ -59,8 +59,10 @@ def move_right(cache: DynamicCache, shifts_B: Sequence[int]) -> None:
     layers = _filled(cache)
     positions = torch.arange(layers[0].keys.shape[2])
     source_BN = (positions - torch.tensor([*shifts_B])[:, None]) % len(positions)
+    devices = {layer.keys.device for layer in layers}
+    source_of = {device: source_BN.to(device)[:, None, :, None] for device in devices}
     for layer in layers:
-        index = source_BN.to(layer.keys.device)[:, None, :, None]
+        index = source_of[layer.keys.device]
         layer.keys, layer.values = (
             part_BHND.gather(2, index.expand(-1, part_BHND.shape[1], -1, part_BHND.shape[3]))
             for part_BHND in (layer.keys, layer.values)

@@ -16,13 +16,12 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -31,8 +30,9 @@ from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
+from latentwire_fast.readers.checkpointing import checkpoint_activations
 from latentwire_fast.readers.checks import check_logits, check_vocabulary, learns_positions
-from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
+from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
 from latentwire_fast.readers.target_scores import TargetScores
@@ -166,7 +166,9 @@ class Reader:
 
     def sharing_weights(self, name: str, *, bos: bool | None = None) -> Reader:
         """Another reader of the same model, which is in memory once."""
-        return Reader(self.model, self.tokenizer, name=name, source=self.source, bos=bos)
+        reader = Reader(self.model, self.tokenizer, name=name, source=self.source, bos=bos)
+        reader.fingerprint = self.fingerprint  # of the weights before `compute_in`
+        return reader
 
     @property
     def device(self) -> torch.device:
@@ -368,18 +370,3 @@ def load_readers(
             reader = Reader.from_config(name, config, device, dtype=dtype)
             readers[name] = loaded[options] = reader
     return readers
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Have the decoder layers of a model recompute their activations in backward.
-
-    Not with transformers' own switch: that one works in train mode only and takes the cache, and a
-    deep prefix with it, from every layer.
-    """
-    for layer in decoder_layers(model):
-        if not isinstance(layer.forward, _Checkpointed):  # a model may be shared, and asked twice
-            layer.forward = _Checkpointed(checkpoint, layer.forward, use_reentrant=False)
-
-
-class _Checkpointed(partial[Any]):
-    """The forward pass of a layer that is run again in backward."""

@@ -1,4 +1,4 @@
-"""K3: the distillation KL, from logits and from hidden states."""
+"""The distillation KL, from logits and from hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""K2: projection and RMS calibration, forward and backward."""
+"""Projection and RMS calibration, forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""K1: group quantisation, and the layout of its codes in bytes."""
+"""Group quantisation, and the layout of its codes in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prefill leaves: the first token's logits, and a cache to decode from.
+"""The result of a prefill: the first token's logits, and a cache to decode from.
 
 Shapes: B rows, T columns of the padded prompts, P deep positions before them, N columns of the
 cache, V vocabulary.
@@ -56,9 +56,8 @@ class Prefilled:
         self._captured = captured
         self._serial = captured.serial if captured else 0
         self._padded_right = isinstance(cache, StaticCache)
-        padding_B = positions - lengths_B
-        if not self._padded_right and padding_B.any():
-            move_right(cast(DynamicCache, cache), padding_B.tolist())
+        self._padding_B = positions - lengths_B
+        self._moved = self._padded_right or not self._padding_B.any()
 
     @property
     def cache(self) -> Cache:
@@ -72,6 +71,9 @@ class Prefilled:
                 "a later prefill of the same shape has overwritten this one's keys and values; "
                 "decode each prefill before the next, or use one receiver for each"
             )
+        if not self._moved:  # only now: a first token does not need it
+            move_right(cast(DynamicCache, self._cache), self._padding_B.tolist())
+            self._moved = True
         if isinstance(self._cache, StaticCache):
             set_length(self._cache, self.positions)
         else:

@@ -277,7 +277,8 @@ def grouped_cases(flags: dict[str, bool]) -> dict[str, Case]:
                 *("projection_tiles", "_tiles_kernel"),
                 (*[dtype] * 6, FP32, FP32, FP32, dtype, out, FP32, "i32", "i32", "fp32", "fp32"),
                 {**flags, **absent, **shape, "HAS_Y": stored, "HAS_GAIN": True, **tile},
-                *(8, 3, ("LDG",) if stored else ("LDGSTS",)),
+                # One step of 64 is no loop, whose next step asynchronous copies would fetch.
+                *(8, 3, ("LDG",) if stored or inner <= 64 else ("LDGSTS",)),
             )
     return cases
 

@@ -202,8 +202,10 @@ def test_a_part_from_outside_is_trained_saved_and_loaded(
     loaded = Interlingua.from_pretrained(tmp_path / "model")
     payloads = loaded.encode_payloads(["Nulnak is already 94 years old."])
     latent = loaded.decode_payloads(payloads)
-    given = loaded.reader_inputs("llama", latent)
-    assert given["prefixes"].shape[1] == loaded.positions == (1 if kind == "attachment" else 4)
+    reader_inputs = loaded.reader_inputs("llama", latent)
+    assert (
+        reader_inputs["prefixes"].shape[1] == loaded.positions == (1 if kind == "attachment" else 4)
+    )
     table, part = PARTS[kind]
     assert any(type(module) is part for module in loaded.modules())
     monkeypatch.setattr(table, "_added", {})

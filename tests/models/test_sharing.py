@@ -67,6 +67,16 @@ def test_readers_of_one_source_share_a_model(llama_folder: Path, qwen_folder: Pa
     assert readers["one"].fingerprint == readers["two"].fingerprint
 
 
+def test_readers_that_share_a_model_are_known_in_any_dtype(llama_folder: Path) -> None:
+    """A model was trained for the weights as they are stored, whatever they are computed in."""
+    configs = {"one": ReaderConfig(str(llama_folder)), "two": ReaderConfig(str(llama_folder))}
+    expected = load_readers(configs)["one"].fingerprint
+    readers = load_readers(configs, dtype="bfloat16")
+    assert readers["one"].model is readers["two"].model
+    assert readers["one"].model.dtype == torch.bfloat16
+    assert [reader.fingerprint for reader in readers.values()] == [expected] * 2
+
+
 def test_a_shared_model_recomputes_its_layers_once(llama_folder: Path) -> None:
     """Each of its readers asks for it, and a layer is wrapped once."""
     readers = load_readers({name: ReaderConfig(str(llama_folder)) for name in ("one", "two")})

@@ -18,9 +18,11 @@ from latentwire_fast.objectives.micro_batch import ReaderBatch
 from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import OBJECTIVES
-from runs import changed, records, tiny_config, train
+from runs import changed, deep, records, soft, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+SIZELESS = soft(expansion=1, dropout=0.1, calibration="none")
 
 
 class Size(Objective):
@@ -35,7 +37,7 @@ class Size(Objective):
         wanted: float = 1.0
 
         def check(self, run: RunConfig) -> None:
-            require(run.has_soft_tokens, f"objective {self.kind!r} needs soft tokens")
+            require(run.gives("prefixes"), f"objective {self.kind!r} needs soft tokens")
 
     config: Config
 
@@ -52,7 +54,7 @@ class Size(Objective):
 def config(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setattr(OBJECTIVES, "_added", {})
     OBJECTIVES.register("size", Size)
-    data = to_json(tiny_config(llama_folder, adapter={"calibration": "none"}))
+    data = to_json(tiny_config(llama_folder, attachments=(SIZELESS,)))
     data["stages"] = [
         {
             "name": "size",
@@ -85,7 +87,7 @@ def test_it_trains_and_is_reported(config: RunConfig, tmp_path: Path) -> None:
 
 def test_its_own_check_is_made(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="objective 'size' needs soft tokens"):
-        changed(config, adapter={"prefix": "deep"})
+        changed(config, attachments=(deep(),))
 
 
 def test_its_settings_are_nobodys_before_it_is_registered(

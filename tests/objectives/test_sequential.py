@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import runs
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.data.streams import TestbedStream, TrainItem
@@ -19,6 +20,7 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
 from latentwire_fast.objectives.prepared import total_counts
 from latentwire_fast.readers.reader import Reader, load_readers
+from latentwire_fast.registry import POOLERS
 from latentwire_fast.training.builders import build_model
 from runs import tiny_config
 
@@ -73,8 +75,8 @@ class Setting:
 @pytest.fixture(params=["context", "pure"])
 def soft(request: pytest.FixtureRequest, llama_folder: Path, qwen_folder: Path) -> Setting:
     """Soft tokens, from an encoder that is trained."""
-    adapter = {"kind": "mlp", "expansion": 1, "dropout": 0.0}
-    return Setting.of(tiny_config(llama_folder, qwen_folder, mode=request.param, adapter=adapter))
+    parts = (runs.soft(expansion=1),)
+    return Setting.of(tiny_config(llama_folder, qwen_folder, mode=request.param, attachments=parts))
 
 
 @pytest.fixture(params=["context", "pure"])
@@ -83,8 +85,8 @@ def deep(request: pytest.FixtureRequest, llama_folder: Path, qwen_folder: Path) 
     config = tiny_config(
         *(llama_folder, qwen_folder),
         mode=request.param,
-        adapter={"prefix": "deep", "dropout": 0.0, "deep_width": 16, "deep_heads": 2},
-        encoder={"latents": 5, "d_z": 8, "pooling": "selected"},
+        attachments=(runs.deep(width=16, heads=2, expansion=1),),
+        encoder={"latents": 5, "d_z": 8, "pooler": POOLERS.config("selected")},
         stages=(DEEP,),
     )
     return Setting.of(config)
@@ -133,7 +135,7 @@ def test_a_frozen_encoder_gets_no_gradient(soft: Setting) -> None:
     soft.model.encoder.requires_grad_(False)
     soft.run(SOFT, size=5, sequential=True)
     assert all(p.grad is None for p in soft.model.encoder.parameters())
-    assert all(p.grad is not None for p in soft.model.adapters.parameters())
+    assert all(p.grad is not None for p in soft.model.attachments.parameters())
 
 
 def test_an_objective_that_is_only_reported_trains_nothing(soft: Setting) -> None:

@@ -1,4 +1,4 @@
-"""The payload format: its specification, round trips (W3), damage (W1, W2), refusals (W7)."""
+"""The payload format: its specification, round trips, damage, refusals, limits."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_sizes_in_the_specification_are_those_of_payloads() -> None:
         assert stated == [len(wire.pack(latent, bits=b, group_size=32)) for b in wire.BITS]
 
 
-# --- W3: round trips ------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 # M and d_z over their whole ranges, in latents that stay small enough for 2,000 cases; the largest
 # are given as examples.
@@ -278,7 +278,7 @@ def test_a_payload_is_unpacked_on_the_gpu_alike(bits: int) -> None:
     assert again == headers
 
 
-# --- W1, W2: damage -------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 # (M, d_z, bits, group size, bytes)
 SIZES = [(1, 8, 16, 16, 32), (2, 9, 6, 16, 34), (12, 16, 4, 32, 124), (9, 37, 6, 64, 279)]
@@ -418,7 +418,7 @@ def test_values_that_pack_never_writes_are_refused(
         assert "the CRC is right" in str(refusal.value)
 
 
-# --- W7: limits before allocation -----------------------------------------------------------------
+# --- limits before allocation ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", wire.BITS)

@@ -1,4 +1,4 @@
-"""Payloads in batches and files, golden files (W8), byte accounting (B1), what pack refuses."""
+"""Payloads in batches and files, golden files, byte accounting, what pack refuses."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(
         assert unchanged()
 
 
-# --- W8: golden files -----------------------------------------------------------------------------
+# --- golden files ---------------------------------------------------------------------------------
 
 
 def golden_versions() -> list[int]:
@@ -313,7 +313,7 @@ def test_an_unknown_version_says_so(payloads: list[bytes], version: int) -> None
         wire.unpack(payload)
 
 
-# --- B1: byte accounting --------------------------------------------------------------------------
+# --- byte accounting ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", wire.BITS)

@@ -20,8 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from latentwire_fast import ops
 from latentwire_fast.config.base import require
-from latentwire_fast.config.schema import AttachmentConfig
+from latentwire_fast.config.schema import AttachmentConfig, Calibration
 from latentwire_fast.models.attachments.base import Attachment, rms_of
 from latentwire_fast.models.layers import pre_norm_layer
 from latentwire_fast.readers.card import ReaderCard
@@ -30,7 +31,7 @@ from latentwire_fast.readers.kv_geometry import KVGeometry
 
 class DeepPrefix(Attachment):
     """Residual MLP on each latent, a transformer over the slots, then one projection per layer to
-    `H x D` keys and values.
+    `H x D` keys and values, all in one `ops.project_calibrate` with a group for each.
 
     Attention over the slots lets one say what several latents hold together, so that the code may
     be spread over them. Loss on the testbed's context mode (one seed, up to 2 facts) after 200 and
@@ -53,6 +54,8 @@ class DeepPrefix(Attachment):
             width, layers, heads: of the transformer that makes them.
             expansion: inner width of its MLPs, as a multiple of its width.
             dropout: in it.
+            calibration: rescale the keys, and the values, of each layer by themselves to learned
+                gains (which start at the RMS of the reader's own), or only multiply by these.
         """
 
         width: int = 256
@@ -60,6 +63,7 @@ class DeepPrefix(Attachment):
         heads: int = 8
         expansion: int = 4
         dropout: float = 0.0
+        calibration: Calibration = "none"
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -71,6 +75,7 @@ class DeepPrefix(Attachment):
             )
 
     gives = "deep"
+    config: Config
     table_parameters: ClassVar[tuple[str, ...]] = ("slots",)
 
     def __init__(self, config: Config, *, latents: int, d_z: int, geometry: KVGeometry) -> None:
@@ -120,14 +125,27 @@ class DeepPrefix(Attachment):
         lifted_BMW = self.lift(latent_BMd) + self.slots
         inner = nn.functional.silu(self.up(self.norm(lifted_BMW)))
         hidden_BMW = lifted_BMW + self.dropout(self.down(inner))
-        flat = self.project(self.body(hidden_BMW))
-        made = flat.unflatten(-1, (g.layers, 2, g.heads, g.head_width))
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
-        return made.permute(2, 3, 0, 4, 1, 5) * scale_L2[:, :, None, None, None, None]
+        made = ops.project_calibrate(
+            _as_autocast(self.body(hidden_BMW)),
+            *(self.project.weight, self.project.bias),
+            target_rms=1.0,
+            gain=scale_L2.flatten(),
+            calibration=self.config.calibration,
+            groups=2 * g.layers,
+        )
+        return made.unflatten(-1, (g.layers, 2, g.heads, g.head_width)).permute(2, 3, 0, 4, 1, 5)
 
     @torch.no_grad()
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:
         """RMS of keys and of values."""
         keys, values = self(latent_BMd).unbind(1)
         return {"keys": rms_of(keys), "values": rms_of(values)}
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """In the dtype that a Linear would multiply in: a LayerNorm leaves fp32, an op takes what it
+    gets."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -22,9 +22,10 @@ from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_norm
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
+from latentwire_fast.readers.checkpointing import checkpoint_activations
 from latentwire_fast.readers.checks import check_vocabulary, learns_positions
 from latentwire_fast.readers.loading import load_tokenizer, load_weights
-from latentwire_fast.readers.reader import Reader, checkpoint_activations
+from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import POOLERS
 
 FOLDER = "encoder"  # of a saved model: the LM's configuration and tokenizer
@@ -75,7 +76,7 @@ class LMEncoder(Encoder):
             self.pooler.check(run)
 
         def allows(self, trained: EncoderConfig) -> bool:
-            """It may read less than was asked, and the LM that it started from may have moved."""
+            """Whether it is one: it may read less than asked, and its LM may have moved."""
             if not isinstance(trained, LMEncoder.Config) or trained.max_tokens > self.max_tokens:
                 return False
             return trained == replace(self, source=trained.source, max_tokens=trained.max_tokens)
