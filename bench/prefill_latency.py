@@ -6,10 +6,11 @@
     python bench/prefill_latency.py --predict                                # no GPU, no weights
     make gpu-prefill OUT=folder                                              # 8B and 7B on a GPU
 
-A reader is a shape with random weights (`prefill_shapes.py`), a local folder or a hub id. Every row
-first passes a gate: its logits are those of the same prefill in transformers' own eager path. The
-runs of one reader and batch interleave. Needs torch, transformers and numpy; draws its figure where
-matplotlib is installed, and shows progress where tqdm is. `docs/prefill.md` explains the rows.
+A reader is a shape with random weights (`bench/prefill/shapes.py`), a local folder or a hub id.
+Every row first passes a gate: its logits are those of the same prefill in transformers' own eager
+path. The runs of one reader and batch interleave. Needs torch, transformers and numpy; draws its
+figure where matplotlib is installed, and shows progress where tqdm is. `docs/prefill.md` explains
+the rows.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def payload_bytes(latents: int | None, d_z: int, bits: int | None) -> int | None
 
 
 def measure(args: argparse.Namespace) -> Any:
-    """Measure all rows; see `prefill_measure.py`."""
+    """Measure all rows; see `bench/prefill/measure.py`."""
     from bench.prefill.measure import measure
 
     return measure(args)

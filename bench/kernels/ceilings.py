@@ -80,7 +80,7 @@ def reachable(device: str) -> Ceilings | None:
     return REACHABLE[_SXM[device]] if device in _SXM else None
 
 
-def _best(call: Callable[[], object], *, repeats: int, device: str) -> float:
+def best_seconds(call: Callable[[], object], *, repeats: int = 10, device: str = "cpu") -> float:
     """Seconds of the fastest of some calls after a warm-up."""
     for _ in range(3):
         call()
@@ -106,7 +106,7 @@ def _launch_seconds(device: str) -> float:
     """Seconds of a kernel on one element: within a replayed graph, or called on a CPU."""
     one = torch.zeros(1, device=device)
     if device == "cpu":
-        return _best(lambda: one.add_(1), repeats=100, device=device)
+        return best_seconds(lambda: one.add_(1), repeats=100, device=device)
     count = 1000
     with torch.cuda.stream(torch.cuda.Stream()):
         one.add_(1)
@@ -115,7 +115,7 @@ def _launch_seconds(device: str) -> float:
     with torch.cuda.graph(graph):
         for _ in range(count):
             one.add_(1)
-    return _best(graph.replay, repeats=20, device=device) / count
+    return best_seconds(graph.replay, repeats=20, device=device) / count
 
 
 def measure_ceilings(device: str) -> Ceilings:
@@ -124,14 +124,14 @@ def measure_ceilings(device: str) -> Ceilings:
     size, side = (2**30, 8192) if on_gpu else (2**20, 64)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = _best(lambda: target.copy_(source), repeats=20, device=device)
+    copy = best_seconds(lambda: target.copy_(source), repeats=20, device=device)
     # Random numbers: a matmul of zeros draws less power and runs faster.
     square = torch.randn(side, side, device=device).to(torch.bfloat16)
     product = torch.empty_like(square)
-    matmul = _best(lambda: torch.mm(square, square, out=product), repeats=20, device=device)
+    matmul = best_seconds(lambda: torch.mm(square, square, out=product), repeats=20, device=device)
     host = torch.ones(size // 4, dtype=torch.uint8, pin_memory=on_gpu)
     part = target[: size // 4]
-    link = _best(lambda: part.copy_(host, non_blocking=True), repeats=5, device=device)
+    link = best_seconds(lambda: part.copy_(host, non_blocking=True), repeats=5, device=device)
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
     return Ceilings(
         name=properties.name if properties else "CPU, small shapes: says nothing of the kernels",

@@ -1,8 +1,8 @@
 """The kernels on one GPU: ceilings, extension, tests, benchmarks, targets. Under nine minutes.
 
-    python bench/gpu_kernels.py OUT           # writes OUT/results.json and OUT/results.md
-    python bench/gpu_kernels.py OUT --tiny    # the same path on a CPU: tests it, measures nothing
-    python bench/gpu_kernels.py --predict     # floors and predicted times, before measuring
+    python -m bench.kernels.gpu_kernels OUT           # writes results.json and results.md
+    python -m bench.kernels.gpu_kernels OUT --tiny    # on a CPU: tests the path, measures nothing
+    python -m bench.kernels.gpu_kernels --predict     # floors and predicted times
 
 Runs from a checkout that need not be installed, on torch, triton, transformers, numpy, pytest and
 pytest-benchmark; Liger-Kernel and bitsandbytes are rows of the tables where they are installed.

@@ -1,7 +1,7 @@
-"""Markdown of what was measured.
+"""Markdown tables of the measurements.
 
-python bench/tables.py runs/bench/benchmark.json    # what pytest-benchmark wrote
-python bench/tables.py OUT/results.json             # what gpu_kernels.py wrote
+python -m bench.kernels.tables runs/bench/benchmark.json    # written by pytest-benchmark
+python -m bench.kernels.tables OUT/results.json             # written by gpu_kernels.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """K4 against the loop over layers that peft and transformers use: a prefix into a reader's cache.
 
-pytest bench/bench_placement.py --benchmark-only
+pytest bench/placement/bench_placement.py --benchmark-only
 """
 
 from __future__ import annotations

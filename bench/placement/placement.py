@@ -1,8 +1,8 @@
 """Placement of a K/V prefix against the loop over layers that peft and transformers use.
 
-    python bench/placement.py                    # CPU, 32 layers, P = 100, batch 1 and 8
-    python bench/placement.py --device cuda:0    # prefix on the CPU, reader on a GPU
-    OMP_NUM_THREADS=1 python bench/placement.py --cpu-time    # while the machine does other things
+    python -m bench.placement.placement                    # CPU, 32 layers, P = 100, batch 1 and 8
+    python -m bench.placement.placement --device cuda:0    # prefix on the CPU, reader on a GPU
+    python -m bench.placement.placement --cpu-time         # on a busy machine; OMP_NUM_THREADS=1
 
 Every row is checked against the loop, bit for bit, before it is timed; runs of all rows interleave.
 Two times are taken: until the cache holds the prefix, and until every layer has taken a token as

@@ -11,13 +11,12 @@ Shapes: B rows, T new positions of each, P positions in the cache before them, R
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from bench.kernels.ceilings import Ceilings, Stage
+from bench.kernels.ceilings import Ceilings, Stage, best_seconds
 from bench.prefill.shapes import Dims
 
 # Shares of the rate of one large matmul that a model's matmuls and flash attention come to.
@@ -213,21 +212,12 @@ def cpu_ceilings(dtype: torch.dtype) -> Ceilings:
     side = 1024
     square = torch.randn(side, side).to(dtype)
     one = torch.zeros(1)
-    copy = _fastest(lambda: target.copy_(source))
+    copy = best_seconds(lambda: target.copy_(source))
     return Ceilings(
         name="CPU",
         bytes_per_second=2 * 2**26 / copy,
-        flops_per_second=2 * side**3 / _fastest(lambda: square @ square),
-        launch_seconds=_fastest(lambda: one.add_(1)),
+        flops_per_second=2 * side**3 / best_seconds(lambda: square @ square),
+        launch_seconds=best_seconds(lambda: one.add_(1)),
         link_bytes_per_second=2 * 2**26 / copy,
         l2_bytes=0,
     )
-
-
-def _fastest(call: Callable[[], object], *, repeats: int = 10) -> float:
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return min(times)

@@ -1,7 +1,7 @@
 """The prefill engine on one GPU: its tests, and the tables of an 8B and a 7B reader, in 9 minutes.
 
-    python bench/gpu_prefill.py OUT           # OUT/tables, OUT/compile, OUT/two_devices, OUT/*.log
-    python bench/gpu_prefill.py OUT --tiny    # the same path on a CPU: tests it, measures nothing
+    python -m bench.prefill.gpu_prefill OUT           # tables, compile, two_devices, *.log
+    python -m bench.prefill.gpu_prefill OUT --tiny    # on a CPU: tests the path, measures nothing
 
 Runs from a checkout that need not be installed, on torch, triton, transformers and numpy (pytest
 for the tests, accelerate for two devices, matplotlib for the figure, and a compiler with cmake and

@@ -1,4 +1,4 @@
-"""The measuring half of `prefill_latency.py`: readers, their groups of rows, files after each."""
+"""The measuring half of `bench/prefill_latency.py`: readers, groups of rows, files after each."""
 
 from __future__ import annotations
 

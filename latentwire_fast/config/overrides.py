@@ -55,6 +55,29 @@ def _added_to(base: str, config: RunConfig) -> RunConfig:
     )
 
 
+def _with_readers(sources: dict[str, str], config: RunConfig) -> RunConfig:
+    """A run with readers from these sources in the place of its own."""
+    small = all(source.startswith("testbed:") for source in sources.values())
+    return replace(
+        config,
+        readers={name: ReaderConfig(source) for name, source in sources.items()},
+        threads=config.threads if small else None,
+    )
+
+
+def _in_steps(steps: int, config: RunConfig) -> RunConfig:
+    """A run of so many steps in all; every stage keeps its share, and one step at least."""
+    if steps < 1:
+        raise ConfigError(f"steps={steps}, expected at least 1")
+    share = steps / config.total_steps
+    ends = [round(end * share) for end in accumulate(s.steps for s in config.stages)]
+    stages = tuple(
+        replace(stage, steps=max(1, end - start))
+        for stage, start, end in zip(config.stages, [0, *ends[:-1]], ends, strict=True)
+    )
+    return replace(config, stages=stages)
+
+
 def with_overrides(
     config: RunConfig,
     *,
@@ -84,12 +107,7 @@ def with_overrides(
         if value == "":  # an unset variable of a shell, say
             raise ConfigError(f"{option} is given as nothing; leave it out, or name a source")
     if readers:
-        small = all(source.startswith("testbed:") for source in readers.values())
-        config = replace(
-            config,
-            readers={n: ReaderConfig(s) for n, s in readers.items()},
-            threads=config.threads if small else None,
-        )
+        config = _with_readers(readers, config)
     base = base or config.base
     if base is not None:
         if encoder or mode:
@@ -106,15 +124,7 @@ def with_overrides(
         source = data or config.data.source
         config = replace(config, data=replace(config.data, source=source, eval_examples=count))
     if steps is not None:
-        if steps < 1:
-            raise ConfigError(f"steps={steps}, expected at least 1")
-        share = steps / config.total_steps
-        ends = [round(end * share) for end in accumulate(s.steps for s in config.stages)]
-        stages = tuple(
-            replace(stage, steps=max(1, end - start))
-            for stage, start, end in zip(config.stages, [0, *ends[:-1]], ends, strict=True)
-        )
-        config = replace(config, stages=stages)
+        config = _in_steps(steps, config)
     if batch_size is not None:
         config = replace(config, optim=replace(config.optim, batch_size=batch_size))
     if dtype is not None:

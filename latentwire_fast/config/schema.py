@@ -5,26 +5,49 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
-from latentwire_fast.config.base import PartSettings, Settings, require
-from latentwire_fast.registry import (
-    ADAPTERS,
-    ATTACHMENTS,
-    BOTTLENECKS,
-    ENCODERS,
-    OBJECTIVES,
-    POOLERS,
-    SCHEDULES,
-    Registry,
+from latentwire_fast.config.base import Settings, require
+from latentwire_fast.config.parts import (
+    BITS,
+    AdapterConfig,
+    AttachmentConfig,
+    BottleneckConfig,
+    Calibration,
+    EncoderConfig,
+    Mode,
+    ObjectiveConfig,
+    PoolerConfig,
+    ScheduleConfig,
 )
+from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS, OBJECTIVES, SCHEDULES
 
-Mode = Literal["context", "pure"]
-Calibration = Literal["none", "token", "example", "batch"]
-BITS = (16, 8, 6, 4)
+# Users of a configuration find all of it here, the settings of its parts with the rest.
+__all__ = [
+    "BITS",
+    "FACTS",
+    "AdapterConfig",
+    "AttachmentConfig",
+    "BottleneckConfig",
+    "Calibration",
+    "DataConfig",
+    "EncoderConfig",
+    "EvalConfig",
+    "Mode",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "PoolerConfig",
+    "ReaderConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "StageConfig",
+    "check_decoding",
+    "check_reader_name",
+]
+
 FACTS = range(1, 19)  # how many facts a passage of the testbed may hold
 
 
@@ -71,96 +94,6 @@ class ReaderConfig(Settings):
 
 
 @dataclass(frozen=True)
-class EncoderConfig(PartSettings):
-    """Text to latent: what the settings of every encoder have (`models/encoders/`).
-
-    Attributes:
-        latents, d_z: the latent is `[latents, d_z]`.
-    """
-
-    registry: ClassVar[Registry] = ENCODERS
-
-    latents: int = 12
-    d_z: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(1 <= self.latents <= 65535, f"latents={self.latents}, expected 1 to 65535")
-        require(1 <= self.d_z <= 65535, f"d_z={self.d_z}, expected 1 to 65535")
-
-    @property
-    def source(self) -> str | None:
-        """Where its pretrained LM comes from: a field of encoders that start from one, else
-        None."""
-        return None
-
-    @property
-    def selects_positions(self) -> bool:
-        """Whether its latents stand at positions of the text, which a stage has to teach it."""
-        return False
-
-    def with_source(self, source: str) -> EncoderConfig:
-        """A copy of these settings that starts from another LM.
-
-        Raises:
-            ConfigError: it starts from no LM.
-        """
-        require(
-            self.source is not None, f"encoder {self.kind!r} starts from no LM: leave out --encoder"
-        )
-        changes: dict[str, Any] = {"source": source}
-        return replace(self, **changes)
-
-    def allows(self, trained: EncoderConfig) -> bool:
-        """Whether a trained encoder is one that these settings ask for."""
-        return self == trained
-
-
-@dataclass(frozen=True)
-class PoolerConfig(PartSettings):
-    """An LM's hidden states to M latents (`models/poolers/`)."""
-
-    registry: ClassVar[Registry] = POOLERS
-
-
-@dataclass(frozen=True)
-class BottleneckConfig(PartSettings):
-    """The wire's precision: what the settings of every bottleneck have (`models/bottlenecks/`).
-
-    Attributes:
-        bits: per value of a payload, unless another width is asked for; 16 sends fp16 values.
-    """
-
-    registry: ClassVar[Registry] = BOTTLENECKS
-
-    bits: int = 6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.bits in BITS, f"bits={self.bits}, expected 16, 8, 6 or 4")
-
-
-@dataclass(frozen=True)
-class AdapterConfig(PartSettings):
-    """Latent to what is projected into a reader's embeddings (`models/adapters/`)."""
-
-    registry: ClassVar[Registry] = ADAPTERS
-
-
-@dataclass(frozen=True)
-class AttachmentConfig(PartSettings):
-    """Latent to something that one reader takes in (`models/attachments/`)."""
-
-    registry: ClassVar[Registry] = ATTACHMENTS
-
-    @property
-    def gives(self) -> str:
-        """The entry of a reader's inputs that it makes."""
-        place: str = self.registry.part_of(self).gives
-        return place
-
-
-@dataclass(frozen=True)
 class DataConfig(Settings):
     """Where examples come from.
 
@@ -186,43 +119,6 @@ class DataConfig(Settings):
         require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
         self.at_least_one("questions_per_context", "eval_examples")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig(PartSettings):
-    """How a number changes over the steps of a run or of a stage (`schedules/`)."""
-
-    registry: ClassVar[Registry] = SCHEDULES
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig(PartSettings):
-    """One thing that a stage trains on (`objectives/`).
-
-    Attributes:
-        weight: its factor in the stage's loss; with 0 it is computed and reported, not trained on.
-        modes: the modes that it has a meaning in.
-        teaches_positions: whether it teaches an encoder which positions become latents.
-    """
-
-    registry: ClassVar[Registry] = OBJECTIVES
-    modes: ClassVar[tuple[Mode, ...]] = ("context", "pure")
-    teaches_positions: ClassVar[bool] = False
-
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.weight >= 0, f"objective {self.kind!r}: weight={self.weight}, expected at least 0"
-        )
-
-    def check(self, run: RunConfig) -> None:
-        """Raise unless the rest of a run has what this objective needs.
-
-        Raises:
-            ConfigError: it has not; the message says what is missing.
-        """
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Interlingua(nn.Module):
     def select(
         self, contexts: Sequence[str], questions: Sequence[str] | None = None
     ) -> tuple[Tensor, Selection]:
-        """The same with the positions that the latents stand at (`Encoder.select`).
+        """Latents `[B, M, d_z]` and the positions that they stand at (`Encoder.select`).
 
         Raises:
             ConfigError: as `encode`, or the encoder selects no positions.
@@ -165,7 +165,7 @@ class Interlingua(nn.Module):
     def reader_inputs(
         self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
     ) -> ReaderInputs:
-        """What one reader is given in the latent's place.
+        """Inputs of one reader in the latent's place.
 
         Args:
             gain: see the attachments.

@@ -19,7 +19,7 @@ from latentwire_fast.prompts.builder import Prompt, PromptBuilder
 
 @dataclass(frozen=True)
 class LMFacts:
-    """What a pooler is built for.
+    """Facts of an LM that a pooler is built for.
 
     Attributes:
         latents: M.
@@ -43,7 +43,7 @@ class LMFacts:
     def of(
         cls, core: PreTrainedModel, prompts: PromptBuilder, *, latents: int, source: str
     ) -> LMFacts:
-        """Of an LM without its head."""
+        """The facts of an LM without its head."""
         weight_VD = cast(nn.Embedding, core.get_input_embeddings()).weight.detach()
         return cls(
             latents=latents,

@@ -1,12 +1,13 @@
 """Ragged prompts and latent prefixes to one padded batch, for readers and LM encoders alike.
 
-Shapes: B rows, T positions, D embedding width, N scored tokens, M prefix positions; a deep prefix
-`[L, 2, B or 1, H, P, d_head]` stands before them all, in the cache (`CacheFiller` puts it there).
+Shapes: B rows, T positions, D embedding width, N scored tokens, M prefix positions of a row, P
+those of all rows together. A deep prefix `[L, 2, B or 1, H, positions, d_head]` stands before them
+all, in the cache (`CacheFiller` puts it there).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,11 +56,11 @@ class PromptBatch:
 
     @property
     def deep_positions(self) -> int:
-        """P, how many positions the deep prefix takes."""
+        """The number of positions that the deep prefix takes."""
         return 0 if self.deep is None else self.deep.shape[4]
 
     def attention_mask(self) -> Tensor:
-        """1 at every position that may be read, `[B, P + T]` int64: the deep prefix comes first."""
+        """1 where a position may be read, int64 `[B, deep positions + T]`, the deep ones first."""
         before = self.mask_BT.new_ones(len(self.mask_BT), self.deep_positions)
         return torch.cat([before, self.mask_BT], 1).long()
 
@@ -91,62 +92,74 @@ def collate(
     """Pad prompts, with row i's prefix `[M_i, D]` before its `ids[latent_at]`.
 
     Args:
-        deep: a deep prefix, for the cache; the prompts' own positions count on from its P.
+        deep: a deep prefix, for the cache; the prompts' own positions count on behind it.
 
     Raises:
         ConfigError: a prompt with a latent place came without a prefix, or the other way round; a
             deep prefix for another number of prompts.
     """
-    sizes = [0] * len(prompts) if prefixes is None else [len(p) for p in prefixes]
-    given = prefixes is not None or deep is not None
-    if any((p.latent_at is None) == given for p in prompts):
+    _check_prefixes(prompts, has_prefix=prefixes is not None or deep is not None, deep=deep)
+    sizes_B = [0] * len(prompts) if prefixes is None else [len(prefix) for prefix in prefixes]
+    lengths_B = [len(p.ids) + size for p, size in zip(prompts, sizes_B, strict=True)]
+    width = max(lengths_B)  # T
+    ids_BT = torch.full((len(prompts), width), pad_id)
+    mask_BT = torch.zeros(len(prompts), width, dtype=torch.bool)
+    scored: list[tuple[int, int, int, int]] = []  # N of (row, column, label, step)
+    places: list[tuple[int, int]] = []  # P of (row, column)
+    for b, (prompt, size, length) in enumerate(zip(prompts, sizes_B, lengths_B, strict=True)):
+        start = width - length if side == "left" else 0
+        at = prompt.latent_at or 0
+        # Column of each of the prompt's ids: those from `latent_at` on stand behind the prefix.
+        columns = [start + i + (size if i >= at else 0) for i in range(len(prompt.ids))]
+        ids_BT[b, columns] = torch.tensor(prompt.ids, dtype=torch.long)
+        mask_BT[b, start : start + length] = True
+        places += [(b, start + at + j) for j in range(size)]
+        scored += [(b, column, label, step) for column, label, step in _scored(prompt, columns)]
+    device = embedding.weight.device
+    ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+    rows_N, cols_N, labels_N, step_N = _columns(scored, count=4, device=device).unbind(1)
+    places_P2 = _columns(places, count=2, device=device)
+    embeds_BTD = None
+    if prefixes is not None:
+        flat_PD = prefixes.flatten(0, 1) if isinstance(prefixes, Tensor) else torch.cat([*prefixes])
+        embeds_BTD = embedding(ids_BT)
+        embeds_BTD = embeds_BTD.index_put(places_P2.unbind(1), flat_PD.to(embeds_BTD))
+    first = 0 if deep is None else deep.shape[4]  # the position of a prompt's first token
+    return PromptBatch(
+        ids_BT=ids_BT,
+        embeds_BTD=embeds_BTD,
+        mask_BT=mask_BT,
+        positions_BT=first + (mask_BT.long().cumsum(1) - 1).clamp(min=0),
+        rows_N=rows_N,
+        cols_N=cols_N,
+        labels_N=labels_N,
+        step_N=step_N,
+        places_P2=places_P2,
+        side=side,
+        deep=deep,
+    )
+
+
+def _check_prefixes(prompts: Sequence[Prompt], *, has_prefix: bool, deep: Tensor | None) -> None:
+    """Raise unless prompts have latent places where there are prefixes, and nowhere else."""
+    if any((p.latent_at is None) == has_prefix for p in prompts):
         raise ConfigError(
             "prefixes and prompts do not match: a prompt built with `latent=` needs a prefix, "
             "a text prompt takes none"
         )
     if deep is not None and deep.shape[2] not in (1, len(prompts)):
         raise ConfigError(f"a deep prefix for {deep.shape[2]} prompts, but {len(prompts)} prompts")
-    lengths = [len(p.ids) + m for p, m in zip(prompts, sizes, strict=True)]
-    width = max(lengths)
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-    scored: list[tuple[int, int, int, int]] = []
-    places: list[tuple[int, int]] = []
-    for b, (prompt, m, length) in enumerate(zip(prompts, sizes, lengths, strict=True)):
-        start = width - length if side == "left" else 0
-        at = prompt.latent_at or 0
-        columns = [start + i + (m if i >= at else 0) for i in range(len(prompt.ids))]
-        ids[b, columns] = torch.tensor(prompt.ids, dtype=torch.long)
-        mask[b, start : start + length] = True
-        places += [(b, start + at + j) for j in range(m)]
-        step = 0
-        for i, is_target in enumerate(prompt.is_target):
-            step = step if is_target else 0
-            if is_target:
-                scored.append((b, columns[i] - 1, prompt.ids[i], step))
-                step += 1
-    device = embedding.weight.device
-    rows, cols, labels, steps = (
-        torch.tensor(scored, dtype=torch.long, device=device).view(-1, 4).unbind(1)
-    )
-    ids, mask = ids.to(device), mask.to(device)
-    where = torch.tensor(places, dtype=torch.long, device=device).view(-1, 2)
-    embeds = None
-    if prefixes is not None:
-        flat = prefixes.flatten(0, 1) if isinstance(prefixes, Tensor) else torch.cat([*prefixes])
-        embeds = embedding(ids)
-        embeds = embeds.index_put((where[:, 0], where[:, 1]), flat.to(embeds))
-    first = 0 if deep is None else deep.shape[4]
-    return PromptBatch(
-        ids_BT=ids,
-        embeds_BTD=embeds,
-        mask_BT=mask,
-        positions_BT=first + (mask.long().cumsum(1) - 1).clamp(min=0),
-        rows_N=rows,
-        cols_N=cols,
-        labels_N=labels,
-        step_N=steps,
-        places_P2=where,
-        side=side,
-        deep=deep,
-    )
+
+
+def _scored(prompt: Prompt, columns: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Per target token: the column that predicts it, its id, and its index within its answer."""
+    step = 0
+    for i, is_target in enumerate(prompt.is_target):
+        if is_target:
+            yield columns[i] - 1, prompt.ids[i], step
+        step = step + 1 if is_target else 0
+
+
+def _columns(rows: Sequence[tuple[int, ...]], *, count: int, device: torch.device) -> Tensor:
+    """Rows of `count` integers each as a tensor, which may be empty."""
+    return torch.tensor(rows, dtype=torch.long, device=device).view(-1, count)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from latentwire_fast.config.schema import Mode
 from latentwire_fast.errors import ConfigError
 
-Mode = Literal["context", "pure"]
 ANCHOR = "Answer:"
 CONTEXT_LABEL = "Context:"
 _USER, _ASSISTANT, _NEXT_USER = "LWUSERTEXT", "LWASSISTANTTEXT", "LWNEXTUSERTEXT"

@@ -5,11 +5,11 @@
     filler.fill(cache, prefix_L2BHPD=prefix, batch_size=8)
     reader_model(inputs_embeds=embeddings, past_key_values=cache)
 
-The layers of a `DynamicCache` become views of what `placement.py` moved: nothing is copied for
+The layers of a `DynamicCache` become views of what `kv_placement.py` moved: nothing is copied for
 them. A `StaticCache` that was never used gets one block of memory per device, and takes any number
 of prefixes in one copy per device.
 
-Shapes: see `placement.py`.
+Shapes: see `kv_placement.py`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from latentwire_fast.wire import Header
 
 @dataclass(frozen=True)
 class Shape:
-    """What one captured graph can serve; M and the deep prefix are the receiver's.
+    """The shape that one captured graph can serve; M and the deep prefix are the receiver's.
 
     Attributes:
         payloads: 0 for text, 1 for one that all rows read, or B.
@@ -52,7 +52,7 @@ class Batch:
 
     @property
     def shape(self) -> Shape:
-        """What a graph for this batch must have been captured for."""
+        """The shape that a graph for this batch must have been captured for."""
         rows, width = self.layout.ids_BT.shape
         if self.parcel is None:
             return Shape(0, rows, width)

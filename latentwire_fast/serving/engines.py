@@ -49,7 +49,7 @@ def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
 
 
 def why_no_graph(reader: Reader) -> str | None:
-    """What keeps a reader from being captured as a CUDA graph; None where nothing does."""
+    """The reason why a reader cannot be captured as a CUDA graph; None where it can."""
     devices = _devices(reader)
     if len(devices) > 1 or reader.device.type != "cuda":
         return f"a graph needs all of it on one CUDA device, and it is on {devices}"

@@ -28,7 +28,7 @@ from latentwire_fast.wire import Header
 
 
 class ForwardPass:
-    """What the engines run, op by op, compiled, or captured.
+    """The forward pass that engines run op by op, compiled, or captured.
 
     Args:
         parts: what was trained for the reader; None where only text and embeddings are read.
@@ -44,7 +44,7 @@ class ForwardPass:
         self._compiled = torch.compile(reader.backbone, dynamic=True) if compiled else None
 
     def soft_tokens(self, parcel: Parcel) -> int:
-        """How many of a prompt's columns payloads take."""
+        """The number of columns that a payload takes in a prompt."""
         assert self.parts is not None
         return 0 if self.parts.adapter is None else parcel.header.latents
 

@@ -209,5 +209,5 @@ class PassCache:
 
     @property
     def shapes(self) -> Sequence[Shape]:
-        """What is captured, least recently used first."""
+        """The captured shapes, least recently used first."""
         return list(self._passes)

@@ -1,4 +1,4 @@
-"""What a prefill is given: prompts laid out as arrays, and one block of bytes that holds them all.
+"""The input of a prefill: prompts laid out as arrays, and one block of bytes that holds them all.
 
 Shapes: B rows, T columns, R payloads, M soft tokens of each.
 """

@@ -1,4 +1,4 @@
-"""How a receiver works: its engine, its memory, the strength of its prefixes."""
+"""Options of a receiver: its engine, its memory, the strength of its prefixes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from latentwire_fast.wire.payload import split_bodies
 
 @dataclass(frozen=True)
 class Parcel:
-    """Payloads of one layout whose header, length and CRC are right.
+    """Payloads of one layout whose header, length and CRC are correct.
 
     Attributes:
         header: of each.
@@ -56,7 +56,7 @@ class Parcel:
 
 @dataclass(frozen=True)
 class PayloadKind:
-    """What payloads a receiver was made for."""
+    """The kind of payloads that a receiver was made for."""
 
     latents: int
     d_z: int

@@ -1,4 +1,4 @@
-"""What a prefill leaves: the first token's logits, and a cache to decode from.
+"""The result of a prefill: the first token's logits, and a cache to decode from.
 
 Shapes: B rows, T columns of the padded prompts, P deep positions before them, N columns of the
 cache, V vocabulary.

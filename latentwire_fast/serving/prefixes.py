@@ -20,7 +20,7 @@ from latentwire_fast.wire.payload import dequantize
 
 
 class TrainedParts:
-    """What was trained for one reader, in that reader's dtype.
+    """The trained parts of one reader, in that reader's dtype.
 
     Args:
         adapter, deep_prefix: see `Receiver`. Of another dtype than the reader's, they are copied.

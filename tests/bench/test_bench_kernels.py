@@ -185,7 +185,9 @@ def test_large_cases_are_made_without_memory() -> None:
     page = tables.prediction_table(cases)
     assert page.count("\n") == len(cases) + 1
     documents = (processes.ROOT / "docs" / "kernels.md").read_text()
-    assert page in documents, "write anew what `python bench/gpu_kernels.py --predict` prints"
+    assert page in documents, (
+        "write anew what `python -m bench.kernels.gpu_kernels --predict` prints"
+    )
 
 
 # --- The gate -------------------------------------------------------------------------------------

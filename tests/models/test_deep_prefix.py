@@ -217,10 +217,10 @@ def test_positions_and_parts_follow_the_configuration(model: Interlingua) -> Non
     both = len(model.attachment_configs) == 2
     assert model.positions == (2 * M if both else M)
     assert set(model.parts("llama")) == {"deep"} | ({"soft"} if both else set())
-    given = model.reader_inputs("llama", torch.randn(2, M, D_Z))
-    assert given["prefixes"].shape[:2] == (2, M if both else 0)
-    assert given["deep"] is not None
-    assert given["deep"].shape[2] == 2
+    reader_inputs = model.reader_inputs("llama", torch.randn(2, M, D_Z))
+    assert reader_inputs["prefixes"].shape[:2] == (2, M if both else 0)
+    assert reader_inputs["deep"] is not None
+    assert reader_inputs["deep"].shape[2] == 2
     assert set(model.prefix_rms("llama", torch.randn(2, M, D_Z))) >= {"keys", "values"}
 
 

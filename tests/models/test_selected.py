@@ -125,9 +125,9 @@ def test_attention_is_what_eager_attention_reports(reader: Reader, prompts: list
             ).attentions
         finally:
             reader.model.set_attn_implementation(before)
-        paid = sum(layer[0, :, asking].sum((0, 1)) for layer in attentions)
+        expected = sum(layer[0, :, asking].sum((0, 1)) for layer in attentions)
         found = seen.attention_BT[row]
-        torch.testing.assert_close(found[: len(prompt.ids)], paid, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[: len(prompt.ids)], expected, rtol=1e-4, atol=1e-5)
         assert not found[len(prompt.ids) :].any(), "nothing looks at padding"
 
 
@@ -160,9 +160,9 @@ def test_places_go_to_the_token_with_the_same_last_character() -> None:
 
 def test_attention_goes_along_and_that_to_the_question_is_left_out() -> None:
     own, others = [3, 5, 9, 12], [2, 5, 6, 12, 14, 16]
-    paid = torch.tensor([[1.0, 2.0, 4.0, 8.0, 100.0, 100.0, 100.0]])
+    attention_BT = torch.tensor([[1.0, 2.0, 4.0, 8.0, 100.0, 100.0, 100.0]])
     scores = torch.tensor([[0.0, 0.0, 0.0, -torch.inf]])
-    shares = move_attention(paid, [(own, others)], scores)
+    shares = move_attention(attention_BT, [(own, others)], scores)
     torch.testing.assert_close(shares, torch.tensor([[1.0, 2.0, 4.0, 0.0]]) / 7)
 
 
@@ -233,10 +233,10 @@ def test_matching_is_the_squared_error_to_the_readers_own(
             rows.append((own, reader.prompts.text_ends(full_text(item.context, question))))
         texts = [reader.prompts.build(item.turns, context=item.context) for item in items]
         places = start + move_places(selection.places_BM, rows)
-        kept = observe(reader, texts).keys_values(places)
-        monkeypatch.setattr(model, "deep_prefix", lambda *_, made=0.5 * kept, **__: made)
+        target = observe(reader, texts).keys_values(places)
+        monkeypatch.setattr(model, "deep_prefix", lambda *_, half=0.5 * target, **__: half)
         rms = torch.tensor(model.cards[name].kv.rms)
-        wanted = (0.25 * kept.pow(2).mean((2, 3, 4, 5)) / rms.pow(2)).mean().item() * len(items)
+        wanted = (0.25 * target.pow(2).mean((2, 3, 4, 5)) / rms.pow(2)).mean().item() * len(items)
         prepared = objectives.prepare(items, MATCH, [name])
         found = objectives.compute(prepared, MATCH, total_counts(prepared)).sums["kv", name].item()
         assert found == pytest.approx(wanted, rel=1e-4)

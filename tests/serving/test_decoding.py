@@ -32,7 +32,7 @@ def first_logits(
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("kind", ["text", "prefix"])
-def test_d2_predictions_are_those_of_single_rows_at_any_batch_size(
+def test_predictions_are_those_of_single_rows_at_any_batch_size(
     reader: Reader, examples: list[Example], kind: str
 ) -> None:
     prompts, prefixes = inputs(reader, examples, kind, answered=False)

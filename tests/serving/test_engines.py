@@ -139,10 +139,10 @@ def test_a_ragged_batch_of_texts_is_each_text_alone(
 def alone(model: Interlingua, reader: Reader, payload: bytes, prompt: Prompt) -> list[int]:
     """Greedy tokens of one row, each from a pass over everything before it, with the deep prefix
     in transformers' own cache of the model."""
-    given = model.reader_inputs(reader.name, model.decode_payloads([payload]))
-    at, deep = prompt.latent_at, given["deep"]
+    reader_inputs = model.reader_inputs(reader.name, model.decode_payloads([payload]))
+    at, deep = prompt.latent_at, reader_inputs["deep"]
     embeds_TD = reader.embedding(torch.tensor(prompt.ids))
-    embeds = torch.cat([embeds_TD[:at], given["prefixes"][0], embeds_TD[at:]])[None]
+    embeds = torch.cat([embeds_TD[:at], reader_inputs["prefixes"][0], embeds_TD[at:]])[None]
     ids: list[int] = []
     for _ in range(NEW_TOKENS):
         cache = DynamicCache(config=reader.model.config)
@@ -323,12 +323,12 @@ def test_a_gain_scales_soft_tokens_and_the_values_of_a_deep_prefix(
     model = make_model(reader, prefix, kind=kind)
     payloads, prompts = random_payloads(model), asking(reader, ["Who?", "Where?", "What is it?"])
     receiver = Receiver.of(model, reader, options=ReceiverOptions(prefix_gain=2.5))
-    given = model.reader_inputs(reader.name, model.decode_payloads(payloads), gain=2.5)
+    reader_inputs = model.reader_inputs(reader.name, model.decode_payloads(payloads), gain=2.5)
     with torch.no_grad():
-        batch = reader.collate(prompts, **given)
+        batch = reader.collate(prompts, **reader_inputs)
         cache = DynamicCache()
-        if given["deep"] is not None:
-            for number, (keys, values) in enumerate(given["deep"]):
+        if reader_inputs["deep"] is not None:
+            for number, (keys, values) in enumerate(reader_inputs["deep"]):
                 cache.update(keys, values, number)
         hidden = reader.backbone(**batch.model_inputs(), past_key_values=cache).last_hidden_state
         rows = torch.arange(len(prompts))

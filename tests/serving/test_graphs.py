@@ -1,5 +1,5 @@
 """What is shared by captured passes: the order of their replays, and a process that survives one
-that fails. CUDA is stood in for; the graphs themselves are tested on a GPU in `test_prefill.py`."""
+that fails. CUDA is replaced here; `test_receiver.py` tests the graphs themselves on a GPU."""
 
 from __future__ import annotations
 

@@ -54,13 +54,13 @@ def plain_path(
 ) -> tuple[Tensor, list[int]]:
     """First logits and greedy tokens of one row, by transformers alone: no batch, no padding, and
     keys and values put into the cache layer by layer."""
-    received = model.reader_inputs(reader.name, model.decode_payloads([payload]))
+    reader_inputs = model.reader_inputs(reader.name, model.decode_payloads([payload]))
     at = prompt.latent_at
     assert isinstance(at, int)
     embeds_TD = reader.embedding(torch.tensor(prompt.ids))
-    embeds = torch.cat([embeds_TD[:at], received["prefixes"][0], embeds_TD[at:]])[None]
+    embeds = torch.cat([embeds_TD[:at], reader_inputs["prefixes"][0], embeds_TD[at:]])[None]
     cache = DynamicCache(config=reader.model.config)
-    if (deep := received["deep"]) is not None:
+    if (deep := reader_inputs["deep"]) is not None:
         for number, (keys, values) in enumerate(deep):
             cache.update(keys, values, number)
     output = reader.model(
@@ -347,9 +347,9 @@ def test_each_row_ends_where_the_table_of_positions_does(
     alone = [receiver.generate([prompt], options=options)[0] for prompt in prompts]
     assert [len(ids) for ids in alone] == [3, 10]
     assert receiver.generate(prompts, options=options) == alone
-    said = [r.message for r in caplog.records if "an answer was cut" in r.message]
-    assert len(said) == 1
-    assert "reader 'gpt2' has a table of 64 positions" in said[0]
+    warnings = [r.message for r in caplog.records if "an answer was cut" in r.message]
+    assert len(warnings) == 1
+    assert "reader 'gpt2' has a table of 64 positions" in warnings[0]
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -763,12 +763,12 @@ def test_a_capture_that_fails_costs_itself_alone(
     model, eager, graph = eager_and_graph(reader, "soft")
     payloads, prompts = random_payloads(model), asking(reader, QUESTIONS)
     stream = torch.cuda.current_stream()
-    head, right = reader.head, reader.head.forward
+    head, forward = reader.head, reader.head.forward
 
     def synchronising(hidden_BD: Tensor) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             hidden_BD.sum().item()
-        return right(hidden_BD)
+        return forward(hidden_BD)
 
     with monkeypatch.context() as patch:
         patch.setattr(head, "forward", synchronising)

@@ -1,6 +1,6 @@
 """Checkpoints survive crashes, damage and full disks, and restore every bit.
 
-The ids in test names are those of the reliability requirements.
+The short ids are those of docs/guarantees.md.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def crashing(at: int, when: str, log: Path) -> Callable[[str, Path, Callable[[],
     return around
 
 
-def test_c1_what_is_renamed_is_on_disk_and_nothing_is_deleted_before(
+def test_what_is_renamed_is_on_disk_and_nothing_is_deleted_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No test can cut the power; the order of the steps is what holds then."""
@@ -247,7 +247,7 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_c1_crash_at_every_disk_step(in_script: InScript, memory_path: Path) -> None:
+def test_crash_at_every_disk_step(in_script: InScript, memory_path: Path) -> None:
     (memory_path / "root").mkdir()
     result = in_script(case_crash, memory_path / "root")
     assert set(result["seen"]) == {f"{s} {when}" for s in STEPS for when in ("torn", "after")}
@@ -285,7 +285,7 @@ def case_kill(root: Path) -> dict:
     return {"rounds": rounds, "in_save": in_save, "last": step}
 
 
-def test_c2_sigkill_at_random_instants(in_script: InScript, tmp_path: Path) -> None:
+def test_sigkill_at_random_instants_loses_nothing(in_script: InScript, tmp_path: Path) -> None:
     result = in_script(case_kill, tmp_path)
     assert result["rounds"] == 20
     assert result["in_save"] >= 5, "too few kills fell into a save"
@@ -299,7 +299,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.j
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_c4_every_truncation_and_flipped_byte_is_detected(tmp_path: Path, name: str) -> None:
+def test_every_truncation_and_flipped_byte_is_detected(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 1)
     rng = random.Random(0)
     intact = (path / name).read_bytes()
@@ -318,7 +318,7 @@ def test_c4_every_truncation_and_flipped_byte_is_detected(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_c4_latest_falls_back_with_a_warning(
+def test_latest_falls_back_with_a_warning(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
@@ -334,7 +334,7 @@ def test_c4_latest_falls_back_with_a_warning(
 
 
 @pytest.mark.parametrize("change", ["missing", "superfluous", "renamed"])
-def test_c4_the_set_of_files_is_checked(tmp_path: Path, change: str) -> None:
+def test_the_set_of_files_is_checked(tmp_path: Path, change: str) -> None:
     path = save(tmp_path, 1)
     if change == "missing":
         (path / "model.safetensors").unlink()
@@ -346,7 +346,7 @@ def test_c4_the_set_of_files_is_checked(tmp_path: Path, change: str) -> None:
         verify_checkpoint(path)
 
 
-def test_c4_all_damaged_is_an_error(tmp_path: Path) -> None:
+def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     for step in (1, 2):
         (save(tmp_path, step) / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged"):
@@ -365,14 +365,14 @@ def test_c4_all_damaged_is_an_error(tmp_path: Path) -> None:
         "[" * 10**5,
     ],
 )
-def test_c4_strange_manifests(tmp_path: Path, text: str) -> None:
+def test_strange_manifests(tmp_path: Path, text: str) -> None:
     path = save(tmp_path, 1)
     (path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError):
         load_checkpoint(path)
 
 
-def test_c4_an_overlong_manifest_is_not_read(tmp_path: Path) -> None:
+def test_an_overlong_manifest_is_not_read(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     with (path / "manifest.json").open("wb") as file:
         file.truncate(1 << 40)
@@ -398,7 +398,7 @@ def test_c4_an_overlong_manifest_is_not_read(tmp_path: Path) -> None:
         ("rename", errno.EACCES, 1),
     ],
 )
-def test_c5_a_refusing_disk_raises_and_leaves_the_old(
+def test_a_refusing_disk_raises_and_leaves_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, nth: int, existing: int
 ) -> None:
     old = save(tmp_path, existing)
@@ -411,7 +411,7 @@ def test_c5_a_refusing_disk_raises_and_leaves_the_old(
     assert load_mark(save(tmp_path, 2, mark=20)) == (2, 20)
 
 
-def test_c5_failing_second_rename_of_a_replacement_puts_the_old_back(
+def test_failing_second_rename_of_a_replacement_puts_the_old_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path, 1)
@@ -423,7 +423,7 @@ def test_c5_failing_second_rename_of_a_replacement_puts_the_old_back(
 
 
 @pytest.mark.parametrize("existing", [1, 2], ids=["next", "replace"])
-def test_c5_a_failing_last_sync_raises_and_something_complete_loads(
+def test_a_failing_last_sync_raises_and_something_complete_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: int
 ) -> None:
     """The new checkpoint is in place, but nobody may rely on it: the caller learns, both load."""
@@ -437,7 +437,7 @@ def test_c5_a_failing_last_sync_raises_and_something_complete_loads(
     assert load_mark(tmp_path / old) == (existing, existing)
 
 
-def test_c5_an_undeletable_old_checkpoint_is_a_warning(
+def test_an_undeletable_old_checkpoint_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
@@ -465,7 +465,7 @@ def case_limit(root: Path) -> dict:
     return {"status": status, "loads": load_mark(root), "files": [p.name for p in root.iterdir()]}
 
 
-def test_c5_a_real_limit_of_the_kernel(in_script: InScript, tmp_path: Path) -> None:
+def test_a_real_limit_of_the_kernel(in_script: InScript, tmp_path: Path) -> None:
     result = in_script(case_limit, tmp_path)
     assert result == {"status": CRASHED, "loads": [1, 1], "files": ["step-00000001"]}
 
@@ -494,7 +494,7 @@ def case_read_only(root: Path) -> dict:
     return {"status": status, "loads": load_mark(root), "files": [p.name for p in root.iterdir()]}
 
 
-def test_c5_a_real_read_only_folder(in_script: InScript, tmp_path: Path) -> None:
+def test_a_real_read_only_folder(in_script: InScript, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     result = in_script(case_read_only, folder)
@@ -516,7 +516,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_s2_a_disguised_pickle_is_rejected_and_not_run(tmp_path: Path, how: str) -> None:
+def test_a_disguised_pickle_is_rejected_and_not_run(tmp_path: Path, how: str) -> None:
     effect = tmp_path / "effect"
     path = save(tmp_path, 1)
     model = path / "model.safetensors"

@@ -18,7 +18,7 @@ from latentwire_fast.training.accumulation import MicroLoss, is_out_of_memory, r
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard, SpikeGuard
 from latentwire_fast.training.optimizer_state import optimizer_state
 
-# --- N1 -----------------------------------------------------------------------------------------
+# --- N1: non-finite values ----------------------------------------------------------------------
 
 
 class Run:
@@ -59,9 +59,7 @@ class Run:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["poison_loss", "poison_gradient"])
-def test_n1_nothing_non_finite_reaches_the_optimiser(
-    tmp_path: Path, where: str, value: float
-) -> None:
+def test_nothing_non_finite_reaches_the_optimiser(tmp_path: Path, where: str, value: float) -> None:
     run = Run(tmp_path)
     for number in (1, 2):
         run.step(number)
@@ -81,13 +79,13 @@ def test_n1_nothing_non_finite_reaches_the_optimiser(
         assert report["parameters_with_nonfinite_gradients"] == ["2.weight"]
 
 
-def test_n1_a_huge_finite_gradient_passes(tmp_path: Path) -> None:
+def test_a_huge_finite_gradient_passes(tmp_path: Path) -> None:
     """Its square overflows fp32, so a guard on the 2-norm would stop the run."""
     Run(tmp_path).step(1, poison_gradient=3e38)
     assert not (tmp_path / "nonfinite.json").exists()
 
 
-def test_n1_a_full_disk_does_not_hide_the_reason(
+def test_a_full_disk_does_not_hide_the_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(tmp_path / "missing folder")
@@ -106,7 +104,7 @@ class ReadsOfValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_n1_one_host_synchronisation_per_step(tmp_path: Path) -> None:
+def test_one_host_synchronisation_per_step(tmp_path: Path) -> None:
     run = Run(tmp_path)
     loss = run.net(torch.randn(4, 16)).square().mean()
     loss.backward()
@@ -116,7 +114,7 @@ def test_n1_one_host_synchronisation_per_step(tmp_path: Path) -> None:
     assert reads.count == 1
 
 
-# --- O1 -----------------------------------------------------------------------------------------
+# --- O1: out of memory --------------------------------------------------------------------------
 
 Row = tuple[Tensor, int]
 
@@ -157,7 +155,7 @@ class Memory:
         return torch.cat(grads), result.loss, result.micro_batch
 
 
-def test_o1_out_of_memory_halves_the_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_halves_the_micro_batch(caplog: pytest.LogCaptureFixture) -> None:
     rows = batch(8)
     whole, whole_loss, _ = Memory(fits=8).gradient(rows, 8)
     small = Memory(fits=4)
@@ -169,7 +167,7 @@ def test_o1_out_of_memory_halves_the_micro_batch(caplog: pytest.LogCaptureFixtur
     assert "micro-batches of 4" in caplog.text
 
 
-def test_o1_a_failure_in_mid_accumulation_leaves_no_gradient_behind() -> None:
+def test_a_failure_in_mid_accumulation_leaves_no_gradient_behind() -> None:
     rows = batch(24)
     whole, _, _ = Memory(fits=24).gradient(rows, 24)
     late = Memory(fits=4, at_call=3)
@@ -185,7 +183,7 @@ def test_o1_a_failure_in_mid_accumulation_leaves_no_gradient_behind() -> None:
     (7, 8, 3, [7, 3, 3, 1]),
     (5, 64, 1, [5, 2, 1, 1, 1, 1, 1]),
 ])  # fmt: skip
-def test_o1_odd_sizes(size: int, micro: int, fits: int, calls: list[int]) -> None:
+def test_odd_sizes(size: int, micro: int, fits: int, calls: list[int]) -> None:
     rows = batch(size)
     whole, _, _ = Memory(fits=size).gradient(rows, size)
     small = Memory(fits=fits)
@@ -194,7 +192,7 @@ def test_o1_odd_sizes(size: int, micro: int, fits: int, calls: list[int]) -> Non
     assert (gradient - whole).abs().max() <= 1e-6
 
 
-def test_o1_a_real_allocation_failure_is_recognised() -> None:
+def test_a_real_allocation_failure_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
@@ -204,7 +202,7 @@ def test_o1_a_real_allocation_failure_is_recognised() -> None:
 
 
 @pytest.mark.gpu
-def test_o1_a_real_gpu_out_of_memory_is_retried() -> None:
+def test_a_real_gpu_out_of_memory_is_retried() -> None:
     weight = nn.Parameter(torch.ones(1, device="cuda"))
     total = torch.cuda.get_device_properties(0).total_memory
     sizes = []
@@ -222,12 +220,12 @@ def test_o1_a_real_gpu_out_of_memory_is_retried() -> None:
     assert weight.grad.item() == pytest.approx(1.0)
 
 
-def test_o1_one_example_that_does_not_fit_ends_the_run() -> None:
+def test_one_example_that_does_not_fit_ends_the_run() -> None:
     with pytest.raises(TrainingError, match="one example per forward pass"):
         Memory(fits=0).gradient(batch(4), 8)
 
 
-def test_o1_other_errors_pass_through() -> None:
+def test_other_errors_pass_through() -> None:
     def broken(_: Sequence[int]) -> MicroLoss:
         raise RuntimeError("shapes do not match")
 
@@ -269,7 +267,7 @@ def test_the_divisor_sees_the_weight_and_backward_is_the_callers() -> None:
     assert weight.grad.item() == pytest.approx(6 / 12)
 
 
-# --- N3 -----------------------------------------------------------------------------------------
+# --- N3: frozen modules -------------------------------------------------------------------------
 
 
 def frozen_pair() -> dict[str, nn.Module]:
@@ -279,7 +277,7 @@ def frozen_pair() -> dict[str, nn.Module]:
     return modules
 
 
-def test_n3_untouched_readers_pass() -> None:
+def test_untouched_readers_pass() -> None:
     modules = frozen_pair()
     guard = FrozenGuard(modules)
     adapter = nn.Linear(4, 4)
@@ -294,7 +292,7 @@ def test_n3_untouched_readers_pass() -> None:
     assert guard.digests["llama"] == parameter_digest(modules["llama"].named_parameters())
 
 
-def test_n3_a_changed_bit_is_noticed() -> None:
+def test_a_changed_bit_is_noticed() -> None:
     modules = frozen_pair()
     guard = FrozenGuard(modules)
     bias = modules["qwen"].get_parameter("bias")
@@ -303,7 +301,7 @@ def test_n3_a_changed_bit_is_noticed() -> None:
         guard.verify()
 
 
-def test_n3_a_gradient_is_noticed() -> None:
+def test_a_gradient_is_noticed() -> None:
     modules = frozen_pair()
     guard = FrozenGuard(modules)
     modules["llama"].requires_grad_(True)
@@ -312,7 +310,7 @@ def test_n3_a_gradient_is_noticed() -> None:
         guard.verify()
 
 
-def test_n3_a_trainable_reader_is_refused() -> None:
+def test_a_trainable_reader_is_refused() -> None:
     modules = frozen_pair()
     modules["qwen"].get_parameter("bias").requires_grad_(True)
     with pytest.raises(TrainingError, match=r"qwen is not frozen: 1 trainable .* bias"):

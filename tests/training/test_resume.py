@@ -110,12 +110,12 @@ def crash() -> None:
     raise Crash
 
 
-# --- C3 -----------------------------------------------------------------------------------------
+# --- C3: stopping and going on, bit for bit -----------------------------------------------------
 
 
 @pytest.mark.parametrize("save_every", [1, 2])
 @pytest.mark.parametrize("step", [0, 3, 4], ids=["first", "middle", "last but one"])
-def test_c3_resuming_is_bit_exact(
+def test_resuming_is_bit_exact(
     plain: Uninterrupted, tmp_path: Path, step: int, save_every: int
 ) -> None:
     """Stopped between the two micro-batches of a step; with `save_every=2` a step is done again.
@@ -137,7 +137,7 @@ def test_c3_resuming_is_bit_exact(
     assert_the_same_run(trainer, plain, tmp_path)
 
 
-def test_c3_an_epoch_ends_within_a_batch(plain: Uninterrupted) -> None:
+def test_an_epoch_ends_within_a_batch(plain: Uninterrupted) -> None:
     """What the file's case is for: data order across epochs, and a batch that spans two."""
     if plain.config.data.source == "testbed":
         assert len({name for batch in plain.batches for name in batch}) == 6 * 4
@@ -151,7 +151,7 @@ def test_c3_an_epoch_ends_within_a_batch(plain: Uninterrupted) -> None:
     assert epochs[0] != epochs[1], "each epoch has its own order"
 
 
-def test_c3_stopped_again_and_again(plain: Uninterrupted, tmp_path: Path) -> None:
+def test_stopped_again_and_again(plain: Uninterrupted, tmp_path: Path) -> None:
     config = changed(plain.config, save_every=1)
     for process in range(6):
         with pytest.MonkeyPatch.context() as patch:
@@ -296,7 +296,7 @@ def test_a_crash_while_the_model_is_saved(plain: Uninterrupted, tmp_path: Path, 
     assert not (tmp_path / "model.tmp").exists()
 
 
-# --- C2 -----------------------------------------------------------------------------------------
+# --- C2: kills at any instant -------------------------------------------------------------------
 
 
 def reporting(descriptor: int) -> None:
@@ -377,7 +377,7 @@ def case_kill(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_c2_sigkill_at_random_instants(
+def test_sigkill_at_random_instants_loses_nothing(
     llama_folder: Path, tmp_path: Path, in_script: InScript, kills: int
 ) -> None:
     """Nothing that was saved is lost, and in the end the run is the one nobody disturbed."""

@@ -80,10 +80,10 @@ def plain(
     return run_dir, training_state(trainer), records(run_dir)
 
 
-# --- D1 and what a run writes -------------------------------------------------------------------
+# --- D1: the same bits again; what a run writes -------------------------------------------------
 
 
-def test_d1_the_same_seed_gives_the_same_bits(
+def test_the_same_seed_gives_the_same_bits(
     config: RunConfig, plain: tuple[Path, dict, list], tmp_path: Path
 ) -> None:
     run_dir, state, lines = plain
@@ -93,7 +93,7 @@ def test_d1_the_same_seed_gives_the_same_bits(
     assert model_digest(tmp_path / "again") == model_digest(run_dir)
 
 
-def test_d1_another_seed_gives_other_bits(
+def test_another_seed_gives_other_bits(
     config: RunConfig, plain: tuple[Path, dict, list], tmp_path: Path
 ) -> None:
     train(changed(config, seed=1), tmp_path)
@@ -233,7 +233,7 @@ def test_a_file_is_trained_on_in_epochs_with_cached_teachers(
     assert cache.hits == asked - cache.misses
 
 
-# --- N1 -----------------------------------------------------------------------------------------
+# --- N1: non-finite values ----------------------------------------------------------------------
 
 
 def poison(
@@ -258,7 +258,7 @@ def poison(
     [(Reader, "target_hidden"), (SoftPrompt, "forward")],
     ids=["reader", "adapter"],
 )
-def test_n1_a_nan_stops_the_run_before_the_optimiser(
+def test_a_nan_stops_the_run_before_the_optimiser(
     config: RunConfig,
     plain: tuple[Path, dict, list],
     tmp_path: Path,
@@ -291,10 +291,10 @@ def test_n1_a_nan_stops_the_run_before_the_optimiser(
     assert model_digest(tmp_path) == model_digest(plain[0])
 
 
-# --- N3 -----------------------------------------------------------------------------------------
+# --- N3: frozen readers -------------------------------------------------------------------------
 
 
-def test_n3_readers_are_the_same_before_and_after(config: RunConfig, tmp_path: Path) -> None:
+def test_readers_are_the_same_before_and_after(config: RunConfig, tmp_path: Path) -> None:
     before = {n: Reader.from_config(n, c).weights_digest() for n, c in config.readers.items()}
     trainer = train(config, tmp_path)
     for name, reader in trainer.session.readers.items():
@@ -303,7 +303,7 @@ def test_n3_readers_are_the_same_before_and_after(config: RunConfig, tmp_path: P
 
 
 @pytest.mark.parametrize("touch", ["weight", "gradient"])
-def test_n3_a_touched_reader_is_never_saved_with(
+def test_a_touched_reader_is_never_saved_with(
     config: RunConfig, tmp_path: Path, touch: str
 ) -> None:
     trainer = Trainer(config, tmp_path, progress=False)
@@ -323,7 +323,7 @@ def test_n3_a_touched_reader_is_never_saved_with(
     assert not trainer.finished
 
 
-# --- O1 -----------------------------------------------------------------------------------------
+# --- O1: out of memory --------------------------------------------------------------------------
 
 
 class Memory:
@@ -363,7 +363,7 @@ class Memory:
     ],
     ids=["at once", "in mid-accumulation", "readers in sequence"],
 )
-def test_o1_out_of_memory_is_retried_with_the_same_gradient(
+def test_out_of_memory_is_retried_with_the_same_gradient(
     config: RunConfig,
     tmp_path: Path,
     begin: int,
@@ -393,7 +393,7 @@ def test_o1_out_of_memory_is_retried_with_the_same_gradient(
     assert retried["latent"] == pytest.approx(whole["latent"], rel=1e-4), "each item counts once"
 
 
-def test_o1_a_resumed_run_starts_with_what_fitted(config: RunConfig, tmp_path: Path) -> None:
+def test_a_resumed_run_starts_with_what_fitted(config: RunConfig, tmp_path: Path) -> None:
     config = changed(config, optim={"batch_size": 8, "micro_batch": None}, save_every=1)
     with pytest.MonkeyPatch.context() as patch:
         Memory(patch, fits=4)
@@ -402,18 +402,18 @@ def test_o1_a_resumed_run_starts_with_what_fitted(config: RunConfig, tmp_path: P
     assert load_checkpoint(tmp_path / "checkpoints").state["micro_batch"] == 4
 
 
-def test_o1_one_item_that_does_not_fit_ends_the_run(config: RunConfig, tmp_path: Path) -> None:
+def test_one_item_that_does_not_fit_ends_the_run(config: RunConfig, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         Memory(patch, fits=0)
         with pytest.raises(TrainingError, match="out of memory with one example"):
             train(config, tmp_path)
 
 
-# --- C5 -----------------------------------------------------------------------------------------
+# --- C5: a disk that refuses --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
-def test_c5_a_model_that_cannot_be_saved_costs_nothing_but_the_saving(
+def test_a_model_that_cannot_be_saved_costs_nothing_but_the_saving(
     config: RunConfig, plain: tuple[Path, dict, list], tmp_path: Path, error: Exception
 ) -> None:
     def refuse(model: Interlingua, folder: Path) -> Path:
@@ -431,10 +431,10 @@ def test_c5_a_model_that_cannot_be_saved_costs_nothing_but_the_saving(
     assert model_digest(tmp_path) == model_digest(plain[0])
 
 
-# --- run folders --------------------------------------------------------------------------------
+# --- C6: run folders ----------------------------------------------------------------------------
 
 
-def test_c6_the_second_writer_is_refused(config: RunConfig, tmp_path: Path) -> None:
+def test_the_second_writer_is_refused(config: RunConfig, tmp_path: Path) -> None:
     with (
         RunLock(tmp_path),
         pytest.raises(TrainingError, match=f"in use by process {os.getpid()}"),
@@ -556,7 +556,7 @@ def test_a_curriculum_counts_the_steps_of_its_stage(config: RunConfig) -> None:
     assert [facts_at(config, step) for step in range(7)] == [2, 2, 2, 1, 1, 4, 4]
 
 
-# --- several processes --------------------------------------------------------------------------
+# --- several processes (C3) ---------------------------------------------------------------------
 
 
 def in_two_processes(config: Path, run_dir: Path) -> subprocess.Popen[str]:
@@ -622,7 +622,7 @@ def test_two_processes_give_the_losses_of_one(
 
 
 @pytest.mark.slow
-def test_c3_two_processes_with_dropout_go_on_bit_exactly_from_a_signal_to_one(
+def test_two_processes_with_dropout_go_on_bit_exactly_from_a_signal_to_one(
     config: RunConfig, tmp_path: Path, in_script: InScript
 ) -> None:
     """Each has its own random state, which the checkpoint holds: both draw on every step, and not

@@ -1,4 +1,4 @@
-"""What adapters share.
+"""The base class of adapters.
 
 Shapes: B batch, M latents, d the latent's width, D the reader's.
 """

@@ -1,4 +1,4 @@
-"""What reader attachments share, and what they make together.
+"""The base class of reader attachments, and the reader inputs that they make together.
 
 Shapes: B batch, M latents, d the latent's width, D the reader's; L layers, H key/value heads of it.
 """
@@ -14,7 +14,7 @@ from latentwire_fast.readers.card import ReaderCard
 
 
 class ReaderInputs(TypedDict):
-    """What a latent becomes for one reader: keyword arguments of `Reader.collate` and `generate`.
+    """A latent as one reader takes it in: keyword arguments of `Reader.collate` and `generate`.
 
     prefixes: soft tokens `[B, M, D]`, none of them (M = 0) where the prefix is deep only.
     deep: keys and values `[L, 2, B, H, M, d_head]`, or None.

@@ -1,4 +1,4 @@
-"""What bottlenecks share."""
+"""The base class of bottlenecks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Bottleneck(nn.Module):
         self.config = config
 
     def forward(self, latent_BMd: Tensor, bits: int) -> Tensor:
-        """What the receiver gets at this width; gradients pass through."""
+        """The latent as the receiver gets it at this width; gradients pass through."""
         raise NotImplementedError
 
     def pack(self, latent_BMd: Tensor, *, bits: int, fingerprint: int) -> list[bytes]:

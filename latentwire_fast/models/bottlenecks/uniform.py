@@ -38,7 +38,7 @@ class UniformQuantizer(Bottleneck):
     config: Config
 
     def forward(self, latent_BMd: Tensor, bits: int) -> Tensor:
-        """What the receiver gets at this width; gradients pass straight through."""
+        """The latent as the receiver gets it at this width; gradients pass straight through."""
         if bits == 16:
             return latent_BMd + (latent_BMd.half().float() - latent_BMd).detach()
         return ops.fake_quantize(latent_BMd, bits=bits, group_size=self.config.group_size)

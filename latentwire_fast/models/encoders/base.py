@@ -1,4 +1,4 @@
-"""What encoders share.
+"""The base class of encoders.
 
 Every encoder ends in an RMS-normalised latent: the groups of a bottleneck then share one scale of
 values.
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
-        """The same with the positions that the latents stand at: of the text alone, counted from
+        """Latents and the positions that they stand at: of the text alone, counted from
         its first token, where `text_ends` counts from.
 
         Raises:

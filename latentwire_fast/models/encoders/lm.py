@@ -76,7 +76,7 @@ class LMEncoder(Encoder):
             self.pooler.check(run)
 
         def allows(self, trained: EncoderConfig) -> bool:
-            """It may read less than was asked, and the LM that it started from may have moved."""
+            """Whether it is one: it may read less than asked, and its LM may have moved."""
             if not isinstance(trained, LMEncoder.Config) or trained.max_tokens > self.max_tokens:
                 return False
             return trained == replace(self, source=trained.source, max_tokens=trained.max_tokens)

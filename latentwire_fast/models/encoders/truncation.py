@@ -1,4 +1,4 @@
-"""How much of a data set an encoder does not read: in a batch, longer texts are cut.
+"""The share of a data set that an encoder does not read: in a batch, longer texts are cut.
 
 A single text that is to be sent is refused instead (`check_length` of the encoders).
 """
@@ -15,7 +15,7 @@ from latentwire_fast.prompts.builder import encoded_text
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is cut of some examples.
+    """Counts of the texts that are cut, and the share of text that is lost.
 
     Attributes:
         examples: how many there are.

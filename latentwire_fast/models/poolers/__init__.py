@@ -1,4 +1,4 @@
-"""What an LM makes of a text, to M latents. One line per pooler: its name, and where it is."""
+"""Poolers: an LM's hidden states to M latents. One line per pooler: its name, and where it is."""
 
 PARTS = {
     "queries": "latentwire_fast.models.poolers.queries:QueriesPooler",

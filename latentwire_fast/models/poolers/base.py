@@ -1,4 +1,4 @@
-"""What poolers share.
+"""The base class of poolers.
 
 Shapes: B texts, T positions, M latents, D the LM's width.
 """
@@ -54,7 +54,7 @@ class Pooler(nn.Module):
         raise NotImplementedError
 
     def select(self, text: LMText) -> Selection:
-        """The same with the positions that the states are of.
+        """States `[B, M, D]` and the positions that they are of.
 
         Raises:
             ConfigError: this pooler selects none.

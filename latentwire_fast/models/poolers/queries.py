@@ -71,8 +71,8 @@ class QueriesPooler(Pooler):
         for _ in range(self.rehearsals):
             with torch.no_grad():
                 hidden_BMD = text.read_queries(queries_BMD)
-                said_BMD = expected_embeddings(hidden_BMD[:, :-1], text.embedding.weight)
-            queries_BMD = torch.cat([queries_BMD[:, :1], said_BMD], 1) + self.query_offsets
+                expected_BMD = expected_embeddings(hidden_BMD[:, :-1], text.embedding.weight)
+            queries_BMD = torch.cat([queries_BMD[:, :1], expected_BMD], 1) + self.query_offsets
         return text.read_queries(queries_BMD)
 
 
