@@ -41,8 +41,8 @@ class EncodeArguments:
         context: a UTF-8 text file.
         out: the payload file to write, or - for standard output; the sizes and times are then
             printed on standard error.
-        question: for a model of pure mode, whose latent holds the question too.
-        bits: 16, 8, 6 or 4; the model's own if not given.
+        question: only for a model of pure mode, whose latent holds the question too.
+        bits: per value, 16, 8, 6 or 4; the model's own number if not given.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the encoder computes in; float32, as it was trained, unless given.
         imports: a Python module to import first, repeatable: it registers parts of your own

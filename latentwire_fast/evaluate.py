@@ -61,10 +61,10 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class ScoreArguments:
-    """Official SQuAD EM and F1 of a predictions file.
+    """Official SQuAD scores (exact match and F1) of a file of predictions.
 
     Args:
-        data: a SQuAD-format file.
+        data: a file in SQuAD's format.
         predictions: a JSON object of question id to answer text.
     """
 

@@ -47,13 +47,14 @@ class GenerateArguments:
         payload: a file written by `latentwire_fast.encode`, or - for standard input; each payload
             in it is answered.
         question: the question, as text in context mode; in pure mode it is in the payload
-            already, and one given here is not used.
+            already, and a question given here is not used.
         max_new_tokens: longest answer.
-        prefix_gain: factor on the calibrated size of the prefix.
-        temperature: above 0, the first token is sampled.
-        top_p: nucleus of that sample.
-        eos_ban_steps: forbid the end of the answer for so many tokens.
-        seed: of the sample.
+        prefix_gain: factor on the strength of what the reader is given; 1 is what was trained.
+        temperature: above 0, the first token is sampled; at 0 it is the most probable one.
+        top_p: the first token is sampled among the most probable ones that have this probability
+            together.
+        eos_ban_steps: the answer has at least so many tokens.
+        seed: of the sampling.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the reader computes in; the run's own unless given.
         imports: a Python module to import first, repeatable: it registers parts of your own

@@ -1,4 +1,4 @@
-"""Train an interlingua for a set of frozen readers, then evaluate it.
+"""Train an encoder, and adapters for a set of frozen readers; then evaluate them.
 
     python -m latentwire_fast.train testbed                                # minutes, two CPU cores
     python -m latentwire_fast.train testbed_context --run runs/context
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # `--help` does without torch
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Train an interlingua for a set of frozen readers, then evaluate it.
+    """Train an encoder, and adapters for a set of frozen readers; then evaluate them.
 
     Args:
         preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke, squad_llama_qwen)
@@ -52,19 +52,21 @@ class TrainArguments:
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
             hub id or testbed:NAME (llama, qwen).
-        encoder: source of the encoder's LM; with --reader the first reader's unless given.
-        data: testbed, a SQuAD-format file, a saved data set, or hub:NAME.
-        base: a trained run to add the readers to: its encoder stays as it is, so that its payloads
-            can be read by them too.
-        mode: context (question as text) or pure (question inside the latent).
-        seed: of initialisation and data order.
-        steps: this many steps in all: every stage shrinks or grows in proportion, to one step at
-            least.
+        encoder: source of the encoder's language model; with --reader, the first reader's source
+            unless given.
+        data: testbed, a file in SQuAD's format, a saved data set, or hub:NAME.
+        base: a finished run to add the readers to. Its encoder stays as it is; the readers learn
+            to read its payloads.
+        mode: context (the latent stands for the context, the question is text) or pure (the latent
+            holds the question too).
+        seed: of the first weights and of the order of the data.
+        steps: number of steps in all. Every stage becomes shorter or longer in proportion, and has
+            one step at least.
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
-        no_eval: train only.
-        print_config: print the configuration as JSON, and do nothing else. The command takes such a
-            file in the place of a preset.
+        no_eval: train, and do not evaluate.
+        print_config: print the configuration as JSON, and do nothing else. Such a file can be given
+            in the place of a preset.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: of the readers; the preset's own unless given.
         imports: a Python module to import first, repeatable: it registers parts of your own
