@@ -48,8 +48,7 @@ FEW_ROWS = 16 * 132
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows as `quantize_pack` packs them: `latents` rows of `width` values share an example's
-    codes.
+    """Rows as `quantize_pack` packs them: `latents` rows of `width` values have codes together.
 
     codes `[B, code_bytes]` uint8, scales `[B, groups]` fp16; `dtype` is what is computed with.
     """

@@ -84,7 +84,7 @@ def logits_over(kls: tuple[float, ...], vocabulary: int, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize(
     ("vocabulary", "tau"),
-    [(1000, 0.5), (1000, 1.0), (1000, 2.0), (1000, 4.0), (5003, 0.5), (5003, 2.0)],
+    [(1000, 0.5), (1000, 1.0), (1000, 2.0), (1000, 4.0), (5003, 2.0)],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kl_over_its_range(vocabulary: int, tau: float, dtype: torch.dtype) -> None:
