@@ -6,7 +6,7 @@
 
 A soft token has to make its way through the reader's first layers; a deep prefix tells each layer
 directly what it would have found there (prefix tuning, arXiv:2101.00190, with the prefix generated
-from a payload). `kv_cache.py` puts it into a cache.
+from a payload). `readers/kv_cache.py` puts it into a cache.
 
 Shapes: L layers, 2 keys and values, B batch, H key/value heads, P = M positions, D head width, W
 width of the generator.
