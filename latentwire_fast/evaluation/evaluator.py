@@ -1,7 +1,7 @@
 """Score a model: every method, every bit width, joint rescoring, timings.
 
-Latents are judged as the receiver sees them: packed to bytes and decoded again. All methods share
-one prompt builder, one decoder and one scorer.
+Latents are judged as the receiver gets them, as payload bytes. All methods share one prompt
+builder, one decoder (`scoring.py`) and one clock (`timing.py`); `methods/` says what they are.
 """
 
 from __future__ import annotations

@@ -60,17 +60,17 @@ def _mean_logprobs(
     batch_size: int,
 ) -> list[float]:
     """Mean log-probability per token of one candidate per example, given the payloads."""
-    builder, mode = receiver.reader.prompts, receiver.model.mode
+    builder = receiver.reader.prompts
     means: list[float] = []
     for rows in batches(len(examples), batch_size):
         prompts = [
             builder.build(
                 [Turn(examples[i].question, candidates[i])],
                 context=examples[i].context,
-                latent=mode,
+                latent=receiver.mode,
             )
             for i in rows
         ]
         scores = receiver.score(prompts, payloads=[payloads[i] for i in rows])
-        means += [sum(gold) / len(gold) for gold in scores.gold_logprobs]
+        means += scores.mean_gold_B.tolist()
     return means

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,23 +26,10 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.target_scores import TargetScores
 
 TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
 LOGPROB_STEPS = 4  # tokens of the gold answer whose log-probabilities predictions.jsonl holds
-
-
-class TargetScores(NamedTuple):
-    """How likely a reader finds the answers in its prompts.
-
-    Attributes:
-        gold_logprobs: per prompt, the log-probability of every token of its answer, EOS included.
-        gold_ids: those tokens.
-        first_ids: per prompt, the `RANKED` likeliest first tokens, the likeliest first.
-    """
-
-    gold_logprobs: list[list[float]]
-    gold_ids: list[list[int]]
-    first_ids: list[list[int]]
 
 
 class PayloadReader:
@@ -54,6 +41,7 @@ class PayloadReader:
 
     def __init__(self, model: Interlingua, reader: Reader) -> None:
         self.model = model
+        self.mode = model.mode
         self.reader = reader
 
     def generate(
@@ -83,16 +71,12 @@ class PayloadReader:
     ) -> TargetScores:
         """Log-probabilities of the answers that the prompts hold, in one teacher-forced pass."""
         batch = self.reader.collate(prompts, **self._inputs(payloads, embeddings))
-        logprobs_NV = self.reader.target_logprobs(batch)
-        gold_N = logprobs_NV.gather(1, batch.labels_N[:, None])[:, 0].tolist()
-        labels_N = batch.labels_N.tolist()
-        starts = (batch.step_N == 0).nonzero()[:, 0]
-        first_BK = logprobs_NV[starts].topk(RANKED, -1).indices.tolist()
-        spans = list(zip(starts.tolist(), [*starts.tolist()[1:], len(labels_N)], strict=True))
         return TargetScores(
-            [gold_N[start:stop] for start, stop in spans],
-            [labels_N[start:stop] for start, stop in spans],
-            first_BK,
+            self.reader.target_logprobs(batch),
+            batch.labels_N,
+            batch.rows_N,
+            batch.step_N,
+            prompts=len(prompts),
         )
 
     def prefill(
@@ -187,11 +171,15 @@ class Scorer:
 
 def add_likelihoods(result: MethodResult, scores: TargetScores) -> None:
     """Append what a batch of gold answers is worth to a method's result."""
-    for gold, labels, ranked in zip(*scores, strict=True):
+    gold_of = scores.by_prompt(scores.gold_N)
+    first_BK = scores.ranked_NK(RANKED)[scores.step_N == 0].tolist()
+    labels_B = scores.labels_N[scores.step_N == 0].tolist()
+    for gold_T, label, ranked in zip(gold_of, labels_B, first_BK, strict=True):
+        gold = gold_T.tolist()
         result.nll.append(-sum(gold))
         result.tokens.append(len(gold))
         result.gold_logprobs.append(gold[:LOGPROB_STEPS])
         result.first_token_ids.append(ranked[0])
-        result.top1.append(first_token_hit(ranked, labels[0], k=1))
-        result.top5.append(first_token_hit(ranked, labels[0], k=TOP_K))
-        result.reciprocal_ranks.append(reciprocal_rank(ranked, {labels[0]}))
+        result.top1.append(first_token_hit(ranked, label, k=1))
+        result.top5.append(first_token_hit(ranked, label, k=TOP_K))
+        result.reciprocal_ranks.append(reciprocal_rank(ranked, {label}))

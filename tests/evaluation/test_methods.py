@@ -312,13 +312,13 @@ def test_embedding_replay_equals_text(case: EvaluationCase) -> None:
     reader = case.reader
     assert replay.positions == text.positions
     assert replay.embeddings is not None
+    receiver = PayloadReader(case.model, reader)
     torch.testing.assert_close(
-        reader.target_logprobs(reader.collate(replay.prompts, prefixes=replay.embeddings)),
-        reader.target_logprobs(reader.collate(text.prompts)),
+        receiver.score(replay.prompts, embeddings=replay.embeddings).logprobs_NV,
+        receiver.score(text.prompts).logprobs_NV,
         atol=2e-5,
         rtol=0,
     )
-    receiver = PayloadReader(case.model, reader)
     open_prompts = [unanswered(p) for p in replay.prompts]
     assert receiver.generate(open_prompts, embeddings=replay.embeddings) == receiver.generate(
         [unanswered(p) for p in text.prompts]
