@@ -730,7 +730,9 @@ def test_a_model_without_all_of_its_weights_is_refused(
     arguments = ("testbed_smoke", "--reader", f"b={llama_folder}", option.format(broken))
     status, error = mistake("train", *arguments, "--no-eval", "--run", tmp_path / "run")
     assert status == 2
-    assert re.fullmatch(r"error: '.*broken' does not .*norm\.weight is missing; save .*\n", error)
+    assert re.fullmatch(
+        r"error: (preset '\w+': )?'.*broken' does not .*norm\.weight is missing; save .*\n", error
+    )
 
 
 def test_a_full_disk_is_one_line(

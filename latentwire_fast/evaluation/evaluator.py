@@ -1,6 +1,7 @@
 """Score a model: every method, every bit width, joint rescoring, timings.
 
-Latents are judged as payloads. All methods share one prompt builder and one receiver.
+Latents are judged as the receiver gets them, as payload bytes. All methods share one prompt
+builder, one receiver and one clock (`timing.py`); `methods/` says what they are.
 """
 
 from __future__ import annotations

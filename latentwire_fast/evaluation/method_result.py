@@ -16,7 +16,19 @@ def mean(values: Sequence[float]) -> float:
 
 @dataclass
 class MethodResult:
-    """Per-example results of one method with one reader."""
+    """Per-example results of one method with one reader.
+
+    Attributes:
+        predictions, em, f1: the answer, its exact match and its F1.
+        positions: how many positions the prefix, or the text in its place, takes; like all that
+            follows, empty where no reader was asked.
+        first_token_ids: the likeliest first token.
+        top1, top5: whether the gold first token is the likeliest, or among the five likeliest.
+        reciprocal_ranks: of the gold first token.
+        nll, tokens: negative log-likelihood of the gold answer, and its number of tokens.
+        gold_logprobs: log-probabilities of its first tokens.
+        prefill_ms, end_to_end_ms: medians over the timed examples.
+    """
 
     predictions: list[str]
     em: list[float]

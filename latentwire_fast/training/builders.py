@@ -127,7 +127,9 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
     """
     endless = endless_stream(config.data, mode=config.mode, seed=config.seed)
     count = None if endless is None else ENDLESS_SAMPLE
-    examples = load_examples(config.data.source, split="train", count=count, seed=config.seed)
+    examples = load_examples(
+        config.data.source, split="train", count=count, seed=config.seed, data=config.data
+    )
     check_answers(examples, readers, source=config.data.source)
     if endless is not None:
         return endless

@@ -20,7 +20,7 @@ from latentwire_fast.config.presets import PRESETS
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.evaluation.report import figures, write_report
-from latentwire_fast.evaluation.report.extra_scores import FURTHER, further_scores
+from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, extra_scores
 from latentwire_fast.evaluation.report.figures import accuracy_figure, learning_figure
 from latentwire_fast.evaluation.report.formatting import (
     MISSING,
@@ -373,7 +373,7 @@ def test_csv_holds_every_number(written: Path) -> None:
     assert len(rows) == 2 * (9 * 8 + 2 * 4 * 2) + 4 + 6 + 6 + 2 * 7 * 4
 
 
-def test_further_scores_by_hand() -> None:
+def test_extra_scores_by_hand() -> None:
     def record(prediction: str, answers: list[str], rank: float | None) -> dict[str, Any]:
         entry: dict[str, Any] = {"prediction": prediction}
         if rank is not None:
@@ -385,7 +385,7 @@ def test_further_scores_by_hand() -> None:
         record("the cat sat", ["the cat ran off", "a dog"], 0.5),
         record(" B", ["b", "c"], 0.0),
     ]
-    found = further_scores(records)
+    found = extra_scores(records)
     assert set(found) == {"llama"}
     assert set(found["llama"]) == {"text", "first_words"}
     text = found["llama"]["text"]
@@ -394,13 +394,13 @@ def test_further_scores_by_hand() -> None:
     assert text["accuracy"] == 0.5
     assert text["mrr_at_10"] == 0.25
     assert "mrr_at_10" not in found["llama"]["first_words"], "it ranks nothing"
-    assert set(text) == set(FURTHER)
+    assert set(text) == set(EXTRA_SCORES)
 
 
 @pytest.mark.parametrize("file", ["report.html", "report.md"])
-def test_further_scores_are_shown(written: Path, file: str) -> None:
+def test_extra_scores_are_shown(written: Path, file: str) -> None:
     text = (written / file).read_text()
-    for column in FURTHER.values():
+    for column in EXTRA_SCORES.values():
         assert column in text
 
 
@@ -459,7 +459,7 @@ def test_partial_records(tmp_path: Path, drop: str) -> None:
 def test_unknown_methods_are_shown(tmp_path: Path) -> None:
     metrics = make_metrics()
     metrics["readers"]["llama"]["pca_latent"] = {"f1": 0.5}
-    rows = build_view(metrics, [], [], {}, further={})["readers"][0]["rows"]
+    rows = build_view(metrics, [], [], {}, extra={})["readers"][0]["rows"]
     assert rows[-1]["label"] == "pca latent"
     assert rows[-1]["cells"][0].text == "50.0"
 

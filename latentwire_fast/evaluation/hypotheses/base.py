@@ -4,22 +4,7 @@ With several readers a hypothesis holds only if it holds for each: the value sho
 reader's. Differences of F1 are shares of 1 (0.02 is 2 points). What compares with text is *not
 measured* where a reader cannot do the task from text either: equal failures would otherwise pass.
 
-    class Halves(Hypothesis):
-        @dataclass(frozen=True)
-        class Config(HypothesisConfig):
-            bar: float = 0.5
-
-        quantity, unit, side = "latent F1", "ratio", "least"
-        needs, reads = "latent scores", ("latent",)
-
-        @property
-        def claim(self):
-            return f"The latent answers {self.config.bar:.0%} of the questions"
-
-        def judge(self, evidence):
-            return self.verdict(min(evidence.interval(...) for reader in evidence.methods))
-
-    HYPOTHESES.register("H8", Halves)
+`docs/extending.md` has a complete example of one from outside the package.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 
 from latentwire_fast.evaluation.methods.base import methods_by_bits
-from latentwire_fast.evaluation.report.extra_scores import Means, further_scores
+from latentwire_fast.evaluation.report.extra_scores import Means, extra_scores
 from latentwire_fast.evaluation.report.figures import accuracy_figure, learning_figure
 from latentwire_fast.evaluation.report.formatting import measured
 from latentwire_fast.evaluation.report.view import build_view
@@ -51,8 +51,8 @@ def write_report(
     Raises:
         OSError: the disk refused; each file is the old one or the new one.
     """
-    further = further_scores(predictions)
-    view = build_view(metrics, predictions, diagnostics, config, further=further)
+    extra = extra_scores(predictions)
+    view = build_view(metrics, predictions, diagnostics, config, extra=extra)
     drawn = {"accuracy": accuracy_figure(metrics), "learning": learning_figure(diagnostics)}
     figures = {name: png for name, png in drawn.items() if png is not None}
     (eval_dir / "figures").mkdir(parents=True, exist_ok=True)
@@ -67,16 +67,16 @@ def write_report(
     for file, images in (("report.html", embedded), ("report.md", linked)):
         text = templates.get_template(f"{file}.j2").render(view, figures=images)
         write_atomically(eval_dir / file, text)
-    write_atomically(eval_dir / "metrics.csv", metrics_csv(metrics, further))
+    write_atomically(eval_dir / "metrics.csv", metrics_csv(metrics, extra))
 
 
-def metrics_csv(metrics: Mapping[str, Any], further: Means) -> str:
-    """The scores, sizes and hypotheses of `metrics.json`, and the further scores, as one tidy
+def metrics_csv(metrics: Mapping[str, Any], extra: Means) -> str:
+    """The scores, sizes and hypotheses of `metrics.json`, and the extra scores, as one tidy
     table."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV_HEADER)
-    for part, method, metric, value in chain(_rows(metrics), _further_rows(further)):
+    for part, method, metric, value in chain(_rows(metrics), _extra_rows(extra)):
         found = measured(value)
         if found is not None:
             writer.writerow(["" if v is None else v for v in (part, method, metric, *found)])
@@ -106,8 +106,8 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
         yield "hypotheses", name, str(found.get("verdict")), value
 
 
-def _further_rows(further: Means) -> Iterator[tuple[str, str, str, float]]:
-    for reader, methods in further.items():
+def _extra_rows(extra: Means) -> Iterator[tuple[str, str, str, float]]:
+    for reader, methods in extra.items():
         for method, means in methods.items():
             for metric, value in means.items():
                 yield reader, method, metric, value

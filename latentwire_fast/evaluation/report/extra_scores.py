@@ -7,7 +7,7 @@ from typing import Any
 
 from latentwire_fast.evaluation.metrics import ROUGE_TYPES, accuracy, rouge
 
-FURTHER = {
+EXTRA_SCORES = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
@@ -19,8 +19,8 @@ FURTHER = {
 Means = Mapping[str, Mapping[str, Mapping[str, float]]]  # by reader, method and metric
 
 
-def further_scores(predictions: Sequence[Mapping[str, Any]]) -> Means:
-    """Means of `FURTHER` over the records of predictions.jsonl, 0..1.
+def extra_scores(predictions: Sequence[Mapping[str, Any]]) -> Means:
+    """Means of `EXTRA_SCORES` over the records of predictions.jsonl, 0..1.
 
     Accuracy compares with the first answer, up to case and outer white space. MRR@10 ranks the
     vocabulary as the answer's first token; methods that were decoded only have none.

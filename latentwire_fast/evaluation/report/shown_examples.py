@@ -1,4 +1,4 @@
-"""The examples that a report shows: good ones, and bad ones as honestly."""
+"""The examples that a report shows: as many bad ones as good ones."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from latentwire_fast.config.schema import BITS
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
 from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
-from latentwire_fast.evaluation.report.extra_scores import FURTHER, Means
+from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
 from latentwire_fast.evaluation.report.formatting import (
     MISSING,
     Cell,
@@ -38,7 +38,7 @@ def build_view(
     diagnostics: Records,
     config: Mapping[str, Any],
     *,
-    further: Means,
+    extra: Means,
 ) -> dict[str, Any]:
     """Everything that the templates print, except the figures."""
     return {
@@ -58,9 +58,9 @@ def build_view(
         "width_columns": _width_columns(metrics),
         "widths": list(_width_rows(metrics)),
         "joint": _joint(metrics),
-        "further_columns": list(FURTHER.values()),
-        "further": list(_further_rows(further)),
-        "samples": choose_examples(predictions, metrics),
+        "extra_columns": list(EXTRA_SCORES.values()),
+        "extra": list(_extra_rows(extra)),
+        "shown_examples": choose_examples(predictions, metrics),
         "facts": list(_facts(metrics)),
         "commands": _commands(metrics.get("run") or {}, config),
         "config": json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False),
@@ -217,14 +217,14 @@ def _joint(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _further_rows(further: Means) -> Iterator[dict[str, Any]]:
-    for name, methods in further.items():
+def _extra_rows(extra: Means) -> Iterator[dict[str, Any]]:
+    for name, methods in extra.items():
         for key, method in by_kind().items():
             if key in methods:
                 yield {
                     "reader": name,
                     "label": method.label,
-                    "cells": [percent(methods[key].get(score)) for score in FURTHER],
+                    "cells": [percent(methods[key].get(score)) for score in EXTRA_SCORES],
                 }
 
 
