@@ -133,7 +133,7 @@ def origins(runs: Sequence[dict[str, Any]]) -> str:
         ]
         for run in runs
     ]
-    head = ["run", "preset", "seed", "examples", "commit", "evaluation, s", "device"]
+    head = ["run", "preset", "seed", "examples", "commit", "all, s", "device"]
     return table(head, rows)
 
 
