@@ -79,6 +79,10 @@ def main() -> None:
             raise ConfigError("--out - would write bytes to a terminal; pipe it, or name a file")
     else:
         check_replaceable(args.out)
+        if RunFolder(args.run).owns(args.out):
+            raise ConfigError(f"--out {args.out} belongs to the run; give another")
+        if not args.out.parent.is_dir():
+            raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it")
         if args.out.exists() and args.out.samefile(args.context):
             raise ConfigError(f"--out {args.out} is the context's own file; give another")
     if args.question is not None:

@@ -111,6 +111,8 @@ def evaluate(
             "fresh_seed needs out (--fresh-seed needs --out FILE): the run's own report stays as "
             "it is"
         )
+    if examples is not None and examples < 1:
+        raise ConfigError(f"examples={examples}, expected at least 1")
     return evaluate_run(
         Path(run),
         fresh_seed=fresh_seed,

@@ -54,12 +54,22 @@ class Registry:
         """Add a part from outside the package, for as long as this process runs.
 
         Raises:
-            ConfigError: another part has that name.
+            ConfigError: another part has that name; or the class has no settings class of its own,
+                by which a configuration tells it from other parts.
         """
-        if name in self and self[name] is not part:
-            raise ConfigError(f"there is a {self.kind} {name!r} already; choose another name")
-        if name not in self:
-            self._added[name] = part
+        if name in self:
+            if self[name] is not part:
+                raise ConfigError(f"the name {name!r} is another {self.kind}'s; choose another")
+            return
+        config = getattr(part, "Config", None)
+        owner = self._owner(config) if isinstance(config, type) else None
+        if owner is not None or not isinstance(config, type):
+            found = f"has the Config of {owner!r}" if owner else "has no Config"
+            raise ConfigError(
+                f"{self.kind} {name!r}: {part.__name__} {found}; define a settings class Config in "
+                "it, which may be a subclass of another part's"
+            )
+        self._added[name] = part
 
     def config(self, name: str, **options: Any) -> Any:
         """The settings of a part, defaults where nothing is given.
@@ -79,22 +89,28 @@ class Registry:
         Raises:
             ConfigError: they are no registered part's.
         """
-        kind = type(config)
-        place = f"{kind.__module__}:{kind.__qualname__.removesuffix('.Config')}"
-        for name, part in self._table().items():
-            if part == place:  # nothing is imported for it
-                return name
-        for name, added in self._added.items():
-            if added.Config is kind:  # type: ignore[attr-defined]
-                return name
-        raise ConfigError(
-            f"{kind.__qualname__} is the Config of no registered {self.kind}; register its "
-            "class first"
-        )
+        name = self._owner(type(config))
+        if name is None:
+            raise ConfigError(
+                f"{type(config).__qualname__} is the Config of no registered {self.kind}; register "
+                "its class first"
+            )
+        return name
 
     def part_of(self, config: object) -> Any:
         """The class that settings belong to."""
         return self[self.name_of(config)]
+
+    def _owner(self, config: type) -> str | None:
+        """The name of the part that has this settings class; None where no part has."""
+        place = f"{config.__module__}:{config.__qualname__.removesuffix('.Config')}"
+        for name, part in self._table().items():
+            if part == place:  # nothing is imported for it
+                return name
+        for name, added in self._added.items():
+            if added.Config is config:  # type: ignore[attr-defined]
+                return name
+        return None
 
     def _table(self) -> dict[str, str]:
         table: dict[str, str] = importlib.import_module(self.folder).PARTS

@@ -538,7 +538,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "no examples": (
         "evaluate",
         "--run {run} --fresh-seed 3 --examples 0 --out {tmp}/m.json",
-        "expected at least 1",
+        "error: examples=0, expected at least 1",
     ),
     "no folder for the metrics": (
         "evaluate",
@@ -584,6 +584,11 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "--run {run} --context {note} --out {tmp}/../{tmp.name}/note.txt",
         "note.txt is the context's own file; give another",
     ),
+    "payload over a file of the run": (
+        "encode",
+        "--run {run} --context {note} --out {run}/config.json",
+        r"config\.json belongs to the run; give another",
+    ),
     "no width": ("encode", "--run {run} --context {note} --out {tmp}/x --bits 0", "bits"),
     "odd width": (
         "encode",
@@ -593,7 +598,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "no folder for the payload": (
         "encode",
         "--run {run} --context {note} --out {tmp}/nowhere/x",
-        "nowhere",
+        "there is no folder .*nowhere; make it",
     ),
     "unknown reader": (
         "generate",

@@ -34,9 +34,8 @@ GROUP = 32
 # (batch, values): a batch of paper-sized latents, and 268 MB of bf16, which fill the memory bus.
 PAPER, LARGE = (8, 32 * 256), (2048, 256 * 256)
 SMALL = (2, 8 * 64)
-# What no correct use of a code exceeds, as a share of a block's largest value: half a step, and for
-# the code FP4 half of its widest gap, 2/3 to 1.
-HALF_STEP = {bits: 0.5 / (2 ** (bits - 1) - 1) for bits in ops.CODE_BITS}
+# What no correct use of the code FP4 exceeds, as a share of a block's largest value: half of its
+# widest gap, 2/3 to 1.
 FP4_HALF_GAP, FP4_BLOCK = 1 / 6, 64
 # torch.compile divides approximately: some ties fall to the other side.
 OTHER_CODES = 1e-3

@@ -74,9 +74,7 @@ def _settings_from_json(kind: type[Settings], data: Any, where: str) -> Settings
         raise ConfigError(f"{place}: {data!r}, expected an object of settings")
     values = dict(data)
     if issubclass(kind, PartSettings):
-        if "kind" not in values:
-            raise ConfigError(f'{place}: its "kind" is missing')
-        kind = kind.registry[values.pop("kind")].Config
+        kind = _part_settings(kind, values, place)
     hints = {k: v for k, v in get_type_hints(kind).items() if get_origin(v) is not ClassVar}
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
@@ -89,6 +87,21 @@ def _settings_from_json(kind: type[Settings], data: Any, where: str) -> Settings
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
     except TypeError as error:
         raise ConfigError(f"{place}: does not fit this version: {error}") from None
+
+
+def _part_settings(kind: type[PartSettings], values: dict[str, Any], place: str) -> type[Settings]:
+    """The settings class that the `kind` among JSON values names; it is taken out of them."""
+    if "kind" not in values:
+        raise ConfigError(f'{place}: its "kind" is missing')
+    name = values.pop("kind")
+    if not isinstance(name, str):
+        raise ConfigError(f'{place}: "kind" is {name!r}, expected the name of a part')
+    try:
+        part = kind.registry[name]
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    settings: type[Settings] = part.Config
+    return settings
 
 
 def run_config_from_json(data: Any) -> RunConfig:

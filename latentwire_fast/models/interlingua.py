@@ -96,9 +96,10 @@ class Interlingua(nn.Module):
         refuses.
 
         Raises:
-            ConfigError: questions given or missing against the mode.
+            ConfigError: no list of texts; questions given or missing against the mode, or not one
+                for each context.
         """
-        self._check_questions(questions)
+        self._check_texts(contexts, questions)
         return self.encoder(contexts, questions)
 
     def select(
@@ -109,10 +110,12 @@ class Interlingua(nn.Module):
         Raises:
             ConfigError: as `encode`, or the encoder selects no positions.
         """
-        self._check_questions(questions)
+        self._check_texts(contexts, questions)
         return self.encoder.select(contexts, questions)
 
-    def _check_questions(self, questions: Sequence[str] | None) -> None:
+    def _check_texts(self, contexts: Sequence[str], questions: Sequence[str] | None) -> None:
+        if isinstance(contexts, str) or isinstance(questions, str) or not contexts:
+            raise ConfigError("no list of texts to encode; give a list, such as [text]")
         if (questions is not None) != (self.mode == "pure"):
             raise ConfigError(
                 f"this model was trained in {self.mode!r} mode: its encoder "
@@ -121,6 +124,10 @@ class Interlingua(nn.Module):
                     if questions is None
                     else "reads no question"
                 )
+            )
+        if questions is not None and len(questions) != len(contexts):
+            raise ConfigError(
+                f"{len(questions)} questions for {len(contexts)} contexts; give one for each"
             )
 
     def parts(self, reader: str) -> dict[str, Attachment]:
@@ -211,6 +218,7 @@ class Interlingua(nn.Module):
         Raises:
             ConfigError: as `encode`. DataError: a text is longer than the encoder reads.
         """
+        self._check_texts(contexts, questions)
         for text, question in zip(contexts, questions or repeat(None), strict=False):
             self.encoder.check_length(text, question)
         return self.payloads(self.encode(contexts, questions), bits=bits)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,11 @@ def encoded_text(context: str, question: str | None) -> str:
 def replaced_text(context: str, question: str, *, mode: Mode) -> str:
     """The text that a payload replaces: in context mode without its label, which stays."""
     return full_text(context, question) if mode == "pure" else context
+
+
+def _check_mode(latent: Mode | None) -> None:
+    if latent is not None and latent not in get_args(Mode):
+        raise ConfigError(f"latent={latent!r}, expected one of {get_args(Mode)}, or None for text")
 
 
 def _user_text(question: str, context: str | None, latent: Mode | None) -> str:
@@ -218,7 +224,13 @@ class PromptBuilder:
             latent: None for a text prompt; `context` puts the latent in the context's place and
                 keeps the question as text; `pure` puts it in the place of the whole user text.
             user_ids: replaces the first turn's user text by these ids (truncated baselines).
+
+        Raises:
+            ConfigError: no turns, or a mode that there is not.
         """
+        if not turns:
+            raise ConfigError("no turns to build a prompt of; give at least one")
+        _check_mode(latent)
         if user_ids is None:
             text = _user_text(turns[0].question, context, latent)
             first = self.text_ids(text) if text else []
@@ -241,7 +253,11 @@ class PromptBuilder:
         Args:
             contexts: one per turn; not needed for closed book or where a latent stands for them.
             latent: as in `build`.
+
+        Raises:
+            ConfigError: a mode that there is not.
         """
+        _check_mode(latent)
         passages = [None] * len(turns) if contexts is None else contexts
         texts = [
             _user_text(turn.question, passage, latent)

@@ -126,8 +126,11 @@ class Reader:
             dtype: to compute in, where that is not the configuration's.
 
         Raises:
-            ConfigError: as `load` and `compute_in`.
+            ConfigError: as `load` and `compute_in`, or a dtype that no reader has.
         """
+        if dtype is not None:
+            changes: dict[str, Any] = {"dtype": dtype}
+            replace(config, **changes)  # raises where it is none
         reader = cls.load(
             config.source,
             name=name,

@@ -18,7 +18,8 @@ class Steps:
 
         Attributes:
             levels: `((until_share, level), ...)`: each level counts for the steps before
-                `until_share` of them all are done, the last one also for what is left.
+                `until_share` of them all are done, the last one also for what is left. A level is
+                at least 0.
         """
 
         levels: tuple[tuple[float, float], ...] = field(default=((1.0, 1.0),))
@@ -31,6 +32,11 @@ class Steps:
                 all(0 < share <= 1 for share in shares)
                 and all(before < after for before, after in pairwise(shares)),
                 f"levels={self.levels}: expected shares above 0 that rise to at most 1",
+            )
+            # A learning rate below 0 would train away from the answers, without a word.
+            require(
+                all(level >= 0 for _, level in self.levels),
+                f"levels={self.levels}: expected levels of at least 0",
             )
 
     def __init__(self, config: Config) -> None:

@@ -73,7 +73,7 @@ class Batch:
 
         `ids` and `last`: token ids `[B, T]`, and where each prompt ends. With soft tokens also
         `source` `[B, T]`: which of them, counted over all rows, stands there, or -1. With payloads
-        their `codes` and `scales`.
+        also `Parcel.values`.
         """
         layout = self.layout
         values = {"ids": layout.ids_BT, "last": layout.lengths_B - 1}

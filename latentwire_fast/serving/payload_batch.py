@@ -1,15 +1,19 @@
 """Payloads on their way to the device: frames checked on the host, values unpacked on the device.
 
+Values that are not the latent's own codes are unpacked by the bottleneck that made them, before
+they go to the reader's device.
+
 Shapes: R payloads, M latents, d latent width, c code bytes, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
@@ -25,15 +29,19 @@ class Parcel:
     Attributes:
         header: of each.
         payloads: R of them.
+        latent_RMd: fp32 latents, where a bottleneck has unpacked them; else None.
     """
 
     header: Header
     payloads: Sequence[bytes]
+    latent_RMd: Tensor | None = None
 
     @property
     def fields(self) -> Fields:
-        """What an input buffer needs for them. At 16 bits the codes are the values themselves, and
-        there are no scales."""
+        """What an input buffer needs for them: the latents, or codes and scales. At 16 bits the
+        codes are the values themselves, and there are no scales."""
+        if self.latent_RMd is not None:
+            return {"latent": (torch.float32, tuple(self.latent_RMd.shape))}
         rows = len(self.payloads)
         return {
             "codes": (torch.uint8, (rows, self.header.code_bytes)),
@@ -41,7 +49,9 @@ class Parcel:
         }
 
     def values(self) -> dict[str, np.ndarray]:
-        """The bytes as they came, cut in two."""
+        """The latents, or the bytes as they came, cut in two."""
+        if self.latent_RMd is not None:
+            return {"latent": self.latent_RMd.float().cpu().numpy()}
         codes_Rc, scales_RG = split_bodies(self.payloads, self.header)
         return {"codes": codes_Rc, "scales": scales_RG}
 
@@ -51,16 +61,23 @@ class Parcel:
         Raises:
             PayloadError: values that no encoder sends.
         """
-        wire.unpack_batch(self.payloads)
+        if self.latent_RMd is None:
+            wire.unpack_batch(self.payloads)
 
 
 @dataclass(frozen=True)
 class PayloadKind:
-    """The kind of payloads that a receiver was made for."""
+    """The kind of payloads that a receiver was made for.
+
+    Attributes:
+        unpack: payloads to latents `[R, M, d]` fp32, where their values are not the latent's own
+            codes; None where they are, and the reader's device unpacks them.
+    """
 
     latents: int
     d_z: int
     fingerprint: int
+    unpack: Callable[[Sequence[bytes]], Tensor] | None = None
 
     def open(self, payloads: Sequence[bytes]) -> Parcel:
         """Check everything about payloads but the values that they carry.
@@ -76,7 +93,8 @@ class PayloadKind:
             with located(f"payload {i}"):
                 headers.append(check_frame(payload))
                 self._check(headers[i], headers[0])
-        return Parcel(headers[0], payloads)
+        latent_RMd = None if self.unpack is None else self.unpack(payloads)
+        return Parcel(headers[0], payloads, latent_RMd)
 
     def _check(self, header: Header, first: Header) -> None:
         if header.fingerprint != self.fingerprint:

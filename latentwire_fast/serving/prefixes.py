@@ -66,9 +66,11 @@ class TrainedParts:
         """Soft tokens `[R, M, D]` and deep prefix `[L, 2, R, H, P, d_head]`, each if it is trained.
 
         Phases: `dequantise` and `adapter`; both are `adapter` where they are one operation, for a
-        linear adapter without a deep prefix and codes of less than 16 bits.
+        linear adapter without a deep prefix and codes of less than 16 bits. Of latents that came
+        unpacked, `dequantise` is the change of dtype alone.
         """
-        if self._reads_codes and header.bits != 16:
+        unpacked_RMd = inputs.get("latent")
+        if self._reads_codes and header.bits != 16 and unpacked_RMd is None:
             assert isinstance(self.adapter, Attachment)
             soft_RMD = self.adapter.of_codes(
                 inputs["codes"],
@@ -79,7 +81,9 @@ class TrainedParts:
             )
             mark("adapter")
             return soft_RMD, None
-        latent_RMd = dequantize(inputs["codes"], inputs["scales"], header).to(self._dtype)
+        if unpacked_RMd is None:
+            unpacked_RMd = dequantize(inputs["codes"], inputs["scales"], header)
+        latent_RMd = unpacked_RMd.to(self._dtype)
         mark("dequantise")
         soft, deep = (
             None if part is None else part(latent_RMd, gain=self._gain)

@@ -101,11 +101,17 @@ class Receiver:
         """
         model.check_reader(reader)
         encoder = model.encoder_config
+        kind = PayloadKind(
+            encoder.latents,
+            encoder.d_z,
+            model.fingerprint,
+            unpack=None if model.bottleneck.sends_codes else model.decode_payloads,
+        )
         return cls(
             reader,
             model.attachment(reader.name, "prefixes"),
             deep_prefix=model.attachment(reader.name, "deep"),
-            payload_kind=PayloadKind(encoder.latents, encoder.d_z, model.fingerprint),
+            payload_kind=kind,
             options=options,
         )
 

@@ -157,6 +157,8 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
         ),
         (lambda: SCHEDULES.config("steps", levels=((1.5, 1),)), "rise to at most 1"),
         (lambda: SCHEDULES.config("steps", levels=((0.0, 1),)), "shares above 0"),
+        (lambda: SCHEDULES.config("steps", levels=((1.0, -3.0),)), "levels of at least 0"),
+        (lambda: SCHEDULES.config("constant", level=-0.5), r"level=-0\.5, expected at least 0"),
         (
             lambda: SCHEDULES.config("warmup_cosine", warmup_steps=-1),
             "warmup_steps=-1, expected at least 0",
@@ -255,7 +257,11 @@ def test_a_reader_may_not_be_called_so(config: RunConfig, name: str) -> None:
         (lambda d: d["attachments"][0].update(kind="hard"), "no reader attachment 'hard'; there"),
         (lambda d: d["encoder"].pop("kind"), 'encoder: its "kind" is missing'),
         (lambda d: d["encoder"].update(kind="byte"), "encoder: does not fit this version, unknown"),
-        (lambda d: d["encoder"]["pooler"].update(kind=3), "no pooler 3; there are queries"),
+        (
+            lambda d: d["encoder"]["pooler"].update(kind=3),
+            r'encoder\.pooler: "kind" is 3, expected the name of a part',
+        ),
+        (lambda d: d["encoder"].update(kind=[]), r'encoder: "kind" is \[\], expected the name'),
         (lambda d: d.update(preset=None), "preset=None, expected str"),
         (lambda d: d["evaluation"].update(bits=16), "evaluation: bits=16, expected tuple"),
         (lambda d: d["stages"][0].update(facts=7), r"stages\[0\]\.facts: 7, expected an object"),
@@ -285,7 +291,7 @@ def test_a_reader_may_not_be_called_so(config: RunConfig, name: str) -> None:
         ),
         (
             lambda d: d["stages"][0]["objectives"][0].update(kind="guess"),
-            "no objective 'guess'; there are answer, ",
+            r"stages\[0\]\.objectives\[0\]: no objective 'guess'; there are answer, ",
         ),
         (
             lambda d: d["stages"][0]["objectives"].append({"weight": 1.0}),

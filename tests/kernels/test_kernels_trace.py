@@ -36,14 +36,25 @@ QUANTISED = {"fake_quantize"}
 DISTILLED = {"linear_kd_kl"}
 ON_THE_WIRE = {"quantize_pack", "unpack_dequantize"}
 
+TESTBED = {
+    "align": PROJECTION,
+    "answer": PROJECTION,
+    "quantized": PROJECTION | QUANTISED,
+    "evaluate": ON_THE_WIRE | {"project_calibrate"},
+    "encode": ON_THE_WIRE,
+    "generate": ON_THE_WIRE | {"project_calibrate"},
+}
 EXPECTED = {
-    "testbed": {
-        "align": PROJECTION,
-        "answer": PROJECTION,
+    "testbed": TESTBED,
+    "testbed_byte": TESTBED,
+    # Its adapter is linear: a receiver projects the codes themselves.
+    "testbed_smoke": {
+        "pretrain": PROJECTION,
+        "answer": PROJECTION | DISTILLED,
         "quantized": PROJECTION | QUANTISED,
-        "evaluate": ON_THE_WIRE | {"project_calibrate"},
+        "evaluate": ON_THE_WIRE | {"dequantize_project_calibrate"},
         "encode": ON_THE_WIRE,
-        "generate": ON_THE_WIRE | {"project_calibrate"},
+        "generate": ON_THE_WIRE | {"dequantize_project_calibrate"},
     },
     "testbed_context": {
         "select": PROJECTION,
@@ -105,10 +116,11 @@ def small(preset: str, reader: Path, tmp_path: Path) -> RunConfig:
         replace(part, width=16, heads=2, layers=1, expansion=1) if part.kind == "deep" else part
         for part in config.attachments
     )
+    source = {} if config.encoder.source is None else {"source": str(reader)}
     return changed(
         config,
         readers={"llama": ReaderConfig(str(reader))},
-        encoder={"source": str(reader), "latents": 4, "d_z": 16},
+        encoder={**source, "latents": 4, "d_z": 16},
         attachments=attachments,
         stages=tuple(replace(stage, steps=1) for stage in config.stages),
         optim=OptimConfig(batch_size=2),

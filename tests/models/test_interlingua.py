@@ -239,6 +239,14 @@ def test_modes_are_kept_apart(model: Interlingua, llama_folder: Path, contexts: 
 # --- readers ------------------------------------------------------------------------------------
 
 
+def test_texts_come_as_a_list(model: Interlingua, contexts: list[str]) -> None:
+    for texts in (contexts[0], [], ()):
+        with pytest.raises(ConfigError, match="no list of texts to encode; give a list"):
+            model.encode_payloads(texts)
+        with pytest.raises(ConfigError, match="no list of texts to encode; give a list"):
+            model.encode(texts)
+
+
 def test_only_the_readers_it_was_trained_for(
     model: Interlingua, config: RunConfig, llama_tokenizer: Any
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, trainers
@@ -237,6 +238,16 @@ def test_a_latent_prompt_is_the_same_whatever_the_context(
     one = builder.build([Turn(QUESTION, "94")], context=CONTEXT, latent=mode)
     other = builder.build([Turn(QUESTION, "94")], context="Something else.", latent=mode)
     assert one == other
+
+
+def test_what_no_prompt_can_be_built_of_is_refused(builder: PromptBuilder) -> None:
+    wrong: Any = "soft"
+    with pytest.raises(ConfigError, match="latent='soft', expected one of"):
+        builder.build([Turn("Who?")], context=None, latent=wrong)
+    with pytest.raises(ConfigError, match="latent='soft', expected one of"):
+        builder.build_many([Turn("Who?")], latent=wrong)
+    with pytest.raises(ConfigError, match="no turns"):
+        builder.build([], context="Nobody.")
 
 
 def test_later_turns_are_text_in_both_modes(builder: PromptBuilder) -> None:

@@ -210,6 +210,11 @@ def test_readers_load_from_folders_as_configured(llama_folder: Path, qwen_folder
     assert readers["a"].source == str(llama_folder)
 
 
+def test_a_dtype_that_no_reader_has_is_refused(llama_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype='float8', expected 'float32' or"):
+        Reader.from_config("llama", ReaderConfig(str(llama_folder)), dtype="float8")
+
+
 def test_a_loaded_tokenizer_is_the_one_that_was_saved(
     request: pytest.FixtureRequest, readers: dict[str, Reader], examples: list[Example]
 ) -> None:

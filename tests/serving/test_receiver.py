@@ -21,6 +21,7 @@ from transformers import (
 
 from latentwire_fast import ops, wire
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, PayloadError
+from latentwire_fast.models.bottlenecks.uniform import UniformQuantizer
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers import attention
@@ -156,6 +157,36 @@ def test_codes_go_straight_to_soft_tokens_where_nothing_else_wants_the_latent(
     assert ("dequantise" in phases) == (not fused)
     monkeypatch.undo()
     assert_plain(first, model, payloads, prompts)
+
+
+class Halved(UniformQuantizer):
+    """Sends half of the latent: its payloads do not hold the latent's own codes."""
+
+    sends_codes = False
+
+    def pack(self, latent_BMd: torch.Tensor, **options: Any) -> list[bytes]:
+        return super().pack(latent_BMd / 2, **options)
+
+    def unpack(self, payloads: Sequence[bytes], **options: Any) -> Any:
+        halved_BMd, headers = super().unpack(payloads, **options)
+        return halved_BMd * 2, headers
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(("prefix", "kind"), [("soft", "mlp"), ("soft", "linear"), ("both", "mlp")])
+def test_payloads_are_unpacked_as_their_bottleneck_does(
+    reader: Reader, prefix: str, kind: str
+) -> None:
+    model = make_model(reader, prefix, kind=kind)
+    plain = random_payloads(model)
+    model.bottleneck = Halved(model.bottleneck_config)  # type: ignore[arg-type]
+    payloads = random_payloads(model)
+    prompts, receiver = asking(reader, QUESTIONS), Receiver.of(model, reader)
+    first = receiver.prefill(prompts, payloads=payloads)
+    assert_plain(first, model, payloads, prompts)
+    assert len(plain[0]) == len(payloads[0])
+    with pytest.raises(PayloadError, match="CRC"):
+        receiver.prefill(prompts, payloads=[payloads[0][:-1] + b"\0", *payloads[1:]])
 
 
 @pytest.mark.usefixtures("engine")

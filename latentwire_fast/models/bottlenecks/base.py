@@ -18,9 +18,13 @@ class Bottleneck(nn.Module):
 
     Attributes:
         config: its settings; `config.bits` is the width that is sent unless told otherwise.
+        sends_codes: whether `unpack` gives just what `wire.unpack_batch` gives. A receiver then
+            sends the codes to the reader's device and unpacks them there; otherwise it calls
+            `unpack`.
     """
 
     Config: ClassVar[type[BottleneckConfig]] = BottleneckConfig
+    sends_codes: ClassVar[bool] = False
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()
@@ -31,7 +35,8 @@ class Bottleneck(nn.Module):
         raise NotImplementedError
 
     def pack(self, latent_BMd: Tensor, *, bits: int, fingerprint: int) -> list[bytes]:
-        """One payload per latent, made on the latents' device."""
+        """One payload per latent, made on the latents' device: in the wire format, whose header a
+        receiver checks."""
         raise NotImplementedError
 
     def unpack(

@@ -36,6 +36,7 @@ class UniformQuantizer(Bottleneck):
             )
 
     config: Config
+    sends_codes = True
 
     def forward(self, latent_BMd: Tensor, bits: int) -> Tensor:
         """The latent as the receiver gets it at this width; gradients pass straight through."""
