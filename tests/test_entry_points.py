@@ -32,9 +32,11 @@ from latentwire_fast.training.checkpoint import load_checkpoint
 from runs import (
     changed,
     contents,
+    deep,
     environment_on_the_cpu,
     model_digest,
     records,
+    soft,
     squad_file,
     store,
     tiny_config,
@@ -335,9 +337,9 @@ def test_devices_and_dtypes(
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "soft, pure": {"mode": "pure", "adapter": {"prefix": "soft"}},
-    "deep, context": {"mode": "context", "adapter": {"prefix": "deep", "deep_width": 32}},
-    "both, context": {"mode": "context", "adapter": {"prefix": "both", "deep_width": 32}},
+    "soft, pure": {"mode": "pure", "attachments": (soft(),)},
+    "deep, context": {"mode": "context", "attachments": (deep(width=32),)},
+    "both, context": {"mode": "context", "attachments": (soft(), deep(width=32))},
 }
 
 
@@ -350,7 +352,7 @@ def test_what_is_sent_and_answered_is_what_the_evaluator_scored(
     stages = (StageConfig("answer", steps=1),)
     config = tiny_config(llama_folder, qwen_folder, stages=stages, **SHAPES[shape])
     config = changed(config, data={"eval_examples": 3})
-    run = train(config, tmp_path / "run").run_dir
+    run = train(config, tmp_path / "run").folder.path
     status, _, error = in_this_process("evaluate", "--run", run)
     assert status == 0, error
     lines = (run / "eval" / "predictions.jsonl").read_text().splitlines()
