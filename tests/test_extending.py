@@ -23,6 +23,7 @@ from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluation.console import summary_lines
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.registry import (
     ATTACHMENTS,
@@ -35,6 +36,7 @@ from latentwire_fast.registry import (
     SCHEDULES,
     Registry,
 )
+from latentwire_fast.serving import Receiver
 from latentwire_fast.training.builders import build_model
 from runs import environment_on_the_cpu, records, soft, tiny_config, train
 from test_entry_points import in_this_process
@@ -209,6 +211,11 @@ def test_a_part_is_trained_saved_and_loaded_in_another_process(
     assert loaded[kind]["payload"] == payload.hex()
     assert loaded[kind]["shape"] == [1, positions, model.cards["llama"].d_model]
     assert TABLES[kind][PARTS[kind][1]].__name__ in loaded[kind]["parts"]
+    # And a receiver reads its payloads.
+    reader = load_readers(config.readers)["llama"]
+    prompt = reader.prompts.build([Turn("Who?")], context=None, latent=model.mode)
+    first = Receiver.of(model, reader).prefill([prompt], payloads=[payload])
+    assert first.positions == len(prompt.ids) + positions
 
 
 @pytest.mark.slow

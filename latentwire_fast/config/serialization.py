@@ -121,5 +121,11 @@ def read_run_config(run_dir: Path) -> RunConfig:
         CheckpointError: there is none, or it is not JSON. ConfigError: it does not fit.
     """
     advice = f"is {run_dir} a run folder?"
-    data = read_json(RunFolder(run_dir).config, error=CheckpointError, advice=advice)
-    return run_config_from_json(data)
+    path = RunFolder(run_dir).config
+    data = read_json(path, error=CheckpointError, advice=advice)
+    try:
+        return run_config_from_json(data)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {error}; if another version wrote it, train the run again with this one"
+        ) from None

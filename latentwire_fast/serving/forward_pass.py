@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+from latentwire_fast.models.attachments.base import Attachment
 from latentwire_fast.readers.attention import causal_mask, mask_free
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.reader import Reader
@@ -46,13 +47,13 @@ class ForwardPass:
     def soft_tokens(self, parcel: Parcel) -> int:
         """The number of columns that a payload takes in a prompt."""
         assert self.parts is not None
-        return 0 if self.parts.adapter is None else parcel.header.latents
+        return _positions(self.parts.adapter, parcel.header)
 
     def deep_positions(self, parcel: Parcel | None) -> int:
         """P, how many positions payloads take before the prompt."""
-        if parcel is None or self.parts is None or self.parts.deep_prefix is None:
+        if parcel is None or self.parts is None:
             return 0
-        return parcel.header.latents
+        return _positions(self.parts.deep_prefix, parcel.header)
 
     def prefixes(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Soft tokens `[R, M, D]` and deep prefix `[L, 2, R, H, P, d_head]` of a batch's payloads,
@@ -176,3 +177,10 @@ class ForwardPass:
         strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
         with strict, mask_free(self.reader.model):
             return self._compiled(**arguments).last_hidden_state
+
+
+def _positions(part: nn.Module | None, header: Header) -> int:
+    """How many positions a trained part makes of a payload; one per latent unless it says."""
+    if part is None:
+        return 0
+    return part.positions if isinstance(part, Attachment) else header.latents

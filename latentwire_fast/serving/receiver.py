@@ -49,10 +49,11 @@ class Receiver:
 
     Args:
         reader: on a device, frozen.
-        adapter: latent `[R, M, d]` to soft tokens `[R, M, D]`; None with a deep prefix only, and
-            for text.
+        adapter: latent `[R, M, d]` to soft tokens `[R, M, D]`, or as many as its `positions` says;
+            None with a deep prefix only, and for text.
         payload_kind: of the payloads that the adapter was trained for; None for text.
-        deep_prefix: latent to keys and values `[L, 2, R, H, P, d_head]`, P = M; None without one.
+        deep_prefix: latent to keys and values `[L, 2, R, H, P, d_head]`, P likewise; None without
+            one.
         options: see `ReceiverOptions`.
 
     Attributes:

@@ -420,3 +420,9 @@ def test_override_of_steps_cuts_every_stage(
 def test_overrides_below_one_are_refused(config: RunConfig, name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"{name}={value}"):
         with_overrides(config, **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_run_folder_of_another_version_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"adapter": {"prefix": "soft"}}')
+    with pytest.raises(ConfigError, match=r"config\.json: .*unknown adapter; if another version"):
+        read_run_config(tmp_path)

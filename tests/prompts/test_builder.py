@@ -77,7 +77,7 @@ def test_every_testbed_answer_tokenises_after_the_anchor_as_it_does_alone(
 
 
 def test_a_trailing_space_would_break_every_name(builder: PromptBuilder) -> None:
-    """The seeds' anchor, as a control: what the refusal prevents."""
+    """An anchor with a space at its end, as a control: what the refusal prevents."""
     names = [(first + SYLLABLES[0]).capitalize() for first in SYLLABLES]
     split = builder.text_ids(f"{ANCHOR} ")
     broken = [

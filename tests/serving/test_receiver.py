@@ -21,6 +21,7 @@ from transformers import (
 
 from latentwire_fast import ops, wire
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, PayloadError
+from latentwire_fast.models.attachments.soft import SoftPrompt
 from latentwire_fast.models.bottlenecks.uniform import UniformQuantizer
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn
@@ -187,6 +188,30 @@ def test_payloads_are_unpacked_as_their_bottleneck_does(
     assert len(plain[0]) == len(payloads[0])
     with pytest.raises(PayloadError, match="CRC"):
         receiver.prefill(prompts, payloads=[payloads[0][:-1] + b"\0", *payloads[1:]])
+
+
+class FirstOnly(SoftPrompt):
+    """One soft token, whatever the number of latents."""
+
+    positions = 1  # type: ignore[assignment]
+
+    def forward(self, latent_BMd: Tensor, **options: Any) -> Tensor:
+        return super().forward(latent_BMd, **options)[:, :1]
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("prefix", ["soft", "both"])
+def test_an_attachment_says_how_many_positions_it_takes(reader: Reader, prefix: str) -> None:
+    model = make_model(reader, prefix)
+    soft = model.attachment(reader.name, "prefixes")
+    assert soft is not None
+    soft.__class__ = FirstOnly
+    payloads, prompts = random_payloads(model), asking(reader, QUESTIONS)
+    receiver = Receiver.of(model, reader)
+    first = receiver.prefill(prompts, payloads=payloads)
+    assert_plain(first, model, payloads, prompts)
+    if receiver.engine == "eager":
+        assert first.positions == max(len(prompt.ids) for prompt in prompts) + model.positions
 
 
 @pytest.mark.usefixtures("engine")

@@ -15,7 +15,7 @@ from latentwire_fast.prompts.builder import full_text
 
 
 class TokenBudget(EvaluationMethod):
-    """The prompt cut to M tokens, as the seeds do: the question is usually lost."""
+    """The prompt cut to M tokens, whatever they are: the question is usually lost."""
 
     @dataclass(frozen=True)
     class Config(MethodConfig):

@@ -43,7 +43,7 @@ class SoftPrompt(Attachment):
             calibration: rescale to the reader's embedding RMS per token, per example or batch, or
                 not.
             gain: factor on that RMS.
-            tanh: squash the projection (the seeds' adapter).
+            tanh: squash the projection into (-1, 1) first.
         """
 
         adapter: AdapterConfig = field(default_factory=lambda: ADAPTERS.config("mlp"))
