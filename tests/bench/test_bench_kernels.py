@@ -670,7 +670,14 @@ def test_the_whole_run_at_small_shapes(tmp_path: Path) -> None:
     """Every section in its own process, results written, written where the command says."""
     command = [sys.executable, "-m", "bench.kernels.gpu_kernels", tmp_path / "out", "--tiny"]
     command += ["--commit", "1234567", "--seconds", "3000"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=processes.environment(),  # the checkout is importable from anywhere
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["about"]["commit"] == "1234567"
