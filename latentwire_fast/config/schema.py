@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from latentwire_fast.config.parts import (
     PoolerConfig,
     ScheduleConfig,
 )
+from latentwire_fast.config.prompt import PromptConfig, TemplateConfig
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS, OBJECTIVES, SCHEDULES
 
 # Users of a configuration find all of it here, the settings of its parts with the rest.
@@ -40,10 +41,12 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PoolerConfig",
+    "PromptConfig",
     "ReaderConfig",
     "RunConfig",
     "ScheduleConfig",
     "StageConfig",
+    "TemplateConfig",
     "check_decoding",
     "check_reader_name",
 ]
@@ -82,15 +85,21 @@ def check_reader_name(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class ReaderConfig(Settings):
-    """One frozen LLM. `source` is `testbed:NAME`, a local folder or a hub id."""
+class ReaderConfig(PromptConfig):
+    """One frozen LLM, and how it is asked (the settings of `PromptConfig`). `source` is
+    `testbed:NAME`, a local folder or a hub id."""
 
     source: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str = "sdpa"
     device_map: str | None = None
     load_in_4bit: bool = False
-    bos: bool | None = None
+
+    @property
+    def weights(self) -> ReaderConfig:
+        """These settings as if it were asked in the usual way: what decides its weights."""
+        changes: dict[str, Any] = {f.name: f.default for f in fields(PromptConfig)}
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

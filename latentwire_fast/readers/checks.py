@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.prompts.builder import PromptBuilder
 
 # What configurations call a cap or a factor on the logits. Where it is weak, the logits of a prompt
 # hardly show it.
@@ -38,6 +39,23 @@ def check_vocabulary(tokenizer: Tokenizer, model: PreTrainedModel, *, name: str)
             f"{name}: its tokenizer has {len(beyond)} tokens that the model does not know (the "
             f"first is {beyond[first]!r}, number {first} of {rows}); give the tokenizer that "
             "belongs to the model, or save the model after `resize_token_embeddings`"
+        )
+
+
+def check_prompt_ids(prompts: PromptBuilder, model: PreTrainedModel, *, name: str) -> None:
+    """Raise unless the model has an embedding for every control token that prompts are made of.
+
+    Raises:
+        ConfigError: one is beyond the embedding.
+    """
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    beyond = sorted(i for i in prompts.control_ids_used if i >= rows)
+    if beyond:
+        token = prompts.tokenizer.convert_ids_to_tokens(beyond[0])
+        raise ConfigError(
+            f"{name}: its prompts need token {token!r}, number {beyond[0]}, and the model knows "
+            f"{rows}; give the tokenizer that belongs to the model, or one without that chat "
+            "template or EOS"
         )
 
 

@@ -25,13 +25,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from latentwire_fast.config.schema import ReaderConfig
+from latentwire_fast.config.schema import PromptConfig, ReaderConfig
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.checkpointing import checkpoint_activations
-from latentwire_fast.readers.checks import check_logits, check_vocabulary, learns_positions
+from latentwire_fast.readers.checks import (
+    check_logits,
+    check_prompt_ids,
+    check_vocabulary,
+    learns_positions,
+)
+from latentwire_fast.readers.decoding import token_ids
 from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
@@ -48,7 +54,7 @@ class Reader:
             hidden state (checked). It is put into eval mode and frozen.
         tokenizer: its tokenizer.
         name: the key of this reader in adapters, metrics and reports.
-        anchor, bos: passed to `PromptBuilder`.
+        prompt: how it is asked; passed to `PromptBuilder`.
 
     Raises:
         ConfigError: the model post-processes its logits, or the tokenizer lacks an EOS or has
@@ -62,14 +68,14 @@ class Reader:
         *,
         name: str,
         source: str = "",
-        anchor: str = "Answer:",
-        bos: bool | None = None,
+        prompt: PromptConfig | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
-        self.prompts = PromptBuilder(tokenizer, anchor=anchor, bos=bos)
+        self.prompts = PromptBuilder(tokenizer, prompt)
+        check_prompt_ids(self.prompts, model, name=f"reader {name!r}")
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None or self.pad_id >= len(self.embedding.weight):
             self.pad_id = self.prompts.eos_id
@@ -89,7 +95,7 @@ class Reader:
         device_map: Any = None,
         attn_implementation: str = "sdpa",
         load_in_4bit: bool = False,
-        bos: bool | None = None,
+        prompt: PromptConfig | None = None,
     ) -> Reader:
         """Load a reader from a local folder, a hub id, or `testbed:llama` / `testbed:qwen`.
 
@@ -109,7 +115,7 @@ class Reader:
         if device is not None and device_map is None and not load_in_4bit:
             model.to(device)
         tokenizer = load_tokenizer(source)
-        return cls(model, tokenizer, name=name, source=str(source), bos=bos)
+        return cls(model, tokenizer, name=name, source=str(source), prompt=prompt)
 
     @classmethod
     def from_config(
@@ -139,7 +145,7 @@ class Reader:
             device_map=config.device_map,
             attn_implementation=config.attn_implementation,
             load_in_4bit=config.load_in_4bit,
-            bos=config.bos,
+            prompt=config,
         )
         if dtype not in (None, config.dtype):
             reader.compute_in(getattr(torch, dtype))
@@ -167,9 +173,9 @@ class Reader:
         ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
         check_logits(self.model, ids, name=f"reader {self.name!r}")
 
-    def sharing_weights(self, name: str, *, bos: bool | None = None) -> Reader:
+    def sharing_weights(self, name: str, *, prompt: PromptConfig | None = None) -> Reader:
         """Another reader of the same model, which is in memory once."""
-        reader = Reader(self.model, self.tokenizer, name=name, source=self.source, bos=bos)
+        reader = Reader(self.model, self.tokenizer, name=name, source=self.source, prompt=prompt)
         reader.fingerprint = self.fingerprint  # of the weights before `compute_in`
         return reader
 
@@ -200,12 +206,13 @@ class Reader:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Every token that ends an answer: the tokenizer's EOS, and what the model's own
-        `generation_config` declares beside it (chat models often end a turn with another token).
+        """Every token that ends an answer, first the one that answers are trained to end with: that
+        of the chat template, the tokenizer's EOS, and what the model's own `generation_config`
+        declares beside it (chat models often end a turn with another token).
         """
         declared = getattr(self.model.generation_config, "eos_token_id", None)
-        further = declared if isinstance(declared, list | tuple) else [declared]
-        return list(dict.fromkeys([self.prompts.eos_id, *(i for i in further if i is not None)]))
+        found = [self.prompts.eos_id, *token_ids([self.tokenizer.eos_token_id, declared])]
+        return [i for i in dict.fromkeys(found) if i < self.vocabulary]
 
     @cached_property
     def vocabulary(self) -> int:
@@ -213,6 +220,23 @@ class Reader:
         nothing."""
         rows = int(self.head_weight.shape[0])
         return min(rows, 1 + max(self.tokenizer.get_vocab().values()))
+
+    @cached_property
+    def _gaps(self) -> Tensor:
+        """Ids below `vocabulary` that stand for nothing either."""
+        known = self.tokenizer.get_vocab().values()
+        return torch.tensor(sorted({*range(self.vocabulary)} - {*known}), dtype=torch.long)
+
+    def of_tokens(self, logits: Tensor) -> Tensor:
+        """The logits `[..., vocabulary]` of an output embedding's `[..., V]` that belong to tokens.
+
+        Rows that fill up a block of memory are cut off, gaps are minus infinity: decoding and
+        scoring never choose what stands for nothing.
+        """
+        logits = logits[..., : self.vocabulary]
+        if len(self._gaps):
+            logits = logits.index_fill(-1, self._gaps.to(logits.device), -torch.inf)
+        return logits
 
     @property
     def max_positions(self) -> int:
@@ -321,8 +345,8 @@ class Reader:
         return hidden_BTD[rows, batch.cols_N.to(hidden_BTD.device)]
 
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
-        """Log-probabilities `[N, V]` at the scored positions, fp32."""
-        return self.head(self.target_hidden(batch)).float().log_softmax(-1)
+        """Log-probabilities `[N, vocabulary]` at the scored positions, fp32."""
+        return self.of_tokens(self.head(self.target_hidden(batch))).float().log_softmax(-1)
 
     def score(
         self,
@@ -343,7 +367,12 @@ class Reader:
         """
         batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
         return TargetScores(
-            self.target_logprobs(batch), batch.labels_N, batch.rows_N, batch.step_N, len(prompts)
+            self.target_logprobs(batch),
+            batch.labels_N,
+            batch.rows_N,
+            batch.step_N,
+            len(prompts),
+            tuple(self.stop_ids),
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -366,9 +395,9 @@ def load_readers(
     readers: dict[str, Reader] = {}
     loaded: dict[ReaderConfig, Reader] = {}
     for name, config in configs.items():
-        options = replace(config, bos=None)  # what a prompt begins with is no matter of the weights
+        options = config.weights
         if options in loaded:
-            readers[name] = loaded[options].sharing_weights(name, bos=config.bos)
+            readers[name] = loaded[options].sharing_weights(name, prompt=config)
         else:
             reader = Reader.from_config(name, config, device, dtype=dtype)
             readers[name] = loaded[options] = reader

@@ -116,12 +116,11 @@ class Prefilled:
         new_ids: list[Tensor] = []
         for step in range(options.max_new_tokens):
             token_B = pick_tokens(
-                logits_BV.float(),
+                reader.of_tokens(logits_BV).float(),
                 step,
                 options,
                 numbers=numbers,
                 stop_ids=stops,
-                vocabulary=reader.vocabulary,
             )
             done_B |= torch.isin(token_B, stop_ids)
             new_ids.append(torch.where(done_B, stop_ids[0], token_B))
