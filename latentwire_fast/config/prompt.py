@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import date as Date  # noqa: N812 (a setting is called `date`)
+from datetime import date as Date
 from typing import Literal
 
 from latentwire_fast.config.base import Settings, require

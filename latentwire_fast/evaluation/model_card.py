@@ -34,6 +34,7 @@ def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
             f" The encoder is that of `{config.base}`, unchanged: these readers were added to it, "
             "and read its payloads."
         )
+    dates = sorted({reader.date for reader in config.readers.values()})
     return f"""---
 library_name: latentwire-fast
 tags: [prompt-compression, soft-prompt, latent]
@@ -50,5 +51,6 @@ F1 on {metrics["examples"]} held-out examples of `{config.data.source}`:
 {table}
 
 The readers are frozen; the adapters work with exactly these weights and refuse others.
+A chat template that names today's date was given {" or ".join(dates)} instead.
 Trained by commit {metrics["run"]["commit"]}, configuration {metrics["run"]["config_sha256"][:12]}.
 """

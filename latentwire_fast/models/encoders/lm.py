@@ -16,14 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from latentwire_fast.config.schema import EncoderConfig, PoolerConfig, RunConfig
+from latentwire_fast.config.schema import (
+    EncoderConfig,
+    PoolerConfig,
+    PromptConfig,
+    RunConfig,
+    TemplateConfig,
+)
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
 from latentwire_fast.readers.checkpointing import checkpoint_activations
-from latentwire_fast.readers.checks import check_vocabulary, learns_positions
+from latentwire_fast.readers.checks import check_prompt_ids, check_vocabulary, learns_positions
 from latentwire_fast.readers.loading import load_tokenizer, load_weights
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import POOLERS
@@ -45,8 +51,9 @@ class LMEncoder(Encoder):
     """
 
     @dataclass(frozen=True)
-    class Config(EncoderConfig):
-        """An encoder that starts from a pretrained causal LM.
+    class Config(EncoderConfig, TemplateConfig):
+        """An encoder that starts from a pretrained causal LM; `template` and `date` are of the
+        chat template that its text is laid out in.
 
         Attributes:
             source: the LM: a reader's source (its own weights are taken), a folder or a hub id.
@@ -71,6 +78,11 @@ class LMEncoder(Encoder):
             """Whether its pooler does."""
             return bool(POOLERS.part_of(self.pooler).selects_positions)
 
+        @property
+        def prompt(self) -> PromptConfig:
+            """How its text is laid out."""
+            return PromptConfig(template=self.template, date=self.date)
+
         def check(self, run: RunConfig) -> None:
             """Its pooler checks itself."""
             self.pooler.check(run)
@@ -93,7 +105,8 @@ class LMEncoder(Encoder):
         shared: bool = False,
     ) -> None:
         super().__init__(config)
-        self.prompts = PromptBuilder(tokenizer)
+        self.prompts = PromptBuilder(tokenizer, config.prompt)
+        check_prompt_ids(self.prompts, core, name=f"encoder LM {config.source!r}")
         self.tokenizer = tokenizer
         lm = LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
         self.pooler: Pooler = POOLERS.part_of(config.pooler)(config.pooler, lm)
@@ -122,7 +135,7 @@ class LMEncoder(Encoder):
             backbone = reader.backbone if shared else copy.deepcopy(reader.backbone).float()
             core, tokenizer = cast(PreTrainedModel, backbone), reader.tokenizer
         if learns_positions(core):
-            config = _within_positions(config, core, PromptBuilder(tokenizer))
+            config = _within_positions(config, core, PromptBuilder(tokenizer, config.prompt))
         if config.gradient_checkpointing:
             checkpoint_activations(core)
         return cls(core, tokenizer, config, shared=shared).train()
