@@ -3,16 +3,18 @@ modules with parts from outside the package."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import tyro
 
@@ -52,6 +54,11 @@ def run_entry_point(main: Callable[[], None]) -> None:
     except RunStopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.status)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # what is left of the output goes nowhere, quietly
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: the reader of standard output ended before all was written", file=sys.stderr)
+        sys.exit(2)
     except (LatentWireError, OSError) as error:
         line = " ".join(part.strip() for part in str(error).splitlines())
         advice = _ADVICE.get(error.errno or 0) if isinstance(error, OSError) else None
@@ -60,6 +67,35 @@ def run_entry_point(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def standard_input(option: str, *, binary: bool) -> BinaryIO:
+    """Standard input, for an option that was given as `-`.
+
+    Args:
+        binary: whether bytes are expected that nobody can type.
+
+    Raises:
+        ConfigError: it is closed, or a terminal where bytes are expected.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise ConfigError(f"{option} - reads standard input, which is closed; pipe something in")
+    if binary and sys.stdin.isatty():
+        raise ConfigError(f"{option} - would read bytes from a terminal; pipe them, or name a file")
+    return sys.stdin.buffer
+
+
+def standard_output(option: str) -> BinaryIO:
+    """Standard output, for bytes of an option that was given as `-`.
+
+    Raises:
+        ConfigError: it is closed, or a terminal.
+    """
+    if sys.stdout is None or sys.stdout.closed:
+        raise ConfigError(f"{option} - writes to standard output, which is closed; pipe it")
+    if sys.stdout.isatty():
+        raise ConfigError(f"{option} - would write bytes to a terminal; pipe it, or name a file")
+    return sys.stdout.buffer
 
 
 def quiet_libraries() -> None:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from latentwire_fast.cli import (
     import_modules,
     quiet_libraries,
     run_entry_point,
+    standard_input,
 )
 
 if TYPE_CHECKING:  # imported for real where they are used: `--help` does without torch
@@ -167,7 +167,7 @@ def answers(
     receiver = Receiver.of(model, reader, options=receiving)
     prompt = reader.prompts.build([Turn(args.question or "")], context=None, latent=model.mode)
     payloads = (
-        wire.read_payload_stream(sys.stdin.buffer, name="standard input")
+        wire.read_payload_stream(standard_input("--payload", binary=True), name="standard input")
         if args.payload == STANDARD
         else wire.read_payloads(args.payload)
     )

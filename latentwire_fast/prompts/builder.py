@@ -178,7 +178,7 @@ class PromptBuilder:
         for place, token in enumerate(ids):
             if token in self._controls:
                 return place, token
-            if self.tokenizer.decode([token]).strip():
+            if str(self.tokenizer.decode([token])).strip():
                 break
         return None
 

@@ -123,7 +123,7 @@ def _without_dummy_space(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeni
     A prompt is tokenised in pieces: with that space before each, the pieces would not be those of
     the whole.
     """
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend = tokenizer.backend_tokenizer
     parts = _parts(backend.normalizer) + _parts(backend.pre_tokenizer)
     if not any(map(_puts_space, parts)):
         return tokenizer

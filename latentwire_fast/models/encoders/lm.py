@@ -215,9 +215,9 @@ class LMEncoder(Encoder):
     def load(cls, folder: Path, config: EncoderConfig) -> LMEncoder:
         """The encoder that was saved in a folder, before its weights are loaded."""
         assert isinstance(config, LMEncoder.Config)
-        lm_config = AutoConfig.from_pretrained(folder / FOLDER)
+        lm_config = AutoConfig.from_pretrained(folder / FOLDER, trust_remote_code=False)
         # The configuration is the reader's, whose dtype may be shorter than what was trained.
-        core = AutoModel.from_config(lm_config, dtype=torch.float32)
+        core = AutoModel.from_config(lm_config, dtype=torch.float32, trust_remote_code=False)
         return cls(core, load_tokenizer(folder / FOLDER), config)
 
 
