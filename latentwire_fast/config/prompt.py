@@ -70,7 +70,7 @@ def check_date(value: str) -> None:
         ConfigError: it is none.
     """
     try:
-        found = Date.fromisoformat(value).isoformat()
+        is_date = Date.fromisoformat(value).isoformat() == value
     except ValueError:
-        found = ""
-    require(found == value, f"date={value!r}, expected a date such as {FIXED_DATE!r}")
+        is_date = False
+    require(is_date, f"date={value!r}, expected a date such as {FIXED_DATE!r}")

@@ -117,7 +117,7 @@ class PromptBuilder:
         self._controls = control_ids(tokenizer)
         pieces = template_pieces(tokenizer, config)
         self._trims = pieces.trims
-        self._opening = self._with_bos(self._control_ids(pieces.opening), pieces)
+        self._opening = self._with_bos(self._text.template_ids(pieces.opening), pieces)
         self._after_prefix = self._bos_after_prefix()
         self.eos_id, self._to_user = self._ends(pieces)
         self.anchor = config.anchor_text if config.anchor == "text" else ""
@@ -127,7 +127,7 @@ class PromptBuilder:
                 f"anchor='chat': tokenizer {tokenizer.name_or_path!r} has no chat template with a "
                 "header for the assistant; take 'text' or 'none'"
             )
-        self._to_assistant = self._control_ids(self._header)
+        self._to_assistant = self._text.template_ids(self._header)
         self.anchor_ids = self.text_ids(self.anchor) if self.anchor else []
         self.label_ids = self.text_ids(CONTEXT_LABEL)
 
@@ -164,8 +164,8 @@ class PromptBuilder:
 
     def _ends(self, pieces: TemplatePieces) -> tuple[int, list[int]]:
         """The token that ends an answer, and the ids between that and the next user's text."""
-        after = self._control_ids(pieces.to_user)
-        closing = self._first_control(self._control_ids(pieces.closing))
+        after = self._text.template_ids(pieces.to_user)
+        closing = self._first_control(self._text.template_ids(pieces.closing))
         end = self._first_control(after)
         if closing is None:
             return int(self.tokenizer.eos_token_id), after
@@ -181,9 +181,6 @@ class PromptBuilder:
             if str(self.tokenizer.decode([token])).strip():
                 break
         return None
-
-    def _control_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of user text; control tokens spelled in it stay plain text."""

@@ -88,12 +88,13 @@ class _ChatTemplate:
     ) -> None:
         self._tokenizer = tokenizer
         day = datetime.fromisoformat(config.date)
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template[name or "default"]
         self._options: dict[str, Any] = {
-            "chat_template": name,
+            "chat_template": _fixed_clock(str(template), day),
             "tokenize": False,
-            # What templates ask for the time, and the variable that some take instead.
-            "strftime_now": day.strftime,
-            "date_string": day.strftime("%d %b %Y"),
+            "date_string": day.strftime("%d %b %Y"),  # some take it in the place of the clock's
             # What templates of models that think call the switch.
             "enable_thinking": False,
             "thinking": False,
@@ -172,6 +173,22 @@ class _ChatTemplate:
             f"the chat template of {self._tokenizer.name_or_path!r} {what}; give the tokenizer "
             "another template, or remove it (chat_template in its folder) for plain text"
         )
+
+
+def _fixed_clock(template: str, day: datetime) -> str:
+    """A template in which `strftime_now`, by which templates ask for the time, always says the
+    same.
+
+    It is a macro, since transformers lets no function of ours into a template. The line break at
+    its end is not part of any text: one behind a tag is left out.
+    """
+    if "strftime_now" not in template:
+        return template
+    known = {f"%{flag}": day.strftime(f"%{flag}") for flag in "aAbBcdGHIjmMpSuUVwWxXyYf"}
+    known |= {f"%-{flag}": day.strftime(f"%{flag}").lstrip("0") or "0" for flag in "dHIjmMSy"}
+    filters = "".join(f" | replace({flag!r}, {value!r})" for flag, value in known.items())
+    macro = f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
+    return macro + template
 
 
 def _header(asked: str, answered: str) -> str:

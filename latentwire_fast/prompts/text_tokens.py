@@ -72,6 +72,13 @@ class TextTokenizer:
             return [end for _, end in encoded["offset_mapping"][0]]
         return [end for _, end in self._cut(text)]
 
+    def template_ids(self, text: str) -> list[int]:
+        """Token ids of a piece of a chat template, whose control tokens are meant."""
+        if not text:
+            return []
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def _encode(self, texts: Sequence[str], *, spans: bool = False) -> Any:
         return self._tokenizer(
             [*texts],
