@@ -44,8 +44,12 @@ SIGNATURES = {
         "| None' = None) -> 'ReaderInputs'"
     ),
     "PromptBuilder": (
-        "(tokenizer: 'PreTrainedTokenizerBase', *, anchor: 'str' = 'Answer:', bos: 'bool "
-        "| None' = None) -> 'None'"
+        "(tokenizer: 'PreTrainedTokenizerBase', config: 'PromptConfig | None' = None) -> 'None'"
+    ),
+    "PromptConfig": (
+        "(*, template: 'str | None' = None, date: 'str' = '2024-07-26', anchor: "
+        "\"Literal['text', 'chat', 'none']\" = 'text', anchor_text: 'str' = 'Answer:', bos: "
+        "'bool | None' = None, append_bos_after_prefix: 'bool' = False) -> None"
     ),
     "PromptBuilder.build": (
         "(self, turns: 'Sequence[Turn]', *, context: 'str | None', latent: 'Mode | None' "
@@ -57,13 +61,13 @@ SIGNATURES = {
     ),
     "Reader": (
         "(model: 'PreTrainedModel', tokenizer: 'Tokenizer', *, name: 'str', source: 'str'"
-        " = '', anchor: 'str' = 'Answer:', bos: 'bool | None' = None) -> 'None'"
+        " = '', prompt: 'PromptConfig | None' = None) -> 'None'"
     ),
     "Reader.load": (
         "(source: 'str | Path', *, name: 'str', dtype: 'torch.dtype' = torch.float32, "
         "device: 'str | torch.device | None' = None, device_map: 'Any' = None, "
-        "attn_implementation: 'str' = 'sdpa', load_in_4bit: 'bool' = False, bos: 'bool | "
-        "None' = None) -> 'Reader'"
+        "attn_implementation: 'str' = 'sdpa', load_in_4bit: 'bool' = False, prompt: "
+        "'PromptConfig | None' = None) -> 'Reader'"
     ),
     "Reader.score": (
         "(self, prompts: 'Sequence[Prompt]', *, prefixes: 'Sequence[Tensor] | Tensor | "
@@ -74,7 +78,10 @@ SIGNATURES = {
     "ReaderConfig": (
         "(source: 'str', dtype: \"Literal['float32', 'bfloat16', 'float16']\" = 'float32', "
         "attn_implementation: 'str' = 'sdpa', device_map: 'str | None' = None, "
-        "load_in_4bit: 'bool' = False, bos: 'bool | None' = None) -> None"
+        "load_in_4bit: 'bool' = False, *, template: 'str | None' = None, date: 'str' = "
+        "'2024-07-26', anchor: \"Literal['text', 'chat', 'none']\" = 'text', anchor_text: "
+        "'str' = 'Answer:', bos: 'bool | None' = None, append_bos_after_prefix: 'bool' = "
+        "False) -> None"
     ),
     "Receiver": (
         "(reader: 'Reader', adapter: 'nn.Module | None' = None, *, payload_kind: "
