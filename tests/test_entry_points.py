@@ -370,17 +370,17 @@ def test_payloads_that_are_piped_in_are_bytes(
 @pytest.mark.slow
 def test_a_pipe_that_nobody_reads_is_one_line(run_dir: Path, note: Path) -> None:
     arguments = ["--run", run_dir, "--context", note, "--out", "-"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*python("encode"), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment_on_the_cpu(),
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    error = process.stderr.read().decode()
-    assert process.wait() == 2
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == 2
     assert error == "error: the reader of standard output ended before all was written\n"
 
 

@@ -207,7 +207,8 @@ def _parse(spec: str) -> tuple[type[DataSet], Path | None]:
 def _named_set(name: str, *, names: Sequence[str]) -> type[DataSet]:
     """The data set of that name, if it is among these."""
     if name not in names:
-        raise DataError(f"data set {name!r} is not known; known are: {', '.join(names)}")
+        what = f"data set {name!r} is not known" if name else "no name of a data set behind hub:"
+        raise DataError(f"{what}; known are: {', '.join(names)}")
     part: type[DataSet] = DATA_SETS[name]
     return part
 
