@@ -68,10 +68,11 @@ class Scorer:
         likelihoods = MethodResult([], [], [])
         for rows in batches(len(self.case.examples), self.batch_size):
             inputs = method.build(self.case, rows, bits=bits)
-            answers += self._answers(inputs, rows)
             likelihoods.positions += inputs.positions
-            if with_likelihoods and inputs.answers is None:
-                add_likelihoods(likelihoods, self._target_scores(inputs))
+            with method.reading(self.case, inputs):
+                answers += self._answers(inputs, rows)
+                if with_likelihoods and inputs.answers is None:
+                    add_likelihoods(likelihoods, self._target_scores(inputs))
             self.progress()
         judged = judge_answers(answers, self.case.examples)
         likelihoods.predictions, likelihoods.em, likelihoods.f1 = answers, judged.em, judged.f1

@@ -25,6 +25,7 @@ from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 
 logger = logging.getLogger(__name__)
@@ -77,13 +78,14 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
 
 
 def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
-    """A model for these readers, fresh but for the encoder of a base.
+    """A model for these readers, fresh but for the encoder of a base. Readers whose low-rank
+    updates are to be trained read with them from now on.
 
     Raises:
         ConfigError: the base does not fit the configuration, or has adapters for these readers.
         CheckpointError: it is not trained.
     """
-    return Interlingua(
+    model = Interlingua(
         _fresh_encoder(config, readers)
         if config.base is None
         else _base_encoder(config, config.base, readers),
@@ -92,6 +94,10 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
         attachments=config.attachments,
         mode=config.mode,
     )
+    for name, reader in readers.items():  # the last to be made: the encoder may begin as a copy
+        if reader.lora_settings is not None:
+            model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)
+    return model
 
 
 def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:

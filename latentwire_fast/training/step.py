@@ -150,7 +150,11 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
 
 def _module_norms(session: Session) -> dict[str, float]:
     model = session.model
-    readers = {name: torch.nn.ModuleDict(model.parts(name)) for name in session.readers}
+    readers = {}
+    for name in session.readers:
+        lora = model.lora_of(name)
+        parts = [*model.parts(name).values(), *([] if lora is None else [lora])]
+        readers[name] = torch.nn.ModuleList(parts)
     return module_gradient_norms({"encoder": model.encoder, **readers})
 
 

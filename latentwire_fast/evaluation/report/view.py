@@ -12,6 +12,7 @@ from typing import Any
 from latentwire_fast.config.presets import PRESETS
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.config.serialization import to_json
+from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
 from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
@@ -45,6 +46,9 @@ def build_view(
         "run": metrics.get("run") or {},
         "examples": metrics.get("examples") or 0,
         "base": config.get("base"),
+        "not_frozen": [
+            not_frozen(name, entry) for name, entry in (metrics.get("lora") or {}).items()
+        ],
         "is_pure": (metrics.get("run") or {}).get("mode") == "pure",
         "headline": headline(metrics),
         "tiles": list(_tiles(metrics)),
@@ -82,7 +86,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
         for name, methods in readers.items()
     )
     subject = f"One payload of {size(payload)} bytes" + (f" at {bits} bits" if bits else "")
-    receivers = "1 frozen reader" if len(readers) == 1 else f"{len(readers)} frozen readers"
+    frozen = "" if metrics.get("lora") else "frozen "
+    receivers = f"1 {frozen}reader" if len(readers) == 1 else f"{len(readers)} {frozen}readers"
     return (
         f"{subject} stands in for {size(sizes.get('text_utf8_mean'))} bytes of text "
         f"({size(sizes.get('text_brotli_mean'))} after brotli) for {receivers}: {scores}."
