@@ -35,7 +35,9 @@ def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
             f" The encoder is that of `{config.base}`, unchanged: these readers were added to it, "
             "and read its payloads."
         )
-    readers = "The readers are frozen; the adapters work with exactly these weights and refuse others."
+    readers = (
+        "The readers are frozen; the adapters work with exactly these weights and refuse others."
+    )
     if metrics.get("lora"):
         trained = ". ".join(not_frozen(name, entry) for name, entry in metrics["lora"].items())
         readers = (

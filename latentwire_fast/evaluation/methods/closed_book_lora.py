@@ -17,5 +17,6 @@ class ClosedBookLora(ClosedBook):
 
     label, kind = "Closed book, LoRA on", "floor"
     note = "the question alone, with the updates that were trained for latents"
+    console_label = "  with LoRA"
     with_lora = True
     is_timed = False

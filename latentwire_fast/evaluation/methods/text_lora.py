@@ -17,5 +17,6 @@ class TextLora(Text):
 
     label, kind = "Full text, LoRA on", "reference"
     note = "the whole prompt, with the updates that were trained for latents"
+    console_label = "  with LoRA"
     with_lora = True
     is_timed = in_model_card = False
