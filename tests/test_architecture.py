@@ -36,8 +36,8 @@ FLOORS = [
     "models",
     "serving",
     "objectives",
-    "training",
     "evaluation",
+    "training",
     "testbed",
     "train evaluate encode generate",
 ]

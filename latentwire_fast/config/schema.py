@@ -112,7 +112,7 @@ class LoraSettings(Settings):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)}, expected above 0")
         require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected at least 0, below 1")
         require(
-            self.projections is None or all(self.projections) and bool(self.projections),
+            self.projections is None or (all(self.projections) and bool(self.projections)),
             f"projections={self.projections}: name one at least, or none for the attention's",
         )
 

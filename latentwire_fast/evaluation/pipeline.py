@@ -25,12 +25,12 @@ from latentwire_fast.evaluation.report import write_report
 from latentwire_fast.evaluation.results import EvaluationResults
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.files.lock import RunLock
+from latentwire_fast.files.records import read_records
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.reader import load_readers
-from latentwire_fast.training.tracking import read_records
 
 logger = logging.getLogger(__name__)
 

@@ -67,6 +67,21 @@ class RunFolder:
         return self.path / "model.tmp"
 
     @property
+    def best_model(self) -> Path:
+        """The model of the step that validated best, where a run validates."""
+        return self.path / "model_best"
+
+    @property
+    def unfinished_best_model(self) -> Path:
+        """That model while it is written."""
+        return self.path / "model_best.tmp"
+
+    @property
+    def validation(self) -> Path:
+        """The scores of every validation."""
+        return self.path / "validation.json"
+
+    @property
     def model_card(self) -> Path:
         """The model card that the evaluation writes beside the model."""
         return self.model / "README.md"
@@ -112,7 +127,9 @@ class RunFolder:
         if not path.is_relative_to(run):
             return False
         here = RunFolder(run)
-        folders = (here.model, here.checkpoints, here.teacher, here.tensorboard)
-        files = (here.config, here.diagnostics, here.nonfinite, here.lock)
+        folders = (
+            *(here.model, here.best_model, here.checkpoints, here.teacher, here.tensorboard),
+        )
+        files = (here.config, here.diagnostics, here.validation, here.nonfinite, here.lock)
         report = (here.metrics, here.metrics_table, here.predictions, here.report, here.report_text)
         return path in (*files, *report) or any(path.is_relative_to(f) for f in (*folders, *files))

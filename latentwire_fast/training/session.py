@@ -19,11 +19,18 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import ObjectiveSet
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.readers.answer_checks import check_answers
+from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader, load_readers
-from latentwire_fast.training.builders import build_model, build_stream, warn_of_truncation
+from latentwire_fast.training.builders import (
+    build_model,
+    build_stream,
+    validation_examples,
+    warn_of_truncation,
+)
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.state import TrainingState
+from latentwire_fast.training.validation import Validator, ask_latents
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,7 @@ class Session:
         objectives: what it is trained on.
         stream: where batches come from.
         state: all that changes from step to step.
+        validator: scores the model while it trains, if the run wants that.
         frozen: shows that the readers did not change. nonfinite: stops at a NaN or an infinity.
     """
 
@@ -50,6 +58,7 @@ class Session:
     state: TrainingState
     frozen: FrozenGuard
     nonfinite: NonFiniteGuard
+    validator: Validator | None = None
 
     def active_readers(self) -> list[str]:
         """The readers that the next step trains, in the order of their names."""
@@ -109,6 +118,7 @@ def open_session(
         state=TrainingState(model, optimizers, config.optim.micro_batch or config.optim.batch_size),
         frozen=frozen,
         nonfinite=NonFiniteGuard(folder.nonfinite),
+        validator=_validator(config, model, readers),
     )
     if rank:
         # The weights above are drawn alike everywhere, the dropout of the steps is not.
@@ -118,3 +128,20 @@ def open_session(
     ):
         logger.info("resumed %s at step %d", folder.path, session.state.step)
     return session
+
+
+def _validator(
+    config: RunConfig, model: Interlingua, readers: dict[str, Reader]
+) -> Validator | None:
+    if config.validation is None:
+        return None
+    examples = validation_examples(config)
+    check_answers(examples, readers, source=f"{config.data.source} (validation)")
+    options = DecodeOptions(max_new_tokens=config.evaluation.max_new_tokens)
+    return Validator(
+        config.validation,
+        examples,
+        lambda: ask_latents(model, readers, options=options),
+        batch_size=config.evaluation.batch_size,
+        modules=[model],
+    )

@@ -39,6 +39,7 @@ class TrainingState:
         micro_batch: examples per forward pass that fit in memory.
         step: steps done. seconds: what they took.
         spikes: the guard's running means.
+        validations: the results so far (see `validation.py`).
     """
 
     model: Interlingua
@@ -47,6 +48,7 @@ class TrainingState:
     step: int = 0
     seconds: float = 0.0
     spikes: SpikeGuard = field(default_factory=SpikeGuard)
+    validations: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
     def named(self) -> list[tuple[str, nn.Parameter]]:
@@ -90,6 +92,7 @@ class TrainingState:
                 "optimizer": optimizer_json,
                 "rng": [values for _, values in rng],
                 "spikes": self.spikes.state,
+                "validations": self.validations,
                 "seconds": self.seconds,
                 "micro_batch": self.micro_batch,
                 "model_digest": parameter_digest(model.items()),
@@ -130,6 +133,7 @@ class TrainingState:
         )
         _restore_rng(checkpoint, rank=rank, processes=processes)
         self.spikes.state = checkpoint.state["spikes"]
+        self.validations = checkpoint.state.get("validations", [])
         self.seconds = checkpoint.state["seconds"]
         self.micro_batch = checkpoint.state["micro_batch"]
         self.step = checkpoint.step

@@ -189,7 +189,10 @@ def test_a_model_brings_its_updates_to_the_reader(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"projections": ("q_porj",)}, r"no linear layer 'q_porj' for its LoRA; there are mlp.down"),
+        (
+            {"projections": ("q_porj",)},
+            r"no linear layer 'q_porj' for its LoRA; there are mlp.down",
+        ),
         ({"layers": 3}, r"lora.layers=3, and it has 2"),
     ],
 )
