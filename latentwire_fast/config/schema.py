@@ -270,7 +270,7 @@ class EvalConfig(Settings):
 
 @dataclass(frozen=True)
 class ValidationConfig(Settings):
-    """Scores on a fixed slice of the training sources while a run trains (`training/validation.py`).
+    """Scores on a fixed slice of the training sources while a run trains.
 
     Attributes:
         every: steps between two validations; the last step has one too.

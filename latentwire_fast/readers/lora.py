@@ -1,9 +1,9 @@
 """Low-rank updates (LoRA) of a reader, through peft: trained with a run, saved with its model.
 
-    lora = ReaderLora.fresh(reader, LoraSettings(rank=8))      # the reader reads with it from now on
-    with reader.base():                                        # and without it in here
+    lora = ReaderLora.fresh(reader, LoraSettings(rank=8))    # the reader reads with it from now on
+    with reader.base():                                      # and without it in here
         reader.score(prompts)
-    lora.save(folder)                                          # in peft's own format
+    lora.save(folder)                                        # in peft's own format
 
 The updates are modules inside the reader's model. Its own weights stay as they are: their digest,
 by which trained models know a reader, leaves the updates out.

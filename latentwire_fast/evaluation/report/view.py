@@ -64,6 +64,7 @@ def build_view(
         "joint": _joint(metrics),
         "extra_columns": list(EXTRA_SCORES.values()),
         "extra": list(_extra_rows(extra)),
+        "validation": _validation(metrics.get("validation") or {}),
         "shown_examples": choose_examples(predictions, metrics),
         "facts": list(_facts(metrics)),
         "commands": _commands(metrics.get("run") or {}, config),
@@ -220,6 +221,38 @@ def _joint(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         for label, key, note in rows
         if joint.get(key) is not None
     ]
+
+
+def _validation(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scores of the last and of the best validation; None where there were none."""
+    if not found:
+        return None
+    rows = []
+    for which in ("last", "best"):
+        entry = found[which]
+        cells = [
+            show(scores[key])
+            for scores in entry["scores"].values()
+            for key, show in (
+                ("nll", lambda v: number(v, digits=3)),
+                ("f1", lambda v: percent(v).text),
+            )
+        ]
+        note = " (this report's model)" if found["model"] == which else ""
+        rows.append({"label": f"{which}{note}", "step": str(entry["step"]), "cells": cells})
+    note = (
+        f"On {found['examples']} examples that are neither trained on nor evaluated on. Best is the "
+        f"step with the best running mean of the {'NLL' if found['metric'] == 'nll' else 'F1'}, "
+        f"of which {number(100 * found['ema'], digits=0)}% stays at each validation."
+    )
+    if found["stopped_early"]:
+        note += " Training ended early: the last validations were not the best."
+    names = found["last"]["scores"]
+    return {
+        "columns": [f"{name} {score}" for name in names for score in ("NLL / token", "F1")],
+        "rows": rows,
+        "note": note,
+    }
 
 
 def _extra_rows(extra: Means) -> Iterator[dict[str, Any]]:
