@@ -109,7 +109,8 @@ SIGNATURES = {
         "'BottleneckConfig' = <factory>, attachments: 'tuple[AttachmentConfig, ...]' = "
         "<factory>, data: 'DataConfig' = <factory>, stages: 'tuple[StageConfig, ...]' = "
         "(), optim: 'OptimConfig' = <factory>, evaluation: 'EvalConfig' = <factory>, "
-        "validation: 'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: 'int' = 200) -> None"
+        "validation: 'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: "
+        "'int' = 200) -> None"
     ),
     "Turn": "(question: 'str', answer: 'str | None' = None) -> None",
     "evaluate": (

@@ -77,8 +77,8 @@ def evaluate_run(
         )
     if best and not folder.best_model.exists():
         raise CheckpointError(
-            f"{run_dir} holds no {folder.best_model.name}; it is kept where the run's configuration "
-            "has `validation`"
+            f"{run_dir} holds no {folder.best_model.name}; it is kept where the configuration has "
+            "`validation`"
         )
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from safetensors.torch import save_file
@@ -29,13 +29,24 @@ from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.tensors import read_tensors
 from latentwire_fast.readers.kv_cache import decoder_layers
 
-if TYPE_CHECKING:
-    from latentwire_fast.readers.reader import Reader
-
 NAME = "latentwire"  # of our updates among those that a model may have
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 _PREFIX = "base_model.model."  # before each name in peft's files
 _ATTENTION = ("attn", "attention")
+
+
+class Adaptable(Protocol):
+    """A `Reader`, as far as it matters here."""
+
+    name: str
+    source: str
+    model: PreTrainedModel
+    lora: ReaderLora | None
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of its own weights."""
+        ...
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -72,7 +83,7 @@ class ReaderLora(nn.Module):
     # --- making and attaching ---------------------------------------------------------------------
 
     @classmethod
-    def fresh(cls, reader: Reader, settings: LoraSettings) -> ReaderLora:
+    def fresh(cls, reader: Adaptable, settings: LoraSettings) -> ReaderLora:
         """New updates, attached to a reader: random and zero factors, so that nothing changes yet.
 
         Raises:
@@ -104,7 +115,7 @@ class ReaderLora(nn.Module):
         lora._waiting = read_tensors(folder / WEIGHTS)
         return lora
 
-    def attach(self, reader: Reader) -> None:
+    def attach(self, reader: Adaptable) -> None:
         """Have a reader read with these updates; again is no change.
 
         Raises:
@@ -163,6 +174,14 @@ class ReaderLora(nn.Module):
         text = json.dumps({**self.options, "inference_mode": True}, indent=2, sort_keys=True)
         (folder / SETTINGS).write_text(text + "\n")
         return [WEIGHTS, SETTINGS]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Every tensor of it by name."""
+        return {name: value.detach() for name, value in self.state_dict().items()}
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters that receive gradients."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     # --- off and merged ---------------------------------------------------------------------------
 
@@ -244,7 +263,7 @@ def _inject(model: PreTrainedModel, options: dict[str, Any], *, reader: str) -> 
     inject_adapter_in_model(LoraConfig(**known), model, adapter_name=NAME)
 
 
-def _linear_layers(reader: Reader, settings: LoraSettings) -> list[str]:
+def _linear_layers(reader: Adaptable, settings: LoraSettings) -> list[str]:
     """The paths of the linear layers that the settings name.
 
     Raises:

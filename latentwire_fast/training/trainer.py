@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -53,7 +53,10 @@ class Trainer:
 
     Attributes:
         folder: the paths of the run.
+        folder_kind: the class that names them.
     """
+
+    folder_kind: ClassVar[type[RunFolder]] = RunFolder
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class Trainer:
     ) -> None:
         self.config = absolute_paths(config)
         self.heldout = heldout
-        self.folder = RunFolder(run_dir)
+        self.folder = self.folder_kind(run_dir)
         precision = config.optim.mixed_precision
         # Unless told, accelerate takes several processes on a CPU for one each.
         on_cpu = not torch.accelerator.is_available() or (device and device.type == "cpu")
@@ -108,9 +111,7 @@ class Trainer:
             self._leave_together()
 
     def _train(self) -> None:
-        self._session = open_session(
-            self.config, self.folder, accelerator=self.accelerator, heldout=self.heldout
-        )
+        self._session = self._open()
         # Only now: a run that cannot start may be corrected and started in the same folder.
         if self.accelerator.is_main_process:
             text = json.dumps(to_json(self.config), indent=2) + "\n"
@@ -118,6 +119,11 @@ class Trainer:
         with self.signals, self._tracker() as tracker:
             self._loop(tracker)
         self._finish()
+
+    def _open(self) -> Session:
+        return open_session(
+            self.config, self.folder, accelerator=self.accelerator, heldout=self.heldout
+        )
 
     def _leave_together(self) -> None:
         """Leave the other processes together with them: a launcher ends those that are left when
@@ -216,7 +222,6 @@ class Trainer:
             return
         validation = self.config.validation
         best = self.folder.best_model if validation and validation.use_best else None
-        self.session.model.eval()
         self._save_model(self.folder.unfinished_model, self.folder.model, copy=best)
 
     def _save_model(self, temporary: Path, final: Path, *, copy: Path | None = None) -> None:
@@ -224,7 +229,7 @@ class Trainer:
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
             if copy is None:
-                self.session.model.save_pretrained(temporary)
+                self.session.save(temporary)
             else:
                 shutil.copytree(copy, temporary)
             replace_folder(temporary, final)

@@ -229,17 +229,11 @@ def _validation(found: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     rows = []
     for which in ("last", "best"):
-        entry = found[which]
-        cells = [
-            show(scores[key])
-            for scores in entry["scores"].values()
-            for key, show in (
-                ("nll", lambda v: number(v, digits=3)),
-                ("f1", lambda v: percent(v).text),
-            )
-        ]
+        cells = []
+        for scores in found[which]["scores"].values():
+            cells += [number(scores["nll"], digits=3), percent(scores["f1"]).text]
         note = " (this report's model)" if found["model"] == which else ""
-        rows.append({"label": f"{which}{note}", "step": str(entry["step"]), "cells": cells})
+        rows.append({"label": which + note, "step": str(found[which]["step"]), "cells": cells})
     note = (
         f"On {found['examples']} examples that are neither trained on nor evaluated on. Best is the "
         f"step with the best running mean of the {'NLL' if found['metric'] == 'nll' else 'F1'}, "
