@@ -11,6 +11,7 @@ import torch
 
 from latentwire_fast.config.schema import ReaderConfig, RunConfig
 from latentwire_fast.errors import ConfigError, RunStopped
+from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.train_text_lora import (
     TextLoraArguments,
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 @pytest.fixture(scope="module")
 def arguments(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = tiny_squad(tmp_path_factory.mktemp("data") / "data.json", passages=24)
-    sizes = {"rank": 2, "steps": 6, "batch_size": 4, "lr": 0.02, "eval_examples": 2, "threads": 1}
+    sizes = {"rank": 2, "steps": 6, "batch_size": 4, "lr": 0.02, "eval_examples": 1, "threads": 1}
     slice_ = {"validate_every": 3, "validation_examples": 3, "max_new_tokens": 3}
     return {"reader": str(llama_folder), "data": str(data), **sizes, **slice_, "dropout": 0.2}
 
@@ -110,7 +111,7 @@ def test_what_it_makes_is_a_reader(plain: TextLoraTrainer) -> None:
     made = Reader.load(plain.folder.model, name="made")
     trained = plain.session.readers["reader"]
     plain.session.lora.eval()  # type: ignore[attr-defined]
-    prompt = made.prompts.build([], context="Nulnak is old.")
+    prompt = made.prompts.build([Turn("Who?")], context="Nulnak is old.")
     batches = [reader.collate([prompt]) for reader in (made, trained)]
     hidden = [
         reader.backbone(**batch.model_inputs()).last_hidden_state
@@ -121,21 +122,20 @@ def test_what_it_makes_is_a_reader(plain: TextLoraTrainer) -> None:
     assert (plain.folder.best_model / "adapter_config.json").exists()
 
 
-def test_the_command_prints_one_line_of_scores(
-    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = {"--rank": 2, "--steps": 2, "--batch-size": 2, "--eval-examples": 2, "--threads": 1}
+def test_the_command_prints_one_line_of_scores(arguments: dict[str, Any], tmp_path: Path) -> None:
+    options = {"--rank": 2, "--steps": 2, "--batch-size": 2, "--eval-examples": 1, "--threads": 1}
     words = [str(word) for pair in options.items() for word in pair]
     words += ["--reader", arguments["reader"], "--data", arguments["data"], "--run", str(tmp_path)]
     printed = []
     for _ in range(2):  # the second time nothing is trained or scored again
-        in_this_process("train_text_lora", [*words, "--device", "cpu"])
-        (line,) = capsys.readouterr().out.splitlines()
+        status, output, errors = in_this_process("train_text_lora", *words, "--device", "cpu")
+        assert status == 0, errors
+        (line,) = output.splitlines()
         printed.append(json.loads(line))
     found = printed[0]
     assert printed == [found, json.loads((tmp_path / "scores.json").read_text())]
     assert found["reader"] == str(tmp_path / "reader")
-    assert (found["examples"], found["steps"]) == (2, 2)
+    assert (found["examples"], found["steps"]) == (1, 2)
     for scores in (found["before"], found["after"]):
         assert set(scores) == {"f1", "em", "nll_per_token"}
         assert scores["nll_per_token"]["low"] <= scores["nll_per_token"]["mean"]

@@ -234,10 +234,11 @@ def _validation(found: Mapping[str, Any]) -> dict[str, Any] | None:
             cells += [number(scores["nll"], digits=3), percent(scores["f1"]).text]
         note = " (this report's model)" if found["model"] == which else ""
         rows.append({"label": which + note, "step": str(found[which]["step"]), "cells": cells})
+    metric = "NLL" if found["metric"] == "nll" else "F1"
     note = (
-        f"On {found['examples']} examples that are neither trained on nor evaluated on. Best is the "
-        f"step with the best running mean of the {'NLL' if found['metric'] == 'nll' else 'F1'}, "
-        f"of which {number(100 * found['ema'], digits=0)}% stays at each validation."
+        f"On {found['examples']} examples that are neither trained on nor evaluated on. Best is "
+        f"the step with the best running mean of the {metric}, of which "
+        f"{number(100 * found['ema'], digits=0)}% stays at each validation."
     )
     if found["stopped_early"]:
         note += " Training ended early: the last validations were not the best."
