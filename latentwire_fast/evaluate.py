@@ -43,7 +43,8 @@ class RunArguments:
             sample of a finite set.
         examples: how many examples (the run's own number if not given).
         out: write metrics.json to this file only, outside the run folder; required with
-            --fresh-seed.
+            --fresh-seed and --best.
+        best: score the model of the step that validated best, where the run validated.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the readers compute in; the run's own unless given.
         imports: a Python module to import first, repeatable: it registers parts of your own
@@ -54,6 +55,7 @@ class RunArguments:
     fresh_seed: int | None = None
     examples: int | None = None
     out: Path | None = None
+    best: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
     imports: Imports = ()
@@ -81,6 +83,7 @@ def evaluate(
     device: torch.device | str | None = None,
     dtype: Dtype | None = None,
     progress: bool = True,
+    best: bool = False,
 ) -> dict[str, Any]:
     """Score a trained run on held-out examples and write its report.
 
@@ -94,6 +97,8 @@ def evaluate(
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the readers compute in; the run's own unless given.
         progress: show a progress bar.
+        best: score the model of the step that validated best, where the run validated; needs
+            `out`.
 
     Returns:
         The content of metrics.json.
@@ -106,11 +111,12 @@ def evaluate(
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.evaluation.pipeline import evaluate_run
 
-    if fresh_seed is not None and out is None:
-        raise ConfigError(
-            "fresh_seed needs out (--fresh-seed needs --out FILE): the run's own report stays as "
-            "it is"
-        )
+    for given, name in ((fresh_seed is not None, "fresh_seed"), (best, "best")):
+        if given and out is None:
+            raise ConfigError(
+                f"{name} needs out (--{name.replace('_', '-')} needs --out FILE): the run's own "
+                "report stays as it is"
+            )
     if examples is not None and examples < 1:
         raise ConfigError(f"examples={examples}, expected at least 1")
     return evaluate_run(
@@ -121,6 +127,7 @@ def evaluate(
         device=choose_device(device, option="device") if isinstance(device, str) else device,
         dtype=dtype,
         progress=progress,
+        best=best,
     )
 
 
@@ -144,6 +151,7 @@ def evaluate_command() -> None:
         out=args.out,
         device=None if args.device is None else choose_device(args.device),
         dtype=args.dtype,
+        best=args.best,
     )
     from latentwire_fast.evaluation.console import summary_lines
     from latentwire_fast.files.run_folder import RunFolder

@@ -78,8 +78,8 @@ SIGNATURES = {
     "ReaderConfig": (
         "(source: 'str', dtype: \"Literal['float32', 'bfloat16', 'float16']\" = 'float32', "
         "attn_implementation: 'str' = 'sdpa', device_map: 'str | None' = None, "
-        "load_in_4bit: 'bool' = False, *, template: 'str | None' = None, date: 'str' = "
-        "'2024-07-26', anchor: \"Literal['text', 'chat', 'none']\" = 'text', anchor_text: "
+        "load_in_4bit: 'bool' = False, lora: 'LoraSettings | None' = None, *, "
+        "template: 'str | None' = None, date: 'str' = '2024-07-26', anchor: \"Literal['text', 'chat', 'none']\" = 'text', anchor_text: "
         "'str' = 'Answer:', bos: 'bool | None' = None, append_bos_after_prefix: 'bool' = "
         "False) -> None"
     ),
@@ -115,13 +115,15 @@ SIGNATURES = {
         "'BottleneckConfig' = <factory>, attachments: 'tuple[AttachmentConfig, ...]' = "
         "<factory>, data: 'DataConfig' = <factory>, stages: 'tuple[StageConfig, ...]' = "
         "(), optim: 'OptimConfig' = <factory>, evaluation: 'EvalConfig' = <factory>, "
-        "log_every: 'int' = 10, save_every: 'int' = 200) -> None"
+        "validation: 'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: "
+        "'int' = 200) -> None"
     ),
     "Turn": "(question: 'str', answer: 'str | None' = None) -> None",
     "evaluate": (
         "(run: 'str | Path', *, fresh_seed: 'int | None' = None, examples: 'int | None' ="
         " None, out: 'str | Path | None' = None, device: 'torch.device | str | None' = "
-        "None, dtype: 'Dtype | None' = None, progress: 'bool' = True) -> 'dict[str, Any]'"
+        "None, dtype: 'Dtype | None' = None, progress: 'bool' = True, best: 'bool' = False) "
+        "-> 'dict[str, Any]'"
     ),
     "load_preset": "(name: 'str') -> 'RunConfig'",
     "load_readers": (

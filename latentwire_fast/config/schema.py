@@ -37,6 +37,7 @@ __all__ = [
     "DataConfig",
     "EncoderConfig",
     "EvalConfig",
+    "LoraSettings",
     "Mode",
     "ObjectiveConfig",
     "OptimConfig",
@@ -47,6 +48,7 @@ __all__ = [
     "ScheduleConfig",
     "StageConfig",
     "TemplateConfig",
+    "ValidationConfig",
     "check_decoding",
     "check_reader_name",
 ]
@@ -85,15 +87,55 @@ def check_reader_name(name: str) -> None:
 
 
 @dataclass(frozen=True)
+class LoraSettings(Settings):
+    """Low-rank updates of a reader's weights (LoRA, arXiv:2106.09685), trained with the rest of a
+    run. The weights themselves stay as they are.
+
+    Attributes:
+        rank: of each update.
+        alpha: an update is scaled by alpha / rank.
+        dropout: of what an update reads, in training.
+        projections: the linear layers that get one, by the last parts of their names; None: those
+            of the attention.
+        layers: only in so many of the first layers; None: in all of them.
+        lr: factor on the run's `adamw_lr`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    projections: tuple[str, ...] | None = None
+    layers: int | None = None
+    lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least_one("rank", "layers")
+        for name in ("alpha", "lr"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}, expected above 0")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected at least 0, below 1")
+        require(
+            self.projections is None or (all(self.projections) and bool(self.projections)),
+            f"projections={self.projections}: name one at least, or none for the attention's",
+        )
+
+
+@dataclass(frozen=True)
 class ReaderConfig(PromptConfig):
     """One frozen LLM, and how it is asked (the settings of `PromptConfig`). `source` is
-    `testbed:NAME`, a local folder or a hub id."""
+    `testbed:NAME`, a local folder or a hub id.
+
+    Attributes:
+        lora: low-rank updates that are trained with the run: the reader is not frozen then. None
+            for none.
+    """
 
     source: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str = "sdpa"
     device_map: str | None = None
     load_in_4bit: bool = False
+    lora: LoraSettings | None = None
 
     @property
     def weights(self) -> ReaderConfig:
@@ -236,6 +278,36 @@ class EvalConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ValidationConfig(Settings):
+    """Scores on a fixed slice of the training sources while a run trains.
+
+    Attributes:
+        every: steps between two validations; the last step has one too.
+        examples: size of the slice.
+        metric: `nll` (per token of the answers) or `f1`; the mean over readers says which step is
+            the best one.
+        ema: the share of the metric's running mean that stays at each validation: one lucky value
+            makes no best step. 0 takes every value as it is.
+        patience: training ends after so many validations in a row that were not the best; None: it
+            goes on to the last step.
+        use_best: whether the run's model is the best step's; otherwise it is the last step's, and
+            the best one is kept beside it.
+    """
+
+    every: int = 200
+    examples: int = 64
+    metric: Literal["nll", "f1"] = "nll"
+    ema: float = 0.5
+    patience: int | None = None
+    use_best: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least_one("every", "examples", "patience")
+        require(0 <= self.ema < 1, f"ema={self.ema}, expected at least 0, below 1")
+
+
+@dataclass(frozen=True)
 class RunConfig(Settings):
     """Everything that makes a run what it is.
 
@@ -243,6 +315,7 @@ class RunConfig(Settings):
         base: a trained run whose encoder is taken over and kept as it is, with its mode and
             bottleneck: this run's readers learn to read the payloads that are out there.
         attachments: what each reader is given of a latent; no two of them the same thing.
+        validation: scores while it trains; None for none.
         threads: of torch on a CPU; None leaves them to torch.
         log_every, save_every: steps between diagnostics and between checkpoints.
     """
@@ -262,6 +335,7 @@ class RunConfig(Settings):
     stages: tuple[StageConfig, ...] = ()
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    validation: ValidationConfig | None = None
     log_every: int = 10
     save_every: int = 200
 

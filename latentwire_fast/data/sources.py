@@ -14,12 +14,14 @@ where NAME is a registered data set (`sets/`).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 from latentwire_fast.config.schema import DataConfig, Mode
@@ -89,6 +91,35 @@ def heldout_examples(
         seed=config.eval_seed if seed is None else seed,
         data=config,
     )
+
+
+def split_validation(
+    examples: Sequence[Example], count: int
+) -> tuple[list[Example], list[Example]]:
+    """What is left to train on, and `count` examples on contexts that are not among it.
+
+    A hash of the context decides, so the same passages are taken in whatever order they come, for
+    every seed.
+
+    Raises:
+        DataError: more than half of the contexts would be taken.
+    """
+    contexts = sorted({e.context for e in examples}, key=_validation_order)
+    sizes = Counter(example.context for example in examples)
+    ends = accumulate(sizes[context] for context in contexts)
+    taken = next((i for i, end in enumerate(ends, start=1) if end >= count), len(contexts))
+    if 2 * taken > len(contexts):
+        raise DataError(
+            f"validation: {count} examples would take {taken} of {len(contexts)} training contexts "
+            "away; set validation.examples to fewer, or give more data"
+        )
+    chosen = set(contexts[:taken])
+    rest = [e for e in examples if e.context not in chosen]
+    return rest, [e for e in examples if e.context in chosen][:count]
+
+
+def _validation_order(context: str) -> bytes:
+    return hashlib.sha256(f"validation: {context}".encode()).digest()
 
 
 def endless_stream(data: DataConfig, *, mode: Mode, seed: int) -> Stream | None:

@@ -23,6 +23,8 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"text {sizes['text_utf8_mean']:.0f} B, brotli {sizes['text_brotli_mean']:.0f} B, "
         f"payload {sizes['payload_mean'][width]:.0f} B at {width} bits"
     )
+    for name, entry in (metrics.get("lora") or {}).items():
+        lines.append(not_frozen(name, entry))
     methods = evaluation_methods()
     for key, reason in (metrics.get("not_measured") or {}).items():
         lines.append(f"{methods[key].label.lower()}: not measured, {reason}")
@@ -31,12 +33,23 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def not_frozen(reader: str, entry: Mapping[str, int]) -> str:
+    """Says of a reader with low-rank updates that it is not frozen, and what was trained of it."""
+    share = 100 * entry["parameters"] / entry["of"]
+    return (
+        f"{reader} is not a frozen reader: a LoRA of {entry['parameters']:,} parameters "
+        f"({share:.2g}% of its {entry['of']:,}) was trained with the latents"
+    )
+
+
 def _method_lines(readers: Mapping[str, Any]) -> Iterator[str]:
     """One line per method, with a dash where it was not measured."""
     for key, method in by_kind().items():
         if method.console_label is None:
             continue
         found = [entries.get(key) for entries in readers.values()]
+        if method.with_lora and not any(found):
+            continue
         cells = ["-" if entry is None else _points(entry["f1"]["mean"]) for entry in found]
         label = method.console_label or method.label.lower()
         yield f"{label:18}" + "".join(f"{cell:>12}" for cell in cells)

@@ -25,6 +25,7 @@ from latentwire_fast.evaluation.scoring import Scorer, batches
 from latentwire_fast.evaluation.timing import time_methods
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.decoding import DecodeOptions
+from latentwire_fast.readers.lora import base_parameters
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
 
@@ -86,12 +87,23 @@ class Evaluator:
             for name, receiver in self.receivers.items()
         }
         results.not_measured = self._not_measured(next(iter(cases.values())))
-        usable = {n: m for n, m in self.methods.items() if n not in results.not_measured}
-        by_bits = sum(method.by_bits is not None for method in usable.values())
-        rounds = len(usable) + by_bits * (len(payloads) - 1)
-        self.bar.reset(total=rounds * len(cases) * len(self._batches()))
         for name, case in cases.items():
-            results.readers[name] = self._reader_results(case, usable)
+            if case.reader.lora is not None:
+                of = sum(weight.numel() for _, weight in base_parameters(case.reader.model))
+                results.lora[name] = {"parameters": case.reader.lora.size, "of": of}
+        usable = {n: m for n, m in self.methods.items() if n not in results.not_measured}
+        of_case = {
+            name: {key: method for key, method in usable.items() if method.fits(case)}
+            for name, case in cases.items()
+        }
+        rounds = sum(
+            1 if method.by_bits is None else len(payloads)
+            for methods in of_case.values()
+            for method in methods.values()
+        )
+        self.bar.reset(total=rounds * len(self._batches()))
+        for name, case in cases.items():
+            results.readers[name] = self._reader_results(case, of_case[name])
         self._rescore(results, payloads[self.bits])
         self.bar.close()
         return results

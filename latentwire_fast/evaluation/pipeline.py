@@ -24,13 +24,14 @@ from latentwire_fast.evaluation.provenance import commit, run_record, versions
 from latentwire_fast.evaluation.report import write_report
 from latentwire_fast.evaluation.results import EvaluationResults
 from latentwire_fast.files.atomic import write_atomically
+from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.lock import RunLock
+from latentwire_fast.files.records import read_records
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.reader import load_readers
-from latentwire_fast.training.tracking import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def evaluate_run(
     progress: bool = True,
     device: torch.device | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    best: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a trained run and write its report.
 
@@ -55,6 +57,8 @@ def evaluate_run(
         device: where to evaluate; as in training unless given.
         dtype: that the readers compute in; the run's own unless given. metrics.json then names the
             configuration with it.
+        best: score the model of the step that validated best, kept beside the run's own; needs
+            `out`.
 
     Returns:
         The content of metrics.json.
@@ -71,6 +75,11 @@ def evaluate_run(
             f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
             "or resume it with the same command if it was stopped"
         )
+    if best and not folder.best_model.exists():
+        raise CheckpointError(
+            f"{run_dir} holds no {folder.best_model.name}; it is kept where the configuration has "
+            "`validation`"
+        )
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
             _check_eval_dir(folder.eval)
@@ -80,7 +89,9 @@ def evaluate_run(
             _write(folder, metrics, results)
         return metrics
     _check_out(folder, out)
-    metrics, _ = _evaluate(folder, fresh_seed, count, progress, device=device, dtype=dtype)
+    metrics, _ = _evaluate(
+        folder, fresh_seed, count, progress, device=device, dtype=dtype, best=best
+    )
     write_atomically(out, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -123,6 +134,7 @@ def _evaluate(
     *,
     device: torch.device | None,
     dtype: Literal["float32", "bfloat16", "float16"] | None,
+    best: bool = False,
 ) -> tuple[dict[str, Any], EvaluationResults]:
     """The content of metrics.json, and what it was made from."""
     config = read_run_config(folder.path)
@@ -133,7 +145,7 @@ def _evaluate(
     gc.collect()  # what a training in this process leaves is in reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    model = Interlingua.from_pretrained(folder.model).to(device)
+    model = Interlingua.from_pretrained(folder.best_model if best else folder.model).to(device)
     _check_settings(config, model, folder)
     readers = load_readers(config.readers, device, dtype=dtype)
     if dtype is not None:
@@ -144,6 +156,8 @@ def _evaluate(
     measured = _truncated(evaluator)
     results = evaluator.run()
     measured |= results.metrics()
+    if folder.validation.exists():
+        measured["validation"] = read_json(folder.validation, error=CheckpointError)
     diagnostics = read_records(folder.diagnostics)
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     seed = config.data.eval_seed if fresh_seed is None else fresh_seed

@@ -40,6 +40,8 @@ class EvaluationResults:
         readers: by reader.
         joint: joint rescoring, with two readers or more.
         not_measured: why methods could not be measured on these examples, by method.
+        lora: of readers that are not frozen, the number of parameters that their low-rank updates
+            have, and how many parameters they are updates of.
     """
 
     config: RunConfig
@@ -48,6 +50,7 @@ class EvaluationResults:
     readers: dict[str, ReaderResults] = field(default_factory=dict)
     joint: JointResult | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
+    lora: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def replaced_text(self, example: Example) -> str:
         """The text that the payload stands for."""
@@ -78,6 +81,8 @@ class EvaluationResults:
         }
         if self.not_measured:
             measured["not_measured"] = dict(self.not_measured)
+        if self.lora:
+            measured["lora"] = dict(self.lora)
         return measured
 
     def _evidence(self, *, utf8: list[int], brotli: list[int]) -> Evidence:

@@ -164,12 +164,12 @@ class ReaderBatch:
     def teacher_hidden_ND(self) -> Tensor:
         """The teacher: the reader's hidden states `[N, D]` at the answer tokens behind the text.
 
-        Without gradient; the prompts are those of kind `text`.
+        Without gradient, and without low-rank updates; the prompts are those of kind `text`.
         """
         prompts = self.prompts("text")
         if self._teacher is not None:
             return self._teacher.hidden(self.reader, prompts)
-        with torch.no_grad():
+        with torch.no_grad(), self.reader.base():
             return self.reader.target_hidden(self.reader.collate(prompts))
 
     @cached_property
@@ -177,7 +177,8 @@ class ReaderBatch:
         """The reader's attention, keys and values on the items' texts: of `text` prompts, or of
         `context` prompts if there are none."""
         kind = "text" if self.reads_answers else "context"
-        return observe(self.reader, self.prompts(kind))
+        with self.reader.base():
+            return observe(self.reader, self.prompts(kind))
 
     @property
     def reads_answers(self) -> bool:

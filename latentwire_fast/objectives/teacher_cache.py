@@ -69,7 +69,7 @@ class TeacherCache:
         self.hits += len(keys) - len(fresh)
         self.misses += len(fresh)
         if fresh:
-            with torch.no_grad():
+            with torch.no_grad(), reader.base():
                 batch = reader.collate([prompts[i] for i in fresh])
                 states = reader.target_hidden(batch).half().cpu()
             sizes = [sum(prompts[i].is_target) for i in fresh]

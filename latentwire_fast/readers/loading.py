@@ -16,6 +16,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from latentwire_fast.errors import ConfigError, LatentWireError
+from latentwire_fast.readers.lora import merge_updates
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
                 **options,
             )
     _check_complete(model, found, source)
+    if not getattr(model, "is_quantized", False):
+        merge_updates(model)  # of a folder that holds a LoRA: from here on an ordinary model
     return model
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from latentwire_fast.config.schema import PromptConfig, ReaderConfig
+from latentwire_fast.config.schema import LoraSettings, PromptConfig, ReaderConfig
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
@@ -41,6 +42,7 @@ from latentwire_fast.readers.decoding import token_ids
 from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
+from latentwire_fast.readers.lora import ReaderLora, base_parameters
 from latentwire_fast.readers.target_scores import TargetScores
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ class Reader:
         tokenizer: its tokenizer.
         name: the key of this reader in adapters, metrics and reports.
         prompt: how it is asked; passed to `PromptBuilder`.
+
+    Attributes:
+        lora_settings: of low-rank updates that a run is to train; None for none.
+        lora: the low-rank updates that it reads with, if it has any (`ReaderLora.attach`).
 
     Raises:
         ConfigError: the model post-processes its logits, or the tokenizer lacks an EOS or has
@@ -82,6 +88,8 @@ class Reader:
         check_vocabulary(tokenizer, model, name=f"reader {name!r}")
         self._check_logits()
         self.learns_positions = learns_positions(model)
+        self.lora_settings: LoraSettings | None = None
+        self.lora: ReaderLora | None = None
         self._warned: set[str] = set()
 
     @classmethod
@@ -149,6 +157,7 @@ class Reader:
         )
         if dtype not in (None, config.dtype):
             reader.compute_in(getattr(torch, dtype))
+        reader.lora_settings = config.lora
         return reader
 
     def compute_in(self, dtype: torch.dtype) -> None:
@@ -256,7 +265,7 @@ class Reader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the weights: an adapter works with these and no others."""
+        """sha256 over its own weights: an adapter works with these and no others."""
         return self.weights_digest()
 
     @cached_property
@@ -281,8 +290,17 @@ class Reader:
         checkpoint_activations(self.model)
 
     def weights_digest(self) -> str:
-        """sha256 over the current weights (not cached: shows that they did not change)."""
-        return parameter_digest(self.model.named_parameters())
+        """sha256 over its own weights as they are now (not cached: shows that they did not
+        change)."""
+        return parameter_digest(base_parameters(self.model))
+
+    def base(self) -> AbstractContextManager[None]:
+        """Inside the block the reader reads as it was loaded, without low-rank updates.
+
+        Raises:
+            ConfigError: they were merged into its weights.
+        """
+        return nullcontext() if self.lora is None else self.lora.disabled()
 
     def collate(
         self,
@@ -387,7 +405,7 @@ def load_readers(
     dtype: str | None = None,
 ) -> dict[str, Reader]:
     """The frozen readers of a run by name. Those of one source and the same options share one
-    model.
+    model, but for those that get low-rank updates.
 
     Args:
         device, dtype: as in `Reader.from_config`.
@@ -396,7 +414,7 @@ def load_readers(
     loaded: dict[ReaderConfig, Reader] = {}
     for name, config in configs.items():
         options = config.weights
-        if options in loaded:
+        if options in loaded and config.lora is None:
             readers[name] = loaded[options].sharing_weights(name, prompt=config)
         else:
             reader = Reader.from_config(name, config, device, dtype=dtype)

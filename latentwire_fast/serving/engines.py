@@ -66,6 +66,11 @@ def why_not_mask_free(reader: Reader) -> str | None:
     """What keeps a reader from giving the same with attention that is not its own; None where
     nothing does."""
     model = reader.model
+    if reader.lora is not None and not reader.lora.merged:
+        return (
+            "its low-rank updates (LoRA) can be switched off between two prompts; merge them "
+            "(merge_lora) to read with them always"
+        )
     if has_window(model):
         return "a layer attends to a sliding window, which needs a mask"
     if not getattr(model, "_supports_attention_backend", False):

@@ -31,6 +31,8 @@ class ReceiverOptions:
         new_tokens: how many tokens the fixed memory of a graph has room for behind the prompt.
             Longer answers are decoded too, in memory that grows.
         max_graphs: how many shapes of batch are kept captured.
+        merge_lora: add a reader's low-rank updates (LoRA) to its weights, for good: it is then read
+            as fast as without them, and by any engine.
         prefix_gain: factor on the calibrated size of soft tokens, and on the values (not the keys)
             of a deep prefix.
         mark: called with the name of each phase when it has been queued: `parse`, `dequantise`
@@ -45,6 +47,7 @@ class ReceiverOptions:
     new_tokens: int = 32
     max_graphs: int = 8
     prefix_gain: float = 1.0
+    merge_lora: bool = False
     mark: Mark = unmarked
 
     def __post_init__(self) -> None:

@@ -95,12 +95,14 @@ class Receiver:
     def of(
         cls, model: Interlingua, reader: Reader, *, options: ReceiverOptions | None = None
     ) -> Receiver:
-        """A receiver for what `model` encodes, and for text.
+        """A receiver for what `model` encodes, and for text. The reader reads with its low-rank
+        updates (LoRA) from now on, where the model has any for it; text too, but for what is read
+        inside `reader.base()`.
 
         Raises:
             ConfigError, CheckpointError: `model` was not trained for this reader.
         """
-        model.check_reader(reader)
+        model.adapt(reader, merge=options is not None and options.merge_lora)
         encoder = model.encoder_config
         kind = PayloadKind(
             encoder.latents,

@@ -15,7 +15,13 @@ from pathlib import Path
 
 from latentwire_fast.config.schema import Mode, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.data.sources import endless_stream, load_examples, map_paths
+from latentwire_fast.data.examples import Example
+from latentwire_fast.data.sources import (
+    endless_stream,
+    load_examples,
+    map_paths,
+    split_validation,
+)
 from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.json_files import read_json
@@ -25,10 +31,12 @@ from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 
 logger = logging.getLogger(__name__)
 
+VALIDATION_SEED = 1 << 40  # beyond the seeds that people give
 ENDLESS_SAMPLE = 300  # answers of an endless stream that are checked
 
 
@@ -77,13 +85,14 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
 
 
 def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
-    """A model for these readers, fresh but for the encoder of a base.
+    """A model for these readers, fresh but for the encoder of a base. Readers whose low-rank
+    updates are to be trained read with them from now on.
 
     Raises:
         ConfigError: the base does not fit the configuration, or has adapters for these readers.
         CheckpointError: it is not trained.
     """
-    return Interlingua(
+    model = Interlingua(
         _fresh_encoder(config, readers)
         if config.base is None
         else _base_encoder(config, config.base, readers),
@@ -92,6 +101,10 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
         attachments=config.attachments,
         mode=config.mode,
     )
+    for name, reader in readers.items():  # the last to be made: the encoder may begin as a copy
+        if reader.lora_settings is not None:
+            model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)
+    return model
 
 
 def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
@@ -133,7 +146,28 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
     check_answers(examples, readers, source=config.data.source)
     if endless is not None:
         return endless
+    if config.validation is not None:
+        examples, _ = split_validation(examples, config.validation.examples)
     return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+
+
+def validation_examples(config: RunConfig) -> list[Example]:
+    """The slice that a run validates on: never trained on, and not of the held-out examples that it
+    is evaluated on.
+
+    Of a finite source, examples on some contexts of its training part (`split_validation`), which
+    `build_stream` leaves out. Of a source without end, held-out examples of a seed of their own.
+
+    Raises:
+        DataError: as `load_examples` and `split_validation`.
+    """
+    assert config.validation is not None
+    data, count = config.data, config.validation.examples
+    if endless_stream(data, mode=config.mode, seed=config.seed) is not None:
+        seed = VALIDATION_SEED + data.eval_seed
+        return load_examples(data.source, split="heldout", count=count, seed=seed, data=data)
+    examples = load_examples(data.source, split="train", count=None, seed=config.seed, data=data)
+    return split_validation(examples, count)[1]
 
 
 def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:

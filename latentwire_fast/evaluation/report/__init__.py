@@ -53,7 +53,11 @@ def write_report(
     """
     extra = extra_scores(predictions)
     view = build_view(metrics, predictions, diagnostics, config, extra=extra)
-    drawn = {"accuracy": accuracy_figure(metrics), "learning": learning_figure(diagnostics)}
+    validations = (metrics.get("validation") or {}).get("validations") or []
+    drawn = {
+        "accuracy": accuracy_figure(metrics),
+        "learning": learning_figure(diagnostics, validations),
+    }
     figures = {name: png for name, png in drawn.items() if png is not None}
     (eval_dir / "figures").mkdir(parents=True, exist_ok=True)
     for name, png in figures.items():

@@ -12,6 +12,7 @@ from typing import Any
 from latentwire_fast.config.presets import PRESETS
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.config.serialization import to_json
+from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
 from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
@@ -45,6 +46,9 @@ def build_view(
         "run": metrics.get("run") or {},
         "examples": metrics.get("examples") or 0,
         "base": config.get("base"),
+        "not_frozen": [
+            not_frozen(name, entry) for name, entry in (metrics.get("lora") or {}).items()
+        ],
         "is_pure": (metrics.get("run") or {}).get("mode") == "pure",
         "headline": headline(metrics),
         "tiles": list(_tiles(metrics)),
@@ -60,6 +64,7 @@ def build_view(
         "joint": _joint(metrics),
         "extra_columns": list(EXTRA_SCORES.values()),
         "extra": list(_extra_rows(extra)),
+        "validation": _validation(metrics.get("validation") or {}),
         "shown_examples": choose_examples(predictions, metrics),
         "facts": list(_facts(metrics)),
         "commands": _commands(metrics.get("run") or {}, config),
@@ -82,7 +87,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
         for name, methods in readers.items()
     )
     subject = f"One payload of {size(payload)} bytes" + (f" at {bits} bits" if bits else "")
-    receivers = "1 frozen reader" if len(readers) == 1 else f"{len(readers)} frozen readers"
+    frozen = "" if metrics.get("lora") else "frozen "
+    receivers = f"1 {frozen}reader" if len(readers) == 1 else f"{len(readers)} {frozen}readers"
     return (
         f"{subject} stands in for {size(sizes.get('text_utf8_mean'))} bytes of text "
         f"({size(sizes.get('text_brotli_mean'))} after brotli) for {receivers}: {scores}."
@@ -215,6 +221,33 @@ def _joint(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         for label, key, note in rows
         if joint.get(key) is not None
     ]
+
+
+def _validation(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scores of the last and of the best validation; None where there were none."""
+    if not found:
+        return None
+    rows = []
+    for which in ("last", "best"):
+        cells = []
+        for scores in found[which]["scores"].values():
+            cells += [number(scores["nll"], digits=3), percent(scores["f1"]).text]
+        note = " (this report's model)" if found["model"] == which else ""
+        rows.append({"label": which + note, "step": str(found[which]["step"]), "cells": cells})
+    metric = "NLL" if found["metric"] == "nll" else "F1"
+    note = (
+        f"On {found['examples']} examples that are neither trained on nor evaluated on. Best is "
+        f"the step with the best running mean of the {metric}, of which "
+        f"{number(100 * found['ema'], digits=0)}% stays at each validation."
+    )
+    if found["stopped_early"]:
+        note += " Training ended early: the last validations were not the best."
+    names = found["last"]["scores"]
+    return {
+        "columns": [f"{name} {score}" for name in names for score in ("NLL / token", "F1")],
+        "rows": rows,
+        "note": note,
+    }
 
 
 def _extra_rows(extra: Means) -> Iterator[dict[str, Any]]:

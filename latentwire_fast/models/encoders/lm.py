@@ -231,13 +231,14 @@ def _reader_of(source: str, readers: Mapping[str, Reader]) -> Reader | None:
 
 def _can_share(config: LMEncoder.Config, reader: Reader) -> bool:
     """Whether an encoder may use a reader's own module: nothing changes it, it computes in fp32 as
-    encoders do, and it is on one device."""
+    encoders do, and it is on one device. A reader that gets low-rank updates changes."""
     weights = list(reader.model.parameters())
     whole = {(weight.dtype, weight.device) for weight in weights} == {
         (torch.float32, reader.device)
     }
     placed = getattr(reader.model, "hf_device_map", None) is not None
-    return config.frozen and not config.gradient_checkpointing and whole and not placed
+    alone = not config.gradient_checkpointing and reader.lora_settings is None
+    return config.frozen and alone and whole and not placed
 
 
 def _within_positions(
