@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from latentwire_fast.config.base import Settings, require
+from latentwire_fast.config.lora import LoraSettings
 from latentwire_fast.config.parts import (
     BITS,
     AdapterConfig,
@@ -24,6 +25,7 @@ from latentwire_fast.config.parts import (
     ScheduleConfig,
 )
 from latentwire_fast.config.prompt import PromptConfig, TemplateConfig
+from latentwire_fast.config.validation import ValidationConfig
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS, OBJECTIVES, SCHEDULES
 
 # Users of a configuration find all of it here, the settings of its parts with the rest.
@@ -84,40 +86,6 @@ def check_reader_name(name: str) -> None:
         f"reader name {name!r}: give it one of letters, digits, _ and - that does not begin with -",
     )
     require(name not in _RESERVED_NAMES, f"reader name {name!r} is taken; give the reader another")
-
-
-@dataclass(frozen=True)
-class LoraSettings(Settings):
-    """Low-rank updates of a reader's weights (LoRA, arXiv:2106.09685), trained with the rest of a
-    run. The weights themselves stay as they are.
-
-    Attributes:
-        rank: of each update.
-        alpha: an update is scaled by alpha / rank.
-        dropout: of what an update reads, in training.
-        projections: the linear layers that get one, by the last parts of their names; None: those
-            of the attention.
-        layers: only in so many of the first layers; None: in all of them.
-        lr: factor on the run's `adamw_lr`.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    projections: tuple[str, ...] | None = None
-    layers: int | None = None
-    lr: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least_one("rank", "layers")
-        for name in ("alpha", "lr"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)}, expected above 0")
-        require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected at least 0, below 1")
-        require(
-            self.projections is None or (all(self.projections) and bool(self.projections)),
-            f"projections={self.projections}: name one at least, or none for the attention's",
-        )
 
 
 @dataclass(frozen=True)
@@ -275,36 +243,6 @@ class EvalConfig(Settings):
         for bits in self.bits:
             require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
         check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)
-
-
-@dataclass(frozen=True)
-class ValidationConfig(Settings):
-    """Scores on a fixed slice of the training sources while a run trains.
-
-    Attributes:
-        every: steps between two validations; the last step has one too.
-        examples: size of the slice.
-        metric: `nll` (per token of the answers) or `f1`; the mean over readers says which step is
-            the best one.
-        ema: the share of the metric's running mean that stays at each validation: one lucky value
-            makes no best step. 0 takes every value as it is.
-        patience: training ends after so many validations in a row that were not the best; None: it
-            goes on to the last step.
-        use_best: whether the run's model is the best step's; otherwise it is the last step's, and
-            the best one is kept beside it.
-    """
-
-    every: int = 200
-    examples: int = 64
-    metric: Literal["nll", "f1"] = "nll"
-    ema: float = 0.5
-    patience: int | None = None
-    use_best: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least_one("every", "examples", "patience")
-        require(0 <= self.ema < 1, f"ema={self.ema}, expected at least 0, below 1")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from crashes import InScript
 from latentwire_fast.config.schema import RunConfig, StageConfig, ValidationConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import heldout_examples, split_validation
-from latentwire_fast.errors import ConfigError, DataError, RunStopped
+from latentwire_fast.errors import CheckpointError, ConfigError, DataError, RunStopped
+from latentwire_fast.evaluate import evaluate
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.method_result import mean
+from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.training import validation
@@ -146,6 +148,31 @@ def test_every_validation_is_kept(plain: Trainer) -> None:
     assert found["best"] == min(done, key=lambda entry: entry["smoothed"])
     assert (found["examples"], found["metric"], found["model"]) == (3, "nll", "last")
     assert list((plain.folder.path / "tensorboard").iterdir())
+
+
+def test_the_report_shows_the_last_and_the_best(plain: Trainer, tmp_path: Path) -> None:
+    metrics = evaluate_run(plain.folder.path, count=1, progress=False)
+    found = summary(plain.folder.path)
+    assert metrics["validation"] == found
+    text = plain.folder.report_text.read_text()
+    assert "### Validation" in text
+    for which, note in (("last", " (this report's model)"), ("best", "")):
+        scores = found[which]["scores"]["llama"]
+        assert f"| {which}{note} | {found[which]['step']} | {scores['nll']:.3f} |" in text
+    assert "Validation</th><th>Step</th>" in plain.folder.report.read_text()
+    out = tmp_path / "best.json"
+    best = evaluate_run(plain.folder.path, count=1, progress=False, out=out, best=True)
+    assert json.loads(out.read_text()) == best
+    assert (best["readers"] == metrics["readers"]) == (found["best"]["step"] == 6)
+
+
+def test_the_best_model_is_scored_to_a_file_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"best needs out \(--best needs --out FILE\)"):
+        evaluate(tmp_path, best=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds no model_best; .* has `validation`"):
+        evaluate(tmp_path, best=True, out=tmp_path / "best.json")
 
 
 def test_validation_disturbs_nothing(config: RunConfig, tmp_path: Path) -> None:
