@@ -425,7 +425,11 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         "kd_kl": (student, teacher, mask, torch.tensor(0.5), 2.0),
         "kd_kl_in_place": (student, teacher, mask, torch.tensor(0.5), 2.0),
         "scale_rows": (student, torch.rand(4)),
-        "linear_kd_kl": (*hidden, torch.randn(9, 5), None, mask, 2.0, 0.0, 3, True, True),
+        "linear_losses": (
+            *(hidden[0], torch.tensor([1, -1, 7, 0]), None, hidden[1], mask),
+            *(torch.randn(9, 5), torch.randn(9), None, None),
+            *(2.0, 0.5, 3.0, 0.1, 8, 3, True, True, True, True, True, None),
+        ),
     }
 
 
