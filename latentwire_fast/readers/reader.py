@@ -35,6 +35,7 @@ from latentwire_fast.readers.checks import check_logits, check_vocabulary, learn
 from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
+from latentwire_fast.readers.output_head import OutputHead
 from latentwire_fast.readers.target_scores import TargetScores
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,16 @@ class Reader:
         return cast(Tensor, self.head.weight)
 
     @property
+    def output_head(self) -> OutputHead:
+        """The output embedding with what is done to its logits, for losses and scores."""
+        return OutputHead.of_module(
+            self.head,
+            self.vocabulary,
+            scale=getattr(self, "logit_scale", None) or 1.0,
+            softcap=getattr(self, "logit_softcap", None),
+        )
+
+    @property
     def embedding(self) -> nn.Embedding:
         """The input embedding, `[V, D]`."""
         return cast(nn.Embedding, self.model.get_input_embeddings())
@@ -322,7 +333,7 @@ class Reader:
 
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
         """Log-probabilities `[N, V]` at the scored positions, fp32."""
-        return self.head(self.target_hidden(batch)).float().log_softmax(-1)
+        return self.output_head.logits(self.target_hidden(batch)).log_softmax(-1)
 
     def score(
         self,
@@ -343,7 +354,12 @@ class Reader:
         """
         batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
         return TargetScores(
-            self.target_logprobs(batch), batch.labels_N, batch.rows_N, batch.step_N, len(prompts)
+            hidden_ND=self.target_hidden(batch),
+            head=self.output_head,
+            labels_N=batch.labels_N,
+            rows_N=batch.rows_N,
+            step_N=batch.step_N,
+            prompts=len(prompts),
         )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -107,8 +107,8 @@ def linear_losses(rows: LossRows, heads: Heads, settings: LossSettings) -> LossR
     """Cross-entropy of `labels`, and `kd_kl` to the teacher, of the logits `hidden @ weight.T`.
 
     With one head for both, the difference of the logits is the head applied to the difference of
-    the hidden states: rounding then is relative to the difference, not to the logits. A softcap c
-    turns the difference into `c*tanh(delta/c)*(1 - tanh(t/c)*tanh(s/c))`. Holds one `[chunk_rows,
+    the hidden states: rounding then is relative to the difference, not to the logits. The labels'
+    loss is the same with a teacher and without. A softcap c turns the difference into `c*tanh(delta/c)*(1 - tanh(t/c)*tanh(s/c))`. Holds one `[chunk_rows,
     V]` buffer, with a teacher two, and the head once more in fp32 if it is in a half precision.
 
     A token whose student logit is -inf (by the bias) is none: it leaves both distributions, and the
@@ -174,18 +174,14 @@ def _chunk(
 ) -> None:
     """Fill in the results of the rows at `index`; `part` and `factors` are theirs."""
     settings, student = head.settings, part.hidden.to(head.c)
-    other = None
-    if part.teacher_hidden is None:
-        first = head.student(student)
-    else:
+    s, other = head.student(student), None
+    if part.teacher_hidden is not None:
         # A row that has no teacher may hold anything in its place.
         instead = student if head.shared else torch.zeros_like(part.teacher_hidden, dtype=head.c)
         teacher = torch.where(factors[1][:, None] != 0, part.teacher_hidden.to(head.c), instead)
-        first = head.teacher(teacher)
-        other = head.difference(student, teacher) if head.shared else head.student(student)
-    label_place, kd_place = first if other is None else other, first
-    for block in row_blocks(first):
-        rows, logits = index[block], _Logits(first[block], _at(other, block), head)
+        other = head.difference(student, teacher) if head.shared else head.teacher(teacher)
+    for block in row_blocks(s):
+        rows, logits = index[block], _Logits(s[block], _at(other, block), head)
         label_grad = kd_grad = None
         if part.labels is not None:
             loss, correct, label_grad = logits.cross_entropy(part.labels[block])
@@ -196,11 +192,11 @@ def _chunk(
             results.kd_losses[rows] = _weighted(loss, factors[1][block])
         # The logits are done with: the gradients take their place.
         if label_grad is not None:
-            label_place[block] = label_grad
-        if kd_grad is not None:
-            kd_place[block] = kd_grad
-    trained = [(label_place, factors[0])] if settings.label_gradient else []
-    trained += [(kd_place, factors[1])] if settings.kd_gradient else []
+            s[block] = label_grad
+        if kd_grad is not None and other is not None:
+            other[block] = kd_grad
+    trained = [(s, factors[0])] if settings.label_gradient else []
+    trained += [(other, factors[1])] if settings.kd_gradient and other is not None else []
     for term, (grad, factor) in enumerate(trained):
         _add_gradients(term, grad, factor * settings.scale, student, index, head, results)
 
@@ -236,17 +232,16 @@ class _Logits:
     """Some rows' logits as they are compared, capped: the student's `s`, the teacher's `t`, and
     `delta`, s - t without cancellation."""
 
-    def __init__(self, first: Tensor, other: Tensor | None, head: _Products) -> None:
-        self.settings = head.settings
+    def __init__(self, s: Tensor, other: Tensor | None, head: _Products) -> None:
+        """Args: s: the student's; other: their difference to the teacher's, if the two share a
+        head, else the teacher's."""
+        self.settings, self.s = head.settings, s
         self.slope: Tensor | None = None  # of the cap
         cap = self.settings.softcap
-        if other is None:
-            self.s = first
-        else:
-            self.t = first
-            self.s, self.delta = (first + other, other) if head.shared else (other, other - first)
+        if other is not None:
+            self.t, self.delta = (s - other, other) if head.shared else (other, s - other)
             if head.bias is not None:
-                self.t = first.masked_fill(self.s == -torch.inf, -torch.inf)
+                self.t = self.t.masked_fill(s == -torch.inf, -torch.inf)
         if cap:
             bent = torch.tanh(self.s / cap)
             self.s, self.slope = cap * bent, 1 - bent.square()
