@@ -63,7 +63,7 @@ def _cross_entropy_kernel(
     lanes = tl.arange(0, BLOCK)
     label = tl.load(labels_ptr + row).to(tl.int32)
     if label >= 0:
-        gold, _ = _student(t_row, o_row, label, cap, VOCABULARY, STACKED, SOFTCAP)
+        gold, gold_slope = _student(t_row, o_row, label, cap, VOCABULARY, STACKED, SOFTCAP)
         gold = tl.where(label < VOCABULARY, gold, float("nan"))
         top = float("-inf")
         z = tl.zeros((BLOCK,), tl.float32)
@@ -72,7 +72,7 @@ def _cross_entropy_kernel(
         before = tl.zeros((BLOCK,), tl.int32)
         for start in tl.range(0, VOCABULARY, BLOCK, num_stages=STAGES):
             offsets = start + lanes
-            s, _ = _student(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
+            s, slope = _student(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
             highest = tl.max(s, 0) * LOG2E
             if (highest > top + 1.0) | (top == float("-inf")):
                 risen = tl.where(highest == float("-inf"), 0.0, highest)
@@ -96,11 +96,11 @@ def _cross_entropy_kernel(
         if GRADIENT:
             for done in tl.range(0, VOCABULARY, BLOCK, num_stages=STAGES):
                 offsets = LAST - done + lanes
-                s, slope = _student(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
+                s, bend = _student(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
                 grad = tl.exp2(s * LOG2E - log_z)
                 if SMOOTH:
                     grad -= tl.where(s == float("-inf"), 0.0, share)
-                grad = tl.where(offsets == label, grad - (1.0 - smoothing), grad) * slope * unit
+                grad = tl.where(offsets == label, grad - (1.0 - smoothing), grad) * bend * unit
                 grad = grad.to(grad_ptr.dtype.element_ty)
                 tl.store(grad_row + offsets, grad, mask=offsets < VOCABULARY)
     else:

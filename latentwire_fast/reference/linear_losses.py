@@ -108,8 +108,9 @@ def linear_losses(rows: LossRows, heads: Heads, settings: LossSettings) -> LossR
 
     With one head for both, the difference of the logits is the head applied to the difference of
     the hidden states: rounding then is relative to the difference, not to the logits. The labels'
-    loss is the same with a teacher and without. A softcap c turns the difference into `c*tanh(delta/c)*(1 - tanh(t/c)*tanh(s/c))`. Holds one `[chunk_rows,
-    V]` buffer, with a teacher two, and the head once more in fp32 if it is in a half precision.
+    loss is the same with a teacher and without. A softcap c turns the difference into
+    `c*tanh(delta/c)*(1 - tanh(t/c)*tanh(s/c))`. Holds one `[chunk_rows, V]` buffer, with a teacher
+    two, and the head once more in fp32 if it is in a half precision.
 
     A token whose student logit is -inf (by the bias) is none: it leaves both distributions, and the
     share that smoothing spreads. A label beyond the vocabulary makes its loss NaN.
