@@ -6,10 +6,11 @@ With s the (capped) logits, L the label, e the smoothing and n the tokens there 
     loss = log sum e^s - (1 - e) s_L - e/n sum s
     d loss / d s = softmax(s) - (1 - e) [L] - e/n
 
-One online pass sums e^s relative to a running maximum, lane by lane; a tile that more than doubles
-it rescales the sums. The same pass counts the tokens that come before the label when they are
-ranked, so that an accuracy costs no further one. The gradient is made in the same launch by a
-second walk, backwards: what the first read last is still in L2.
+One online pass sums e^s relative to a running maximum, lane by lane; a tile that raises it by more
+than 1 rescales the sums. The maximum is subtracted before anything is multiplied: what is left of a
+sure reader's loss is the difference of two large logits. The same pass counts the tokens that come
+before the label when they are ranked, so that an accuracy costs no further one. The gradient is
+made in the same launch by a second walk, backwards: what the first read last is still in L2.
 
 The logits may come as the distillation KL takes them, the teacher's and the student's difference to
 it: they are added as they are read. The KL has a launch of its own (`distillation`), because sums
@@ -63,7 +64,7 @@ def _cross_entropy_kernel(
     lanes = tl.arange(0, BLOCK)
     label = tl.load(labels_ptr + row).to(tl.int32)
     if label >= 0:
-        gold, gold_slope = _student(t_row, o_row, label, cap, VOCABULARY, STACKED, SOFTCAP)
+        gold, _gold_slope = _student(t_row, o_row, label, cap, VOCABULARY, STACKED, SOFTCAP)
         gold = tl.where(label < VOCABULARY, gold, float("nan"))
         top = float("-inf")
         z = tl.zeros((BLOCK,), tl.float32)
@@ -72,35 +73,36 @@ def _cross_entropy_kernel(
         before = tl.zeros((BLOCK,), tl.int32)
         for start in tl.range(0, VOCABULARY, BLOCK, num_stages=STAGES):
             offsets = start + lanes
-            s, slope = _student(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
-            highest = tl.max(s, 0) * LOG2E
+            s, _slope = _student(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
+            highest = tl.max(s, 0)
             if (highest > top + 1.0) | (top == float("-inf")):
                 risen = tl.where(highest == float("-inf"), 0.0, highest)
-                z *= tl.exp2(top - risen)
+                z *= tl.exp2((top - risen) * LOG2E)
                 top = risen
-            z += tl.exp2(s * LOG2E - top)
+            z += tl.exp2((s - top) * LOG2E)
             before += ((s > gold) | ((s == gold) & (offsets < label))).to(tl.int32)
             if SMOOTH:
                 total += tl.where(s == float("-inf"), 0.0, s)
                 tokens += tl.where(s == float("-inf"), 0.0, 1.0)
-        log_z = top + tl.log2(tl.sum(z, 0))
-        loss = log_z / LOG2E - gold
+        log_z = tl.log2(tl.sum(z, 0))
+        loss = log_z / LOG2E + (top - gold)
         share = 0.0
         if SMOOTH:
             count = tl.sum(tokens, 0)
             share = smoothing / count
-            loss = (1.0 - smoothing) * loss + smoothing * (log_z / LOG2E - tl.sum(total, 0) / count)
+            even = log_z / LOG2E + (top - tl.sum(total, 0) / count)
+            loss = (1.0 - smoothing) * loss + smoothing * even
         first = (tl.max(before, 0) == 0) & (loss == loss)
         tl.store(loss_ptr + row, loss)
         tl.store(correct_ptr + row, first.to(tl.float32))
         if GRADIENT:
             for done in tl.range(0, VOCABULARY, BLOCK, num_stages=STAGES):
                 offsets = LAST - done + lanes
-                s, bend = _student(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
-                grad = tl.exp2(s * LOG2E - log_z)
+                s, slope = _student(t_row, o_row, offsets, cap, VOCABULARY, STACKED, SOFTCAP)
+                grad = tl.exp2((s - top) * LOG2E - log_z)
                 if SMOOTH:
                     grad -= tl.where(s == float("-inf"), 0.0, share)
-                grad = tl.where(offsets == label, grad - (1.0 - smoothing), grad) * bend * unit
+                grad = tl.where(offsets == label, grad - (1.0 - smoothing), grad) * slope * unit
                 grad = grad.to(grad_ptr.dtype.element_ty)
                 tl.store(grad_row + offsets, grad, mask=offsets < VOCABULARY)
     else:
