@@ -65,7 +65,7 @@ def linear_cross_entropy_kd(
         tau: temperature of the KL, which is multiplied by its square.
         cross_entropy_gradient, kd_gradient: False for a loss that is only to be known.
         chunk_rows: rows whose logits are held at a time. None: as many as a quarter of `[N, V]` and
-        512 MiB hold, with their gradients.
+        512 MiB hold, with their gradients; but not fewer than 32 MiB hold.
         reduction: `sum` over rows, `mean` over those that count (weight not 0), or `none`.
 
     Returns:

@@ -15,8 +15,9 @@ from latentwire_fast.ops.dispatch import autocast_dtype, register, uses_triton
 from latentwire_fast.ops.distillation import Reduction
 from latentwire_fast.reference import Heads, LossResults, LossRows, LossSettings
 
-# What a call may hold beside inputs and gradients: a quarter of [N, V], and this many bytes.
-WORKSPACE_SHARE, WORKSPACE_BYTES = 4, 2**29
+# What a call may hold beside inputs and gradients: a quarter of [N, V], and so many bytes at most;
+# but always so many that few rows are not multiplied one by one, each time with the whole head.
+WORKSPACE_SHARE, WORKSPACE_BYTES, WORKSPACE_LEAST_BYTES = 4, 2**29, 2**25
 # Tensors of a block's size that the reference holds at a time while it computes one.
 _BLOCK_TENSORS = 12
 
@@ -135,13 +136,13 @@ class LinearLosses(NamedTuple):
 
 
 def default_chunk_rows(rows: int, vocabulary: int, *, terms: int, distils: bool) -> int:
-    """Rows whose logits fit into a quarter of `[rows, vocabulary]` and into `WORKSPACE_BYTES`,
-    with their gradients: at least 1, and a block of the reference in any case."""
-    copies = terms + 1 + distils  # of fp32: logits, and gradients or what makes them
-    elements = min(rows * vocabulary // WORKSPACE_SHARE, WORKSPACE_BYTES // 4)
-    block = reference.BLOCK_ELEMENTS
-    left = max(elements - _BLOCK_TENSORS * block, block)
-    return max(1, left // (copies * vocabulary))
+    """Rows whose logits, and gradients or what makes them, fit into a quarter of `[rows,
+    vocabulary]` and into `WORKSPACE_BYTES`; at least one, and what `WORKSPACE_LEAST_BYTES` hold."""
+    copies = terms + 1 + distils  # in fp32
+    quarter = rows * vocabulary // WORKSPACE_SHARE
+    elements = max(min(quarter, WORKSPACE_BYTES // 4), WORKSPACE_LEAST_BYTES // 4)
+    left = elements - _BLOCK_TENSORS * reference.BLOCK_ELEMENTS
+    return max(1, min(rows, left // (copies * vocabulary)))
 
 
 def scored(

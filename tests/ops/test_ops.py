@@ -443,7 +443,7 @@ def test_opcheck(name: str) -> None:
     "kind",
     [
         *("fake_quantize", "project", "project groups"),
-        *("kd_kl", "kd_kl scaled", "kd_kl in place", "linear_kd_kl"),
+        *("kd_kl", "kd_kl scaled", "kd_kl in place", "linear_kd_kl", "linear_cross_entropy_kd"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -472,6 +472,9 @@ def test_fullgraph_compile_equals_eager(kind: str) -> None:
         "kd_kl scaled": lambda x: 3 * ops.kd_kl(x, teacher, tau=2.0, mask=mask),
         "kd_kl in place": lambda x: ops.kd_kl(x * 1, teacher, tau=2.0, mask=mask, in_place=True),
         "linear_kd_kl": lambda x: ops.linear_kd_kl(x, teacher, head, tau=2.0, mask=mask),
+        "linear_cross_entropy_kd": lambda x: sum(
+            ops.linear_cross_entropy_kd(x, mask.long(), head, teacher_hidden=teacher)[:2]
+        ),
     }
     call = calls[kind]
     x = torch.randn(2, 3, 20, requires_grad=True)
