@@ -79,7 +79,8 @@ SIGNATURES = {
         "(source: 'str', dtype: \"Literal['float32', 'bfloat16', 'float16']\" = 'float32', "
         "attn_implementation: 'str' = 'sdpa', device_map: 'str | None' = None, "
         "load_in_4bit: 'bool' = False, lora: 'LoraSettings | None' = None, *, "
-        "template: 'str | None' = None, date: 'str' = '2024-07-26', anchor: \"Literal['text', 'chat', 'none']\" = 'text', anchor_text: "
+        "template: 'str | None' = None, date: 'str' = '2024-07-26', "
+        "anchor: \"Literal['text', 'chat', 'none']\" = 'text', anchor_text: "
         "'str' = 'Answer:', bos: 'bool | None' = None, append_bos_after_prefix: 'bool' = "
         "False) -> None"
     ),
@@ -130,6 +131,10 @@ SIGNATURES = {
         "(configs: 'Mapping[str, ReaderConfig]', device: 'torch.device | str | None' = "
         "None, *, dtype: 'str | None' = None) -> 'dict[str, Reader]'"
     ),
+    "ops.LinearLosses": (
+        "(cross_entropy: ForwardRef('Tensor'), kd: ForwardRef('Tensor'), correct: "
+        "ForwardRef('Tensor'))"
+    ),
     "ops.backend": "(name: 'Backend') -> 'Iterator[None]'",
     "ops.dequantize_project_calibrate": (
         "(codes: 'Tensor', scales: 'Tensor', *, bits: 'int', group_size: 'int', shape: "
@@ -147,11 +152,24 @@ SIGNATURES = {
         "mask: 'Tensor | None' = None, reduction: 'Reduction' = 'mean', in_place: 'bool' "
         "= False) -> 'Tensor'"
     ),
+    "ops.linear_cross_entropy_kd": (
+        "(hidden: 'Tensor', labels: 'Tensor | None', weight: 'Tensor', *, bias: "
+        "'Tensor | None' = None, teacher_hidden: 'Tensor | None' = None, "
+        "teacher_weight: 'Tensor | None' = None, teacher_bias: 'Tensor | None' = None, "
+        "label_weights: 'Tensor | None' = None, kd_weights: 'Tensor | None' = None, "
+        "vocabulary: 'int | None' = None, scale: 'float' = 1.0, softcap: 'float | "
+        "None' = None, label_smoothing: 'float' = 0.0, tau: 'float' = 1.0, "
+        "cross_entropy_gradient: 'bool' = True, kd_gradient: 'bool' = True, "
+        "chunk_rows: 'int | None' = None, reduction: 'Reduction' = 'sum') -> "
+        "'LinearLosses'"
+    ),
     "ops.linear_kd_kl": (
         "(student_hidden: 'Tensor', teacher_hidden: 'Tensor', weight: 'Tensor', *, "
         "teacher_weight: 'Tensor | None' = None, tau: 'float' = 1.0, mask: 'Tensor | "
-        "None' = None, chunk_rows: 'int' = 1024, reduction: 'Reduction' = 'mean', "
-        "softcap: 'float | None' = None) -> 'Tensor'"
+        "None' = None, chunk_rows: 'int | None' = None, reduction: 'Reduction' = "
+        "'mean', softcap: 'float | None' = None, bias: 'Tensor | None' = None, "
+        "teacher_bias: 'Tensor | None' = None, vocabulary: 'int | None' = None, scale: "
+        "'float' = 1.0) -> 'Tensor'"
     ),
     "ops.project_calibrate": (
         "(x: 'Tensor', weight: 'Tensor', bias: 'Tensor | None' = None, *, norm_weight: "

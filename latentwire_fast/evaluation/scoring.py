@@ -116,7 +116,7 @@ class Scorer:
 def add_likelihoods(result: MethodResult, scores: TargetScores) -> None:
     """Append what a batch of gold answers is worth to a method's result."""
     first = (scores.step_N == 0).nonzero()[:, 0]
-    ranked_BK = scores.ranked_NK(RANKED)[first.to(scores.logprobs_NV.device)].tolist()
+    ranked_BK = scores.ranked_NK(RANKED).cpu()[first.cpu()].tolist()
     labels = scores.labels_N[first].tolist()
     for gold_n, ranked, label in zip(
         scores.by_prompt(scores.gold_N), ranked_BK, labels, strict=True

@@ -33,4 +33,4 @@ class Autoencode(Objective):
         inputs = batch.model.reader_inputs(
             batch.reader.name, batch.encoded.sent_BMd, task="autoencode"
         )
-        return batch.cross_entropy("autoencode", inputs)
+        return batch.cross_entropy("autoencode", inputs, trained=self.config.weight != 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentwire_fast.config.schema import ObjectiveConfig
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.micro_batch import AnswerTerm, ReaderBatch
 from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.readers.reader import Reader
 
@@ -38,6 +38,12 @@ class Objective(ABC):
     def __init__(self, config: ObjectiveConfig, model: Interlingua) -> None:
         self.config = config
         self.model = model
+
+    @property
+    def term(self) -> AnswerTerm | None:
+        """What it asks `ReaderBatch.answer_losses` for: the losses of a stage's objectives come
+        from one pass over the reader's head. None: nothing."""
+        return None
 
     @abstractmethod
     def prepare(self, prepared: PreparedItem, reader: Reader) -> int:

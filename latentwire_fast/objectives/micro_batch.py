@@ -13,13 +13,13 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentwire_fast.models.attachments.base import ReaderInputs
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.objectives.teacher_cache import TeacherCache
+from latentwire_fast.ops import LinearLosses
 from latentwire_fast.prompts.batch import PromptBatch
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.reader import Reader
@@ -123,21 +123,44 @@ class AnswerPass:
         return self.batch.step_N < limit
 
 
+@dataclass(frozen=True)
+class AnswerTerm:
+    """A loss over the answers' tokens behind the latents.
+
+    Attributes:
+        tokens: how many tokens of each answer count; None: all of them and EOS.
+        tau: temperature of a distillation; None: the labels' cross-entropy.
+        trained: whether its gradient is wanted.
+    """
+
+    tokens: int | None
+    tau: float | None = None
+    trained: bool = True
+
+
 class ReaderBatch:
     """One reader's view of a micro-batch: each part is computed when it is first asked for.
 
     Args:
         encoded: the items, with their latents.
         teacher: cache of the hidden states behind text prompts; None computes them each time.
+        terms: what the stage's objectives will ask `answer_losses` for.
     """
 
     def __init__(
-        self, encoded: EncodedBatch, reader: Reader, *, teacher: TeacherCache | None
+        self,
+        encoded: EncodedBatch,
+        reader: Reader,
+        *,
+        teacher: TeacherCache | None,
+        terms: Sequence[AnswerTerm] = (),
     ) -> None:
         self.encoded = encoded
         self.reader = reader
         self.model = encoded.model
         self._teacher = teacher
+        self._terms = terms
+        self._losses: dict[AnswerTerm, LinearLosses] = {}
         self._reports: dict[str, Tensor] = {}
 
     @property
@@ -200,8 +223,44 @@ class ReaderBatch:
         reports, self._reports = self._reports, {}
         return reports
 
-    def cross_entropy(self, kind: str, inputs: ReaderInputs) -> Tensor:
-        """Cross-entropy summed over all target tokens of the prompts of one kind, 0-d."""
+    def cross_entropy(self, kind: str, inputs: ReaderInputs, *, trained: bool = True) -> Tensor:
+        """Cross-entropy summed over all target tokens of the prompts of one kind, 0-d.
+
+        Args:
+            trained: False for a loss that is only reported: it has no gradient then.
+        """
         batch = self.reader.collate(self.prompts(kind), **inputs)
-        logits_NV = self.reader.head(self.reader.target_hidden(batch)).float()
-        return F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")
+        hidden_ND = self.reader.target_hidden(batch)
+        return self.reader.output_head.losses(
+            hidden_ND, batch.labels_N, cross_entropy_gradient=trained
+        ).cross_entropy
+
+    def answer_losses(self, term: AnswerTerm) -> LinearLosses:
+        """The losses of the answers' tokens behind the latents, summed, of which a term is one.
+
+        A stage's cross-entropy and its distillation come from one pass over the head.
+        """
+        if term not in self._losses:
+            waiting = (t for t in self._terms if t not in self._losses)
+            partner = next((t for t in waiting if (t.tau is None) != (term.tau is None)), None)
+            pair = (term, partner) if term.tau is None else (partner, term)
+            losses = self._score(*pair)
+            self._losses |= {t: losses for t in pair if t is not None}
+        return self._losses[term]
+
+    def _score(self, answer: AnswerTerm | None, kd: AnswerTerm | None) -> LinearLosses:
+        masks = [None if t is None else self.answers.first_N(t.tokens) for t in (answer, kd)]
+        scored_N = torch.stack([m for m in masks if m is not None]).any(0)
+        counts = [None if m is None else m[scored_N] for m in masks]
+        hidden_ND = self.answers.hidden_ND[scored_N]
+        labels_N = self.answers.batch.labels_N[scored_N]
+        return self.reader.output_head.losses(
+            hidden_ND,
+            None if answer is None else labels_N,
+            label_weights=counts[0],
+            cross_entropy_gradient=answer is not None and answer.trained,
+            teacher_hidden=(None if kd is None else self.teacher_hidden_ND[scored_N].to(hidden_ND)),
+            kd_weights=counts[1],
+            kd_gradient=kd is not None and kd.trained,
+            tau=1.0 if kd is None or kd.tau is None else kd.tau,
+        )

@@ -134,7 +134,12 @@ class ObjectiveSet:
         losses: Losses,
     ) -> list[Tensor]:
         """One reader's terms of the total, with their graphs; adds its sums and measures."""
-        batch = ReaderBatch(encoded, self.readers[name], teacher=self.teacher)
+        batch = ReaderBatch(
+            encoded,
+            self.readers[name],
+            teacher=self.teacher,
+            terms=[part.term for part in parts.values() if part.term is not None],
+        )
         terms = []
         for kind, objective in parts.items():
             value, count = objective.compute(batch), max(1, counts[kind, name])

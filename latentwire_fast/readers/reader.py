@@ -43,6 +43,7 @@ from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
 from latentwire_fast.readers.lora import ReaderLora, base_parameters
+from latentwire_fast.readers.output_head import OutputHead
 from latentwire_fast.readers.target_scores import TargetScores
 
 logger = logging.getLogger(__name__)
@@ -209,6 +210,17 @@ class Reader:
         return cast(Tensor, self.head.weight)
 
     @property
+    def output_head(self) -> OutputHead:
+        """The output embedding with what is done to its logits, for losses and scores."""
+        return OutputHead.of_module(
+            self.head,
+            self.vocabulary,
+            gaps=self._gaps,
+            scale=getattr(self, "logit_scale", None) or 1.0,
+            softcap=getattr(self, "logit_softcap", None),
+        )
+
+    @property
     def embedding(self) -> nn.Embedding:
         """The input embedding, `[V, D]`."""
         return cast(nn.Embedding, self.model.get_input_embeddings())
@@ -364,7 +376,7 @@ class Reader:
 
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
         """Log-probabilities `[N, vocabulary]` at the scored positions, fp32."""
-        return self.of_tokens(self.head(self.target_hidden(batch))).float().log_softmax(-1)
+        return self.output_head.logits(self.target_hidden(batch)).log_softmax(-1)
 
     def score(
         self,
@@ -385,12 +397,13 @@ class Reader:
         """
         batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
         return TargetScores(
-            self.target_logprobs(batch),
-            batch.labels_N,
-            batch.rows_N,
-            batch.step_N,
-            len(prompts),
-            tuple(self.stop_ids),
+            hidden_ND=self.target_hidden(batch),
+            head=self.output_head,
+            labels_N=batch.labels_N,
+            rows_N=batch.rows_N,
+            step_N=batch.step_N,
+            prompts=len(prompts),
+            stop_ids=tuple(self.stop_ids),
         )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ from latentwire_fast.evaluation.method_result import MethodResult
 from latentwire_fast.evaluation.scoring import add_likelihoods
 from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.readers.decoding import DecodeOptions, token_ids
+from latentwire_fast.readers.output_head import OutputHead
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.serving import Receiver
@@ -119,7 +120,16 @@ def test_a_first_token_that_ends_the_answer_is_a_hit_whichever_it_is() -> None:
     logprobs_NV = torch.full((2, 8), -9.0)
     logprobs_NV[0, 5], logprobs_NV[1, 3] = -0.1, -0.1  # the other stop token; another token
     labels_N, rows_N = torch.tensor([2, 3]), torch.tensor([0, 1])
-    scores = TargetScores(logprobs_NV, labels_N, rows_N, torch.zeros(2).long(), 2, (2, 5))
+    head = OutputHead(torch.eye(8), None, 8, gaps=torch.empty(0).long())
+    scores = TargetScores(
+        hidden_ND=logprobs_NV,  # the head leaves them as they are
+        head=head,
+        labels_N=labels_N,
+        rows_N=rows_N,
+        step_N=torch.zeros(2).long(),
+        prompts=2,
+        stop_ids=(2, 5),
+    )
     result = MethodResult([], [], [])
     add_likelihoods(result, scores)
     assert result.top1 == [1.0, 1.0]

@@ -128,7 +128,7 @@ class DeepPrefix(Attachment):
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
         made = ops.project_calibrate(
-            _as_autocast(self.body(hidden_BMW)),
+            self.body(hidden_BMW),
             *(self.project.weight, self.project.bias),
             target_rms=1.0,
             gain=scale_L2.flatten(),
@@ -142,10 +142,3 @@ class DeepPrefix(Attachment):
         """RMS of keys and of values."""
         keys, values = self(latent_BMd).unbind(1)
         return {"keys": rms_of(keys), "values": rms_of(values)}
-
-
-def _as_autocast(x: Tensor) -> Tensor:
-    """In the dtype that a Linear would multiply in: a LayerNorm leaves fp32, an op takes what it
-    gets."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
