@@ -35,6 +35,7 @@ from latentwire_fast.readers.checks import check_logits, check_vocabulary, learn
 from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
+from latentwire_fast.readers.rotary import Turner
 from latentwire_fast.readers.target_scores import TargetScores
 
 logger = logging.getLogger(__name__)
@@ -251,6 +252,15 @@ class Reader:
     def filler(self) -> CacheFiller:
         """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
         return CacheFiller.for_model(self.model)
+
+    @cached_property
+    def turner(self) -> Turner:
+        """Turns this reader's keys and queries to other positions.
+
+        Raises:
+            ConfigError: as `Turner`.
+        """
+        return Turner(self.model, name=self.name)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward."""
