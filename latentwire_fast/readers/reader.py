@@ -276,17 +276,21 @@ class Reader:
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        head: int = 0,
         side: PaddingSide = "right",
     ) -> PromptBatch:
         """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at` and, for the
         cache, a deep prefix.
+
+        Args:
+            head: how many of each prompt's first ids the deep prefix holds already.
 
         Raises:
             ConfigError: prompts and prefixes do not match.
             DataError: as `check_positions`.
         """
         batch = collate(
-            prompts,
+            [prompt.behind(head) for prompt in prompts],
             embedding=self.embedding,
             pad_id=self.pad_id,
             prefixes=prefixes,
@@ -340,18 +344,19 @@ class Reader:
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        head: int = 0,
         side: PaddingSide = "right",
     ) -> TargetScores:
         """Log-probabilities of the prompts' answer tokens, in one teacher-forced pass; gradients
         flow to the prefixes.
 
         Args:
-            prefixes, deep, side: as in `collate`.
+            prefixes, deep, head, side: as in `collate`.
 
         Raises:
             ConfigError, DataError: as `collate`.
         """
-        batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
+        batch = self.collate(prompts, prefixes=prefixes, deep=deep, head=head, side=side)
         return TargetScores(
             self.target_logprobs(batch), batch.labels_N, batch.rows_N, batch.step_N, len(prompts)
         )

@@ -14,11 +14,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.readers.kv_cache import decoder_layers
@@ -61,7 +61,9 @@ class Turner:
                 frequencies for long texts, and decide by it.
         """
         states_BHTD = states_BHTD.float()
-        return self._turned(states_BHTD, layer, by_BT, last) if self._rotates[layer] else states_BHTD
+        return (
+            self._turned(states_BHTD, layer, by_BT, last) if self._rotates[layer] else states_BHTD
+        )
 
     def _turned(self, states_BHTD: Tensor, layer: int, by_BT: Tensor, last: int) -> Tensor:
         assert self._rotary is not None
@@ -82,7 +84,7 @@ class Turner:
     @torch.no_grad()
     def _try_out(self, model: PreTrainedModel, name: str) -> list[bool]:
         """Whether each layer rotates its keys."""
-        weight = model.get_input_embeddings().weight
+        weight = cast(nn.Embedding, model.get_input_embeddings()).weight
         ids = torch.arange(_TOKENS, device=weight.device)[None] % len(weight)
         first, second = (_keys(model, ids, start) for start in (0, _SHIFT))
         limit = _EXACT if model.dtype == torch.float32 else _ROUNDED
@@ -117,7 +119,8 @@ def _rotary_width(layer: nn.Module) -> int | None:
 def _keys(model: PreTrainedModel, ids: Tensor, start: int) -> list[Tensor]:
     """The keys of each layer, fp32, of tokens at the positions from `start` on."""
     positions = start + torch.arange(ids.shape[1], device=ids.device)[None]
-    cache = model.base_model(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
+    cache: Any = DynamicCache()  # without a configuration: windows drop no keys
+    model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     return [layer.keys.float() for layer in cache.layers]
 
 
