@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from latentwire_fast.config.schema import EncoderConfig, PoolerConfig, RunConfig
 from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.files.tensor_cache import TensorCache
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
@@ -100,6 +101,7 @@ class LMEncoder(Encoder):
         self.core = core.requires_grad_(not config.frozen)
         self.norm = nn.LayerNorm(lm.width)
         self.project = nn.Linear(lm.width, config.d_z)
+        self.states_cache: TensorCache | None = None  # of a frozen LM, while it is trained
         if shared:
             self.register_load_state_dict_pre_hook(_refuse_other_core)
 
@@ -176,7 +178,8 @@ class LMEncoder(Encoder):
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
 
     def _text(self, contexts: Texts, questions: Texts | None) -> LMText:
-        return LMText(self.core, self.prompts, self._prompts(contexts, questions))
+        cache = self.states_cache if self.config.frozen else None
+        return LMText(self.core, self.prompts, self._prompts(contexts, questions), cache=cache)
 
     def _prompts(self, contexts: Texts, questions: Texts | None) -> list[Prompt]:
         prompts = []
