@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 from latentwire_fast.config.schema import EncoderConfig, PoolerConfig, RunConfig
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.tensor_cache import TensorCache
+from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
@@ -194,6 +195,19 @@ class LMEncoder(Encoder):
                 prompt = self.prompts.build([Turn(questions[i])], context=context, user_ids=ids)
             prompts.append(prompt)
         return prompts
+
+    def keep_states(self, folder: Path, *, rank: int) -> None:
+        """Keep the states of a frozen LM."""
+        if self.config.frozen and self.pooler.states:
+            digest = parameter_digest(self.core.named_parameters())
+            self.states_cache = TensorCache(folder / f"encoder-{digest[:16]}-{rank}")
+
+    def kept_bytes(self, context: str) -> int:
+        """The states that the pooler reads, fp16."""
+        if not self.config.frozen:
+            return 0
+        (prompt,) = self._prompts([context], None)
+        return 2 * self.pooler.states * len(prompt.ids) * self.norm.normalized_shape[0]
 
     def save(self, folder: Path) -> list[str]:
         """Write the LM's configuration and its tokenizer."""
