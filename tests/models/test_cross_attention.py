@@ -1,4 +1,4 @@
-"""The pooler `cross_attention`: all of the text, and nothing else, reaches every latent."""
+"""Poolers of several layers, `cross_attention` and `layer_spans`: of all the text, nothing else."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from latentwire_fast.models.poolers.spans import pool_spans, span_weights
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ENCODERS, POOLERS
 
+KINDS = ("cross_attention", "layer_spans")
 
-def encoder_of(reader: Reader, **options: object) -> LMEncoder:
+
+def encoder_of(reader: Reader, kind: str, **options: object) -> LMEncoder:
     torch.manual_seed(1)
-    pooler = POOLERS.config("cross_attention", heads=2, **options)
+    pooler = POOLERS.config(kind, heads=2, **options)
     config = ENCODERS.config(
         "lm", source=reader.source, latents=3, d_z=8, pooler=pooler, frozen=True
     )
@@ -25,8 +27,9 @@ def encoder_of(reader: Reader, **options: object) -> LMEncoder:
     return built
 
 
-def test_padding_changes_nothing(reader: Reader) -> None:
-    encoder = encoder_of(reader)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(reader: Reader, kind: str) -> None:
+    encoder = encoder_of(reader, kind)
     texts = ["Nulnak lives in Paris.", "Kel is 7.", "Nulnak has a red cat and Kel a blue dog."]
     together = encoder(texts)
     alone = torch.cat([encoder([text]) for text in texts])
@@ -34,8 +37,9 @@ def test_padding_changes_nothing(reader: Reader) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_every_part_is_trained_but_the_lm(reader: Reader) -> None:
-    encoder = encoder_of(reader, states=2, layers=1).train()
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_is_trained_but_the_lm(reader: Reader, kind: str) -> None:
+    encoder = encoder_of(reader, kind, states=2, layers=1).train()
     encoder(["Nulnak lives in Paris."]).square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert (parameter.grad is not None) == (not name.startswith("core.")), name
@@ -47,15 +51,12 @@ def test_which_layers_are_read() -> None:
     assert spread(3, 9) == (0, 1, 2)
 
 
-def test_heads_that_do_not_divide_the_width_are_refused(reader: Reader) -> None:
-    with pytest.raises(ConfigError, match="does not divide"):
-        _with_heads(reader, 7)
-
-
-def _with_heads(reader: Reader, heads: int) -> object:
-    pooler = POOLERS.config("cross_attention", heads=heads)
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_that_do_not_divide_the_width_are_refused(reader: Reader, kind: str) -> None:
+    pooler = POOLERS.config(kind, heads=7)
     config = ENCODERS.config("lm", source=reader.source, pooler=pooler, frozen=True)
-    return build_encoder(config, {reader.name: reader})
+    with pytest.raises(ConfigError, match="does not divide"):
+        build_encoder(config, {reader.name: reader})
 
 
 def test_spans_of_positions_in_the_middle() -> None:

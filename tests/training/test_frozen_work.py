@@ -17,6 +17,7 @@ from runs import changed, deep, new_process, records, tiny_config, tiny_squad
 
 POOLED: dict[str, Any] = {
     "cross_attention": {"heads": 2, "layers": 1, "states": 2},
+    "layer_spans": {"heads": 2, "layers": 1, "states": 2},
     "spans": {},
     "selected": {},
 }
