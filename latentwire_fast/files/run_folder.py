@@ -52,9 +52,9 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def teacher(self) -> Path:
-        """The text-prompted teacher's hidden states."""
-        return self.path / "teacher"
+    def frozen_work(self) -> Path:
+        """What frozen models computed of the data, kept for the next epoch."""
+        return self.path / "frozen_work"
 
     @property
     def model(self) -> Path:
@@ -128,7 +128,7 @@ class RunFolder:
             return False
         here = type(self)(run)
         folders = (
-            *(here.model, here.best_model, here.checkpoints, here.teacher, here.tensorboard),
+            *(here.model, here.best_model, here.checkpoints, here.frozen_work, here.tensorboard),
         )
         files = (here.config, here.diagnostics, here.validation, here.nonfinite, here.lock)
         report = (here.metrics, here.metrics_table, here.predictions, here.report, here.report_text)

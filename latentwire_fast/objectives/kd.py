@@ -50,6 +50,10 @@ class KD(Objective):
         trained = self.config.weight != 0
         return AnswerTerm(self.config.tokens, tau=self.config.tau, trained=trained)
 
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """The teacher's hidden states, fp16."""
+        return 2 * reader.d_model * count_targets(prepared.text_prompt(reader))
+
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The divergence, summed over tokens."""
         return batch.answer_losses(self.term).kd

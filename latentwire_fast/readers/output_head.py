@@ -24,16 +24,17 @@ class OutputHead:
     Attributes:
         weight: `[V, D]`; bias: `[V]`, or None.
         vocabulary: how many of its rows are tokens, the first. The others have probability 0.
-        gaps: rows among these that are no tokens either; `logits` makes them -inf.
         scale, softcap: softcap None: `scale * (weight @ h + bias)`.
+        gaps: ids of rows among the first that are no tokens either; `logits` makes them -inf.
+            None for none.
     """
 
     weight: Tensor
     bias: Tensor | None
     vocabulary: int
-    gaps: Tensor
     scale: float = 1.0
     softcap: float | None = None
+    gaps: Tensor | None = None
 
     @classmethod
     def of_module(
@@ -41,13 +42,13 @@ class OutputHead:
         head: nn.Module,
         vocabulary: int,
         *,
-        gaps: Tensor,
         scale: float = 1.0,
         softcap: float | None = None,
+        gaps: Tensor | None = None,
     ) -> OutputHead:
         """Of a model's output embedding, with the LoRA that it may have."""
         bias = cast(Tensor | None, getattr(head, "bias", None))
-        return cls(_effective_weight(head), bias, vocabulary, gaps, scale, softcap)
+        return cls(_effective_weight(head), bias, vocabulary, scale, softcap, gaps)
 
     def losses(
         self, hidden_ND: Tensor, labels_N: Tensor | None, **options: Any
@@ -82,7 +83,7 @@ class OutputHead:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        if not len(self.gaps):
+        if self.gaps is None:
             return logits_NV
         return logits_NV.index_fill(-1, self.gaps.to(logits_NV.device), -torch.inf)
 

@@ -44,6 +44,7 @@ from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
 from latentwire_fast.readers.lora import ReaderLora, base_parameters
 from latentwire_fast.readers.output_head import OutputHead
+from latentwire_fast.readers.rotary import Turner
 from latentwire_fast.readers.target_scores import TargetScores
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class Reader:
         return OutputHead.of_module(
             self.head,
             self.vocabulary,
-            gaps=self._gaps,
+            gaps=self._gaps if len(self._gaps) else None,
             scale=getattr(self, "logit_scale", None) or 1.0,
             softcap=getattr(self, "logit_softcap", None),
         )
@@ -297,6 +298,15 @@ class Reader:
         """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
         return CacheFiller.for_model(self.model)
 
+    @cached_property
+    def turner(self) -> Turner:
+        """Turns this reader's keys and queries to other positions.
+
+        Raises:
+            ConfigError: as `Turner`.
+        """
+        return Turner(self.model, name=self.name)
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward."""
         checkpoint_activations(self.model)
@@ -320,17 +330,21 @@ class Reader:
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        head: int = 0,
         side: PaddingSide = "right",
     ) -> PromptBatch:
         """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at` and, for the
         cache, a deep prefix.
+
+        Args:
+            head: how many of each prompt's first ids the deep prefix holds already.
 
         Raises:
             ConfigError: prompts and prefixes do not match.
             DataError: as `check_positions`.
         """
         batch = collate(
-            prompts,
+            [prompt.behind(head) for prompt in prompts],
             embedding=self.embedding,
             pad_id=self.pad_id,
             prefixes=prefixes,
@@ -384,18 +398,19 @@ class Reader:
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        head: int = 0,
         side: PaddingSide = "right",
     ) -> TargetScores:
         """Log-probabilities of the prompts' answer tokens, in one teacher-forced pass; gradients
         flow to the prefixes.
 
         Args:
-            prefixes, deep, side: as in `collate`.
+            prefixes, deep, head, side: as in `collate`.
 
         Raises:
             ConfigError, DataError: as `collate`.
         """
-        batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
+        batch = self.collate(prompts, prefixes=prefixes, deep=deep, head=head, side=side)
         return TargetScores(
             hidden_ND=self.target_hidden(batch),
             head=self.output_head,

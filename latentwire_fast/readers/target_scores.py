@@ -49,7 +49,7 @@ class TargetScores:
         """Log-probabilities of the answer's own tokens, and that it ends behind them;
         differentiable."""
         several = len(self.stop_ids) > 1
-        if not several and not len(self.head.gaps):
+        if not several and self.head.gaps is None:
             return -self.head.losses(self.hidden_ND, self.labels_N, reduction="none").cross_entropy
         labels_N = self.labels_N.to(self.head.weight.device)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,9 +85,14 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
         )
 
 
-def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
+def build_model(
+    config: RunConfig, readers: dict[str, Reader], contexts: Sequence[str] = ()
+) -> Interlingua:
     """A model for these readers, fresh but for the encoder of a base. Readers whose low-rank
     updates are to be trained read with them from now on.
+
+    Args:
+        contexts: a few texts of the training data, which attachments may start from.
 
     Raises:
         ConfigError: the base does not fit the configuration, or has adapters for these readers.
@@ -101,6 +107,9 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
         attachments=config.attachments,
         mode=config.mode,
     )
+    for name, reader in readers.items():
+        for part in model.parts(name).values():
+            part.start(reader, mode=config.mode, contexts=contexts)
     for name, reader in readers.items():  # the last to be made: the encoder may begin as a copy
         if reader.lora_settings is not None:
             model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.streams import Stream
+from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.interlingua import Interlingua
@@ -31,6 +31,7 @@ from latentwire_fast.training.builders import (
     validation_examples,
     warn_of_truncation,
 )
+from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.state import TrainingState
@@ -38,6 +39,8 @@ from latentwire_fast.training.tracking import latent_statistics
 from latentwire_fast.training.validation import Validator, ask_latents
 
 logger = logging.getLogger(__name__)
+
+START_TEXTS = 8  # training texts that a fresh model may start from
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,13 @@ def open_session(
     *,
     accelerator: Accelerator,
     heldout: Sequence[Example] = (),
+    cache: bool = True,
 ) -> LatentSession:
     """Load and build all that a run needs, and go back to its newest checkpoint if it has one.
 
     Args:
         heldout: what it will be evaluated on; whether that can be is checked.
+        cache: keep frozen work of a finite data set on disk.
 
     Raises:
         ConfigError, DataError: the configuration cannot work, or not with its readers and data.
@@ -148,27 +153,31 @@ def open_session(
     begin(config, accelerator)
     readers = load_readers(config.readers, accelerator.device)
     frozen = FrozenGuard({name: reader.model for name, reader in readers.items()})
-    model = build_model(config, readers).to(accelerator.device).train()
+    stream = build_stream(config, readers)
+    first = stream.batch(0, START_TEXTS, facts=config.data.facts)
+    contexts = [item.context for item in first]
+    model = build_model(config, readers, contexts).to(accelerator.device).train()
     if config.base:
         model.encoder.eval()
     if config.optim.gradient_checkpointing:
         for reader in readers.values():
             reader.enable_gradient_checkpointing()
     optimizers = build_optimizers(model, config.optim)
-    stream = build_stream(config, readers)
     check_answers(heldout, readers, source=f"{config.data.source} (held out)")
     if accelerator.is_main_process:
         warn_of_truncation(model.encoder, stream, config.mode)
+    objectives = ObjectiveSet(model, readers)
     # Where data has no end, no prompt comes twice.
-    teacher = (
-        TeacherCache(folder.teacher, rank=accelerator.process_index) if stream.digest else None
-    )
+    if cache and isinstance(stream, ExampleStream) and keeps(objectives, config, stream, folder):
+        rank = accelerator.process_index
+        objectives.teacher = TeacherCache(folder.frozen_work, rank=rank)
+        model.encoder.keep_states(folder.frozen_work, rank=rank)
     session = LatentSession(
         config=config,
         folder=folder,
         readers=readers,
         model=model,
-        objectives=ObjectiveSet(model, readers, teacher=teacher),
+        objectives=objectives,
         stream=stream,
         state=TrainingState(model, optimizers, config.optim.micro_batch or config.optim.batch_size),
         frozen=frozen,

@@ -120,7 +120,7 @@ def test_a_first_token_that_ends_the_answer_is_a_hit_whichever_it_is() -> None:
     logprobs_NV = torch.full((2, 8), -9.0)
     logprobs_NV[0, 5], logprobs_NV[1, 3] = -0.1, -0.1  # the other stop token; another token
     labels_N, rows_N = torch.tensor([2, 3]), torch.tensor([0, 1])
-    head = OutputHead(torch.eye(8), None, 8, gaps=torch.empty(0).long())
+    head = OutputHead(torch.eye(8), None, 8)
     scores = TargetScores(
         hidden_ND=logprobs_NV,  # the head leaves them as they are
         head=head,
