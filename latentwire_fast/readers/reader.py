@@ -32,6 +32,7 @@ from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.checkpointing import checkpoint_activations
 from latentwire_fast.readers.checks import check_logits, check_vocabulary, learns_positions
+from latentwire_fast.readers.embeddings import embedding_size, input_embedding
 from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
@@ -196,7 +197,7 @@ class Reader:
     @property
     def embedding(self) -> nn.Embedding:
         """The input embedding, `[V, D]`."""
-        return cast(nn.Embedding, self.model.get_input_embeddings())
+        return input_embedding(self.model)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -227,8 +228,9 @@ class Reader:
 
     @cached_property
     def embedding_rms(self) -> float:
-        """Root mean square of the input embeddings: what adapters calibrate to."""
-        return self.embedding.weight.detach().float().pow(2).mean().sqrt().item()
+        """Root mean square of the input embeddings as the model reads them, over all tokens: what
+        adapters calibrate to."""
+        return embedding_size(self.embedding).rms
 
     @cached_property
     def fingerprint(self) -> str:

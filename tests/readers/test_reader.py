@@ -237,11 +237,6 @@ def test_the_fingerprint_tells_weights_apart(
     assert other.fingerprint != readers["llama"].fingerprint
 
 
-def test_the_embedding_rms_is_that_of_the_table(reader: Reader) -> None:
-    expected = reader.embedding.weight.double().square().mean().sqrt().item()
-    assert reader.embedding_rms == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_tokenizer_without_pad_pads_with_eos(llama_tokenizer: PreTrainedTokenizerFast) -> None:
     unpadded = copy.deepcopy(llama_tokenizer)
     unpadded.pad_token = None
