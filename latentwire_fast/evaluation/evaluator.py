@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, why_too_long
 from latentwire_fast.evaluation.joint import rescore
 from latentwire_fast.evaluation.methods.base import (
     EvaluationCase,
@@ -86,12 +87,16 @@ class Evaluator:
             for name, receiver in self.receivers.items()
         }
         results.not_measured = self._not_measured(next(iter(cases.values())))
-        usable = {n: m for n, m in self.methods.items() if n not in results.not_measured}
-        by_bits = sum(method.by_bits is not None for method in usable.values())
-        rounds = len(usable) + by_bits * (len(payloads) - 1)
-        self.bar.reset(total=rounds * len(cases) * len(self._batches()))
+        usable = {
+            reader: self._fitting(case, results.not_measured) for reader, case in cases.items()
+        }
+        rounds = 0
+        for methods in usable.values():
+            by_bits = sum(method.by_bits is not None for method in methods.values())
+            rounds += len(methods) + by_bits * (len(payloads) - 1)
+        self.bar.reset(total=rounds * len(self._batches()))
         for name, case in cases.items():
-            results.readers[name] = self._reader_results(case, usable)
+            results.readers[name] = self._reader_results(case, usable[name])
         self._rescore(results, payloads[self.bits])
         self.bar.close()
         return results
@@ -106,6 +111,26 @@ class Evaluator:
         for name, reason in found.items():
             logger.warning("%s is not measured: %s", name, reason)
         return found
+
+    def _fitting(
+        self, case: EvaluationCase, not_measured: dict[str, str]
+    ) -> dict[str, EvaluationMethod]:
+        """The methods that one reader has the positions for; adds the reasons of the others.
+
+        Raises:
+            DataError: it has none for a latent.
+        """
+        usable = {}
+        for name, method in self.methods.items():
+            if name in not_measured and not not_measured[name].startswith(DOES_NOT_FIT):
+                continue  # on these examples, whichever the reader
+            reason = why_too_long(case, method, bits=self.bits)
+            if reason is None:
+                usable[name] = method
+            else:
+                logger.warning("%s is not measured: %s", name, reason)
+                not_measured[name] = "; ".join(filter(None, [not_measured.get(name), reason]))
+        return usable
 
     def _reader_results(
         self, case: EvaluationCase, methods: dict[str, EvaluationMethod]

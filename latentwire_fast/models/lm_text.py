@@ -16,6 +16,7 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.batch import PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder
 from latentwire_fast.readers.embeddings import embedding_size, input_embedding
+from latentwire_fast.readers.logits import LogitTransform
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LMFacts:
         layers: of the LM; its hidden states are one more, the embeddings.
         anchor_D: fp32 embedding of the token behind which the LM expects an answer to begin.
         embedding_std: standard deviation of the embeddings' values.
+        logits: what the LM does to its output embedding's results.
         tied: whether the LM's input embeddings are its output embeddings.
         source: where the LM comes from, for messages.
     """
@@ -37,6 +39,7 @@ class LMFacts:
     layers: int
     anchor_D: Tensor
     embedding_std: float
+    logits: LogitTransform
     tied: bool
     source: str
 
@@ -63,6 +66,7 @@ class LMFacts:
             layers=config.num_hidden_layers,
             anchor_D=embedding(anchor).detach().float(),
             embedding_std=embedding_size(embedding).std,
+            logits=LogitTransform.declared(config),
             tied=bool(config.tie_word_embeddings),
             source=source,
         )

@@ -48,11 +48,14 @@ class KD(Objective):
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The divergence, summed over tokens."""
         scored_N = batch.answers.first_N(self.config.tokens)
-        student_ND = batch.answers.hidden_ND[scored_N]
+        reader = batch.reader
+        student_ND = batch.answers.hidden_ND[scored_N] * reader.logit_scale
+        teacher_ND = batch.teacher_hidden_ND[scored_N].to(student_ND) * reader.logit_scale
         return ops.linear_kd_kl(
             student_ND,
-            batch.teacher_hidden_ND[scored_N].to(student_ND),
-            batch.reader.head_weight,
+            teacher_ND,
+            reader.head_weight,
             tau=self.config.tau,
+            softcap=reader.logit_softcap or None,
             reduction="sum",
         )

@@ -68,6 +68,17 @@ def move_right(cache: DynamicCache, shifts_B: Sequence[int]) -> None:
         )
 
 
+def without_first(cache: DynamicCache, columns: int) -> DynamicCache:
+    """A cache without its first columns; the one given stays as it is, and nothing is copied."""
+    shorter = DynamicCache()
+    for whole in _filled(cache):
+        layer = DynamicLayer()
+        layer.lazy_initialization(whole.keys, whole.values)
+        layer.keys, layer.values = whole.keys[:, :, columns:], whole.values[:, :, columns:]
+        shorter.layers.append(layer)
+    return shorter
+
+
 def without_limit(cache: StaticCache, positions: int) -> DynamicCache:
     """A cache that grows, with the first positions of a static one; nothing is copied yet."""
     grown = DynamicCache()

@@ -18,7 +18,12 @@ from transformers.cache_utils import Cache
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.readers.decoding import DecodeOptions, pick_tokens
-from latentwire_fast.readers.decoding_cache import keeps_states, move_right, without_limit
+from latentwire_fast.readers.decoding_cache import (
+    keeps_states,
+    move_right,
+    without_first,
+    without_limit,
+)
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.graphs import CapturedPass, set_length
 
@@ -176,6 +181,7 @@ class _Decoder:
         padded_right: bool,
     ) -> None:
         self._reader, self._cache, self._columns = reader, cache, columns
+        self._table = reader.max_positions if reader.learns_positions else None
         self._lengths_B = torch.from_numpy(lengths_B).to(reader.device)
         self._static = isinstance(cache, StaticCache)
         column_1N = torch.arange(columns, device=reader.device)[None]
@@ -194,6 +200,12 @@ class _Decoder:
             self._mask_BN[:, end] = 1
         else:
             self._mask_BN = torch.nn.functional.pad(self._mask_BN, (0, 1), value=1)
+        beyond = 0 if self._table is None else self._mask_BN.shape[1] - self._table
+        if beyond > 0 and not self._static:
+            # Rows that have something here have ended: their table is full. Some models count the
+            # columns, not the positions (GPT-Neo, MPT), and have no more of these either.
+            self._cache = without_first(cast(DynamicCache, self._cache), beyond)
+            self._mask_BN = self._mask_BN[:, beyond:]
         position_B = self._lengths_B + step
         if reader.learns_positions:  # rows that are done go on reading, to no effect
             position_B = position_B.clamp(max=reader.max_positions - 1)

@@ -23,6 +23,7 @@ from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.training.builders import build_model, build_stream, warn_of_truncation
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
+from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,14 @@ def open_session(
         warn_of_truncation(model.encoder, stream, config.mode)
     # Where data has no end, no prompt comes twice.
     teacher = TeacherCache(folder.teacher, rank=rank) if stream.digest else None
+    objectives = ObjectiveSet(model, readers, teacher=teacher)
+    check_positions(config, objectives, stream, heldout=heldout)
     session = Session(
         config=config,
         folder=folder,
         readers=readers,
         model=model,
-        objectives=ObjectiveSet(model, readers, teacher=teacher),
+        objectives=objectives,
         stream=stream,
         state=TrainingState(model, optimizers, config.optim.micro_batch or config.optim.batch_size),
         frozen=frozen,

@@ -22,6 +22,7 @@ from latentwire_fast.models.poolers.queries import expected_embeddings
 from latentwire_fast.prompts.builder import PromptBuilder
 from latentwire_fast.readers import embeddings
 from latentwire_fast.readers.embeddings import embedding_size, expected_embedding
+from latentwire_fast.readers.logits import LogitTransform
 from latentwire_fast.readers.reader import Reader
 
 WIDTH = 32
@@ -109,7 +110,10 @@ def test_rehearsals_go_on_from_embeddings_that_the_lm_reads(
     embedding = build(len(llama_tokenizer)).get_input_embeddings()
     certain = 1e4 * embedding.weight[7] / embedding.weight[7].square().sum()
     expected = embedding(torch.tensor([[7]]))
-    torch.testing.assert_close(expected_embeddings(certain[None, None], embedding), expected)
+    found = expected_embeddings(certain[None, None], embedding, LogitTransform())
+    torch.testing.assert_close(found, expected)
+    capped = expected_embeddings(certain[None, None], embedding, LogitTransform(softcap=0.1))
+    assert (capped.norm() < 0.1 * expected.norm()).item(), "a cap leaves nothing certain"
 
 
 def test_chunks_of_a_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
