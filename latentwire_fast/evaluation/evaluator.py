@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, why_too_long
+from latentwire_fast.evaluation.fitting import fits_not, why_too_long
 from latentwire_fast.evaluation.joint import rescore
 from latentwire_fast.evaluation.methods.base import (
     EvaluationCase,
@@ -122,7 +122,7 @@ class Evaluator:
         """
         usable = {}
         for name, method in self.methods.items():
-            if name in not_measured and not not_measured[name].startswith(DOES_NOT_FIT):
+            if name in not_measured and not fits_not(not_measured[name]):
                 continue  # on these examples, whichever the reader
             reason = why_too_long(case, method, bits=self.bits)
             if reason is None:

@@ -37,6 +37,11 @@ def why_too_long(case: EvaluationCase, method: EvaluationMethod, *, bits: int) -
     )
 
 
+def fits_not(reason: str | None) -> bool:
+    """Whether a method was not measured because it does not fit."""
+    return reason is not None and reason.startswith(DOES_NOT_FIT)
+
+
 def _positions(case: EvaluationCase, inputs: MethodInput) -> list[int]:
     """The positions of each prompt, its gold answer included."""
     sizes = [len(prompt.ids) for prompt in inputs.prompts]

@@ -26,7 +26,7 @@ from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.abilities import ReaderAbilities
 from latentwire_fast.readers.checks import backbone_of
-from latentwire_fast.readers.decoding_cache import decoding_cache, move_right
+from latentwire_fast.readers.decoding_cache import decoding_cache, keeps_states, move_right
 from latentwire_fast.readers.embeddings import input_embedding
 from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
@@ -189,16 +189,16 @@ class _Trials:
         row = self.rows[0]
         cache = decoding_cache(self.subject.model)
         parts = [self._read(row[:-2], cache, after=0)]
-        again = deepcopy(cache)  # a second answer starts from the same prompt
+        again = deepcopy(cache) if keeps_states(cache) else None
         for number in (-2, -1):
             place = len(row) + number
             parts.append(self._read([row[place]], cache, after=place, width=place + 1))
-        last_1TD = self._read([row[-2]], again, after=len(row) - 2, width=len(row) - 1)
-        found_TD = torch.cat(parts, 1)[0]
-        return max(
-            self._most([found_TD], self.alone[:1]),
-            self._most([last_1TD[0]], [self.alone[0][-2:-1]]),
-        )
+        found = self._most([torch.cat(parts, 1)[0]], self.alone[:1])
+        if again is not None:  # a second answer starts from a copy of what the prompt left
+            place = len(row) - 2
+            hidden_1TD = self._read([row[place]], again, after=place, width=place + 1)
+            found = max(found, self._most([hidden_1TD[0]], [self.alone[0][place : place + 1]]))
+        return found
 
     def _decoded_together(self) -> float:
         """Two rows read in one batch, then a token more of each, as a receiver decodes a batch."""

@@ -104,9 +104,14 @@ class Prefilled:
                 set is cut into batches; 0, 1, ... if not given.
 
         Raises:
-            ConfigError: see `cache`; or not one number for each row.
+            ConfigError: see `cache`; not one number for each row; or logits that are no numbers.
         """
         reader, options = self._reader, options or DecodeOptions()
+        if bool(self.logits_BV.isnan().any()):  # the likeliest token of these would be number 0
+            raise ConfigError(
+                f"reader {reader.name!r} computes NaN from this prompt: in {reader.model.dtype} "
+                "something overflows; take a smaller prefix gain, or another dtype"
+            )
         rows = len(self._lengths_B)
         numbers = row_numbers(numbers, rows=rows)
         feed = _Decoder(

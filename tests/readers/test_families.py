@@ -210,7 +210,7 @@ def test_what_the_probe_finds(other: Family, expected: dict[str, str], llama_tok
     for use, reason in found.items():
         assert reason.startswith(expected[use])
     if "deep" in expected:
-        with pytest.raises(ConfigError, match=r"takes no deep prefix: .* give it soft tokens alone"):
+        with pytest.raises(ConfigError, match=r"no deep prefix: .* give it soft tokens alone"):
             reader.require("deep")
     if "left" in expected:
         prompt = reader.prompts.build([Turn("Who?", "he")], context=None)
