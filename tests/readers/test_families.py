@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from families import OTHERS, READERS, Family
+from families import OTHERS, READERS, WINDOW, Family
 from latentwire_fast import encode as encode_command
 from latentwire_fast.config.schema import AttachmentConfig, ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.data.examples import Example
@@ -28,11 +29,13 @@ from latentwire_fast.generate import (
     receiver_options,
 )
 from latentwire_fast.prompts.builder import Prompt, Turn
+from latentwire_fast.readers.attention import own_attention
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.probe import kept
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.registry import ENCODERS
+from latentwire_fast.readers.trace import observe
+from latentwire_fast.registry import ENCODERS, OBJECTIVES, POOLERS
 from latentwire_fast.serving import Receiver
 from reading import decode_slowly, text_prompts
 from runs import deep, soft, tiny_config, train
@@ -48,17 +51,25 @@ NEW_TOKENS = 5
 AT_MOST = DecodeOptions(max_new_tokens=NEW_TOKENS, eos_ban_steps=NEW_TOKENS)
 
 
+def saved(family: Family, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """A folder with a model of a family."""
+    family.model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=READERS, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(family: Family, llama_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("families") / "reader"
-    family.model(llama_tokenizer).save_pretrained(folder)
-    llama_tokenizer.save_pretrained(folder)
-    return folder
+def folder(
+    family: Family,
+    llama_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    return saved(family, llama_tokenizer, tmp_path_factory.mktemp("families") / "reader")
 
 
 @pytest.fixture(scope="module")
@@ -189,11 +200,97 @@ def test_training_evaluation_encoding_and_answering(
     assert answer.tokens >= 2
 
 
+# --- windows (F2, F3), and readers that take soft tokens only (F27, F28) ------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives"), [("Mistral, window", ("select", "kv")), ("Gemma 3", ("select",))]
+)
+def test_positions_are_selected_for_readers_with_windows(
+    name: str, objectives: tuple[str, ...], llama_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The recipe of `testbed_context`, on texts that are longer than the window."""
+    family = next(family for family in READERS if family.name == name)
+    folder = saved(family, llama_tokenizer, tmp_path / "reader")
+    config = config_of(
+        family,
+        folder,
+        "deep",
+        encoder=ENCODERS.config(
+            "lm",
+            source=str(folder),
+            latents=4,
+            d_z=8,
+            pooler=POOLERS.config("selected"),
+            frozen=True,
+        ),
+        stages=(
+            StageConfig("select", 1, tuple(OBJECTIVES.config(kind) for kind in objectives)),
+            StageConfig("answer", steps=1),
+        ),
+        evaluation={"timing_examples": 1, "resamples": 5, "bits": (6,), "max_new_tokens": 2},
+        data={"eval_examples": 3},
+    )
+    train(config, tmp_path / "run")
+    metrics = evaluate_run(tmp_path / "run", out=tmp_path / "metrics.json", progress=False)
+    assert metrics["readers"]["reader"]["latent"]["f1"] is not None
+
+
+def test_the_attention_that_is_observed_is_that_within_the_window(
+    llama_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    family = next(family for family in READERS if family.name == "Mistral, window")
+    reader = Reader(family.model(llama_tokenizer), llama_tokenizer, name="mistral")
+    context = "Nulnak is a baker in Bakrim, and 94 years old."
+    prompts = [reader.prompts.build([Turn("Who?", "a baker")], context=context)]
+    found = observe(reader, prompts)
+    batch = reader.collate(prompts)
+    with own_attention(reader.model, "eager"):
+        attentions = reader.backbone(input_ids=batch.ids_BT, output_attentions=True).attentions
+    expected = sum(layer[0, :, batch.cols_N].sum((0, 1)) for layer in attentions)
+    torch.testing.assert_close(found.attention_BT[0], expected, rtol=1e-4, atol=1e-5)
+    assert (found.attention_BT[0, : batch.ids_BT.shape[1] - 2 * WINDOW] == 0).all()
+    assert found.layers[0][0].shape[2] == batch.ids_BT.shape[1], "keys of all positions"
+
+
+@pytest.mark.parametrize("name", ["LFM2", "Bart's decoder", "Gemma 4 (text)"])
+def test_readers_of_soft_tokens_alone(
+    name: str, llama_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """What they say in a ragged batch is what they say alone; a deep prefix is refused before
+    anything is trained, where they take none."""
+    family, refused = next(entry for entry in OTHERS if entry[0].name == name)
+    try:
+        folder = saved(family, llama_tokenizer, tmp_path / "reader")
+    except (ValueError, KeyError) as error:
+        pytest.skip(f"not in this transformers: {error}")
+    evaluation = {"timing_examples": 1, "resamples": 5, "bits": (6,), "max_new_tokens": 3}
+    few = {"evaluation": {**evaluation, "batch_size": 3}, "data": {"eval_examples": 3}}
+    train(config_of(family, folder, "soft", **few), tmp_path / "run")
+    metrics = evaluate_run(tmp_path / "run", out=tmp_path / "metrics.json", progress=False)
+    assert metrics["readers"]["reader"]["latent"]["f1"] is not None
+    reader = Reader.load(folder, name="reader", attn_implementation=family.attention)
+    asked = text_prompts(reader, make_examples(3, seed=1, facts=2), answered=False)
+    first = Receiver.for_text(reader).prefill(asked)
+    slow = [
+        decode_slowly(reader, prompt, None, steps=NEW_TOKENS, stops=reader.stop_ids, ban=NEW_TOKENS)
+        for prompt in asked
+    ]
+    assert first.generate(AT_MOST) == slow
+    assert first.generate(AT_MOST) == slow, "a second time too"
+    if "deep" in refused:
+        with pytest.raises(ConfigError, match=r"reader 'reader' \(.*\) takes no deep prefix: "):
+            train(config_of(family, folder, "both"), tmp_path / "deep")
+        assert not (tmp_path / "deep" / "config.json").exists()
+
+
 # --- the probe ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("other", "expected"), OTHERS, ids=[family.name for family, _ in OTHERS])
-def test_what_the_probe_finds(other: Family, expected: dict[str, str], llama_tokenizer) -> None:
+def test_what_the_probe_finds(
+    other: Family, expected: dict[str, str], llama_tokenizer: PreTrainedTokenizerFast
+) -> None:
     try:
         model = other.model(llama_tokenizer)
     except (ValueError, KeyError) as error:
