@@ -49,7 +49,8 @@ class GenerateArguments:
         question: the question, as text in context mode; in pure mode it is in the payload
             already, and a question given here is not used.
         max_new_tokens: longest answer.
-        prefix_gain: factor on the strength of what the reader is given; 1 is what was trained.
+        prefix_gain: factor on the strength of what the reader is given, at most 1000; 1 is what was
+            trained.
         temperature: above 0, the first token is sampled; at 0 it is the most probable one.
         top_p: the first token is sampled among the most probable ones that have this probability
             together.
@@ -201,6 +202,10 @@ def main() -> None:
     print(f"load {(time.perf_counter() - start) * 1e3:.0f} ms")
     for answer in answers(model, reader, args, receiving=receiving, decoding=decoding):
         print(f"answer: {answer.text}")
+        if not answer.tokens:
+            logger.warning(
+                "the reader ended its answer at once; --eos-ban-steps makes it say something"
+            )
         print(
             f"{answer.payload_bytes} bytes, payload to logits {answer.prefill_seconds * 1e3:.1f} "
             f"ms, {answer.tokens} tokens in {answer.decode_seconds * 1e3:.1f} ms"

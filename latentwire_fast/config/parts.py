@@ -102,6 +102,23 @@ class AdapterConfig(PartSettings):
     registry: ClassVar[Registry] = ADAPTERS
 
 
+# Soft tokens a thousand times as large as a reader's own embeddings drown everything else; not far
+# beyond, half precision overflows and the answer is empty.
+MOST_GAIN = 1000.0
+
+
+def check_gain(name: str, gain: float) -> None:
+    """Raise unless prefixes may be so many times as strong as what was measured or trained.
+
+    Raises:
+        ConfigError: 0 or below, above `MOST_GAIN`, or NaN.
+    """
+    require(
+        0 < gain <= MOST_GAIN,
+        f"{name}={gain}, expected above 0 and at most {MOST_GAIN:g}",
+    )
+
+
 @dataclass(frozen=True)
 class AttachmentConfig(PartSettings):
     """Latent to something that one reader takes in (`models/attachments/`)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.methods.base import by_kind, evaluation_methods, methods_by_bits
 
 
@@ -16,7 +17,8 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"F1 on {metrics['examples']} held-out examples ({metrics['run']['mode']} mode)",
         f"{'':18}" + "".join(f"{name:>12}" for name in readers),
     ]
-    lines += _method_lines(readers)
+    not_measured = metrics.get("not_measured") or {}
+    lines += _method_lines(readers, not_measured)
     for bits, size in sizes["payload_mean"].items():
         lines += _width_lines(readers, bits, size)
     lines.append(
@@ -26,7 +28,7 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
     for name, entry in (metrics.get("lora") or {}).items():
         lines.append(not_frozen(name, entry))
     methods = evaluation_methods()
-    for key, reason in (metrics.get("not_measured") or {}).items():
+    for key, reason in not_measured.items():
         lines.append(f"{methods[key].label.lower()}: not measured, {reason}")
     verdicts = (f"{name} {entry['verdict']}" for name, entry in metrics["hypotheses"].items())
     lines.append(", ".join(verdicts))
@@ -42,15 +44,16 @@ def not_frozen(reader: str, entry: Mapping[str, int]) -> str:
     )
 
 
-def _method_lines(readers: Mapping[str, Any]) -> Iterator[str]:
-    """One line per method, with a dash where it was not measured."""
+def _method_lines(readers: Mapping[str, Any], not_measured: Mapping[str, str]) -> Iterator[str]:
+    """One line per method, with a dash where it was not measured, or that it does not fit."""
     for key, method in by_kind().items():
         if method.console_label is None:
             continue
         found = [entries.get(key) for entries in readers.values()]
         if method.with_lora and not any(found):
             continue
-        cells = ["-" if entry is None else _points(entry["f1"]["mean"]) for entry in found]
+        missing = DOES_NOT_FIT if fits_not(not_measured.get(key)) else "-"
+        cells = [missing if entry is None else _points(entry["f1"]["mean"]) for entry in found]
         label = method.console_label or method.label.lower()
         yield f"{label:18}" + "".join(f"{cell:>12}" for cell in cells)
 

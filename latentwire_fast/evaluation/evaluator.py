@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.fitting import fits_not, why_too_long
 from latentwire_fast.evaluation.joint import rescore
 from latentwire_fast.evaluation.methods.base import (
     EvaluationCase,
@@ -91,19 +92,16 @@ class Evaluator:
             if case.reader.lora is not None:
                 of = sum(weight.numel() for _, weight in base_parameters(case.reader.model))
                 results.lora[name] = {"parameters": case.reader.lora.size, "of": of}
-        usable = {n: m for n, m in self.methods.items() if n not in results.not_measured}
-        of_case = {
-            name: {key: method for key, method in usable.items() if method.fits(case)}
-            for name, case in cases.items()
+        usable = {
+            reader: self._fitting(case, results.not_measured) for reader, case in cases.items()
         }
-        rounds = sum(
-            1 if method.by_bits is None else len(payloads)
-            for methods in of_case.values()
-            for method in methods.values()
-        )
+        rounds = 0
+        for methods in usable.values():
+            by_bits = sum(method.by_bits is not None for method in methods.values())
+            rounds += len(methods) + by_bits * (len(payloads) - 1)
         self.bar.reset(total=rounds * len(self._batches()))
         for name, case in cases.items():
-            results.readers[name] = self._reader_results(case, of_case[name])
+            results.readers[name] = self._reader_results(case, usable[name])
         self._rescore(results, payloads[self.bits])
         self.bar.close()
         return results
@@ -118,6 +116,28 @@ class Evaluator:
         for name, reason in found.items():
             logger.warning("%s is not measured: %s", name, reason)
         return found
+
+    def _fitting(
+        self, case: EvaluationCase, not_measured: dict[str, str]
+    ) -> dict[str, EvaluationMethod]:
+        """The methods that one reader has the positions for; adds the reasons of the others.
+
+        Raises:
+            DataError: it has none for a latent.
+        """
+        usable = {}
+        for name, method in self.methods.items():
+            if name in not_measured and not fits_not(not_measured[name]):
+                continue  # on these examples, whichever the reader
+            if not method.fits(case):
+                continue
+            reason = why_too_long(case, method, bits=self.bits)
+            if reason is None:
+                usable[name] = method
+            else:
+                logger.warning("%s is not measured: %s", name, reason)
+                not_measured[name] = "; ".join(filter(None, [not_measured.get(name), reason]))
+        return usable
 
     def _reader_results(
         self, case: EvaluationCase, methods: dict[str, EvaluationMethod]

@@ -19,13 +19,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.batch import PromptBatch
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.attention import causal_attention, own_attention
+from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.reader import Reader
 
 OBSERVED = "latentwire_observed"
@@ -81,7 +81,7 @@ def observe(reader: Reader, prompts: Sequence[Prompt]) -> Observation:
     """
     batch = reader.collate(prompts)
     recorder = _AttentionRecorder(batch)
-    cache = DynamicCache()  # without a configuration: windows drop no keys
+    cache = decoding_cache(reader.model)  # keeps every position, windows or not
     with _attending(reader, recorder):
         reader.backbone(**batch.model_inputs(), past_key_values=cache, use_cache=True)
     layers = [(layer.keys, layer.values) for layer in cast(Any, cache).layers]
@@ -125,20 +125,24 @@ class _AttentionRecorder:
         self.seen += 1
         with torch.autocast(query.device.type, enabled=False):
             attention_NT = self._attention(
-                query, key, query.shape[-1] ** -0.5 if scaling is None else scaling
+                query,
+                key,
+                query.shape[-1] ** -0.5 if scaling is None else scaling,
+                window=options.get("sliding_window"),
             )
         self.attention_BT.index_add_(0, self.rows_N, attention_NT.to(self.attention_BT.device))
         return causal_attention(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
 
-    def _attention(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, scale: float, *, window: int | None) -> Tensor:
         """Attention of each scored position to each position `[N, T]`, summed over heads, fp32."""
         rows_N, cols_N = self.rows_N.to(query.device), self.cols_N.to(query.device)
         queries_NHQD = query[rows_N, :, cols_N].unflatten(1, (key.shape[1], -1)).float() * scale
         scores_NHQT = queries_NHQD @ key[rows_N].float().mT
-        later_NT = torch.arange(key.shape[2], device=query.device) > cols_N[:, None]
-        return scores_NHQT.masked_fill(later_NT[:, None, None], -torch.inf).softmax(-1).sum((1, 2))
+        ahead_NT = torch.arange(key.shape[2], device=query.device) - cols_N[:, None]
+        hidden_NT = ahead_NT > 0 if window is None else (ahead_NT > 0) | (ahead_NT <= -window)
+        return scores_NHQT.masked_fill(hidden_NT[:, None, None], -torch.inf).softmax(-1).sum((1, 2))
 
 
 @contextmanager

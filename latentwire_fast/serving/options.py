@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from latentwire_fast.config.parts import check_gain
 from latentwire_fast.errors import ConfigError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
 Mark = Callable[[str], None]
-
-# Soft tokens a thousand times as large as a reader's own embeddings drown everything else; not far
-# beyond, half precision overflows and the answer is empty.
-MOST_GAIN = 1000.0
 
 
 def unmarked(_phase: str) -> None:
@@ -34,7 +31,7 @@ class ReceiverOptions:
         merge_lora: add a reader's low-rank updates (LoRA) to its weights, for good: it is then read
             as fast as without them, and by any engine.
         prefix_gain: factor on the calibrated size of soft tokens, and on the values (not the keys)
-            of a deep prefix.
+            of a deep prefix; 1 is what was trained, 1000 the most.
         mark: called with the name of each phase when it has been queued: `parse`, `dequantise`
             (where it is not part of the adapter, see `TrainedParts`), `adapter`, `placement`,
             `reader`.
@@ -56,8 +53,4 @@ class ReceiverOptions:
         for name in ("new_tokens", "max_graphs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}, expected at least 1")
-        if not 0 < self.prefix_gain <= MOST_GAIN:  # NaN is not either
-            raise ConfigError(
-                f"prefix_gain={self.prefix_gain}, expected above 0 and at most {MOST_GAIN:g}; 1 is "
-                "the size that was trained"
-            )
+        check_gain("prefix_gain", self.prefix_gain)

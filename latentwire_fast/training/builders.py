@@ -34,6 +34,7 @@ from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ATTACHMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +96,13 @@ def build_model(
         contexts: a few texts of the training data, which attachments may start from.
 
     Raises:
-        ConfigError: the base does not fit the configuration, or has adapters for these readers.
+        ConfigError: the base does not fit the configuration, or has adapters for these readers; a
+            reader that takes no soft tokens, or no deep prefix, where it is to be given some.
         CheckpointError: it is not trained.
     """
+    for reader in readers.values():
+        for attachment in config.attachments:
+            reader.require(ATTACHMENTS.part_of(attachment).gives)
     model = Interlingua(
         _fresh_encoder(config, readers)
         if config.base is None

@@ -34,6 +34,7 @@ from latentwire_fast.training.builders import (
 from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
+from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
 from latentwire_fast.training.tracking import latent_statistics
 from latentwire_fast.training.validation import Validator, ask_latents
@@ -172,6 +173,7 @@ def open_session(
         rank = accelerator.process_index
         objectives.teacher = TeacherCache(folder.frozen_work, rank=rank)
         model.encoder.keep_states(folder.frozen_work, rank=rank)
+    check_positions(config, objectives, stream, heldout=heldout)
     session = LatentSession(
         config=config,
         folder=folder,

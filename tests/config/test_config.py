@@ -116,6 +116,7 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
         (lambda: BOTTLENECKS.config("uniform", bits=5), "bits=5, expected 16, 8, 6 or 4"),
         (lambda: BOTTLENECKS.config("uniform", group_size=8), "group_size=8"),
         (lambda: soft(gain=0.0), "gain=0.0, expected above 0"),
+        (lambda: soft(gain=1e30), r"gain=1e\+30, expected above 0 and at most 1000"),
         (lambda: soft(gain=math.inf), "gain=inf, expected finite float"),
         (lambda: soft(calibration="tokens"), "calibration='tokens'"),
         (lambda: soft(dropout=1.0), "dropout=1.0"),

@@ -13,6 +13,7 @@ from latentwire_fast.config.presets import PRESETS
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.evaluation.console import not_frozen
+from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
 from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
@@ -152,10 +153,11 @@ def _method_rows(
     for key in (*known, *(k for k in methods if k not in known and k not in by_bits)):
         if key not in methods:
             continue
-        method = known.get(key)
+        method, reason = known.get(key), (metrics.get("not_measured") or {}).get(key)
+        note = method.note if method else ""
         yield {
             "label": method.label if method else key.replace("_", " "),
-            "note": method.note if method else "",
+            "note": note if methods[key] is not None or not fits_not(reason) else DOES_NOT_FIT,
             "kind": method.kind if method else "budget",
             "cells": [show((methods[key] or {}).get(score)) for _, score, show in _COLUMNS],
             "bytes": _bytes_of(method, metrics),

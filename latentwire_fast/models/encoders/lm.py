@@ -6,6 +6,7 @@ Shapes: B texts, M latents, D the LM's width.
 from __future__ import annotations
 
 import copy
+import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,12 @@ from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
 from latentwire_fast.readers.checkpointing import checkpoint_activations
-from latentwire_fast.readers.checks import check_prompt_ids, check_vocabulary, learns_positions
+from latentwire_fast.readers.checks import (
+    check_prompt_ids,
+    check_vocabulary,
+    learns_positions,
+    position_limit,
+)
 from latentwire_fast.readers.loading import load_tokenizer, load_weights
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import POOLERS
@@ -265,7 +271,7 @@ def _within_positions(
     # all but the text: what a prompt of pure mode has besides it, and the queries
     frame = prompts.build([Turn("")], context="")
     others = len(frame.ids) - frame.content + config.latents
-    room = core.config.get_text_config().max_position_embeddings - others
+    room = (position_limit(core.config.get_text_config(decoder=True)) or sys.maxsize) - others
     if room < 1:
         raise ConfigError(
             f"encoder LM {config.source!r} has no position left for a text beside "
