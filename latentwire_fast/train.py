@@ -51,7 +51,7 @@ class TrainArguments:
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
-            hub id or testbed:NAME (llama, qwen).
+            .gguf file, package:NAME (smollm2, gemma3), a hub id or testbed:NAME (llama, qwen).
         encoder: source of the encoder's language model; with --reader, the first reader's source
             unless given.
         data: testbed, a file in SQuAD's format, a saved data set, or hub:NAME.

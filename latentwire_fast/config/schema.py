@@ -83,7 +83,8 @@ def check_reader_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class ReaderConfig(Settings):
-    """One frozen LLM. `source` is `testbed:NAME`, a local folder or a hub id."""
+    """One frozen LLM. `source` is a local folder, a .gguf file, `package:NAME`, a hub id or
+    `testbed:NAME`."""
 
     source: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

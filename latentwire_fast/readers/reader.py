@@ -91,7 +91,8 @@ class Reader:
         load_in_4bit: bool = False,
         bos: bool | None = None,
     ) -> Reader:
-        """Load a reader from a local folder, a hub id, or `testbed:llama` / `testbed:qwen`.
+        """Load a reader from a local folder, a .gguf file, `package:NAME`, a hub id, or
+        `testbed:llama` / `testbed:qwen`.
 
         Args:
             device_map: as in `transformers`; `auto` spreads the model over the GPUs.
