@@ -63,7 +63,7 @@ SIGNATURES = {
         "(source: 'str | Path', *, name: 'str', dtype: 'torch.dtype' = torch.float32, "
         "device: 'str | torch.device | None' = None, device_map: 'Any' = None, "
         "attn_implementation: 'str' = 'sdpa', load_in_4bit: 'bool' = False, bos: 'bool | "
-        "None' = None) -> 'Reader'"
+        "None' = None, max_memory: 'str | None' = None) -> 'Reader'"
     ),
     "Reader.score": (
         "(self, prompts: 'Sequence[Prompt]', *, prefixes: 'Sequence[Tensor] | Tensor | "

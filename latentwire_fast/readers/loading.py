@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +117,29 @@ def resolve_source(source: str | Path) -> str:
     return str(folder)
 
 
+def check_attention(implementation: str) -> None:
+    """Raise, before any weights are loaded, where an attention is asked for that is not installed.
+
+    Raises:
+        ConfigError: flash attention without its package.
+    """
+    if implementation.startswith("flash_attention_2") and find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"attn_implementation={implementation!r} needs the package flash-attn and a GPU; run "
+            "`pip install --no-build-isolation flash-attn`, or take sdpa"
+        )
+
+
 def nf4_config(dtype: torch.dtype) -> Any:
     """bitsandbytes NF4 settings; a clear error where it is not installed."""
+    # It says that a package `kernels` would be faster, which nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise ConfigError("load_in_4bit needs `pip install latentwire-fast[gpu]`") from None
+        raise ConfigError(
+            "load_in_4bit needs the package bitsandbytes; run `pip install bitsandbytes`"
+        ) from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

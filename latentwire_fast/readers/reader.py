@@ -27,15 +27,26 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from latentwire_fast.config.schema import ReaderConfig
 from latentwire_fast.errors import ConfigError, DataError
-from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.checkpointing import checkpoint_activations
 from latentwire_fast.readers.checks import check_logits, check_vocabulary, learns_positions
+from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
 from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
-from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
+from latentwire_fast.readers.loading import (
+    check_attention,
+    load_tokenizer,
+    load_weights,
+    nf4_config,
+)
 from latentwire_fast.readers.target_scores import TargetScores
+from latentwire_fast.readers.weights import (
+    is_offloaded,
+    keep_ends_in_memory,
+    use_plain_nf4,
+    weights_digest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,25 +101,31 @@ class Reader:
         attn_implementation: str = "sdpa",
         load_in_4bit: bool = False,
         bos: bool | None = None,
+        max_memory: str | None = None,
     ) -> Reader:
         """Load a reader from a local folder, a .gguf file, `package:NAME`, a hub id, or
         `testbed:llama` / `testbed:qwen`.
 
         Args:
             device_map: as in `transformers`; `auto` spreads the model over the GPUs.
-            load_in_4bit: NF4 weights through bitsandbytes (needs a GPU).
+            load_in_4bit: NF4 weights through bitsandbytes, on a GPU or the CPU.
+            max_memory: with a device map, as in `ReaderConfig`.
 
         Raises:
             ConfigError: there is no such model, or it cannot be a reader.
         """
+        check_attention(attn_implementation)
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-        if device_map is not None:
-            options["device_map"] = device_map
         if load_in_4bit:
             options["quantization_config"] = nf4_config(dtype)
+            if device is not None and device_map is None:  # quantised where they are to be
+                device_map = {"": torch.device(device)}
+        options |= placement(device_map, max_memory)
         model = load_weights(AutoModelForCausalLM, source, **options)
-        if device is not None and device_map is None and not load_in_4bit:
+        if device is not None and device_map is None:
             model.to(device)
+        use_plain_nf4(model)
+        keep_ends_in_memory(model)
         tokenizer = load_tokenizer(source)
         return cls(model, tokenizer, name=name, source=str(source), bos=bos)
 
@@ -141,6 +158,7 @@ class Reader:
             attn_implementation=config.attn_implementation,
             load_in_4bit=config.load_in_4bit,
             bos=config.bos,
+            max_memory=config.max_memory,
         )
         if config.compute_dtype not in (None, config.dtype):
             reader.compute_in(getattr(torch, cast(str, config.compute_dtype)))
@@ -159,6 +177,11 @@ class Reader:
             raise ConfigError(
                 f"reader {self.name!r} has quantised weights, whose dtype is given when they are "
                 "loaded; leave --dtype away"
+            )
+        if is_offloaded(self.model):
+            raise ConfigError(
+                f"reader {self.name!r} has weights that its device map keeps on a disk or in the "
+                "CPU's memory, which stay in their dtype; leave --dtype away"
             )
         assert self.fingerprint  # computed now, and kept
         self.model.to(dtype)
@@ -259,7 +282,7 @@ class Reader:
 
     def weights_digest(self) -> str:
         """sha256 over the current weights (not cached: shows that they did not change)."""
-        return parameter_digest(self.model.named_parameters())
+        return weights_digest(self.model)
 
     def collate(
         self,
@@ -373,4 +396,6 @@ def load_readers(
         else:
             reader = Reader.from_config(name, config, device, dtype=dtype)
             readers[name] = loaded[options] = reader
+    devices = (weight.device for reader in loaded.values() for weight in reader.model.parameters())
+    warn_of_idle_cards(devices, cards=torch.cuda.device_count())
     return readers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latentwire_fast.errors import TrainingError
 from latentwire_fast.files.atomic import write_atomically
-from latentwire_fast.files.tensors import parameter_digest
+from latentwire_fast.readers.weights import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class FrozenGuard:
         modules: the frozen modules by name, every parameter with `requires_grad=False`.
 
     Attributes:
-        digests: `parameter_digest` of each module when the guard was made.
+        digests: `weights_digest` of each module when the guard was made.
 
     Raises:
         TrainingError: a module has trainable parameters.
@@ -156,7 +156,7 @@ class FrozenGuard:
         self.digests = self._digests()
 
     def _digests(self) -> dict[str, str]:
-        return {n: parameter_digest(m.named_parameters()) for n, m in self._modules.items()}
+        return {name: weights_digest(module) for name, module in self._modules.items()}
 
     def verify(self) -> None:
         """Compare with the beginning.
