@@ -67,6 +67,8 @@ class TrainArguments:
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
         no_eval: train, and do not evaluate.
+        dry_run: print what the run takes (parameters, bytes, memory, hours on a GPU), computed from
+            the shapes of its models, and do nothing else.
         print_config: print the configuration as JSON, and do nothing else. Such a file can be given
             in the place of a preset.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
@@ -92,6 +94,7 @@ class TrainArguments:
     batch_size: int | None = None
     eval_examples: int | None = None
     no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
@@ -180,6 +183,11 @@ def main() -> None:
     config = with_assignments(config, args.assignments, reader_options=args.reader_options)
     if args.print_config:
         print(json.dumps(to_json(config), indent=2))
+        return
+    if args.dry_run:
+        from latentwire_fast.training.budget import budget
+
+        print("\n".join(budget(config).lines()))
         return
     added = [*config.readers] if config.base else []
     run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
