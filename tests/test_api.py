@@ -66,8 +66,8 @@ SIGNATURES = {
     "Reader.load": (
         "(source: 'str | Path', *, name: 'str', dtype: 'torch.dtype' = torch.float32, "
         "device: 'str | torch.device | None' = None, device_map: 'Any' = None, "
-        "attn_implementation: 'str' = 'sdpa', load_in_4bit: 'bool' = False, prompt: "
-        "'PromptConfig | None' = None) -> 'Reader'"
+        "attn_implementation: 'str' = 'sdpa', load_in_4bit: 'bool' = False, max_memory: "
+        "'str | None' = None, prompt: 'PromptConfig | None' = None) -> 'Reader'"
     ),
     "Reader.score": (
         "(self, prompts: 'Sequence[Prompt]', *, prefixes: 'Sequence[Tensor] | Tensor | "
@@ -78,7 +78,9 @@ SIGNATURES = {
     "ReaderConfig": (
         "(source: 'str', dtype: \"Literal['float32', 'bfloat16', 'float16']\" = 'float32', "
         "attn_implementation: 'str' = 'sdpa', device_map: 'str | None' = None, "
-        "load_in_4bit: 'bool' = False, lora: 'LoraSettings | None' = None, *, "
+        "load_in_4bit: 'bool' = False, max_memory: 'str | None' = None, compute_dtype: "
+        "\"Literal['float32', 'bfloat16', 'float16'] | None\" = None, lora: "
+        "'LoraSettings | None' = None, *, "
         "template: 'str | None' = None, date: 'str' = '2024-07-26', "
         "anchor: \"Literal['text', 'chat', 'none']\" = 'text', anchor_text: "
         "'str' = 'Answer:', bos: 'bool | None' = None, append_bos_after_prefix: 'bool' = "
@@ -123,7 +125,8 @@ SIGNATURES = {
     "evaluate": (
         "(run: 'str | Path', *, fresh_seed: 'int | None' = None, examples: 'int | None' ="
         " None, out: 'str | Path | None' = None, device: 'torch.device | str | None' = "
-        "None, dtype: 'Dtype | None' = None, progress: 'bool' = True, best: 'bool' = False) "
+        "None, dtype: 'Dtype | None' = None, assignments: 'Sequence[str]' = (), "
+        "reader_options: 'Sequence[str]' = (), progress: 'bool' = True, best: 'bool' = False) "
         "-> 'dict[str, Any]'"
     ),
     "load_preset": "(name: 'str') -> 'RunConfig'",

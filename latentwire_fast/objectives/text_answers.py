@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.data.streams import TrainItem
@@ -60,13 +59,10 @@ class TextAnswers:
         for name in sorted({name for _, name in items[0].counts}):
             reader, count = self.readers[name], max(1, counts[KIND, name])
             batch = reader.collate([item.prompts[KIND, name] for item in items])
-            logits_NV = reader.head(reader.target_hidden(batch)).float()
-            labels_N = batch.labels_N.to(logits_NV.device)
-            value = F.cross_entropy(logits_NV, labels_N, reduction="sum")
-            right = (logits_NV.detach().argmax(-1) == labels_N).sum()
-            losses.sums[KIND, name] = value.detach()
-            losses.measures["accuracy", name] = right / count
-            term = value / count
+            made = reader.output_head.losses(reader.target_hidden(batch), batch.labels_N)
+            losses.sums[KIND, name] = made.cross_entropy.detach()
+            losses.measures["accuracy", name] = made.correct / count
+            term = made.cross_entropy / count
             if backward is not None:
                 backward(term)
                 term = term.detach()

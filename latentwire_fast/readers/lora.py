@@ -49,11 +49,16 @@ class Adaptable(Protocol):
         ...
 
 
+def own_names(model: nn.Module) -> dict[str, str]:
+    """The names of a model's own parameters: as they are without low-rank updates, and now."""
+    names = (name for name, _ in model.named_parameters())
+    return {name.replace(".base_layer.", "."): name for name in names if f".{NAME}." not in name}
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """A model's own parameters, by the names that they have without low-rank updates."""
-    for name, parameter in model.named_parameters():
-        if f".{NAME}." not in name:
-            yield name.replace(".base_layer.", "."), parameter
+    for name, now in own_names(model).items():
+        yield name, model.get_parameter(now)
 
 
 class ReaderLora(nn.Module):

@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from latentwire_fast.config.schema import LoraSettings, PromptConfig, ReaderConfig
 from latentwire_fast.errors import ConfigError, DataError
-from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.abilities import ReaderAbilities
@@ -43,17 +42,29 @@ from latentwire_fast.readers.checks import (
 )
 from latentwire_fast.readers.decoding import token_ids
 from latentwire_fast.readers.decoding_cache import decoding_cache
+from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
 from latentwire_fast.readers.embeddings import embedding_size, input_embedding
 from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
-from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
+from latentwire_fast.readers.loading import (
+    check_attention,
+    load_tokenizer,
+    load_weights,
+    nf4_config,
+)
 from latentwire_fast.readers.logits import LogitTransform
-from latentwire_fast.readers.lora import ReaderLora, base_parameters
+from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.output_head import OutputHead
 from latentwire_fast.readers.probe import Subject
 from latentwire_fast.readers.probe_cache import probed_abilities
 from latentwire_fast.readers.rotary import Turner
 from latentwire_fast.readers.target_scores import TargetScores
+from latentwire_fast.readers.weights import (
+    is_offloaded,
+    keep_ends_in_memory,
+    use_plain_nf4,
+    weights_digest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,25 +124,32 @@ class Reader:
         device_map: Any = None,
         attn_implementation: str = "sdpa",
         load_in_4bit: bool = False,
+        max_memory: str | None = None,
         prompt: PromptConfig | None = None,
     ) -> Reader:
-        """Load a reader from a local folder, a hub id, or `testbed:llama` / `testbed:qwen`.
+        """Load a reader from a local folder, a .gguf file, `package:NAME`, a hub id, or
+        `testbed:llama` / `testbed:qwen`.
 
         Args:
             device_map: as in `transformers`; `auto` spreads the model over the GPUs.
-            load_in_4bit: NF4 weights through bitsandbytes (needs a GPU).
+            load_in_4bit: NF4 weights through bitsandbytes, on a GPU or the CPU.
+            max_memory: with a device map, as in `ReaderConfig`.
 
         Raises:
             ConfigError: there is no such model, or it cannot be a reader.
         """
+        check_attention(attn_implementation)
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-        if device_map is not None:
-            options["device_map"] = device_map
         if load_in_4bit:
             options["quantization_config"] = nf4_config(dtype)
+            if device is not None and device_map is None:  # quantised where they are to be
+                device_map = {"": torch.device(device)}
+        options |= placement(device_map, max_memory)
         model = load_weights(AutoModelForCausalLM, source, **options)
-        if device is not None and device_map is None and not load_in_4bit:
+        if device is not None and device_map is None:
             model.to(device)
+        use_plain_nf4(model)
+        keep_ends_in_memory(model)
         tokenizer = load_tokenizer(source)
         reader = cls(model, tokenizer, name=name, source=str(source), prompt=prompt)
         assert reader.abilities  # now, rather than when it is first used
@@ -155,8 +173,8 @@ class Reader:
             ConfigError: as `load` and `compute_in`, or a dtype that no reader has.
         """
         if dtype is not None:
-            changes: dict[str, Any] = {"dtype": dtype}
-            replace(config, **changes)  # raises where it is none
+            changes: dict[str, Any] = {"compute_dtype": dtype}
+            config = replace(config, **changes)  # raises where it is none
         reader = cls.load(
             config.source,
             name=name,
@@ -165,10 +183,11 @@ class Reader:
             device_map=config.device_map,
             attn_implementation=config.attn_implementation,
             load_in_4bit=config.load_in_4bit,
+            max_memory=config.max_memory,
             prompt=config,
         )
-        if dtype not in (None, config.dtype):
-            reader.compute_in(getattr(torch, dtype))
+        if config.compute_dtype not in (None, config.dtype):
+            reader.compute_in(getattr(torch, cast(str, config.compute_dtype)))
         reader.lora_settings = config.lora
         return reader
 
@@ -185,6 +204,11 @@ class Reader:
             raise ConfigError(
                 f"reader {self.name!r} has quantised weights, whose dtype is given when they are "
                 "loaded; leave --dtype away"
+            )
+        if is_offloaded(self.model):
+            raise ConfigError(
+                f"reader {self.name!r} has weights that its device map keeps on a disk or in the "
+                "CPU's memory, which stay in their dtype; leave --dtype away"
             )
         assert self.fingerprint  # computed now, and kept
         self.model.to(dtype)
@@ -388,7 +412,7 @@ class Reader:
     def weights_digest(self) -> str:
         """sha256 over its own weights as they are now (not cached: shows that they did not
         change)."""
-        return parameter_digest(base_parameters(self.model))
+        return weights_digest(self.model)
 
     def base(self) -> AbstractContextManager[None]:
         """Inside the block the reader reads as it was loaded, without low-rank updates.
@@ -526,4 +550,6 @@ def load_readers(
         else:
             reader = Reader.from_config(name, config, device, dtype=dtype)
             readers[name] = loaded[options] = reader
+    devices = (weight.device for reader in loaded.values() for weight in reader.model.parameters())
+    warn_of_idle_cards(devices, cards=torch.cuda.device_count())
     return readers

@@ -18,6 +18,7 @@ from latentwire_fast.readers.kv_cache import layer_devices
 from latentwire_fast.readers.kv_placement import plan
 from latentwire_fast.readers.probe import LENGTHS, tolerance
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.weights import is_offloaded
 from latentwire_fast.serving.graphs import set_length, write_through
 from latentwire_fast.serving.options import Engine
 
@@ -48,6 +49,8 @@ def why_no_graph(reader: Reader) -> str | None:
     devices = _devices(reader)
     if len(devices) > 1 or reader.device.type != "cuda":
         return f"a graph needs all of it on one CUDA device, and it is on {devices}"
+    if is_offloaded(reader.model):
+        return "some of its weights are offloaded, and a graph would not bring them back"
     return why_not_mask_free(reader)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from latentwire_fast.errors import TrainingError
 from latentwire_fast.files.atomic import write_atomically
-from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.readers.lora import base_parameters
+from latentwire_fast.readers.weights import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class FrozenGuard:
             updates of readers are none of them.
 
     Attributes:
-        digests: `parameter_digest` of each module when the guard was made.
+        digests: `weights_digest` of each module when the guard was made.
 
     Raises:
         TrainingError: a module has trainable parameters.
@@ -158,7 +158,7 @@ class FrozenGuard:
         self.digests = self._digests()
 
     def _digests(self) -> dict[str, str]:
-        return {n: parameter_digest(base_parameters(m)) for n, m in self._modules.items()}
+        return {name: weights_digest(module) for name, module in self._modules.items()}
 
     def verify(self) -> None:
         """Compare with the beginning.

@@ -26,6 +26,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.batch import PaddingSide
 from latentwire_fast.prompts.builder import Prompt, Turn, full_text
+from latentwire_fast.readers import loading
 from latentwire_fast.readers.loading import resolve_source
 from latentwire_fast.readers.reader import Reader, load_readers
 from readers import tiny_model
@@ -294,5 +295,15 @@ def test_four_bit_readers_need_bitsandbytes(
     llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match="load_in_4bit needs"):
+    with pytest.raises(ConfigError, match=r"load_in_4bit needs .*run `pip install bitsandbytes`"):
         Reader.load(llama_folder, name="llama", load_in_4bit=True)
+
+
+def test_flash_attention_that_is_not_installed_is_said_before_weights_are_loaded(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr("latentwire_fast.readers.reader.load_weights", lambda *_, **__: 1 / 0)
+    wanted = "needs the package flash-attn and a GPU; run `pip install --no-build-isolation flash-"
+    with pytest.raises(ConfigError, match=wanted):
+        Reader.load(llama_folder, name="llama", attn_implementation="flash_attention_2")

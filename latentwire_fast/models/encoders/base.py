@@ -59,6 +59,16 @@ class Encoder(nn.Module):
         """
         return cls(config)
 
+    @classmethod
+    def outline(cls, config: EncoderConfig) -> Encoder:
+        """An encoder on torch's meta device: the shapes of its weights without the weights.
+
+        Raises:
+            ConfigError: its shape is not known here.
+        """
+        with torch.device("meta"):
+            return cls.build(config, {})
+
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32. Texts beyond the limit are cut."""
         raise NotImplementedError

@@ -40,6 +40,7 @@ from latentwire_fast.readers.checks import (
 )
 from latentwire_fast.readers.loading import load_tokenizer, load_weights
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.shapes import model_config
 from latentwire_fast.registry import POOLERS
 
 FOLDER = "encoder"  # of a saved model: the LM's configuration and tokenizer
@@ -148,6 +149,15 @@ class LMEncoder(Encoder):
         if config.gradient_checkpointing:
             checkpoint_activations(core)
         return cls(core, tokenizer, config, shared=shared).train()
+
+    @classmethod
+    def outline(cls, config: EncoderConfig) -> LMEncoder:
+        """An encoder whose LM has the shape of its source, and no weights. Its tokenizer is another
+        one, for texts cannot be read anyway."""
+        assert isinstance(config, LMEncoder.Config)
+        with torch.device("meta"):
+            core = AutoModel.from_config(model_config(config.source), dtype=torch.float32)
+            return cls(core, load_tokenizer("testbed:llama"), config)
 
     def train(self, mode: bool = True) -> LMEncoder:
         """A frozen LM stays in eval mode: it has nothing to learn from dropout, and may be a
