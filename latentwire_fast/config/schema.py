@@ -98,8 +98,15 @@ class DataConfig(Settings):
     """Where examples come from.
 
     Attributes:
-        source: `testbed`, a SQuAD-format file, a saved `datasets` folder, `NAME=PATH` (rows of the
-            set NAME), `hub:NAME`, or several of these with commas between them, in equal shares.
+        source: `testbed`, a SQuAD-format file (with `[A:B]` behind it, some of its articles), a
+            saved `datasets` folder, `text=FILE` (paragraphs without questions), `NAME=PATH` (rows
+            of the set NAME), `hub:NAME`; several of these with `+` between them, or with commas
+            for equal shares.
+        eval_source: what the run is scored on, in the same form; None: the held-out part of
+            `source`. No context may be in both.
+        text_share: share of the batches that are paragraphs without questions, in stages that can
+            use them; None: their share of the data.
+        max_context_tokens: examples with a longer context, in any reader's tokens, are left out.
         facts: testbed: facts per passage at the end of the curriculum.
         similar: testbed: share of training passages with only two kinds of facts, which have to
             be told apart.
@@ -108,6 +115,9 @@ class DataConfig(Settings):
     """
 
     source: str = "testbed"
+    eval_source: str | None = None
+    text_share: float | None = None
+    max_context_tokens: int | None = None
     facts: int = 4
     similar: float = 0.0
     questions_per_context: int = 4
@@ -118,7 +128,9 @@ class DataConfig(Settings):
         super().__post_init__()
         require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
-        self.at_least_one("questions_per_context", "eval_examples")
+        self.at_least_one("questions_per_context", "eval_examples", "max_context_tokens")
+        share = self.text_share
+        require(share is None or 0 <= share <= 1, f"text_share={share}, expected 0 to 1, or none")
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,10 @@ class StageConfig(Settings):
             self.quantize is None or self.quantize in BITS,
             f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
         )
+        self._check_facts()
+
+    def _check_facts(self) -> None:
+        stage = f"stage {self.name!r}"
         if self.facts is not None:
             schedule = SCHEDULES.part_of(self.facts)(self.facts)
             for facts in {schedule.value(step, self.steps) for step in range(self.steps)}:
@@ -165,6 +181,11 @@ class StageConfig(Settings):
                     facts in FACTS,
                     f"{stage}: facts={facts:g}, expected a whole number from 1 to 18",
                 )
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether there is something to learn from a text without questions."""
+        return any(o.weight and not o.reads_answers for o in self.objectives)
 
 
 @dataclass(frozen=True)
@@ -235,6 +256,8 @@ class RunConfig(Settings):
             bottleneck: this run's readers learn to read the payloads that are out there.
         attachments: what each reader is given of a latent; no two of them the same thing.
         threads: of torch on a CPU; None leaves them to torch.
+        minutes: of training at most; None for no limit. Where the time is too short for all steps,
+            steps are left out evenly, so that every stage and the learning rate come to their end.
         log_every, save_every: steps between diagnostics and between checkpoints.
     """
 
@@ -253,6 +276,7 @@ class RunConfig(Settings):
     stages: tuple[StageConfig, ...] = ()
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    minutes: float | None = None
     log_every: int = 10
     save_every: int = 200
 
@@ -263,6 +287,9 @@ class RunConfig(Settings):
             check_reader_name(name)
         require(bool(self.stages), "stages: at least one training stage is needed")
         self.at_least_one("log_every", "save_every", "threads")
+        require(
+            self.minutes is None or self.minutes > 0, f"minutes={self.minutes}, expected above 0"
+        )
         self._check_attachments()
         self._check_objectives()
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")

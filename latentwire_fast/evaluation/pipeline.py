@@ -29,6 +29,7 @@ from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
+from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.training.tracking import read_records
 
@@ -138,8 +139,11 @@ def _evaluate(
     readers = load_readers(config.readers, device, dtype=dtype)
     if dtype is not None:
         config = with_overrides(config, dtype=dtype)  # what the results are of
-    examples = heldout_examples(config.data, count=count, seed=fresh_seed)
-    check_answers(examples, readers, source=f"{config.data.source} (held out)")
+    limit = ContextLimit(readers, config.data.max_context_tokens)
+    examples = heldout_examples(config.data, count=count, seed=fresh_seed, keep=limit.fits)
+    source = config.data.eval_source or f"{config.data.source} (held out)"
+    limit.report(source)
+    check_answers(examples, readers, source=source)
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
     results = evaluator.run()

@@ -15,9 +15,15 @@ from pathlib import Path
 
 from latentwire_fast.config.schema import Mode, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.data.sources import endless_stream, load_examples, map_paths
+from latentwire_fast.data.examples import Example
+from latentwire_fast.data.source_names import map_paths
+from latentwire_fast.data.sources import (
+    check_apart,
+    endless_stream,
+    load_examples,
+)
 from latentwire_fast.data.streams import ExampleStream, Stream
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.base import Encoder, build_encoder
@@ -25,6 +31,7 @@ from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import Reader
 
 logger = logging.getLogger(__name__)
@@ -46,6 +53,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     if encoder.source is not None:
         encoder = encoder.with_source(_absolute(encoder.source))
     data = replace(config.data, source=map_paths(config.data.source, _absolute))
+    if data.eval_source is not None:
+        data = replace(data, eval_source=map_paths(data.eval_source, _absolute))
     base = None if config.base is None else _absolute(config.base)
     return replace(config, readers=readers, encoder=encoder, data=data, base=base)
 
@@ -124,22 +133,57 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
 
     Raises:
         ConfigError: as `check_answers`.
+        DataError: as `load_examples` and `check_apart`, or a stage that finds nothing to learn from
+            the data.
     """
     endless = endless_stream(config.data, mode=config.mode, seed=config.seed)
     count = None if endless is None else ENDLESS_SAMPLE
+    limit = ContextLimit(readers, config.data.max_context_tokens)
     examples = load_examples(
-        config.data.source, split="train", count=count, seed=config.seed, data=config.data
+        config.data.source,
+        split="train",
+        count=count,
+        seed=config.seed,
+        data=config.data,
+        keep=limit.fits,
     )
+    limit.report(config.data.source)
     check_answers(examples, readers, source=config.data.source)
     if endless is not None:
         return endless
-    return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+    _check_evaluation(examples, config)
+    stream = ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+    for stage in config.stages:
+        if not (stream.items or stage.takes_texts):
+            raise DataError(
+                f"{config.data.source} has no questions, and stage {stage.name!r} learns from "
+                "nothing else; add a source with questions, or leave out the stage"
+            )
+    return stream
+
+
+def _check_evaluation(training: list[Example], config: RunConfig) -> None:
+    """Raise unless all that the run is scored on is kept out of its training."""
+    data = config.data
+    if data.eval_source is not None:
+        count = (
+            None
+            if endless_stream(replace(data, source=data.eval_source), mode=config.mode, seed=0)
+            is None
+            else data.eval_examples
+        )
+        # All of it, not only as many examples as are asked for: another seed takes others.
+        everything = load_examples(
+            data.eval_source, split="heldout", count=count, seed=0, data=data, whole=True
+        )
+        check_apart(training, everything, source=data.source, eval_source=data.eval_source)
 
 
 def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:
     """Say once how much of a finite data set training will not see."""
     if isinstance(stream, ExampleStream):
-        texts = ((item.context, turn.question) for item in stream.items for turn in item.turns)
+        texts = [(item.context, turn.question) for item in stream.items for turn in item.turns]
+        texts += [(item.context, "") for item in stream.texts]
         truncation = measure_truncation(encoder, texts, mode=mode)
         if truncation.cut:
             logger.warning("training data: %s. Raise that limit, or split the passages", truncation)

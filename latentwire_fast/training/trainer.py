@@ -34,6 +34,7 @@ from latentwire_fast.training.optimizer_state import rng_state
 from latentwire_fast.training.session import Session, open_session
 from latentwire_fast.training.signals import StopSignals
 from latentwire_fast.training.step import is_logged, train_step
+from latentwire_fast.training.time_limit import next_step, passes
 from latentwire_fast.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -154,21 +155,25 @@ class Trainer:
         with bar:
             while state.step < config.total_steps:
                 record = self._train_step()
-                state.step += 1
-                bar.update()
+                # The main process's clock decides for all of them.
+                seconds = self.reducer.each(state.seconds)[0] if config.minutes else 0.0
+                state.previous, state.step = state.step, next_step(config, state.step, seconds)
+                bar.update(state.step - state.previous)
                 if record is not None:
                     if tracker is not None:
                         tracker.log(record)
                     bar.set_postfix_str(_postfix(record))
                 if self.reducer.any(self.signals.number is not None):
                     self._save_and_stop()
-                if state.step % config.save_every == 0 or state.step == config.total_steps:
+                is_done = state.step == config.total_steps
+                if is_done or passes(state.previous, state.step, config.save_every):
                     self.save()
 
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step; returns its record on logged steps."""
+        is_due = is_logged(self.config, self.session.state)
         result = train_step(self.session, self.accelerator, self.reducer)
-        return result.record(self.session) if is_logged(self.config, result.step) else None
+        return result.record(self.session) if is_due else None
 
     def _save_and_stop(self) -> None:
         self.save()
