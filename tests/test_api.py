@@ -108,7 +108,7 @@ SIGNATURES = {
         "'BottleneckConfig' = <factory>, attachments: 'tuple[AttachmentConfig, ...]' = "
         "<factory>, data: 'DataConfig' = <factory>, stages: 'tuple[StageConfig, ...]' = "
         "(), optim: 'OptimConfig' = <factory>, evaluation: 'EvalConfig' = <factory>, "
-        "log_every: 'int' = 10, save_every: 'int' = 200) -> None"
+        "log_every: 'int' = 10, save_every: 'int' = 200, minutes: 'float | None' = None) -> None"
     ),
     "Turn": "(question: 'str', answer: 'str | None' = None) -> None",
     "evaluate": (

@@ -33,6 +33,7 @@ __all__ = [
     "AttachmentConfig",
     "BottleneckConfig",
     "Calibration",
+    "ContinuationConfig",
     "DataConfig",
     "EncoderConfig",
     "EvalConfig",
@@ -227,8 +228,29 @@ class OptimConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ContinuationConfig(Settings):
+    """Paragraphs whose second half readers predict, given the first as text and as a payload.
+
+    Attributes:
+        source: as in `DataConfig`; all of it, so no training text may be in it.
+        examples: how many paragraphs.
+    """
+
+    source: str
+    examples: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.examples >= 2, f"examples={self.examples}, expected at least 2")
+
+
+@dataclass(frozen=True)
 class EvalConfig(Settings):
-    """Evaluation after training."""
+    """Evaluation after training.
+
+    Attributes:
+        continuation: a measure of running text beside the questions; context mode only.
+    """
 
     batch_size: int = 50
     max_new_tokens: int = 12
@@ -238,6 +260,7 @@ class EvalConfig(Settings):
     first_token_temperature: float = 0.0
     first_token_top_p: float = 1.0
     eos_ban_steps: int = 0
+    continuation: ContinuationConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,9 +279,9 @@ class RunConfig(Settings):
             bottleneck: this run's readers learn to read the payloads that are out there.
         attachments: what each reader is given of a latent; no two of them the same thing.
         threads: of torch on a CPU; None leaves them to torch.
+        log_every, save_every: steps between diagnostics and between checkpoints.
         minutes: of training at most; None for no limit. Where the time is too short for all steps,
             steps are left out evenly, so that every stage and the learning rate come to their end.
-        log_every, save_every: steps between diagnostics and between checkpoints.
     """
 
     preset: str = "custom"
@@ -276,9 +299,9 @@ class RunConfig(Settings):
     stages: tuple[StageConfig, ...] = ()
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
-    minutes: float | None = None
     log_every: int = 10
     save_every: int = 200
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,6 +315,10 @@ class RunConfig(Settings):
         )
         self._check_attachments()
         self._check_objectives()
+        require(
+            self.mode == "context" or self.evaluation.continuation is None,
+            "evaluation.continuation needs mode='context': a text has no question to encode",
+        )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
         for part in (self.encoder, self.bottleneck, *self.attachments):
             part.check(self)

@@ -18,6 +18,7 @@ from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
 from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.provenance import commit, run_record, versions
@@ -144,10 +145,13 @@ def _evaluate(
     source = config.data.eval_source or f"{config.data.source} (held out)"
     limit.report(source)
     check_answers(examples, readers, source=source)
+    paragraphs = continuation_texts(config, readers)
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
     results = evaluator.run()
     measured |= results.metrics()
+    if paragraphs:
+        measured["continuation"] = measure_continuation(paragraphs, model, readers, config)
     diagnostics = read_records(folder.diagnostics)
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     seed = config.data.eval_seed if fresh_seed is None else fresh_seed

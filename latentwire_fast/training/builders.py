@@ -55,8 +55,16 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     data = replace(config.data, source=map_paths(config.data.source, _absolute))
     if data.eval_source is not None:
         data = replace(data, eval_source=map_paths(data.eval_source, _absolute))
+    evaluation = config.evaluation
+    if evaluation.continuation is not None:
+        place = map_paths(evaluation.continuation.source, _absolute)
+        evaluation = replace(
+            evaluation, continuation=replace(evaluation.continuation, source=place)
+        )
     base = None if config.base is None else _absolute(config.base)
-    return replace(config, readers=readers, encoder=encoder, data=data, base=base)
+    return replace(
+        config, readers=readers, encoder=encoder, data=data, evaluation=evaluation, base=base
+    )
 
 
 def _absolute(source: str) -> str:
@@ -163,20 +171,21 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
 
 
 def _check_evaluation(training: list[Example], config: RunConfig) -> None:
-    """Raise unless all that the run is scored on is kept out of its training."""
-    data = config.data
-    if data.eval_source is not None:
-        count = (
-            None
-            if endless_stream(replace(data, source=data.eval_source), mode=config.mode, seed=0)
-            is None
-            else data.eval_examples
-        )
-        # All of it, not only as many examples as are asked for: another seed takes others.
+    """Raise unless all that the run is scored on is kept out of its training.
+
+    All of a file, not only as many examples as are asked for: another seed takes others.
+    """
+    data, continuation = config.data, config.evaluation.continuation
+    sources = [data.eval_source, None if continuation is None else continuation.source]
+    for source in sources:
+        if source is None:
+            continue
+        is_endless = endless_stream(replace(data, source=source), mode=config.mode, seed=0)
+        count = data.eval_examples if is_endless else None
         everything = load_examples(
-            data.eval_source, split="heldout", count=count, seed=0, data=data, whole=True
+            source, split="heldout", count=count, seed=0, data=data, whole=True
         )
-        check_apart(training, everything, source=data.source, eval_source=data.eval_source)
+        check_apart(training, everything, source=data.source, eval_source=source)
 
 
 def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:
