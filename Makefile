@@ -7,14 +7,14 @@
 #   TRITON       the triton for a torch that brings none, as CPU builds do (the kernels' tests interpret them)
 #   TORCH_INDEX  where pip looks for torch. PyPI's Linux build brings several GB of CUDA libraries; without a
 #                GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu is the small one
-#   EXTRAS       dev,lora; with gpu (dev,lora,gpu) also triton, flash-attn and bitsandbytes
+#   EXTRAS       dev,lora,gguf; with gpu (dev,lora,gguf,gpu) also triton, flash-attn and bitsandbytes
 #   OUT          where gpu-kernels and gpu-prefill write (runs/gpu-kernels, runs/gpu-prefill)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 TORCH_INDEX ?=
-EXTRAS ?= dev,lora
+EXTRAS ?= dev,lora,gguf
 OUT ?= runs/gpu-kernels
 VENV := .venv
 BIN := $(VENV)/bin

@@ -25,6 +25,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 STANDARD = Path("-")  # in the place of a file: standard input, or standard output
 # `import` is a word of Python's, so the field of the arguments has another name than the option.
 Imports = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import")]
+# `PATH=VALUE` and `NAME.FIELD=VALUE`: read by config/assignments.py.
+Assignments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set")]
+ReaderOptions = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 _ADVICE = {
     errno.ENOSPC: "make room on that disk and run the same command again",

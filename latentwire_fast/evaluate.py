@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from latentwire_fast.cli import (
+    Assignments,
     Dtype,
     Imports,
+    ReaderOptions,
     choose_device,
     import_modules,
     make_callable,
@@ -46,6 +49,10 @@ class RunArguments:
             --fresh-seed.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the readers compute in; the run's own unless given.
+        assignments: PATH=VALUE, repeatable: sets a field of the readers or of the evaluation, such
+            as evaluation.batch_size=8. A value is JSON, or else text.
+        reader_options: NAME.FIELD=VALUE, repeatable: how a reader is loaded. FIELD is dtype (to
+            compute in), device_map, max_memory or attn_implementation.
         imports: a Python module to import first, repeatable: it registers parts of your own
             (docs/extending.md).
     """
@@ -56,6 +63,8 @@ class RunArguments:
     out: Path | None = None
     device: str | None = None
     dtype: Dtype | None = None
+    assignments: Assignments = ()
+    reader_options: ReaderOptions = ()
     imports: Imports = ()
 
 
@@ -80,6 +89,8 @@ def evaluate(
     out: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: Dtype | None = None,
+    assignments: Sequence[str] = (),
+    reader_options: Sequence[str] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score a trained run on held-out examples and write its report.
@@ -93,6 +104,8 @@ def evaluate(
             `fresh_seed`.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the readers compute in; the run's own unless given.
+        assignments: `PATH=VALUE` each: fields of the readers or of the evaluation.
+        reader_options: `NAME.FIELD=VALUE` each: how a reader is loaded.
         progress: show a progress bar.
 
     Returns:
@@ -120,6 +133,8 @@ def evaluate(
         out=None if out is None else Path(out),
         device=choose_device(device, option="device") if isinstance(device, str) else device,
         dtype=dtype,
+        assignments=assignments,
+        reader_options=reader_options,
         progress=progress,
     )
 
@@ -144,6 +159,8 @@ def evaluate_command() -> None:
         out=args.out,
         device=None if args.device is None else choose_device(args.device),
         dtype=args.dtype,
+        assignments=args.assignments,
+        reader_options=args.reader_options,
     )
     from latentwire_fast.evaluation.console import summary_lines
     from latentwire_fast.files.run_folder import RunFolder

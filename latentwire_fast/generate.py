@@ -21,6 +21,7 @@ from latentwire_fast.cli import (
     STANDARD,
     Dtype,
     Imports,
+    ReaderOptions,
     check_question,
     choose_device,
     import_modules,
@@ -57,6 +58,8 @@ class GenerateArguments:
         seed: of the sampling.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the reader computes in; the run's own unless given.
+        reader_options: NAME.FIELD=VALUE, repeatable: how the reader is loaded. FIELD is dtype (to
+            compute in), device_map, max_memory or attn_implementation.
         imports: a Python module to import first, repeatable: it registers parts of your own
             (docs/extending.md).
     """
@@ -73,6 +76,7 @@ class GenerateArguments:
     seed: int = 0
     device: str | None = None
     dtype: Dtype | None = None
+    reader_options: ReaderOptions = ()
     imports: Imports = ()
 
 
@@ -121,6 +125,7 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
         ConfigError: no such reader or device, or no question where the model's latent holds none.
         CheckpointError: no trained model, or a reader with other weights.
     """
+    from latentwire_fast.config.assignments import with_assignments
     from latentwire_fast.config.serialization import read_run_config
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.files.run_folder import RunFolder
@@ -128,7 +133,9 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
     from latentwire_fast.readers.reader import Reader
 
     device = choose_device(args.device)
-    config = read_run_config(args.run)
+    config = with_assignments(
+        read_run_config(args.run), reader_options=args.reader_options, trained=True
+    )
     model = Interlingua.from_pretrained(RunFolder(args.run).model).to(device)
     if args.reader not in config.readers:
         raise ConfigError(

@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from latentwire_fast.cli import (
+    Assignments,
     Dtype,
     Imports,
+    ReaderOptions,
     choose_device,
     import_modules,
     make_callable,
@@ -51,7 +53,7 @@ class TrainArguments:
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
-            hub id or testbed:NAME (llama, qwen).
+            .gguf file, package:NAME (smollm2, gemma3), a hub id or testbed:NAME (llama, qwen).
         encoder: source of the encoder's language model; with --reader, the first reader's source
             unless given.
         data: testbed, a file in SQuAD's format (FILE[A:B]: some of its articles), text=FILE
@@ -74,6 +76,11 @@ class TrainArguments:
             in the place of a preset.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: of the readers; the preset's own unless given.
+        assignments: PATH=VALUE, repeatable: sets any field of the configuration, such as
+            stages.answer.steps=10 or encoder.pooler.kind=spans; --print-config shows all. A value
+            is JSON, or else text.
+        reader_options: NAME.FIELD=VALUE, repeatable: how a reader is loaded. FIELD is dtype,
+            load_in_4bit, device_map, max_memory or attn_implementation, as in llama.dtype=bfloat16.
         imports: a Python module to import first, repeatable: it registers parts of your own
             (docs/extending.md).
     """
@@ -95,6 +102,8 @@ class TrainArguments:
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
+    assignments: Assignments = ()
+    reader_options: ReaderOptions = ()
     imports: Imports = ()
 
 
@@ -156,6 +165,7 @@ def main() -> None:
     args = tyro.cli(TrainArguments, prog="latentwire_fast.train")
     quiet_libraries()
     import_modules(args.imports)
+    from latentwire_fast.config.assignments import with_assignments
     from latentwire_fast.config.overrides import with_overrides
     from latentwire_fast.config.presets import load_preset
     from latentwire_fast.config.serialization import to_json
@@ -176,6 +186,7 @@ def main() -> None:
         eval_examples=args.eval_examples,
         dtype=args.dtype,
     )
+    config = with_assignments(config, args.assignments, reader_options=args.reader_options)
     if args.print_config:
         print(json.dumps(to_json(config), indent=2))
         return

@@ -74,7 +74,9 @@ SIGNATURES = {
     "ReaderConfig": (
         "(source: 'str', dtype: \"Literal['float32', 'bfloat16', 'float16']\" = 'float32', "
         "attn_implementation: 'str' = 'sdpa', device_map: 'str | None' = None, "
-        "load_in_4bit: 'bool' = False, bos: 'bool | None' = None) -> None"
+        "load_in_4bit: 'bool' = False, bos: 'bool | None' = None, max_memory: 'str | None' "
+        "= None, compute_dtype: \"Literal['float32', 'bfloat16', 'float16'] | None\" = None) "
+        "-> None"
     ),
     "Receiver": (
         "(reader: 'Reader', adapter: 'nn.Module | None' = None, *, payload_kind: "
@@ -114,7 +116,8 @@ SIGNATURES = {
     "evaluate": (
         "(run: 'str | Path', *, fresh_seed: 'int | None' = None, examples: 'int | None' ="
         " None, out: 'str | Path | None' = None, device: 'torch.device | str | None' = "
-        "None, dtype: 'Dtype | None' = None, progress: 'bool' = True) -> 'dict[str, Any]'"
+        "None, dtype: 'Dtype | None' = None, assignments: 'Sequence[str]' = (), "
+        "reader_options: 'Sequence[str]' = (), progress: 'bool' = True) -> 'dict[str, Any]'"
     ),
     "load_preset": "(name: 'str') -> 'RunConfig'",
     "load_readers": (

@@ -84,7 +84,19 @@ def check_reader_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class ReaderConfig(Settings):
-    """One frozen LLM. `source` is `testbed:NAME`, a local folder or a hub id."""
+    """One frozen LLM.
+
+    Attributes:
+        source: a local folder, a .gguf file, `package:NAME`, a hub id or `testbed:NAME`.
+        dtype: that the weights are loaded in; the reader is known by them.
+        compute_dtype: that the weights are cast to afterwards; None leaves them.
+        attn_implementation: `sdpa`, `eager`, or `flash_attention_2` (package flash-attn).
+        device_map: of transformers: `auto` spreads the reader over the GPUs.
+        max_memory: with a device map, what the reader may take: `20GiB` of each GPU, or named by
+            device, `0=20GiB,1=40GiB,cpu=60GiB`; what is left then goes to disk.
+        load_in_4bit: NF4 weights of bitsandbytes.
+        bos: whether prompts begin with BOS; None asks the tokenizer.
+    """
 
     source: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -92,6 +104,8 @@ class ReaderConfig(Settings):
     device_map: str | None = None
     load_in_4bit: bool = False
     bos: bool | None = None
+    max_memory: str | None = None
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 @dataclass(frozen=True)

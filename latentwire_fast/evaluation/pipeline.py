@@ -7,12 +7,14 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 
+from latentwire_fast.config.assignments import with_assignments
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
@@ -46,6 +48,8 @@ def evaluate_run(
     progress: bool = True,
     device: torch.device | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    assignments: Sequence[str] = (),
+    reader_options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate a trained run and write its report.
 
@@ -57,6 +61,8 @@ def evaluate_run(
         device: where to evaluate; as in training unless given.
         dtype: that the readers compute in; the run's own unless given. metrics.json then names the
             configuration with it.
+        assignments, reader_options: fields of the readers and of the evaluation, as
+            `with_assignments` takes them; metrics.json names the configuration with them.
 
     Returns:
         The content of metrics.json.
@@ -73,16 +79,19 @@ def evaluate_run(
             f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
             "or resume it with the same command if it was stopped"
         )
+    config = with_assignments(
+        read_run_config(run_dir), assignments, reader_options=reader_options, trained=True
+    )
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
             _check_eval_dir(folder.eval)
             metrics, results = _evaluate(
-                folder, fresh_seed, count, progress, device=device, dtype=dtype
+                folder, config, fresh_seed, count, progress, device=device, dtype=dtype
             )
             _write(folder, metrics, results)
         return metrics
     _check_out(folder, out)
-    metrics, _ = _evaluate(folder, fresh_seed, count, progress, device=device, dtype=dtype)
+    metrics, _ = _evaluate(folder, config, fresh_seed, count, progress, device=device, dtype=dtype)
     write_atomically(out, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -119,6 +128,7 @@ def _check_eval_dir(folder: Path) -> None:
 
 def _evaluate(
     folder: RunFolder,
+    config: RunConfig,
     fresh_seed: int | None,
     count: int | None,
     progress: bool,
@@ -127,7 +137,6 @@ def _evaluate(
     dtype: Literal["float32", "bfloat16", "float16"] | None,
 ) -> tuple[dict[str, Any], EvaluationResults]:
     """The content of metrics.json, and what it was made from."""
-    config = read_run_config(folder.path)
     if config.threads:
         torch.set_num_threads(config.threads)
     start = time.perf_counter()

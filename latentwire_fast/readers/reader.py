@@ -91,7 +91,8 @@ class Reader:
         load_in_4bit: bool = False,
         bos: bool | None = None,
     ) -> Reader:
-        """Load a reader from a local folder, a hub id, or `testbed:llama` / `testbed:qwen`.
+        """Load a reader from a local folder, a .gguf file, `package:NAME`, a hub id, or
+        `testbed:llama` / `testbed:qwen`.
 
         Args:
             device_map: as in `transformers`; `auto` spreads the model over the GPUs.
@@ -129,8 +130,8 @@ class Reader:
             ConfigError: as `load` and `compute_in`, or a dtype that no reader has.
         """
         if dtype is not None:
-            changes: dict[str, Any] = {"dtype": dtype}
-            replace(config, **changes)  # raises where it is none
+            changes: dict[str, Any] = {"compute_dtype": dtype}
+            config = replace(config, **changes)  # raises where it is none
         reader = cls.load(
             config.source,
             name=name,
@@ -141,8 +142,8 @@ class Reader:
             load_in_4bit=config.load_in_4bit,
             bos=config.bos,
         )
-        if dtype not in (None, config.dtype):
-            reader.compute_in(getattr(torch, dtype))
+        if config.compute_dtype not in (None, config.dtype):
+            reader.compute_in(getattr(torch, cast(str, config.compute_dtype)))
         return reader
 
     def compute_in(self, dtype: torch.dtype) -> None:
