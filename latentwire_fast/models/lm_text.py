@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.batch import PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder
+from latentwire_fast.readers.embeddings import embedding_size, input_embedding
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,26 @@ class LMFacts:
     def of(
         cls, core: PreTrainedModel, prompts: PromptBuilder, *, latents: int, source: str
     ) -> LMFacts:
-        """The facts of an LM without its head."""
-        weight_VD = cast(nn.Embedding, core.get_input_embeddings()).weight.detach()
+        """The facts of an LM without its head.
+
+        Raises:
+            ConfigError: its embeddings are of another width than its layers (as OPT-350M's are).
+        """
+        embedding = input_embedding(core)
+        width, config = embedding.weight.shape[1], core.config.get_text_config()
+        if width != config.hidden_size:
+            raise ConfigError(
+                f"encoder LM {source!r} has embeddings of width {width} and layers of width "
+                f"{config.hidden_size}, which poolers do not know; take another LM (--encoder)"
+            )
+        anchor = torch.tensor(prompts.anchor_ids[-1], device=embedding.weight.device)
         return cls(
             latents=latents,
-            width=core.config.hidden_size,
-            layers=core.config.num_hidden_layers,
-            anchor_D=weight_VD[prompts.anchor_ids[-1]].float(),
-            embedding_std=weight_VD.float().std().item(),
-            tied=bool(core.config.tie_word_embeddings),
+            width=width,
+            layers=config.num_hidden_layers,
+            anchor_D=embedding(anchor).detach().float(),
+            embedding_std=embedding_size(embedding).std,
+            tied=bool(config.tie_word_embeddings),
             source=source,
         )
 
@@ -77,7 +89,7 @@ class LMText:
     @property
     def embedding(self) -> nn.Embedding:
         """The LM's input embeddings, `[V, D]`."""
-        return cast(nn.Embedding, self._core.get_input_embeddings())
+        return input_embedding(self._core)
 
     def hidden(self) -> tuple[Tensor, Tensor]:
         """Last hidden states `[B, T, D]` of the whole prompts, padded on the right, and the real

@@ -47,7 +47,7 @@ class Answer(Objective):
     def compute(self, batch: ReaderBatch) -> Tensor:
         """Cross-entropy; `accuracy` is of the most probable tokens, each behind the true ones."""
         scored_N = batch.answers.first_N(self.config.tokens)
-        logits_NV = batch.reader.head(batch.answers.hidden_ND[scored_N]).float()
+        logits_NV = batch.reader.logits(batch.answers.hidden_ND[scored_N]).float()
         labels_N = batch.answers.batch.labels_N[scored_N]
         batch.report("accuracy", (logits_NV.detach().argmax(-1) == labels_N).sum())
         return F.cross_entropy(logits_NV, labels_N, reduction="sum")

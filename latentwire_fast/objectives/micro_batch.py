@@ -202,5 +202,5 @@ class ReaderBatch:
     def cross_entropy(self, kind: str, inputs: ReaderInputs) -> Tensor:
         """Cross-entropy summed over all target tokens of the prompts of one kind, 0-d."""
         batch = self.reader.collate(self.prompts(kind), **inputs)
-        logits_NV = self.reader.head(self.reader.target_hidden(batch)).float()
+        logits_NV = self.reader.logits(self.reader.target_hidden(batch)).float()
         return F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")

@@ -11,35 +11,34 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
+    Cache,
     CacheLayerMixin,
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticLayer,
 )
-
-from latentwire_fast.errors import ConfigError
 
 
 def decoding_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache to decode with, of layers that keep every position.
 
     transformers' own layers with a sliding window drop what has left it, and with it the prompt
-    that a second decoding would start from. The model's masks hold the window either way.
-
-    Raises:
-        ConfigError: a layer that keeps something else than keys and values.
+    that a second decoding would start from. The model's masks hold the window either way. Layers
+    that keep a state in the place of keys and values stay as they are (`keeps_states`).
     """
     cache = DynamicCache(config=model.config)
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer:
             cache.layers[number] = DynamicLayer()
-        elif type(layer) not in (DynamicLayer, DummyLayer):
-            raise ConfigError(
-                f"layer {number} of a {type(model).__name__} keeps its past in a "
-                f"{type(layer).__name__}; choose a reader that attends to keys and values in "
-                "every layer"
-            )
     return cache
+
+
+def keeps_states(cache: Cache) -> bool:
+    """Whether some layer keeps a state that takes in each token, and cannot go back to what it was
+    before (linear attention, convolutions, state spaces)."""
+    plain = (DynamicLayer, DummyLayer, StaticLayer)
+    return any(type(layer) not in plain for layer in cache.layers)
 
 
 def has_window(model: PreTrainedModel) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,23 @@ from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
+from latentwire_fast.readers.abilities import ReaderAbilities
 from latentwire_fast.readers.checkpointing import checkpoint_activations
-from latentwire_fast.readers.checks import check_logits, check_vocabulary, learns_positions
-from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
+from latentwire_fast.readers.checks import (
+    backbone_of,
+    check_logits,
+    check_vocabulary,
+    learns_positions,
+    position_limit,
+)
+from latentwire_fast.readers.decoding_cache import decoding_cache
+from latentwire_fast.readers.embeddings import embedding_size, input_embedding
+from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
+from latentwire_fast.readers.logits import LogitTransform
+from latentwire_fast.readers.probe import Subject
+from latentwire_fast.readers.probe_cache import probed_abilities
 from latentwire_fast.readers.target_scores import TargetScores
 
 logger = logging.getLogger(__name__)
@@ -45,14 +57,14 @@ class Reader:
 
     Args:
         model: any Hugging Face causal LM whose logits are its output embedding applied to the last
-            hidden state (checked). It is put into eval mode and frozen.
+            hidden state, perhaps scaled or capped (checked). It is put into eval mode and frozen.
         tokenizer: its tokenizer.
         name: the key of this reader in adapters, metrics and reports.
         anchor, bos: passed to `PromptBuilder`.
 
     Raises:
-        ConfigError: the model post-processes its logits, or the tokenizer lacks an EOS or has
-            tokens that the model does not know.
+        ConfigError: the model makes its logits in another way, or the tokenizer lacks an EOS or
+            has tokens that the model does not know.
     """
 
     def __init__(
@@ -74,7 +86,7 @@ class Reader:
         if self.pad_id is None or self.pad_id >= len(self.embedding.weight):
             self.pad_id = self.prompts.eos_id
         check_vocabulary(tokenizer, model, name=f"reader {name!r}")
-        self._check_logits()
+        self._transform = self._check_logits()
         self.learns_positions = learns_positions(model)
         self._warned: set[str] = set()
 
@@ -110,7 +122,9 @@ class Reader:
         if device is not None and device_map is None and not load_in_4bit:
             model.to(device)
         tokenizer = load_tokenizer(source)
-        return cls(model, tokenizer, name=name, source=str(source), bos=bos)
+        reader = cls(model, tokenizer, name=name, source=str(source), bos=bos)
+        assert reader.abilities  # now, rather than when it is first used
+        return reader
 
     @classmethod
     def from_config(
@@ -162,16 +176,18 @@ class Reader:
             )
         assert self.fingerprint  # computed now, and kept
         self.model.to(dtype)
-        self._check_logits()
+        self._transform = self._check_logits()
+        self.__dict__.pop("abilities", None)
 
-    def _check_logits(self) -> None:
+    def _check_logits(self) -> LogitTransform:
         ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
-        check_logits(self.model, ids, name=f"reader {self.name!r}")
+        return check_logits(self.model, ids, name=f"reader {self.name!r}")
 
     def sharing_weights(self, name: str, *, bos: bool | None = None) -> Reader:
         """Another reader of the same model, which is in memory once."""
         reader = Reader(self.model, self.tokenizer, name=name, source=self.source, bos=bos)
         reader.fingerprint = self.fingerprint  # of the weights before `compute_in`
+        reader.abilities = self.abilities
         return reader
 
     @property
@@ -182,7 +198,7 @@ class Reader:
     @property
     def backbone(self) -> nn.Module:
         """The model without its output embedding."""
-        return self.model.base_model
+        return backbone_of(self.model)
 
     @property
     def head(self) -> nn.Module:
@@ -195,9 +211,23 @@ class Reader:
         return cast(Tensor, self.head.weight)
 
     @property
+    def logit_scale(self) -> float:
+        """Factor on what the output embedding gives; 1 where the model has none."""
+        return self._transform.scale
+
+    @property
+    def logit_softcap(self) -> float:
+        """Cap on the logits, behind that factor (`cap * tanh(logits / cap)`); 0 for none."""
+        return self._transform.softcap
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits `[..., V]` of last hidden states `[..., D]`, in the head's dtype."""
+        return self._transform(self.head(hidden))
+
+    @property
     def embedding(self) -> nn.Embedding:
         """The input embedding, `[V, D]`."""
-        return cast(nn.Embedding, self.model.get_input_embeddings())
+        return input_embedding(self.model)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -218,8 +248,8 @@ class Reader:
     @property
     def max_positions(self) -> int:
         """How many positions the model was made for."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or sys.maxsize
+        config = self.model.config.get_text_config(decoder=True)
+        return position_limit(config) or sys.maxsize
 
     @property
     def d_model(self) -> int:
@@ -228,8 +258,9 @@ class Reader:
 
     @cached_property
     def embedding_rms(self) -> float:
-        """Root mean square of the input embeddings: what adapters calibrate to."""
-        return self.embedding.weight.detach().float().pow(2).mean().sqrt().item()
+        """Root mean square of the input embeddings as the model reads them, over all tokens: what
+        adapters calibrate to."""
+        return embedding_size(self.embedding).rms
 
     @cached_property
     def fingerprint(self) -> str:
@@ -237,21 +268,69 @@ class Reader:
         return self.weights_digest()
 
     @cached_property
+    def abilities(self) -> ReaderAbilities:
+        """What this reader may be used for, tried on a few tokens (`probe.py`).
+
+        Raises:
+            ConfigError: it cannot be used at all.
+        """
+        special = {*self.tokenizer.all_special_ids}
+        subject = Subject(
+            self.model,
+            tokens=[i for i in range(self.vocabulary) if i not in special],
+            pad_id=self.pad_id,
+            positions=self.max_positions,
+        )
+        found = probed_abilities(subject, digest=self.fingerprint)
+        if found.reads:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) cannot be used: {found.reads}; choose "
+                "another reader"
+            )
+        return found
+
+    @property
+    def family(self) -> str:
+        """What transformers calls this kind of model."""
+        return str(self.model.config.model_type)
+
+    def require(self, place: Literal["prefixes", "deep"]) -> None:
+        """Raise unless this reader takes soft tokens, or a deep prefix.
+
+        Raises:
+            ConfigError: it does not, and why.
+        """
+        soft, deep = self.abilities.soft, self.abilities.deep
+        if place == "prefixes" and soft:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no soft tokens: {soft}; give it a "
+                "deep prefix alone (attachment 'deep'), or choose another reader"
+            )
+        if place == "deep" and deep:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no deep prefix: {deep}; give it soft "
+                "tokens alone (attachment 'soft'), or choose another reader"
+            )
+
+    @cached_property
     def kv_geometry(self) -> KVGeometry:
-        """Shape and RMS of this reader's keys and values, on a prompt without text."""
+        """Shape and RMS of this reader's keys and values, on a prompt without text.
+
+        Raises:
+            ConfigError: it takes no deep prefix.
+        """
+        self.require("deep")
         prompt = self.prompts.build([Turn("")], context="")
+        cache = decoding_cache(self.model)
         with torch.no_grad():
             ids = torch.tensor([prompt.ids], device=self.device)
-            cache = self.backbone(input_ids=ids, use_cache=True).past_key_values
-        sides = [(layer.keys, layer.values) for layer in cache.layers]
-        _, heads, _, width = sides[0][0].shape
-        rms = [tuple(part.float().pow(2).mean().sqrt().item() for part in side) for side in sides]
-        return KVGeometry(len(sides), heads, width, cast(Any, tuple(rms)))
+            self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+        return KVGeometry.of_cache(cache, layers=len(decoder_layers(self.model)))
 
     @cached_property
     def filler(self) -> CacheFiller:
         """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
-        return CacheFiller.for_model(self.model)
+        return CacheFiller.for_model(self.model, geometry=self.kv_geometry)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward."""
@@ -273,9 +352,14 @@ class Reader:
         cache, a deep prefix.
 
         Raises:
-            ConfigError: prompts and prefixes do not match.
+            ConfigError: prompts and prefixes do not match, or padding where the reader takes none.
             DataError: as `check_positions`.
         """
+        if side == "left" and self.abilities.left:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no padding on the left: "
+                f"{self.abilities.left}; pad on the right"
+            )
         batch = collate(
             prompts,
             embedding=self.embedding,
@@ -323,7 +407,7 @@ class Reader:
 
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
         """Log-probabilities `[N, V]` at the scored positions, fp32."""
-        return self.head(self.target_hidden(batch)).float().log_softmax(-1)
+        return self.logits(self.target_hidden(batch)).float().log_softmax(-1)
 
     def score(
         self,

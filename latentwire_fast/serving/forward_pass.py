@@ -158,7 +158,7 @@ class ForwardPass:
         )
         last_B = inputs["last"].to(hidden_BTD.device)
         rows = torch.arange(len(last_B), device=hidden_BTD.device)
-        logits_BV = self.reader.head(hidden_BTD[rows, last_B])
+        logits_BV = self.reader.logits(hidden_BTD[rows, last_B])
         self.mark("reader")
         return logits_BV
 

@@ -7,6 +7,7 @@ cache, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.readers.decoding import DecodeOptions, pick_tokens
-from latentwire_fast.readers.decoding_cache import move_right, without_limit
+from latentwire_fast.readers.decoding_cache import keeps_states, move_right, without_limit
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.graphs import CapturedPass, set_length
 
@@ -76,6 +77,8 @@ class Prefilled:
             self._moved = True
         if isinstance(self._cache, StaticCache):
             set_length(self._cache, self.positions)
+        elif keeps_states(self._cache):
+            return deepcopy(self._cache)  # decoding changes states, and nothing takes that back
         else:
             extra = int(self._cache.get_seq_length()) - self.positions
             if extra:
@@ -100,9 +103,7 @@ class Prefilled:
         """
         reader, options = self._reader, options or DecodeOptions()
         rows = len(self._lengths_B)
-        numbers = range(rows) if numbers is None else numbers
-        if len(numbers) != rows:
-            raise ConfigError(f"{len(numbers)} numbers for {rows} prompts; give one for each")
+        numbers = row_numbers(numbers, rows=rows)
         feed = _Decoder(
             reader,
             self._roomy_cache(options.max_new_tokens - 1),  # the last token is not fed back
@@ -203,7 +204,19 @@ class _Decoder:
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
-        return reader.head(hidden_B1D[:, -1])
+        return reader.logits(hidden_B1D[:, -1])
+
+
+def row_numbers(numbers: Sequence[int] | None, *, rows: int) -> Sequence[int]:
+    """The numbers of a batch's examples, 0, 1, ... if none are given.
+
+    Raises:
+        ConfigError: not one for each row.
+    """
+    numbers = range(rows) if numbers is None else numbers
+    if len(numbers) != rows:
+        raise ConfigError(f"{len(numbers)} numbers for {rows} prompts; give one for each")
+    return numbers
 
 
 def _until(rows: Sequence[list[int]], *, stop: int) -> list[list[int]]:

@@ -36,6 +36,7 @@ from latentwire_fast.serving.input_buffer import lay_out
 from latentwire_fast.serving.options import Engine, ReceiverOptions
 from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
+from latentwire_fast.serving.prefilled_apart import PrefilledApart
 from latentwire_fast.serving.prefixes import TrainedParts
 
 logger = logging.getLogger(__name__)
@@ -145,9 +146,35 @@ class Receiver:
             DataError: more positions than the reader's table has.
         """
         batch = self._batch(prompts, payloads, embeddings)
+        if len(prompts) > 1 and self.reader.abilities.together and not batch.is_even:
+            return self._apart(prompts, payloads, embeddings)
         if self.engine == "graph" and embeddings is None:
             return self._replay(batch)
         return self._read(batch)
+
+    def _apart(
+        self,
+        prompts: Sequence[Prompt],
+        payloads: Sequence[bytes] | None,
+        embeddings: Sequence[Tensor] | None,
+    ) -> Prefilled:
+        """Prompts of a reader that cannot decode several lengths in one batch, one by one."""
+        self.reader.warn_once(
+            "apart",
+            f"reader {self.reader.name!r} reads prompts of several lengths one by one: "
+            f"{self.reader.abilities.together}",
+        )
+        parts = []
+        for row, prompt in enumerate(prompts):
+            own = None if payloads is None else payloads[row if len(payloads) > 1 else 0]
+            parts.append(
+                self.prefill(
+                    [prompt],
+                    payloads=None if own is None else [own],
+                    embeddings=None if embeddings is None else [embeddings[row]],
+                )
+            )
+        return PrefilledApart(self.reader, parts)
 
     def generate(
         self,

@@ -33,6 +33,7 @@ from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ATTACHMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,13 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
     """A model for these readers, fresh but for the encoder of a base.
 
     Raises:
-        ConfigError: the base does not fit the configuration, or has adapters for these readers.
+        ConfigError: the base does not fit the configuration, or has adapters for these readers; a
+            reader that takes no soft tokens, or no deep prefix, where it is to be given some.
         CheckpointError: it is not trained.
     """
+    for reader in readers.values():
+        for attachment in config.attachments:
+            reader.require(ATTACHMENTS.part_of(attachment).gives)
     return Interlingua(
         _fresh_encoder(config, readers)
         if config.base is None

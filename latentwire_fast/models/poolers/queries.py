@@ -17,6 +17,7 @@ from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler
+from latentwire_fast.readers.embeddings import expected_embedding
 
 
 class QueriesPooler(Pooler):
@@ -71,11 +72,14 @@ class QueriesPooler(Pooler):
         for _ in range(self.rehearsals):
             with torch.no_grad():
                 hidden_BMD = text.read_queries(queries_BMD)
-                expected_BMD = expected_embeddings(hidden_BMD[:, :-1], text.embedding.weight)
+                expected_BMD = expected_embeddings(hidden_BMD[:, :-1], text.embedding)
             queries_BMD = torch.cat([queries_BMD[:, :1], expected_BMD], 1) + self.query_offsets
         return text.read_queries(queries_BMD)
 
 
-def expected_embeddings(hidden_BMD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Mean embedding `[B, M, D]` of the tokens that hidden states predict."""
-    return (hidden_BMD @ weight_VD.T).softmax(-1) @ weight_VD
+def expected_embeddings(hidden_BMD: Tensor, embedding: nn.Embedding) -> Tensor:
+    """Mean embedding `[B, M, D]` of the tokens that hidden states predict.
+
+    The output embedding is the table itself; what an LM reads is what the module makes of it.
+    """
+    return expected_embedding((hidden_BMD @ embedding.weight.T).softmax(-1), embedding)
