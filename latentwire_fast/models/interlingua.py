@@ -149,7 +149,8 @@ class Interlingua(nn.Module):
     @property
     def positions(self) -> int:
         """How many of a reader's positions a latent takes."""
-        return sum(part.positions for part in self.parts(next(iter(self.cards))).values())
+        parts = self.parts(next(iter(self.cards))).values()
+        return sum(part.positions - part.head_positions for part in parts)
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
@@ -165,7 +166,7 @@ class Interlingua(nn.Module):
         return cast(Tensor, soft(latent_BMd, gain=gain))
 
     def deep_prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | None:
-        """Keys and values `[L, 2, B, H, M, d_head]` of one reader; None where it has none."""
+        """Keys and values `[L, 2, B, H, P, d_head]` of one reader; None where it has none."""
         deep = self.attachment(reader, "deep")
         return None if deep is None else cast(Tensor, deep(latent_BMd, gain=gain))
 
@@ -182,7 +183,12 @@ class Interlingua(nn.Module):
         if task is not None:
             token = self.task_tokens[reader][TASKS.index(task)]
             soft = torch.cat([soft, token.expand(len(soft), 1, -1)], 1)
-        return {"prefixes": soft, "deep": self.deep_prefix(reader, latent_BMd, gain=gain)}
+        deep = self.attachment(reader, "deep")
+        return {
+            "prefixes": soft,
+            "deep": None if deep is None else deep(latent_BMd, gain=gain),
+            "head": 0 if deep is None else deep.head_positions,
+        }
 
     @torch.no_grad()
     def prefix_rms(self, reader: str, latent_BMd: Tensor) -> dict[str, float]:

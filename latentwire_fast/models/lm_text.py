@@ -104,10 +104,15 @@ class LMText:
 
         Positions count from the text's first token, where an encoder's `text_ends` counts from.
         """
+        return self.layers(range(self._core.config.num_hidden_layers + 1))
+
+    def layers(self, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """Hidden states `[B, T, D]` of these layers, 0 for the embeddings, and the mask; as
+        `all_layers`."""
         batch = self._collate(self._prompts)
         output = self._core(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
         start = self._builder.content_start
-        states = [states_BTD[:, start:] for states_BTD in output.hidden_states]
+        states = [output.hidden_states[i][:, start:] for i in numbers]
         return states, self._is_text(batch)[:, start:]
 
     def read_queries(self, queries_BMD: Tensor) -> Tensor:

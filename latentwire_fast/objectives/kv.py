@@ -54,8 +54,8 @@ class KV(Objective):
         start = batch.reader.prompts.content_start
         places_BM = start + move_places(selection.places_BM, token_ends(batch))
         # Both [L, 2, B, H, M, d_head].
-        target_L2BHMD = batch.observation.keys_values(places_BM)
-        predicted_L2BHMD = cast(Tensor, batch.inputs["deep"])
+        target_L2BHMD = batch.keys_values(places_BM)
+        predicted_L2BHMD = cast(Tensor, batch.inputs["deep"])[..., batch.inputs["head"] :, :]
         rms_L2 = torch.tensor(
             batch.model.cards[batch.reader.name].kv.rms, device=target_L2BHMD.device
         )

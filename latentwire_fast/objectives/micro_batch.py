@@ -22,6 +22,7 @@ from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.prompts.batch import PromptBatch
 from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.readers.attention_targets import AttentionQuestion, attention_targets
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.trace import Observation, observe
 
@@ -128,7 +129,7 @@ class ReaderBatch:
 
     Args:
         encoded: the items, with their latents.
-        teacher: cache of the hidden states behind text prompts; None computes them each time.
+        teacher: cache of what readers compute of texts; None computes it each time.
     """
 
     def __init__(
@@ -178,6 +179,27 @@ class ReaderBatch:
         `context` prompts if there are none."""
         kind = "text" if self.reads_answers else "context"
         return observe(self.reader, self.prompts(kind))
+
+    def attention_targets(self, questions: Sequence[AttentionQuestion]) -> Tensor:
+        """What the reader's attention takes from texts, `[B, L, H, Q, 2 D + 1]`, fp32."""
+        if self._teacher is not None:
+            return self._teacher.attention(self.reader, questions)
+        return attention_targets(self.reader, questions)
+
+    def keys_values(self, places_BM: Tensor) -> Tensor:
+        """The reader's keys and values `[L, 2, B, H, M, D]` at positions of the items' texts,
+        turned to where a deep prefix stands."""
+        first = self.inputs["head"]
+
+        def compute() -> Tensor:
+            return self.observation.keys_values(places_BM, first=first)
+
+        if self._teacher is None or "observation" in vars(self):  # it has been read already
+            return compute()
+        prompts = self.prompts("text" if self.reads_answers else "context")
+        return self._teacher.keys_values(
+            self.reader, prompts, places_BM, first=first, compute=compute
+        )
 
     @property
     def reads_answers(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import get_args
 
 from jinja2 import TemplateError
@@ -55,6 +56,22 @@ class Prompt:
         self.ids.extend(ids)
         self.is_target.extend([target] * len(ids))
         self.content += len(ids) if content else 0
+
+    def behind(self, head: int) -> Prompt:
+        """This latent prompt without its first `head` ids, which a deep prefix holds already.
+
+        Raises:
+            ConfigError: the latent's place is elsewhere than behind those.
+        """
+        if not head:
+            return self
+        if self.latent_at != head:
+            raise ConfigError(
+                f"the latent of a prompt stands behind {self.latent_at} of its tokens, the deep "
+                f"prefix was trained to stand behind {head}; build the prompt with `latent=` the "
+                "model's mode, and with the reader that it was trained for"
+            )
+        return Prompt(self.ids[head:], 0, self.is_target[head:], self.content)
 
 
 def context_text(context: str) -> str:
@@ -292,6 +309,25 @@ class PromptBuilder:
         prompt = Prompt()
         prompt.add(self._opening)
         prompt.add(self.text_ids(context_text(context))[:max_tokens], content=True)
+        return prompt
+
+    def build_again(
+        self, turns: Sequence[Turn], *, context: str, tokens: int, rng: Random
+    ) -> Prompt:
+        """A text prompt, and behind it a part of the context a second time.
+
+        Args:
+            tokens: how many of the context's tokens are repeated, at most; `rng` chooses which.
+
+        Returns:
+            A prompt whose `content` counts the context's ids without their label: they stand behind
+            the opening and the label.
+        """
+        prompt = self.build(turns, context=context)
+        context_ids = self.text_ids(context_text(context))[len(self.label_ids) :]
+        prompt.content = len(context_ids)
+        first = rng.randint(0, max(0, len(context_ids) - tokens))
+        prompt.add([*self.text_ids("\n"), *context_ids[first : first + tokens]])
         return prompt
 
     def build_rebuild(self, target: str) -> Prompt:

@@ -47,6 +47,7 @@ from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_co
 from latentwire_fast.readers.logits import LogitTransform
 from latentwire_fast.readers.probe import Subject
 from latentwire_fast.readers.probe_cache import probed_abilities
+from latentwire_fast.readers.rotary import Turner
 from latentwire_fast.readers.target_scores import TargetScores
 
 logger = logging.getLogger(__name__)
@@ -332,6 +333,15 @@ class Reader:
         """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
         return CacheFiller.for_model(self.model, geometry=self.kv_geometry)
 
+    @cached_property
+    def turner(self) -> Turner:
+        """Turns this reader's keys and queries to other positions.
+
+        Raises:
+            ConfigError: as `Turner`.
+        """
+        return Turner(self.model, name=self.name)
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward."""
         checkpoint_activations(self.model)
@@ -346,10 +356,14 @@ class Reader:
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        head: int = 0,
         side: PaddingSide = "right",
     ) -> PromptBatch:
         """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at` and, for the
         cache, a deep prefix.
+
+        Args:
+            head: how many of each prompt's first ids the deep prefix holds already.
 
         Raises:
             ConfigError: prompts and prefixes do not match, or padding where the reader takes none.
@@ -361,7 +375,7 @@ class Reader:
                 f"{self.abilities.left}; pad on the right"
             )
         batch = collate(
-            prompts,
+            [prompt.behind(head) for prompt in prompts],
             embedding=self.embedding,
             pad_id=self.pad_id,
             prefixes=prefixes,
@@ -415,18 +429,19 @@ class Reader:
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        head: int = 0,
         side: PaddingSide = "right",
     ) -> TargetScores:
         """Log-probabilities of the prompts' answer tokens, in one teacher-forced pass; gradients
         flow to the prefixes.
 
         Args:
-            prefixes, deep, side: as in `collate`.
+            prefixes, deep, head, side: as in `collate`.
 
         Raises:
             ConfigError, DataError: as `collate`.
         """
-        batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
+        batch = self.collate(prompts, prefixes=prefixes, deep=deep, head=head, side=side)
         return TargetScores(
             self.target_logprobs(batch), batch.labels_N, batch.rows_N, batch.step_N, len(prompts)
         )

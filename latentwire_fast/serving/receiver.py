@@ -209,7 +209,8 @@ class Receiver:
         if soft_RMD is None:
             soft_RMD = self.reader.embedding.weight.new_zeros(1, 0, self.reader.d_model)
         soft_BMD = soft_RMD.expand(len(prompts), -1, -1)
-        return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd)
+        head = self._pass.head_positions
+        return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd, head=head)
 
     # --- what is read -----------------------------------------------------------------------------
 
@@ -226,6 +227,7 @@ class Receiver:
         soft: int | list[int] | None = None
         if parcel is not None:
             soft = self._pass.soft_tokens(parcel)
+            prompts = [prompt.behind(self._pass.head_positions) for prompt in prompts]
         elif embeddings is not None:
             soft = [len(embedding) for embedding in embeddings]
         deep = self._pass.deep_positions(parcel)

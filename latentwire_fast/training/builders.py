@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,8 +95,13 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
         )
 
 
-def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
+def build_model(
+    config: RunConfig, readers: dict[str, Reader], contexts: Sequence[str] = ()
+) -> Interlingua:
     """A model for these readers, fresh but for the encoder of a base.
+
+    Args:
+        contexts: a few texts of the training data, which attachments may start from.
 
     Raises:
         ConfigError: the base does not fit the configuration, or has adapters for these readers; a
@@ -105,7 +111,7 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
     for reader in readers.values():
         for attachment in config.attachments:
             reader.require(ATTACHMENTS.part_of(attachment).gives)
-    return Interlingua(
+    model = Interlingua(
         _fresh_encoder(config, readers)
         if config.base is None
         else _base_encoder(config, config.base, readers),
@@ -114,6 +120,10 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
         attachments=config.attachments,
         mode=config.mode,
     )
+    for name, reader in readers.items():
+        for part in model.parts(name).values():
+            part.start(reader, mode=config.mode, contexts=contexts)
+    return model
 
 
 def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:

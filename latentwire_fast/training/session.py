@@ -27,6 +27,8 @@ from latentwire_fast.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
+START_TEXTS = 8  # training texts that a fresh model may start from
+
 
 @dataclass(frozen=True)
 class Session:
@@ -86,14 +88,16 @@ def open_session(
     set_seed(config.seed)  # python's, numpy's and torch's generators: libraries draw from all
     readers = load_readers(config.readers, accelerator.device)
     frozen = FrozenGuard({name: reader.model for name, reader in readers.items()})
-    model = build_model(config, readers).to(accelerator.device).train()
+    stream = build_stream(config, readers)
+    first = stream.batch(0, START_TEXTS, facts=config.data.facts)
+    contexts = [item.context for item in first]
+    model = build_model(config, readers, contexts).to(accelerator.device).train()
     if config.base:
         model.encoder.eval()
     if config.optim.gradient_checkpointing:
         for reader in readers.values():
             reader.enable_gradient_checkpointing()
     optimizers = build_optimizers(model, config.optim)
-    stream = build_stream(config, readers)
     check_answers(heldout, readers, source=f"{config.data.source} (held out)")
     if accelerator.is_main_process:
         warn_of_truncation(model.encoder, stream, config.mode)

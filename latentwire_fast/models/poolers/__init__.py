@@ -3,5 +3,6 @@
 PARTS = {
     "queries": "latentwire_fast.models.poolers.queries:QueriesPooler",
     "spans": "latentwire_fast.models.poolers.spans:SpansPooler",
+    "cross_attention": "latentwire_fast.models.poolers.cross_attention:CrossAttentionPooler",
     "selected": "latentwire_fast.models.poolers.selected:SelectedPooler",
 }
