@@ -72,6 +72,9 @@ class TrainArguments:
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
         no_eval: train, and do not evaluate.
+        no_cache: of a finite data set, do not keep in the run folder what frozen models compute of
+            it, and remove what was kept. The training is slower and its result the same, up to
+            the rounding to 16-bit floats.
         print_config: print the configuration as JSON, and do nothing else. Such a file can be given
             in the place of a preset.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
@@ -99,6 +102,7 @@ class TrainArguments:
     batch_size: int | None = None
     eval_examples: int | None = None
     no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
@@ -112,6 +116,7 @@ def train(
     run: str | Path,
     *,
     evaluate: bool = True,
+    cache: bool = True,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
@@ -123,6 +128,8 @@ def train(
     Args:
         run: the run folder; made if missing.
         evaluate: score it on its held-out examples afterwards, and write the report.
+        cache: keep in the run folder what frozen models compute of a finite data set; False also
+            removes what was kept.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         progress: show progress bars.
 
@@ -149,7 +156,7 @@ def train(
         )
     # An error now, not after the training.
     heldout = heldout_examples(config.data) if evaluate else []
-    trainer = Trainer(config, folder, heldout=heldout, progress=progress, device=place)
+    trainer = Trainer(config, folder, heldout=heldout, progress=progress, cache=cache, device=place)
     was_finished = trainer.finished
     trainer.run()
     leads = trainer.accelerator.is_main_process
@@ -193,7 +200,9 @@ def main() -> None:
     added = [*config.readers] if config.base else []
     run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
     device = None if args.device is None else choose_device(args.device)
-    metrics = train(config, run_dir, evaluate=not args.no_eval, device=device)
+    metrics = train(
+        config, run_dir, evaluate=not args.no_eval, cache=not args.no_cache, device=device
+    )
     if metrics is not None:
         from latentwire_fast.evaluation.console import summary_lines
 

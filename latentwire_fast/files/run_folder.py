@@ -52,9 +52,9 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def teacher(self) -> Path:
-        """The text-prompted teacher's hidden states."""
-        return self.path / "teacher"
+    def frozen_work(self) -> Path:
+        """What frozen models computed of the data, kept for the next epoch."""
+        return self.path / "frozen_work"
 
     @property
     def model(self) -> Path:
@@ -112,7 +112,7 @@ class RunFolder:
         if not path.is_relative_to(run):
             return False
         here = RunFolder(run)
-        folders = (here.model, here.checkpoints, here.teacher, here.tensorboard)
+        folders = (here.model, here.checkpoints, here.frozen_work, here.tensorboard)
         files = (here.config, here.diagnostics, here.nonfinite, here.lock)
         report = (here.metrics, here.metrics_table, here.predictions, here.report, here.report_text)
         return path in (*files, *report) or any(path.is_relative_to(f) for f in (*folders, *files))

@@ -7,10 +7,11 @@ be trusted is as if it were not there. One process writes to a stem.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,28 @@ class TensorCache:
                 return None
             self._checked.add(key)
         return torch.from_numpy(np.array(data)).view(torch.float16).view(shape)
+
+
+@torch.no_grad()
+def find_all(
+    cache: TensorCache, keys: Sequence[str], compute: Callable[[list[int]], Sequence[Tensor]]
+) -> list[Tensor]:
+    """The tensors of all keys, fp16 on the CPU.
+
+    Args:
+        compute: the tensors of the keys with these numbers, which the cache lacks.
+    """
+    found = [cache.find(key) for key in keys]
+    missing = [i for i, tensor in enumerate(found) if tensor is None]
+    if missing:
+        for i, tensor in zip(missing, compute(missing), strict=True):
+            found[i] = cache.keep(keys[i], tensor)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def digest_of(values: object) -> str:
+    """A name for JSON values: 32 hexadecimal digits of their sha256."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
 def _read_index(data: Path, lines: Path) -> dict[str, Entry]:

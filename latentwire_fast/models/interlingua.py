@@ -186,7 +186,7 @@ class Interlingua(nn.Module):
         deep = self.attachment(reader, "deep")
         return {
             "prefixes": soft,
-            "deep": None if deep is None else deep(latent_BMd, gain=gain),
+            "deep": self.deep_prefix(reader, latent_BMd, gain=gain),
             "head": 0 if deep is None else deep.head_positions,
         }
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.files.tensor_cache import TensorCache, digest_of, find_all
 from latentwire_fast.prompts.batch import PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder
 from latentwire_fast.readers.embeddings import embedding_size, input_embedding
@@ -74,14 +76,21 @@ class LMText:
     Args:
         core: the LM without its head.
         prompts: one per text, by its builder.
+        cache: of the states of a frozen LM; None computes them each time.
     """
 
     def __init__(
-        self, core: PreTrainedModel, builder: PromptBuilder, prompts: Sequence[Prompt]
+        self,
+        core: PreTrainedModel,
+        builder: PromptBuilder,
+        prompts: Sequence[Prompt],
+        *,
+        cache: TensorCache | None = None,
     ) -> None:
         self._core = core
         self._builder = builder
         self._prompts = prompts
+        self._cache = cache
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -94,9 +103,8 @@ class LMText:
     def hidden(self) -> tuple[Tensor, Tensor]:
         """Last hidden states `[B, T, D]` of the whole prompts, padded on the right, and the real
         length of each `[B]`."""
-        batch = self._collate(self._prompts)
-        states_BTD = self._core(**batch.model_inputs(), use_cache=False).last_hidden_state
-        return states_BTD, batch.lengths_B
+        states = self._states((self._core.config.num_hidden_layers,))
+        return states[0], self._collate(self._prompts).lengths_B
 
     def all_layers(self) -> tuple[list[Tensor], Tensor]:
         """Hidden states `[B, T, D]` of every layer, embeddings first, and a mask `[B, T]` of the
@@ -109,11 +117,33 @@ class LMText:
     def layers(self, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """Hidden states `[B, T, D]` of these layers, 0 for the embeddings, and the mask; as
         `all_layers`."""
-        batch = self._collate(self._prompts)
-        output = self._core(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
         start = self._builder.content_start
-        states = [output.hidden_states[i][:, start:] for i in numbers]
-        return states, self._is_text(batch)[:, start:]
+        states = [states_BTD[:, start:] for states_BTD in self._states(numbers)]
+        return states, self._is_text(self._collate(self._prompts))[:, start:]
+
+    def _states(self, numbers: Sequence[int]) -> list[Tensor]:
+        """Hidden states `[B, T, D]` of these layers, of whole prompts padded on the right."""
+        if self._cache is None:
+            return self._run(self._prompts, numbers)
+
+        def compute(missing: list[int]) -> list[Tensor]:
+            prompts = [self._prompts[i] for i in missing]
+            states_SBTD = torch.stack(self._run(prompts, numbers))
+            return [states_SBTD[:, b, : len(p.ids)] for b, p in enumerate(prompts)]
+
+        keys = [digest_of([prompt.ids, *numbers]) for prompt in self._prompts]
+        device = self.embedding.weight.device
+        rows = [row_STD.transpose(0, 1) for row_STD in find_all(self._cache, keys, compute)]
+        states_BTSD = pad_sequence(rows, batch_first=True).to(device).float()
+        return list(states_BTSD.unbind(2))
+
+    def _run(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[Tensor]:
+        batch = self._collate(prompts)
+        last = self._core.config.num_hidden_layers
+        if list(numbers) == [last]:
+            return [self._core(**batch.model_inputs(), use_cache=False).last_hidden_state]
+        output = self._core(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
+        return [output.hidden_states[i] for i in numbers]
 
     def read_queries(self, queries_BMD: Tensor) -> Tensor:
         """Last hidden states `[B, M, D]` of input embeddings that follow each text."""

@@ -79,6 +79,12 @@ class Attention(Objective):
         )
         return 1
 
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """Queries, outputs and masses, fp16."""
+        g = reader.kv_geometry
+        heads = reader.model.config.get_text_config(decoder=True).num_attention_heads
+        return 2 * g.layers * heads * self.config.queries * (2 * g.head_width + 1)
+
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The distance, summed over texts."""
         deep_L2BHPD = cast(Tensor, batch.inputs["deep"])

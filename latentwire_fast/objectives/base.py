@@ -47,6 +47,11 @@ class Objective(ABC):
             How many terms its sum has for this item and reader.
         """
 
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """About how many bytes of frozen work it keeps on disk for an item and a reader, where the
+        data set is finite."""
+        return 0
+
     @abstractmethod
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The sum over a micro-batch for one reader, 0-d.

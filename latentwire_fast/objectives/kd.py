@@ -48,6 +48,10 @@ class KD(Objective):
         prepared.text_prompt(reader)
         return count_targets(prepared.latent_prompt(reader), self.config.tokens)
 
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """The teacher's hidden states, fp16."""
+        return 2 * reader.d_model * count_targets(prepared.text_prompt(reader))
+
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The divergence, summed over tokens."""
         scored_N = batch.answers.first_N(self.config.tokens)

@@ -48,6 +48,11 @@ class KV(Objective):
             prepared.prompt("context", reader, lambda: reader.prompts.build_context(context))
         return 1
 
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """The reader's keys and values at the chosen positions, fp16."""
+        g = reader.kv_geometry
+        return 4 * g.layers * g.heads * g.head_width * self.model.encoder_config.latents
+
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The mean distance, summed over texts."""
         selection = batch.encoded.positions

@@ -8,15 +8,13 @@ values at chosen positions. An encoder keeps its frozen LM's states in the same 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from latentwire_fast.files.tensor_cache import TensorCache
+from latentwire_fast.files.tensor_cache import TensorCache, digest_of, find_all
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.attention_targets import AttentionQuestion, attention_targets
 from latentwire_fast.readers.reader import Reader
@@ -24,8 +22,7 @@ from latentwire_fast.readers.reader import Reader
 
 def prompt_key(prompt: Prompt, *rest: object) -> str:
     """A name for exactly these ids and targets, and what else it depends on."""
-    text = json.dumps([prompt.ids, [i for i, t in enumerate(prompt.is_target) if t], *rest])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return digest_of([prompt.ids, [i for i, t in enumerate(prompt.is_target) if t], *rest])
 
 
 class TeacherCache:
@@ -109,20 +106,3 @@ class TeacherCache:
             stem = f"{kind}-{reader.name}-{reader.fingerprint[:16]}-{self.rank}"
             self._caches[kind, reader.name] = TensorCache(self.folder / stem)
         return find_all(self._caches[kind, reader.name], keys, compute)
-
-
-@torch.no_grad()
-def find_all(
-    cache: TensorCache, keys: Sequence[str], compute: Callable[[list[int]], Sequence[Tensor]]
-) -> list[Tensor]:
-    """The tensors of all keys, fp16 on the CPU.
-
-    Args:
-        compute: the tensors of the keys with these numbers, which the cache lacks.
-    """
-    found = [cache.find(key) for key in keys]
-    missing = [i for i, tensor in enumerate(found) if tensor is None]
-    if missing:
-        for i, tensor in zip(missing, compute(missing), strict=True):
-            found[i] = cache.keep(keys[i], tensor)
-    return [tensor for tensor in found if tensor is not None]

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.streams import Stream
+from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.interlingua import Interlingua
@@ -21,6 +21,7 @@ from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.training.builders import build_model, build_stream, warn_of_truncation
+from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.state import TrainingState
@@ -67,11 +68,13 @@ def open_session(
     *,
     accelerator: Accelerator,
     heldout: Sequence[Example] = (),
+    cache: bool = True,
 ) -> Session:
     """Load and build all that a run needs, and go back to its newest checkpoint if it has one.
 
     Args:
         heldout: what it will be evaluated on; whether that can be is checked.
+        cache: keep frozen work of a finite data set on disk.
 
     Raises:
         ConfigError, DataError: the configuration cannot work, or not with its readers and data.
@@ -101,14 +104,17 @@ def open_session(
     check_answers(heldout, readers, source=f"{config.data.source} (held out)")
     if accelerator.is_main_process:
         warn_of_truncation(model.encoder, stream, config.mode)
+    objectives = ObjectiveSet(model, readers)
     # Where data has no end, no prompt comes twice.
-    teacher = TeacherCache(folder.teacher, rank=rank) if stream.digest else None
+    if cache and isinstance(stream, ExampleStream) and keeps(objectives, config, stream, folder):
+        objectives.teacher = TeacherCache(folder.frozen_work, rank=rank)
+        model.encoder.keep_states(folder.frozen_work, rank=rank)
     session = Session(
         config=config,
         folder=folder,
         readers=readers,
         model=model,
-        objectives=ObjectiveSet(model, readers, teacher=teacher),
+        objectives=objectives,
         stream=stream,
         state=TrainingState(model, optimizers, config.optim.micro_batch or config.optim.batch_size),
         frozen=frozen,

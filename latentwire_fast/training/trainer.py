@@ -49,6 +49,8 @@ class Trainer:
         run_dir: made if missing. An unfinished run there is resumed, a finished one is left alone.
         heldout: what it will be evaluated on; whether that can be is checked before the training.
         progress: show a progress bar.
+        cache: keep what frozen models compute of a finite data set in the run folder; False also
+            removes what an earlier call kept there.
         device: where to train; what accelerate chooses unless given.
 
     Attributes:
@@ -62,10 +64,12 @@ class Trainer:
         *,
         heldout: Sequence[Example] = (),
         progress: bool = True,
+        cache: bool = True,
         device: torch.device | None = None,
     ) -> None:
         self.config = absolute_paths(config)
         self.heldout = heldout
+        self.cache = cache
         self.folder = RunFolder(run_dir)
         precision = config.optim.mixed_precision
         # Unless told, accelerate takes several processes on a CPU for one each.
@@ -108,8 +112,14 @@ class Trainer:
             self._leave_together()
 
     def _train(self) -> None:
+        if not self.cache and self.accelerator.is_main_process:
+            shutil.rmtree(self.folder.frozen_work, ignore_errors=True)
         self._session = open_session(
-            self.config, self.folder, accelerator=self.accelerator, heldout=self.heldout
+            self.config,
+            self.folder,
+            accelerator=self.accelerator,
+            heldout=self.heldout,
+            cache=self.cache,
         )
         # Only now: a run that cannot start may be corrected and started in the same folder.
         if self.accelerator.is_main_process:

@@ -103,6 +103,17 @@ class Encoder(nn.Module):
                 "into several"
             )
 
+    def keep_states(self, folder: Path, *, rank: int) -> None:
+        """Keep on disk what a frozen part computes of a text, if there is such a part.
+
+        Args:
+            folder: made when there is something to keep; `rank` keeps the files of processes apart.
+        """
+
+    def kept_bytes(self, context: str) -> int:
+        """About how many bytes `keep_states` leads to for a text."""
+        return 0
+
     def save(self, folder: Path) -> list[str]:
         """Write what `load` needs besides the settings and the weights.
 

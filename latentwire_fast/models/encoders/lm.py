@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from latentwire_fast.config.schema import EncoderConfig, PoolerConfig, RunConfig
 from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.files.tensor_cache import TensorCache
+from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
@@ -100,6 +102,7 @@ class LMEncoder(Encoder):
         self.core = core.requires_grad_(not config.frozen)
         self.norm = nn.LayerNorm(lm.width)
         self.project = nn.Linear(lm.width, config.d_z)
+        self.states_cache: TensorCache | None = None  # of a frozen LM, while it is trained
         if shared:
             self.register_load_state_dict_pre_hook(_refuse_other_core)
 
@@ -176,7 +179,8 @@ class LMEncoder(Encoder):
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
 
     def _text(self, contexts: Texts, questions: Texts | None) -> LMText:
-        return LMText(self.core, self.prompts, self._prompts(contexts, questions))
+        cache = self.states_cache if self.config.frozen else None
+        return LMText(self.core, self.prompts, self._prompts(contexts, questions), cache=cache)
 
     def _prompts(self, contexts: Texts, questions: Texts | None) -> list[Prompt]:
         prompts = []
@@ -191,6 +195,19 @@ class LMEncoder(Encoder):
                 prompt = self.prompts.build([Turn(questions[i])], context=context, user_ids=ids)
             prompts.append(prompt)
         return prompts
+
+    def keep_states(self, folder: Path, *, rank: int) -> None:
+        """Keep the states of a frozen LM."""
+        if self.config.frozen and self.pooler.states:
+            digest = parameter_digest(self.core.named_parameters())
+            self.states_cache = TensorCache(folder / f"encoder-{digest[:16]}-{rank}")
+
+    def kept_bytes(self, context: str) -> int:
+        """The states that the pooler reads, fp16."""
+        if not self.config.frozen:
+            return 0
+        (prompt,) = self._prompts([context], None)
+        return 2 * self.pooler.states * len(prompt.ids) * self.norm.normalized_shape[0]
 
     def save(self, folder: Path) -> list[str]:
         """Write the LM's configuration and its tokenizer."""

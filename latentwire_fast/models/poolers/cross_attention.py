@@ -77,6 +77,11 @@ class CrossAttentionPooler(Pooler):
         )
         self.norm = nn.LayerNorm(lm.width)
 
+    @property
+    def states(self) -> int:
+        """Those of its layers."""
+        return len(self.state_layers)
+
     def forward(self, text: LMText) -> Tensor:
         """States `[B, M, D]`."""
         states, is_text_BT = text.layers(self.state_layers)

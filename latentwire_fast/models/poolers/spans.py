@@ -26,6 +26,11 @@ class SpansPooler(Pooler):
         super().__init__(config, lm)
         self.latents = lm.latents
 
+    @property
+    def states(self) -> int:
+        """The last layer's."""
+        return 1
+
     def forward(self, text: LMText) -> Tensor:
         """States `[B, M, D]`."""
         hidden_BTD, lengths_B = text.hidden()
