@@ -167,19 +167,23 @@ def squad_small() -> RunConfig:
             "lm",
             source="package:smollm2",
             latents=32,
-            d_z=64,
-            pooler=POOLERS.config("cross_attention", dropout=0.1),
+            d_z=128,
+            pooler=POOLERS.config("layer_spans"),
             frozen=True,
             max_tokens=320,
         ),
-        attachments=(ATTACHMENTS.config("deep", in_place=True, width=512, dropout=0.1),),
-        data=DataConfig(source="hub:squad", max_context_tokens=300, eval_examples=400),
-        stages=_attention_recipe(match=2000, answer=600, quantized=400),
+        attachments=(ATTACHMENTS.config("deep", in_place=True, width=384, expansion=2),),
+        data=DataConfig(
+            source="hub:squad", max_context_tokens=300, text_share=0.5, eval_examples=400
+        ),
+        stages=_attention_recipe(match=2000, answer=500, quantized=200, batch_size=4),
         optim=OptimConfig(
             muon_lr=None,
             adamw_lr=1e-3,
-            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=100, decay_from=0.3),
-            batch_size=8,
+            weight_decay=0.01,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=30, decay_from=0.5),
+            batch_size=16,
+            mixed_precision="bf16",
         ),
         evaluation=EvalConfig(batch_size=8, max_new_tokens=16, timing_examples=8, bits=(16, 6, 4)),
         log_every=20,
@@ -203,10 +207,10 @@ def squad_llama_qwen() -> RunConfig:
             source="meta-llama/Llama-3.2-1B",
             latents=32,
             d_z=256,
-            pooler=POOLERS.config("cross_attention", dropout=0.1),
+            pooler=POOLERS.config("layer_spans"),
             frozen=True,
         ),
-        attachments=(ATTACHMENTS.config("deep", in_place=True, width=512, dropout=0.1),),
+        attachments=(ATTACHMENTS.config("deep", in_place=True, width=512, expansion=2),),
         data=DataConfig(source="hub:squad", eval_examples=1000),
         stages=_attention_recipe(match=8000, answer=12000, quantized=4000),
         optim=OptimConfig(
@@ -224,14 +228,25 @@ def squad_llama_qwen() -> RunConfig:
     )
 
 
-def _attention_recipe(*, match: int, answer: int, quantized: int) -> tuple[StageConfig, ...]:
+def _attention_recipe(
+    *, match: int, answer: int, quantized: int, batch_size: int | None = None
+) -> tuple[StageConfig, ...]:
     """What holds on real text: a deep prefix learns what attention gets from the whole text, then
-    its answers, then both at the width that is sent."""
-    objectives = weighted(attention=1.0, answer=1.0, kd=0.5)
+    the answers, then the answers at the width that is sent.
+
+    Args:
+        match, answer, quantized: steps.
+        batch_size: of the stages that read answers: those go backward through the readers.
+    """
+    answers: dict[str, Any] = {
+        "lr": 0.5,
+        "batch_size": batch_size,
+        "objectives": weighted(answer=1.0),
+    }
     return (
         StageConfig("match", steps=match, objectives=weighted(attention=1.0)),
-        StageConfig("answer", steps=answer, lr=0.5, objectives=objectives),
-        StageConfig("quantized", steps=quantized, lr=0.5, quantize=6, objectives=objectives),
+        StageConfig("answer", steps=answer, **answers),
+        StageConfig("quantized", steps=quantized, quantize=6, **answers),
     )
 
 
@@ -257,7 +272,7 @@ def _smoke(config: RunConfig) -> RunConfig:
         encoder=replace(config.encoder.with_source("testbed:llama"), **small),
         attachments=tuple(replace(attachment, **narrow) for attachment in config.attachments),
         data=DataConfig(facts=2, eval_examples=8),
-        stages=tuple(replace(stage, steps=2) for stage in config.stages),
+        stages=tuple(replace(stage, steps=2, batch_size=None) for stage in config.stages),
         optim=replace(
             config.optim,
             batch_size=4,

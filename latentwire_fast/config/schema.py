@@ -158,6 +158,7 @@ class StageConfig(Settings):
         facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
         lr: factor on the run's learning rates.
+        batch_size: examples per step; None: the run's. Stages differ in what an example costs.
     """
 
     name: str
@@ -168,6 +169,7 @@ class StageConfig(Settings):
     facts: ScheduleConfig | None = None
     quantize: int | None = None
     lr: float = 1.0
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,6 +181,10 @@ class StageConfig(Settings):
         require(
             any(objective.weight for objective in self.objectives),
             f"{stage}: no objective with a weight above 0; add one to `objectives`",
+        )
+        require(
+            self.batch_size is None or self.batch_size >= 1,
+            f"{stage}: batch_size={self.batch_size}, expected at least 1, or none",
         )
         require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
         require(

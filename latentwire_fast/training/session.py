@@ -81,9 +81,10 @@ def open_session(
         CheckpointError: all checkpoints are damaged, or of another run or other data.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
-    if config.optim.batch_size < processes:
+    smallest = min(stage.batch_size or config.optim.batch_size for stage in config.stages)
+    if smallest < processes:
         raise ConfigError(
-            f"batch_size={config.optim.batch_size} leaves some of {processes} processes "
+            f"batch_size={smallest} leaves some of {processes} processes "
             f"without an example; set --batch-size to {processes} at least, or start fewer"
         )
     if config.threads:

@@ -111,7 +111,10 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     stage, _ = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
     batch = session.stream.batch(
-        state.step, config.optim.batch_size, facts=facts, texts=stage.takes_texts
+        state.step,
+        stage.batch_size or config.optim.batch_size,
+        facts=facts,
+        texts=stage.takes_texts,
     )
     items = session.objectives.prepare(
         batch[accelerator.process_index :: accelerator.num_processes],

@@ -25,7 +25,7 @@ def test_the_smoke_form_has_the_same_parts(name: str) -> None:
     assert [a.kind for a in smoke.attachments] == [a.kind for a in config.attachments]
     assert smoke.bottleneck == config.bottleneck
     for stage, full in zip(smoke.stages, config.stages, strict=True):
-        assert stage == replace(full, steps=stage.steps)
+        assert stage == replace(full, steps=stage.steps, batch_size=None)
     assert smoke.total_steps <= 8
 
 
