@@ -87,7 +87,7 @@ class TensorCache:
 def find_all(
     cache: TensorCache, keys: Sequence[str], compute: Callable[[list[int]], Sequence[Tensor]]
 ) -> list[Tensor]:
-    """The tensors of all keys, fp16 on the CPU.
+    """The tensors of all keys, fp32 on the CPU (autocast knows no fp16 there).
 
     Args:
         compute: the tensors of the keys with these numbers, which the cache lacks.
@@ -97,7 +97,7 @@ def find_all(
     if missing:
         for i, tensor in zip(missing, compute(missing), strict=True):
             found[i] = cache.keep(keys[i], tensor)
-    return [tensor for tensor in found if tensor is not None]
+    return [tensor.float() for tensor in found if tensor is not None]
 
 
 def digest_of(values: object) -> str:

@@ -134,7 +134,7 @@ class LMText:
         keys = [digest_of([prompt.ids, *numbers]) for prompt in self._prompts]
         device = self.embedding.weight.device
         rows = [row_STD.transpose(0, 1) for row_STD in find_all(self._cache, keys, compute)]
-        states_BTSD = pad_sequence(rows, batch_first=True).to(device).float()
+        states_BTSD = pad_sequence(rows, batch_first=True).to(device)
         return list(states_BTSD.unbind(2))
 
     def _run(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[Tensor]:

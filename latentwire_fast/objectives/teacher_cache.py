@@ -55,7 +55,7 @@ class TeacherCache:
             return list(states_ND.split([sum(prompts[i].is_target) for i in missing]))
 
         keys = [prompt_key(prompt) for prompt in prompts]
-        return torch.cat(self._all("hidden", reader, keys, compute)).to(reader.device).float()
+        return torch.cat(self._all("hidden", reader, keys, compute)).to(reader.device)
 
     def attention(self, reader: Reader, questions: Sequence[AttentionQuestion]) -> Tensor:
         """`attention_targets` of the questions, fp32."""
@@ -65,7 +65,7 @@ class TeacherCache:
 
         keys = [prompt_key(q.prompt, q.start, q.stop, q.places, q.slots) for q in questions]
         found = self._all("attention", reader, keys, compute)
-        return torch.stack(found).to(reader.device).float()
+        return torch.stack(found).to(reader.device)
 
     def keys_values(
         self,
@@ -92,7 +92,7 @@ class TeacherCache:
             return [rows[i] for i in missing]
 
         found = self._all("keys_values", reader, keys, missing_ones)
-        return torch.stack(found, 2).to(reader.device).float()
+        return torch.stack(found, 2).to(reader.device)
 
     def _all(
         self,
