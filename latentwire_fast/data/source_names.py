@@ -73,6 +73,21 @@ def split_union(part: str) -> list[str]:
     return [piece.strip() for piece in part.split("+") if piece.strip()]
 
 
+def with_questions(spec: str) -> str:
+    """A source without its plain texts.
+
+    Raises:
+        DataError: as `parse_piece`, or it has nothing else.
+    """
+    shares = [
+        "+".join(piece for piece in split_union(part) if parse_piece(piece).part.has_questions)
+        for part in split_shares(spec)
+    ]
+    if not any(shares):
+        raise DataError(f"{spec} has no questions to be scored on; give a source with --eval-data")
+    return ",".join(filter(None, shares))
+
+
 def map_paths(spec: str, change: Callable[[str], str]) -> str:
     """A source with its local paths changed; names of sets stay.
 

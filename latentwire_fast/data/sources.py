@@ -18,6 +18,7 @@ from latentwire_fast.data.source_names import (
     parse_piece,
     split_shares,
     split_union,
+    with_questions,
 )
 from latentwire_fast.data.streams import Stream
 from latentwire_fast.errors import DataError
@@ -105,7 +106,7 @@ def heldout_examples(
         DataError: as `load_examples`.
     """
     return load_examples(
-        config.eval_source or config.source,
+        with_questions(config.eval_source or config.source),
         split="heldout",
         count=config.eval_examples if count is None else count,
         seed=config.eval_seed if seed is None else seed,

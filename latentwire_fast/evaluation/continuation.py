@@ -17,7 +17,7 @@ import torch
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.sources import load_examples
+from latentwire_fast.data.sources import check_apart, endless_stream, load_examples
 from latentwire_fast.evaluation.method_result import mean
 from latentwire_fast.evaluation.metrics import ratio_interval
 from latentwire_fast.models.interlingua import Interlingua
@@ -43,7 +43,7 @@ def continuation_texts(config: RunConfig, readers: Mapping[str, Reader]) -> list
     """The paragraphs that a run is scored on; none where its configuration names no source.
 
     Raises:
-        DataError: as `load_examples`, or fewer than two paragraphs.
+        DataError: as `load_examples`, or a paragraph that the run was trained on.
     """
     settings = config.evaluation.continuation
     if settings is None:
@@ -66,6 +66,11 @@ def continuation_texts(config: RunConfig, readers: Mapping[str, Reader]) -> list
         keep=is_new,
     )
     limit.report(settings.source)
+    if endless_stream(config.data, mode=config.mode, seed=0) is None:
+        training = load_examples(
+            config.data.source, split="train", count=None, seed=0, data=config.data
+        )
+        check_apart(training, found, source=config.data.source, eval_source=settings.source)
     return [example.context for example in found]
 
 

@@ -10,6 +10,7 @@ import lzma
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,13 +19,17 @@ from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.source_names import map_paths
 from latentwire_fast.data.sources import ASIDE_EVERY, check_apart, heldout_examples, load_examples
-from latentwire_fast.data.streams import ExampleStream
+from latentwire_fast.data.streams import ExampleStream, TestbedStream, TrainItem
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.text import read_text
 from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import DATA_SETS
+from latentwire_fast.training import trainer as trainer_module
 from latentwire_fast.training.builders import build_stream
+from latentwire_fast.training.session import Session
+from latentwire_fast.training.tracking import read_records
+from latentwire_fast.training.trainer import Trainer
 from runs import tiny_config, weighted_stage
 
 TITLES = ("Rhine", "Amazon", "Oxygen", "Kenya")
@@ -276,6 +281,19 @@ def mixed_data(tmp_path: Path, **settings: object) -> DataConfig:
     return DataConfig(f"{squad}+text={text}", **settings)  # type: ignore[arg-type]
 
 
+def test_only_questions_are_scored(tmp_path: Path) -> None:
+    """Texts of a mixture without an `eval_source` are left out of what is held out."""
+    data = mixed_data(tmp_path)
+    heldout = heldout_examples(data)
+    assert heldout
+    assert all(example.answers for example in heldout)
+    both = replace(data, source=data.source.replace("+", ","))
+    assert {e.context for e in heldout_examples(both)} == {e.context for e in heldout}
+    texts = data.source.split("+")[1]
+    with pytest.raises(DataError, match="has no questions to be scored on; give a source with"):
+        heldout_examples(replace(data, source=texts))
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 def test_texts_have_batches_of_their_own(
     share: float, llama_folder: Path, readers: dict[str, Reader], tmp_path: Path
@@ -296,9 +314,6 @@ def test_texts_have_batches_of_their_own(
 
 def test_a_text_trains_what_needs_no_question(llama_folder: Path, tmp_path: Path) -> None:
     """Both kinds of data in one run, in a stage of both kinds of objectives."""
-    from latentwire_fast.training.tracking import read_records
-    from latentwire_fast.training.trainer import Trainer
-
     config = tiny_config(
         llama_folder,
         data=mixed_data(tmp_path, text_share=0.5),
@@ -339,3 +354,31 @@ def test_data_settings_are_checked_and_stored(llama_folder: Path) -> None:
     data = DataConfig("a.json[:2]", eval_source="a.json[2:]", text_share=0.5, max_context_tokens=9)
     config = tiny_config(llama_folder, data=data)
     assert run_config_from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_a_stage_may_have_batches_of_its_own_size(llama_folder: Path, tmp_path: Path) -> None:
+    stages = (
+        replace(weighted_stage("one", 1, answer=1.0), batch_size=2),
+        weighted_stage("two", 1, answer=1.0),
+    )
+    config = tiny_config(llama_folder, stages=stages)
+    sizes = []
+    trainer = Trainer(config, tmp_path / "run", progress=False)
+
+    def seen(step: int, size: int, **options: Any) -> list[TrainItem]:
+        sizes.append(size)
+        return TestbedStream.batch(trainer.session.stream, step, size, **options)  # type: ignore[arg-type]
+
+    open_session = trainer_module.open_session
+
+    def opened(*args: Any, **options: Any) -> Session:
+        session = open_session(*args, **options)
+        session.stream.batch = seen  # type: ignore[method-assign]
+        return session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "open_session", opened)
+        trainer.run()
+    assert sizes == [2, config.optim.batch_size]
+    with pytest.raises(ConfigError, match="batch_size=0, expected at least 1"):
+        replace(stages[0], batch_size=0)

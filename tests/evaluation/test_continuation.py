@@ -155,6 +155,8 @@ def test_paragraphs_come_once_and_not_from_the_training(
     run = replace(config, data=replace(config.data, source=str(path)))
     with pytest.raises(DataError, match="contexts of the evaluation"):
         build_stream(run, readers)
+    with pytest.raises(DataError, match="contexts of the evaluation"):
+        continuation_texts(run, readers)  # of a trained run, with --set
     assert load_examples(str(path), split="train", count=None, seed=0)
 
 

@@ -41,6 +41,7 @@ class Text(DataSet):
             )
 
     config: Config
+    has_questions = False
 
     def load(self, place: Path | None, *, split: Split, count: int | None, seed: int) -> Loaded:
         """Every paragraph once, shuffled; their questions and answers are empty.
