@@ -67,8 +67,8 @@ SIGNATURES = {
     ),
     "Reader.score": (
         "(self, prompts: 'Sequence[Prompt]', *, prefixes: 'Sequence[Tensor] | Tensor | "
-        "None' = None, deep: 'Tensor | None' = None, side: 'PaddingSide' = 'right') -> "
-        "'TargetScores'"
+        "None' = None, deep: 'Tensor | None' = None, head: 'int' = 0, side: 'PaddingSide' "
+        "= 'right') -> 'TargetScores'"
     ),
     "Reader.decode": "(self, ids: 'Sequence[int]') -> 'str'",
     "ReaderConfig": (
@@ -163,9 +163,9 @@ SIGNATURES = {
         "'tuple[int, ...]', dtype: 'torch.dtype' = torch.float32) -> 'Tensor'"
     ),
     "train": (
-        "(config: 'RunConfig', run: 'str | Path', *, evaluate: 'bool' = True, device: "
-        "'torch.device | str | None' = None, progress: 'bool' = True) -> 'dict[str, Any] "
-        "| None'"
+        "(config: 'RunConfig', run: 'str | Path', *, evaluate: 'bool' = True, cache: "
+        "'bool' = True, device: 'torch.device | str | None' = None, progress: 'bool' = "
+        "True) -> 'dict[str, Any] | None'"
     ),
     "wire.Header": (
         "(*, bits: 'int', latents: 'int', d_z: 'int', group_size: 'int', fingerprint: "
