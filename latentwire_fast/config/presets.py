@@ -176,7 +176,7 @@ def squad_small() -> RunConfig:
         data=DataConfig(
             source="hub:squad", max_context_tokens=300, text_share=0.5, eval_examples=400
         ),
-        stages=_attention_recipe(match=2000, answer=500, quantized=200, batch_size=4),
+        stages=_attention_recipe(match=3000, answer=500, quantized=200, batch_size=4),
         optim=OptimConfig(
             muon_lr=None,
             adamw_lr=1e-3,
@@ -232,7 +232,10 @@ def _attention_recipe(
     *, match: int, answer: int, quantized: int, batch_size: int | None = None
 ) -> tuple[StageConfig, ...]:
     """What holds on real text: a deep prefix learns what attention gets from the whole text, then
-    the answers, then the answers at the width that is sent.
+    the answers too, then both at the width that is sent.
+
+    Answers alone teach the form of an answer and not the text: the payload of another example is
+    then worth as much, from the start and after `match` alike.
 
     Args:
         match, answer, quantized: steps.
@@ -241,7 +244,7 @@ def _attention_recipe(
     answers: dict[str, Any] = {
         "lr": 0.5,
         "batch_size": batch_size,
-        "objectives": weighted(answer=1.0),
+        "objectives": weighted(answer=1.0, attention=0.5),
     }
     return (
         StageConfig("match", steps=match, objectives=weighted(attention=1.0)),
