@@ -92,25 +92,28 @@ def map_paths(spec: str, change: Callable[[str], str]) -> str:
     """A source with its local paths changed; names of sets stay.
 
     Raises:
-        DataError: a changed path holds a comma, which separates sources.
+        DataError: a changed path holds what separates sources: a comma, or in a union a plus sign.
     """
-    return ",".join(
-        "+".join(_map_path(piece, change) for piece in split_union(part))
-        for part in split_shares(spec)
-    )
+    shares = []
+    for part in split_shares(spec):
+        pieces = split_union(part)
+        separators = ",+" if len(pieces) > 1 else ","
+        shares.append("+".join(_map_path(piece, change, separators) for piece in pieces))
+    return ",".join(shares)
 
 
-def _map_path(piece: str, change: Callable[[str], str]) -> str:
+def _map_path(piece: str, change: Callable[[str], str], separators: str) -> str:
     if is_built_in(piece) or piece.startswith("hub:"):
         return piece
     rest, articles = _without_articles(piece)
     name, path = _named(rest)
     path = change(path)
-    if "," in path:
-        raise DataError(
-            f"data source {path!r}: a comma separates sources; rename the folder, or link to it "
-            "from a place without one"
-        )
+    for separator, word in (",", "comma"), ("+", "plus sign"):
+        if separator in separators and separator in path:
+            raise DataError(
+                f"data source {path!r}: a {word} separates sources; rename the folder, or link to "
+                "it from a place without one"
+            )
     return (f"{name}={path}" if name else path) + articles
 
 

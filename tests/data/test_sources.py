@@ -150,6 +150,13 @@ def test_paths_become_absolute_in_all_pieces() -> None:
     assert map_paths(spec, lambda path: f"/x/{path}") == expected
 
 
+def test_a_union_in_a_folder_with_a_plus_sign_is_refused() -> None:
+    """It could not be read again: the plus signs would look alike."""
+    with pytest.raises(DataError, match="a plus sign separates sources; rename the folder"):
+        map_paths("a.json+b.json", lambda path: f"/x+y/{path}")
+    assert map_paths("a.json", lambda path: f"/x+y/{path}") == "/x+y/a.json"
+
+
 def test_the_same_source_twice_is_refused(tmp_path: Path) -> None:
     path = articles(tmp_path / "squad.json", *TITLES)
     with pytest.raises(DataError, match="two sources of one name"):
