@@ -48,15 +48,18 @@ class TrainArguments:
     """Train an encoder, and adapters for a set of frozen readers; then evaluate them.
 
     Args:
-        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke, squad_llama_qwen)
-            or a .json file.
+        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke, squad_small,
+            squad_llama_qwen) or a .json file.
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
             .gguf file, package:NAME (smollm2, gemma3), a hub id or testbed:NAME (llama, qwen).
         encoder: source of the encoder's language model; with --reader, the first reader's source
             unless given.
-        data: testbed, a file in SQuAD's format, a saved data set, or hub:NAME.
+        data: testbed, a file in SQuAD's format (FILE[A:B]: some of its articles), text=FILE
+            (paragraphs without questions), a saved data set, or hub:NAME; several with + between.
+        eval_data: what to evaluate on, in the same form; the held-out part of the data unless
+            given. No context may be in both.
         base: a finished run to add the readers to. Its encoder stays as it is; the readers learn
             to read its payloads.
         mode: context (the latent stands for the context, the question is text) or pure (the latent
@@ -64,6 +67,8 @@ class TrainArguments:
         seed: of the first weights and of the order of the data.
         steps: number of steps in all. Every stage becomes shorter or longer in proportion, and has
             one step at least.
+        minutes: of training at most; where they are too short for all steps, steps are left out
+            evenly.
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
         no_eval: train, and do not evaluate.
@@ -90,10 +95,12 @@ class TrainArguments:
     reader: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     encoder: str | None = None
     data: str | None = None
+    eval_data: str | None = None
     base: str | None = None
     mode: Literal["context", "pure"] | None = None
     seed: int | None = None
     steps: int | None = None
+    minutes: float | None = None
     batch_size: int | None = None
     eval_examples: int | None = None
     no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -179,10 +186,12 @@ def main() -> None:
         readers=parse_pairs(args.reader, option="--reader"),
         encoder=args.encoder,
         data=args.data,
+        eval_data=args.eval_data,
         base=args.base,
         mode=args.mode,
         seed=args.seed,
         steps=args.steps,
+        minutes=args.minutes,
         batch_size=args.batch_size,
         eval_examples=args.eval_examples,
         dtype=args.dtype,

@@ -147,11 +147,14 @@ class ObjectiveConfig(PartSettings):
         weight: its factor in the stage's loss; with 0 it is computed and reported, not trained on.
         modes: the modes that it has a meaning in.
         teaches_positions: whether it teaches an encoder which positions become latents.
+        reads_answers: whether it is about questions and answers; a text without any is then no
+            item for it.
     """
 
     registry: ClassVar[Registry] = OBJECTIVES
     modes: ClassVar[tuple[Mode, ...]] = ("context", "pure")
     teaches_positions: ClassVar[bool] = False
+    reads_answers: ClassVar[bool] = False
 
     weight: float = 1.0
 

@@ -36,6 +36,7 @@ __all__ = [
     "AttachmentConfig",
     "BottleneckConfig",
     "Calibration",
+    "ContinuationConfig",
     "DataConfig",
     "EncoderConfig",
     "EvalConfig",
@@ -126,8 +127,15 @@ class DataConfig(Settings):
     """Where examples come from.
 
     Attributes:
-        source: `testbed`, a SQuAD-format file, a saved `datasets` folder, `NAME=PATH` (rows of the
-            set NAME), `hub:NAME`, or several of these with commas between them, in equal shares.
+        source: `testbed`, a SQuAD-format file (with `[A:B]` behind it, some of its articles), a
+            saved `datasets` folder, `text=FILE` (paragraphs without questions), `NAME=PATH` (rows
+            of the set NAME), `hub:NAME`; several of these with `+` between them, or with commas
+            for equal shares.
+        eval_source: what the run is scored on, in the same form; None: the held-out part of
+            `source`. No context may be in both.
+        text_share: share of the batches that are paragraphs without questions, in stages that can
+            use them; None: their share of the data.
+        max_context_tokens: examples with a longer context, in any reader's tokens, are left out.
         facts: testbed: facts per passage at the end of the curriculum.
         similar: testbed: share of training passages with only two kinds of facts, which have to
             be told apart.
@@ -136,6 +144,9 @@ class DataConfig(Settings):
     """
 
     source: str = "testbed"
+    eval_source: str | None = None
+    text_share: float | None = None
+    max_context_tokens: int | None = None
     facts: int = 4
     similar: float = 0.0
     questions_per_context: int = 4
@@ -146,7 +157,9 @@ class DataConfig(Settings):
         super().__post_init__()
         require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
-        self.at_least_one("questions_per_context", "eval_examples")
+        self.at_least_one("questions_per_context", "eval_examples", "max_context_tokens")
+        share = self.text_share
+        require(share is None or 0 <= share <= 1, f"text_share={share}, expected 0 to 1, or none")
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,7 @@ class StageConfig(Settings):
         facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
         lr: factor on the run's learning rates.
+        batch_size: examples per step; None: the run's. Stages differ in what an example costs.
     """
 
     name: str
@@ -169,6 +183,7 @@ class StageConfig(Settings):
     facts: ScheduleConfig | None = None
     quantize: int | None = None
     lr: float = 1.0
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,11 +196,19 @@ class StageConfig(Settings):
             any(objective.weight for objective in self.objectives),
             f"{stage}: no objective with a weight above 0; add one to `objectives`",
         )
+        require(
+            self.batch_size is None or self.batch_size >= 1,
+            f"{stage}: batch_size={self.batch_size}, expected at least 1, or none",
+        )
         require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
         require(
             self.quantize is None or self.quantize in BITS,
             f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
         )
+        self._check_facts()
+
+    def _check_facts(self) -> None:
+        stage = f"stage {self.name!r}"
         if self.facts is not None:
             schedule = SCHEDULES.part_of(self.facts)(self.facts)
             for facts in {schedule.value(step, self.steps) for step in range(self.steps)}:
@@ -193,6 +216,11 @@ class StageConfig(Settings):
                     facts in FACTS,
                     f"{stage}: facts={facts:g}, expected a whole number from 1 to 18",
                 )
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether there is something to learn from a text without questions."""
+        return any(o.weight and not o.reads_answers for o in self.objectives)
 
 
 @dataclass(frozen=True)
@@ -234,8 +262,29 @@ class OptimConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ContinuationConfig(Settings):
+    """Paragraphs whose second half readers predict, given the first as text and as a payload.
+
+    Attributes:
+        source: as in `DataConfig`; all of it, so no training text may be in it.
+        examples: how many paragraphs.
+    """
+
+    source: str
+    examples: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.examples >= 2, f"examples={self.examples}, expected at least 2")
+
+
+@dataclass(frozen=True)
 class EvalConfig(Settings):
-    """Evaluation after training."""
+    """Evaluation after training.
+
+    Attributes:
+        continuation: a measure of running text beside the questions; context mode only.
+    """
 
     batch_size: int = 50
     max_new_tokens: int = 12
@@ -245,6 +294,7 @@ class EvalConfig(Settings):
     first_token_temperature: float = 0.0
     first_token_top_p: float = 1.0
     eos_ban_steps: int = 0
+    continuation: ContinuationConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -265,6 +315,8 @@ class RunConfig(Settings):
         validation: scores while it trains; None for none.
         threads: of torch on a CPU; None leaves them to torch.
         log_every, save_every: steps between diagnostics and between checkpoints.
+        minutes: of training at most; None for no limit. Where the time is too short for all steps,
+            steps are left out evenly, so that every stage and the learning rate come to their end.
     """
 
     preset: str = "custom"
@@ -285,6 +337,7 @@ class RunConfig(Settings):
     validation: ValidationConfig | None = None
     log_every: int = 10
     save_every: int = 200
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,8 +346,15 @@ class RunConfig(Settings):
             check_reader_name(name)
         require(bool(self.stages), "stages: at least one training stage is needed")
         self.at_least_one("log_every", "save_every", "threads")
+        require(
+            self.minutes is None or self.minutes > 0, f"minutes={self.minutes}, expected above 0"
+        )
         self._check_attachments()
         self._check_objectives()
+        require(
+            self.mode == "context" or self.evaluation.continuation is None,
+            "evaluation.continuation needs mode='context': a text has no question to encode",
+        )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
         for part in (self.encoder, self.bottleneck, *self.attachments):
             part.check(self)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from latentwire_fast.evaluation.continuation import WAYS
 from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.methods.base import by_kind, evaluation_methods, methods_by_bits
+
+_NLL_METHODS = {
+    "text": "text",
+    "latent": "latent",
+    "closed_book": "closed book",
+    "shuffled_latent": "shuffled",
+}
 
 
 def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
@@ -19,6 +27,7 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
     ]
     not_measured = metrics.get("not_measured") or {}
     lines += _method_lines(readers, not_measured)
+    lines += _nll_lines(metrics)
     for bits, size in sizes["payload_mean"].items():
         lines += _width_lines(readers, bits, size)
     lines.append(
@@ -55,6 +64,26 @@ def _method_lines(readers: Mapping[str, Any], not_measured: Mapping[str, str]) -
         missing = DOES_NOT_FIT if fits_not(not_measured.get(key)) else "-"
         cells = [missing if entry is None else _points(entry["f1"]["mean"]) for entry in found]
         label = method.console_label or method.label.lower()
+        yield f"{label:18}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def _nll_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """NLL per token of the gold answers, where it says most, and of second halves of texts."""
+    rows = {key: f"NLL {label}" for key, label in _NLL_METHODS.items()}
+    yield from _table(rows, metrics["readers"], lambda entry: entry.get("nll_per_token"))
+    found = (metrics.get("continuation") or {}).get("readers") or {}
+    given = {name: entry["nll_per_token"] for name, entry in found.items()}
+    labels = {way: f"rest | {way}".replace("_", " ") for way in WAYS}
+    if given:
+        yield from _table(labels, given, lambda entry: entry)
+
+
+def _table(
+    labels: Mapping[str, str], readers: Mapping[str, Any], score: Callable[[Any], Any]
+) -> Iterator[str]:
+    for key, label in labels.items():
+        found = [score(entries.get(key) or {}) for entries in readers.values()]
+        cells = ["-" if entry is None else f"{entry['mean']:.3f}" for entry in found]
         yield f"{label:18}" + "".join(f"{cell:>12}" for cell in cells)
 
 

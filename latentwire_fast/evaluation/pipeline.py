@@ -20,6 +20,7 @@ from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
 from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.provenance import commit, run_record, versions
@@ -33,6 +34,7 @@ from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
+from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import load_readers
 
 logger = logging.getLogger(__name__)
@@ -159,14 +161,20 @@ def _evaluate(
     readers = load_readers(config.readers, device, dtype=dtype)
     if dtype is not None:
         config = with_overrides(config, dtype=dtype)  # what the results are of
-    examples = heldout_examples(config.data, count=count, seed=fresh_seed)
-    check_answers(examples, readers, source=f"{config.data.source} (held out)")
+    limit = ContextLimit(readers, config.data.max_context_tokens)
+    examples = heldout_examples(config.data, count=count, seed=fresh_seed, keep=limit.fits)
+    source = config.data.eval_source or f"{config.data.source} (held out)"
+    limit.report(source)
+    check_answers(examples, readers, source=source)
+    paragraphs = continuation_texts(config, readers)
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
     results = evaluator.run()
     measured |= results.metrics()
     if folder.validation.exists():
         measured["validation"] = read_json(folder.validation, error=CheckpointError)
+    if paragraphs:
+        measured["continuation"] = measure_continuation(paragraphs, model, readers, config)
     diagnostics = read_records(folder.diagnostics)
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     seed = config.data.eval_seed if fresh_seed is None else fresh_seed

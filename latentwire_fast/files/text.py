@@ -1,10 +1,37 @@
-"""Plain text files."""
+"""Plain text files, packed (.xz, .gz) or not."""
 
 from __future__ import annotations
 
+import gzip
+import lzma
+import zlib
 from pathlib import Path
 
-from latentwire_fast.errors import DataError
+from latentwire_fast.errors import DataError, LatentWireError
+
+_UNPACK = {".xz": lzma.decompress, ".gz": gzip.decompress}
+
+
+def read_unpacked(path: Path, *, error: type[LatentWireError] = DataError) -> bytes:
+    """A file's bytes; those of a .xz or .gz file unpacked.
+
+    Args:
+        error: what is raised where it cannot be unpacked.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    unpack = _UNPACK.get(path.suffix.lower())
+    if unpack is None:
+        return data
+    try:
+        return unpack(data)
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as wrong:
+        raise error(
+            f"{path}: cannot be unpacked ({wrong}); is the file complete, and is it what its "
+            "name says?"
+        ) from None
 
 
 def read_text(path: Path) -> str:
@@ -14,7 +41,7 @@ def read_text(path: Path) -> str:
         DataError: missing, unreadable, not UTF-8, or empty.
     """
     try:
-        content = path.read_bytes()
+        content = read_unpacked(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     return decode_text(content, name=str(path))

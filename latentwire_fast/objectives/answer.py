@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ class Answer(Objective):
         Attributes:
             tokens: how many tokens of each answer count; None: all of them and EOS.
         """
+
+        reads_answers: ClassVar[bool] = True
 
         tokens: int | None = None
 

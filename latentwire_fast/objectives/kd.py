@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class KD(Objective):
             tau: temperature of both distributions.
             tokens: how many tokens of each answer count; None: all of them and EOS.
         """
+
+        reads_answers: ClassVar[bool] = True
 
         tau: float = 1.0
         tokens: int | None = None

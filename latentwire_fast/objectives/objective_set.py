@@ -78,6 +78,8 @@ class ObjectiveSet:
             prepared = PreparedItem(item, self.model.mode)
             for reader in readers:
                 for kind, objective in self.of(stage).items():
+                    if objective.config.reads_answers and not item.turns:
+                        continue
                     prepared.counts[kind, reader.name] = objective.prepare(prepared, reader)
             result.append(prepared)
         return result
@@ -142,6 +144,8 @@ class ObjectiveSet:
         )
         terms = []
         for kind, objective in parts.items():
+            if (kind, name) not in encoded.items[0].counts:  # a batch of texts without questions
+                continue
             value, count = objective.compute(batch), max(1, counts[kind, name])
             losses.sums[kind, name] = value.detach()
             for measure, reported in batch.take_reports().items():

@@ -17,14 +17,15 @@ from pathlib import Path
 from latentwire_fast.config.schema import Mode, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
+from latentwire_fast.data.source_names import map_paths
 from latentwire_fast.data.sources import (
+    check_apart,
     endless_stream,
     load_examples,
-    map_paths,
     split_validation,
 )
 from latentwire_fast.data.streams import ExampleStream, Stream
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.base import Encoder, build_encoder
@@ -32,6 +33,7 @@ from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ATTACHMENTS
@@ -56,8 +58,18 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     if encoder.source is not None:
         encoder = encoder.with_source(_absolute(encoder.source))
     data = replace(config.data, source=map_paths(config.data.source, _absolute))
+    if data.eval_source is not None:
+        data = replace(data, eval_source=map_paths(data.eval_source, _absolute))
+    evaluation = config.evaluation
+    if evaluation.continuation is not None:
+        place = map_paths(evaluation.continuation.source, _absolute)
+        evaluation = replace(
+            evaluation, continuation=replace(evaluation.continuation, source=place)
+        )
     base = None if config.base is None else _absolute(config.base)
-    return replace(config, readers=readers, encoder=encoder, data=data, base=base)
+    return replace(
+        config, readers=readers, encoder=encoder, data=data, evaluation=evaluation, base=base
+    )
 
 
 def _absolute(source: str) -> str:
@@ -151,18 +163,53 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
 
     Raises:
         ConfigError: as `check_answers`.
+        DataError: as `load_examples` and `check_apart`, or a stage that finds nothing to learn from
+            the data.
     """
     endless = endless_stream(config.data, mode=config.mode, seed=config.seed)
     count = None if endless is None else ENDLESS_SAMPLE
+    limit = ContextLimit(readers, config.data.max_context_tokens)
     examples = load_examples(
-        config.data.source, split="train", count=count, seed=config.seed, data=config.data
+        config.data.source,
+        split="train",
+        count=count,
+        seed=config.seed,
+        data=config.data,
+        keep=limit.fits,
     )
+    limit.report(config.data.source)
     check_answers(examples, readers, source=config.data.source)
     if endless is not None:
         return endless
     if config.validation is not None:
         examples, _ = split_validation(examples, config.validation.examples)
-    return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+    _check_evaluation(examples, config)
+    stream = ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+    for stage in config.stages:
+        if not (stream.items or stage.takes_texts):
+            raise DataError(
+                f"{config.data.source} has no questions, and stage {stage.name!r} learns from "
+                "nothing else; add a source with questions, or leave out the stage"
+            )
+    return stream
+
+
+def _check_evaluation(training: list[Example], config: RunConfig) -> None:
+    """Raise unless all that the run is scored on is kept out of its training.
+
+    All of a file, not only as many examples as are asked for: another seed takes others.
+    """
+    data, continuation = config.data, config.evaluation.continuation
+    sources = [data.eval_source, None if continuation is None else continuation.source]
+    for source in sources:
+        if source is None:
+            continue
+        is_endless = endless_stream(replace(data, source=source), mode=config.mode, seed=0)
+        count = data.eval_examples if is_endless else None
+        everything = load_examples(
+            source, split="heldout", count=count, seed=0, data=data, whole=True
+        )
+        check_apart(training, everything, source=data.source, eval_source=source)
 
 
 def validation_examples(config: RunConfig) -> list[Example]:
@@ -187,7 +234,8 @@ def validation_examples(config: RunConfig) -> list[Example]:
 def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:
     """Say once how much of a finite data set training will not see."""
     if isinstance(stream, ExampleStream):
-        texts = ((item.context, turn.question) for item in stream.items for turn in item.turns)
+        texts = [(item.context, turn.question) for item in stream.items for turn in item.turns]
+        texts += [(item.context, "") for item in stream.texts]
         truncation = measure_truncation(encoder, texts, mode=mode)
         if truncation.cut:
             logger.warning("training data: %s. Raise that limit, or split the passages", truncation)

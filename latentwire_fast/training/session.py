@@ -123,9 +123,10 @@ def begin(config: RunConfig, accelerator: Accelerator) -> None:
         ConfigError: more processes than examples in a batch.
     """
     processes = accelerator.num_processes
-    if config.optim.batch_size < processes:
+    smallest = min(stage.batch_size or config.optim.batch_size for stage in config.stages)
+    if smallest < processes:
         raise ConfigError(
-            f"batch_size={config.optim.batch_size} leaves some of {processes} processes "
+            f"batch_size={smallest} leaves some of {processes} processes "
             f"without an example; set --batch-size to {processes} at least, or start fewer"
         )
     if config.threads:

@@ -46,7 +46,7 @@ class TrainingState:
 
     Attributes:
         micro_batch: examples per forward pass that fit in memory.
-        step: steps done. seconds: what they took.
+        step: steps done. previous: the one that was done last. seconds: what they took.
         spikes: the guard's running means.
         validations: the results so far (see `validation.py`).
     """
@@ -55,6 +55,7 @@ class TrainingState:
     optimizers: Sequence[torch.optim.Optimizer]
     micro_batch: int
     step: int = 0
+    previous: int = -1
     seconds: float = 0.0
     spikes: SpikeGuard = field(default_factory=SpikeGuard)
     validations: list[dict[str, Any]] = field(default_factory=list)
@@ -145,7 +146,7 @@ class TrainingState:
         self.validations = checkpoint.state.get("validations", [])
         self.seconds = checkpoint.state["seconds"]
         self.micro_batch = checkpoint.state["micro_batch"]
-        self.step = checkpoint.step
+        self.step, self.previous = checkpoint.step, checkpoint.step - 1
         return True
 
 

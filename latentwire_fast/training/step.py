@@ -18,6 +18,8 @@ from latentwire_fast.training.accumulation import Accumulated, MicroLoss, run_ac
 from latentwire_fast.training.distributed import Reducer
 from latentwire_fast.training.optimizers import scale_learning_rates
 from latentwire_fast.training.session import Session
+from latentwire_fast.training.state import TrainingState
+from latentwire_fast.training.time_limit import passes
 from latentwire_fast.training.tracking import module_gradient_norms
 
 LOSSES = "losses"  # the group of a step's parts that holds its losses; other groups are measures
@@ -77,9 +79,10 @@ def by_group(parts: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     return groups
 
 
-def is_logged(config: RunConfig, step: int) -> bool:
-    """Whether a 0-based step gets a record: every `log_every`, and the last."""
-    return step % config.log_every == 0 or step + 1 == config.total_steps
+def is_logged(config: RunConfig, state: TrainingState) -> bool:
+    """Whether the next step gets a record: every `log_every`, and the last."""
+    is_due = passes(state.previous, state.step, config.log_every)
+    return is_due or state.step + 1 == config.total_steps
 
 
 def facts_at(config: RunConfig, step: int) -> int:
@@ -105,7 +108,12 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     config, state, start = session.config, session.state, time.perf_counter()
     stage, _ = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
-    batch = session.stream.batch(state.step, config.optim.batch_size, facts=facts)
+    batch = session.stream.batch(
+        state.step,
+        stage.batch_size or config.optim.batch_size,
+        facts=facts,
+        texts=stage.takes_texts,
+    )
     items = session.objectives.prepare(
         batch[accelerator.process_index :: accelerator.num_processes],
         stage,
@@ -116,7 +124,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     state.micro_batch = result.micro_batch
     reducer.gradients(state.parameters)
     loss, parts = reducer.values(result.loss, result.parts)
-    norms = module_gradient_norms(session.parts()) if is_logged(config, state.step) else {}
+    norms = module_gradient_norms(session.parts()) if is_logged(config, state) else {}
     session.nonfinite.check(
         loss,
         step=state.step,

@@ -35,6 +35,7 @@ from latentwire_fast.training.optimizer_state import rng_state
 from latentwire_fast.training.session import Session, open_session
 from latentwire_fast.training.signals import StopSignals
 from latentwire_fast.training.step import is_logged, train_step
+from latentwire_fast.training.time_limit import next_step, passes
 from latentwire_fast.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -172,8 +173,10 @@ class Trainer:
             self._validate(tracker)  # one that a signal cut short
             while state.step < config.total_steps and not self._has_stalled():
                 record = self._train_step()
-                state.step += 1
-                bar.update()
+                # The main process's clock decides for all of them.
+                seconds = self.reducer.each(state.seconds)[0] if config.minutes else 0.0
+                state.previous, state.step = state.step, next_step(config, state.step, seconds)
+                bar.update(state.step - state.previous)
                 if record is not None:
                     if tracker is not None:
                         tracker.log(record)
@@ -182,13 +185,14 @@ class Trainer:
                 if self.reducer.any(self.signals.number is not None):
                     self._save_and_stop()
                 is_last = state.step == config.total_steps or self._has_stalled()
-                if state.step % config.save_every == 0 or is_last:
+                if is_last or passes(state.previous, state.step, config.save_every):
                     self.save()
 
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step; returns its record on logged steps."""
+        is_due = is_logged(self.config, self.session.state)
         result = train_step(self.session, self.accelerator, self.reducer)
-        return result.record(self.session) if is_logged(self.config, result.step) else None
+        return result.record(self.session) if is_due else None
 
     def _validate(self, tracker: Tracker | None) -> None:
         """Score the model where that is due and not done; keep the best model so far."""

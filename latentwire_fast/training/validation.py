@@ -25,6 +25,7 @@ from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver, ReceiverOptions
 from latentwire_fast.training.distributed import Reducer
 from latentwire_fast.training.optimizer_state import restore_rng_state, rng_state
+from latentwire_fast.training.time_limit import passes
 
 Validation = dict[str, Any]
 Sums = dict[str, dict[str, float]]  # by reader
@@ -60,8 +61,8 @@ class Validator:
 
     def is_due(self, step: int, done: Sequence[Validation], *, last: bool) -> bool:
         """Whether there is to be one behind so many steps, and has been none yet."""
-        wanted = last or (step > 0 and step % self.settings.every == 0)
-        return wanted and not (done and done[-1]["step"] == step)
+        before = done[-1]["step"] if done else 0  # steps may be left out in between
+        return passes(before, step, self.settings.every) or (last and step != before)
 
     @torch.no_grad()
     def run(

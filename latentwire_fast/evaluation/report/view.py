@@ -16,6 +16,7 @@ from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
 from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
+from latentwire_fast.evaluation.report.differences import continuation, difference_rows
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
 from latentwire_fast.evaluation.report.formatting import (
     MISSING,
@@ -57,12 +58,17 @@ def build_view(
         "hypotheses": [hypothesis_row(metrics, key) for key in hypotheses()],
         "columns": [title for title, *_ in _COLUMNS],
         "readers": [
-            {"name": name, "rows": list(_method_rows(methods, metrics))}
+            {
+                "name": name,
+                "rows": list(_method_rows(methods, metrics)),
+                "differences": list(difference_rows(metrics, name)),
+            }
             for name, methods in _readers(metrics).items()
         ],
         "width_columns": _width_columns(metrics),
         "widths": list(_width_rows(metrics)),
         "joint": _joint(metrics),
+        "continuation": continuation(metrics),
         "extra_columns": list(EXTRA_SCORES.values()),
         "extra": list(_extra_rows(extra)),
         "validation": _validation(metrics.get("validation") or {}),
