@@ -198,7 +198,11 @@ def train_text_lora(
     (reader,) = load_readers(config.readers, place).values()
     lora = ReaderLora.load(folder.model)
     lora.attach(reader)
-    options = {"seed": config.seed, "resamples": config.evaluation.resamples}
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "resamples": config.evaluation.resamples,
+        "clusters": [example.context for example in heldout],
+    }
 
     def scores() -> dict[str, Any]:
         found = score_text(reader, heldout, config, progress=progress).intervals(**options)

@@ -257,6 +257,7 @@ class Reader:
             softcap=self.logit_softcap or None,
         )
 
+    @property
     def logit_scale(self) -> float:
         """Factor on what the output embedding gives; 1 where the model has none."""
         return self._transform.scale
