@@ -131,6 +131,9 @@ class StageConfig(Settings):
         facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
         lr: factor on the run's learning rates.
+        hold_encoder: leave the encoder as it is, and train only what stands behind it. A first
+            stage of `attention` needs this: an attachment first learns what all texts have in
+            common, and an encoder that learns with it meanwhile makes all latents alike.
     """
 
     name: str
@@ -141,6 +144,7 @@ class StageConfig(Settings):
     facts: ScheduleConfig | None = None
     quantize: int | None = None
     lr: float = 1.0
+    hold_encoder: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
