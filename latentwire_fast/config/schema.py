@@ -173,6 +173,9 @@ class StageConfig(Settings):
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
         lr: factor on the run's learning rates.
         batch_size: examples per step; None: the run's. Stages differ in what an example costs.
+        hold_encoder: leave the encoder as it is, and train only what stands behind it. A first
+            stage of `attention` needs this: an attachment first learns what all texts have in
+            common, and an encoder that learns with it meanwhile makes all latents alike.
     """
 
     name: str
@@ -184,6 +187,7 @@ class StageConfig(Settings):
     quantize: int | None = None
     lr: float = 1.0
     batch_size: int | None = None
+    hold_encoder: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

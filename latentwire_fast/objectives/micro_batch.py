@@ -35,6 +35,7 @@ class EncodedBatch:
     Args:
         bits: width that latents are quantised to on their way to the readers; None for none.
         select: also ask the encoder for the positions that its latents stand at.
+        hold: the encoder is not trained.
         cut: cut the graph behind the encoder. Backward through a reader's loss then ends at the
             cut, and `backward` goes on from there, once for all readers.
 
@@ -52,22 +53,25 @@ class EncodedBatch:
         bits: int | None,
         select: bool,
         cut: bool,
+        hold: bool = False,
     ) -> None:
         self.items = items
         self.model = model
         self._bits = bits
         self._cut = cut
+        self._hold = hold
         self._cuts: list[tuple[Tensor, Tensor]] = []  # (end of the encoder's graph, leaf behind it)
         self._sent: dict[tuple[Texts, Texts | None], Tensor] = {}
         contexts = tuple(p.item.context for p in items)
         questions = tuple(p.question for p in items if p.question is not None) or None
         self.selection: Selection | None = None
         if select:
-            latent_BMd, selection = model.select(contexts, questions)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not hold):
+                latent_BMd, selection = model.select(contexts, questions)
             scores_BT = self._leaf(selection.scores_BT)
             self.selection = replace(selection, scores_BT=scores_BT)
         else:
-            latent_BMd = model.encode(contexts, questions)
+            latent_BMd = self._encode(contexts, questions)
         self.latent_BMd = latent_BMd.detach()
         self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd)
 
@@ -75,8 +79,12 @@ class EncodedBatch:
         """Latents `[B, M, d]` of other texts as readers get them, encoded once for all readers."""
         key = contexts, questions
         if key not in self._sent:
-            self._sent[key] = self._send(self.model.encode(contexts, questions))
+            self._sent[key] = self._send(self._encode(contexts, questions))
         return self._sent[key]
+
+    def _encode(self, contexts: Texts, questions: Texts | None) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._hold):
+            return self.model.encode(contexts, questions)
 
     @property
     def positions(self) -> Selection:

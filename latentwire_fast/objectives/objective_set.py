@@ -111,6 +111,7 @@ class ObjectiveSet:
             bits=stage.quantize,
             select=any(objective.needs_positions for objective in parts.values()),
             cut=backward is not None,
+            hold=stage.hold_encoder,
         )
         losses = Losses(encoded.latent_BMd.new_zeros(()), {}, {}, encoded.latent_BMd)
         for name in sorted({name for _, name in items[0].counts}):

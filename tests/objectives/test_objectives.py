@@ -441,3 +441,20 @@ def test_kd_with_the_teacher_cache(setting: Setting, tmp_path: Path) -> None:
         value = exact["kd", name].item()
         assert results[0]["kd", name].item() == pytest.approx(value, rel=5e-3)
         assert results[0]["answer", name] == exact["answer", name]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["sum", "sequential"])
+def test_an_encoder_that_is_held_gets_no_gradient(setting: Setting, backward: bool) -> None:
+    stage = replace(stage_of(answer=1.0, continuation=1.0), hold_encoder=True)
+    setting.model.zero_grad(set_to_none=True)
+    items, counts = setting.prepare(stage)
+    step = Tensor.backward if backward else None
+    losses = setting.objectives.compute(items, stage, counts, backward=step)
+    if not backward:
+        losses.total.backward()
+    free = setting.compute(replace(stage, hold_encoder=False))
+    torch.testing.assert_close(losses.total, free.total)
+    got = {name for name, p in setting.model.named_parameters() if p.grad is not None}
+    assert got
+    assert not any(name.startswith("encoder.") for name in got)
+    setting.model.zero_grad(set_to_none=True)
