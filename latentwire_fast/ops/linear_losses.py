@@ -188,8 +188,8 @@ def scored(
         return LinearLosses(*(x.reshape(lead) for x in results))
     if reduction == "sum":
         return LinearLosses(*results)
-    shares = [1.0 / (factor != 0).sum().clamp(min=1) for factor in reference.row_factors(flat)]
-    return LinearLosses(results[0] * shares[0], results[1] * shares[1], results[2])
+    counts = [(factor != 0).sum().clamp(min=1) for factor in reference.row_factors(flat)]
+    return LinearLosses(results[0] / counts[0], results[1] / counts[1], results[2])
 
 
 def _flat(weights: Tensor | None, count: int) -> Tensor | None:
