@@ -66,7 +66,6 @@ EXPECTED = {
         "generate": ON_THE_WIRE | {"project_calibrate"},
     },
     "squad_llama_qwen": {
-        "select": PROJECTION,
         "match": PROJECTION,
         "answer": PROJECTION | DISTILLED,
         "quantized": PROJECTION | QUANTISED | DISTILLED,
