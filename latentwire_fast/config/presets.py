@@ -212,7 +212,7 @@ def squad_llama_qwen() -> RunConfig:
         ),
         attachments=(ATTACHMENTS.config("deep", in_place=True, width=512, expansion=2),),
         data=DataConfig(source="hub:squad", eval_examples=1000),
-        stages=_attention_recipe(match=8000, answer=12000, quantized=4000),
+        stages=_attention_recipe(match=8000, answer=12000, quantized=4000, kd=0.5),
         optim=OptimConfig(
             muon_lr=None,
             adamw_lr=1e-4,
@@ -229,7 +229,7 @@ def squad_llama_qwen() -> RunConfig:
 
 
 def _attention_recipe(
-    *, match: int, answer: int, quantized: int, batch_size: int | None = None
+    *, match: int, answer: int, quantized: int, batch_size: int | None = None, kd: float = 0.0
 ) -> tuple[StageConfig, ...]:
     """What holds on real text: a deep prefix learns what attention gets from the whole text, then
     the answers too, then both at the width that is sent.
@@ -240,11 +240,12 @@ def _attention_recipe(
     Args:
         match, answer, quantized: steps.
         batch_size: of the stages that read answers: those go backward through the readers.
+        kd: weight of distillation in them; 0 leaves it out.
     """
     answers: dict[str, Any] = {
         "lr": 0.5,
         "batch_size": batch_size,
-        "objectives": weighted(answer=1.0, attention=0.5),
+        "objectives": weighted(answer=1.0, attention=0.5, **({"kd": kd} if kd else {})),
     }
     return (
         StageConfig("match", steps=match, objectives=weighted(attention=1.0)),

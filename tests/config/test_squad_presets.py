@@ -32,7 +32,8 @@ def test_the_smoke_form_has_the_same_parts(name: str) -> None:
 def test_both_use_the_recipe_that_holds_on_real_text() -> None:
     small, large = map(load_preset, PRESETS)
     assert small.encoder.latents == large.encoder.latents == 32
-    assert [s.objectives for s in small.stages] == [s.objectives for s in large.stages]
+    for stage, full in zip(small.stages, large.stages, strict=True):
+        assert set(stage.objectives) == {o for o in full.objectives if o.kind != "kd"}
     assert {reader.source for reader in small.readers.values()} == {
         "package:smollm2",
         "package:gemma3",

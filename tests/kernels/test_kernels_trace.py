@@ -67,7 +67,6 @@ EXPECTED = {
         "generate": ON_THE_WIRE | {"project_calibrate"},
     },
     "squad_llama_qwen": {
-        "select": PROJECTION,
         "match": PROJECTION,
         "answer": PROJECTION | LOSSES,
         "quantized": PROJECTION | QUANTISED | LOSSES,
