@@ -50,8 +50,7 @@ class LMFacts:
             width=core.config.hidden_size,
             layers=core.config.num_hidden_layers,
             anchor_D=weight_VD[prompts.anchor_ids[-1]].float(),
-            # An LM without weights, of which only the shape is known, has no values.
-            embedding_std=1.0 if weight_VD.is_meta else weight_VD.float().std().item(),
+            embedding_std=weight_VD.float().std().item(),
             tied=bool(core.config.tie_word_embeddings),
             source=source,
         )
