@@ -153,11 +153,18 @@ class LMEncoder(Encoder):
     @classmethod
     def outline(cls, config: EncoderConfig) -> LMEncoder:
         """An encoder whose LM has the shape of its source, and no weights. Its tokenizer is another
-        one, for texts cannot be read anyway."""
+        one, for texts cannot be read anyway; and while it is built, the LM has embeddings with
+        values, since a pooler begins with some of them."""
         assert isinstance(config, LMEncoder.Config)
+        tokenizer = load_tokenizer("testbed:llama")
         with torch.device("meta"):
             core = AutoModel.from_config(model_config(config.source), dtype=torch.float32)
-            return cls(core, load_tokenizer("testbed:llama"), config)
+        embedding = core.get_input_embeddings()
+        core.set_input_embeddings(nn.Embedding(len(tokenizer), core.config.hidden_size))
+        with torch.device("meta"):
+            encoder = cls(core, tokenizer, config)
+        core.set_input_embeddings(embedding.requires_grad_(not config.frozen))
+        return encoder
 
     def train(self, mode: bool = True) -> LMEncoder:
         """A frozen LM stays in eval mode: it has nothing to learn from dropout, and may be a
