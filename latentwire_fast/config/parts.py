@@ -131,6 +131,11 @@ class AttachmentConfig(PartSettings):
         place: str = self.registry.part_of(self).gives
         return place
 
+    @property
+    def starts_from_texts(self) -> bool:
+        """Whether a fresh one begins with what its reader computes of a few training texts."""
+        return False
+
 
 @dataclass(frozen=True)
 class ScheduleConfig(PartSettings):

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int, get_max_memory
 
 from latentwire_fast.errors import ConfigError
 
@@ -45,6 +44,8 @@ def placement(device_map: Any, max_memory: str | None) -> dict[str, Any]:
 def _memory(text: str) -> dict[int | str, int]:
     """Bytes by device: of all that there are, or of those that are named."""
     if "=" not in text:
+        from accelerate.utils import get_max_memory
+
         size = _bytes(text, text)
         return {d: min(size, n) if isinstance(d, int) else n for d, n in get_max_memory().items()}
     memory: dict[int | str, int] = {}
@@ -58,6 +59,9 @@ def _memory(text: str) -> dict[int | str, int]:
 
 
 def _bytes(size: str, text: str) -> int:
+    # Here, because a GPU machine without accelerate reads too, where no map asks for it.
+    from accelerate.utils import convert_file_size_to_int
+
     try:
         return int(convert_file_size_to_int(size.strip()))
     except ValueError:

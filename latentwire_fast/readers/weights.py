@@ -4,11 +4,10 @@ memory) and brings to the device for the time of a module's forward pass; and th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -59,7 +58,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(names):
         owner, _, own_name = names[name].rpartition(".")
         module = model.get_submodule(owner)
-        with align_module_device(module):
+        with _here(module):
             weight = getattr(module, own_name)
             yield name, weight.detach()
         state: Any = getattr(weight, "quant_state", None)  # of bitsandbytes: scales, one per block
@@ -68,7 +67,21 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{part}", value
 
 
+def _here(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block a module's weights are in memory. A machine without accelerate, which
+    nothing was offloaded on, can read a reader too."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    found: AbstractContextManager[None] = align_module_device(module)
+    return found
+
+
 def _bring_back(module: Any) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.utils import align_module_device
+
     device = module._hf_hook.execution_device
     with align_module_device(module, execution_device=device):
         weights = {name: w.detach().clone() for name, w in module.named_parameters(recurse=False)}

@@ -156,8 +156,7 @@ def open_session(
     readers = load_readers(config.readers, accelerator.device)
     frozen = FrozenGuard({name: reader.model for name, reader in readers.items()})
     stream = build_stream(config, readers)
-    first = stream.batch(0, START_TEXTS, facts=config.data.facts)
-    contexts = [item.context for item in first]
+    contexts = _start_texts(config, stream)
     model = build_model(config, readers, contexts).to(accelerator.device).train()
     if config.base:
         model.encoder.eval()
@@ -189,6 +188,13 @@ def open_session(
     )
     go_on(session, accelerator)
     return session
+
+
+def _start_texts(config: RunConfig, stream: Stream) -> list[str]:
+    """The first texts of the training data, if an attachment starts from some."""
+    if not any(attachment.starts_from_texts for attachment in config.attachments):
+        return []
+    return [item.context for item in stream.batch(0, START_TEXTS, facts=config.data.facts)]
 
 
 def go_on(session: Session, accelerator: Accelerator) -> None:

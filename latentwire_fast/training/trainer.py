@@ -199,7 +199,9 @@ class Trainer:
         session = self.session
         state, validator = session.state, session.validator
         is_last = state.step == self.config.total_steps
-        if validator is None or not validator.is_due(state.step, state.validations, last=is_last):
+        if validator is None or not validator.is_due(
+            state.step, state.validations, last=is_last, previous=state.previous
+        ):
             return
         start = time.perf_counter()
         scores = validator.run(self.reducer, is_stopped=lambda: self.signals.number is not None)

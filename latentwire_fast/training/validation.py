@@ -59,10 +59,18 @@ class Validator:
         self._batch_size = batch_size
         self._modules = modules
 
-    def is_due(self, step: int, done: Sequence[Validation], *, last: bool) -> bool:
-        """Whether there is to be one behind so many steps, and has been none yet."""
-        before = done[-1]["step"] if done else 0  # steps may be left out in between
-        return passes(before, step, self.settings.every) or (last and step != before)
+    def is_due(
+        self, step: int, done: Sequence[Validation], *, last: bool, previous: int | None = None
+    ) -> bool:
+        """Whether there is to be one behind so many steps, and has been none yet.
+
+        Args:
+            previous: steps before the one that was done last; `step - 1`, unless some were left
+                out.
+        """
+        before = step - 1 if previous is None else previous
+        wanted = last or (step > 0 and passes(before, step, self.settings.every))
+        return wanted and not (done and done[-1]["step"] == step)
 
     @torch.no_grad()
     def run(

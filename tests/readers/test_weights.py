@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,10 @@ def test_an_offloaded_reader_reads_the_same(offloaded: Reader, readers: dict[str
     assert offloaded.head_weight is offloaded.embedding.weight
     assert torch.equal(offloaded.head_weight, whole.head_weight)
     assert offloaded.embedding_rms == whole.embedding_rms
-    assert offloaded.kv_geometry == whole.kv_geometry
+    found, expected = offloaded.kv_geometry, whole.kv_geometry
+    assert replace(found, rms=()) == replace(expected, rms=())
+    # Where weights lie in memory decides how their products are rounded.
+    torch.testing.assert_close(torch.tensor(found.rms), torch.tensor(expected.rms))
     model = tiny_interlingua(readers, "context")
     payloads = model.encode_payloads(["Nulnak is old.", "Nulnak lives in Oslo."])
     prompts = whole.prompts.build_many([Turn("Where?"), Turn("Who?")], latent="context")

@@ -75,6 +75,11 @@ class DeepPrefix(Attachment):
         in_place: bool = False
         calibration: Calibration = "none"
 
+        @property
+        def starts_from_texts(self) -> bool:
+            """In place, unless it is calibrated to the reader's own sizes."""
+            return self.in_place and self.calibration == "none"
+
         def __post_init__(self) -> None:
             super().__post_init__()
             self.at_least_one("width", "layers", "heads", "expansion")
@@ -141,7 +146,7 @@ class DeepPrefix(Attachment):
         if not self.config.in_place:
             return
         self.head = head_keys_values(reader, mode).to(self.head)
-        if contexts and self.config.calibration == "none":
+        if contexts and self.config.starts_from_texts:
             sides = [
                 text_keys_values(reader, context, slots=self.latents, first=self.head_positions)
                 for context in contexts
