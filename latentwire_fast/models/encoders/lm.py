@@ -54,6 +54,7 @@ class LMEncoder(Encoder):
         tokenizer: its tokenizer. The text is laid out as a prompt of that LM, which is what it
             knows.
         shared: the core is a reader's own module, which nothing may change.
+        facts: of an LM without weights; otherwise they are read off it.
 
     Raises:
         ConfigError: the pooler cannot work with this LM.
@@ -112,12 +113,13 @@ class LMEncoder(Encoder):
         config: Config,
         *,
         shared: bool = False,
+        facts: LMFacts | None = None,
     ) -> None:
         super().__init__(config)
         self.prompts = PromptBuilder(tokenizer, config.prompt)
         check_prompt_ids(self.prompts, core, name=f"encoder LM {config.source!r}")
         self.tokenizer = tokenizer
-        lm = LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
+        lm = facts or LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
         self.pooler: Pooler = POOLERS.part_of(config.pooler)(config.pooler, lm)
         self.core = core.requires_grad_(not config.frozen)
         self.norm = nn.LayerNorm(lm.width)
@@ -153,18 +155,20 @@ class LMEncoder(Encoder):
     @classmethod
     def outline(cls, config: EncoderConfig) -> LMEncoder:
         """An encoder whose LM has the shape of its source, and no weights. Its tokenizer is another
-        one, for texts cannot be read anyway; and while it is built, the LM has embeddings with
-        values, since a pooler begins with some of them."""
+        one, for texts cannot be read anyway."""
         assert isinstance(config, LMEncoder.Config)
-        tokenizer = load_tokenizer("testbed:llama")
         with torch.device("meta"):
             core = AutoModel.from_config(model_config(config.source), dtype=torch.float32)
-        embedding = core.get_input_embeddings()
-        core.set_input_embeddings(nn.Embedding(len(tokenizer), core.config.hidden_size))
-        with torch.device("meta"):
-            encoder = cls(core, tokenizer, config)
-        core.set_input_embeddings(embedding.requires_grad_(not config.frozen))
-        return encoder
+            lm = LMFacts(
+                latents=config.latents,
+                width=core.config.hidden_size,
+                layers=core.config.num_hidden_layers,
+                anchor_D=torch.zeros(core.config.hidden_size),
+                embedding_std=1.0,
+                tied=bool(core.config.tie_word_embeddings),
+                source=config.source,
+            )
+            return cls(core, load_tokenizer("testbed:llama"), config, facts=lm)
 
     def train(self, mode: bool = True) -> LMEncoder:
         """A frozen LM stays in eval mode: it has nothing to learn from dropout, and may be a
