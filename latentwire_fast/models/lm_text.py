@@ -67,8 +67,7 @@ class LMFacts:
             width=width,
             layers=config.num_hidden_layers,
             anchor_D=embedding(anchor).detach().float(),
-            # An LM without weights, of which only the shape is known, has no values.
-            embedding_std=1.0 if embedding.weight.is_meta else embedding_size(embedding).std,
+            embedding_std=embedding_size(embedding).std,
             logits=LogitTransform.declared(config),
             tied=bool(config.tie_word_embeddings),
             source=source,

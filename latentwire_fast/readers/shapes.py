@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.readers.kv_cache import key_value_heads
@@ -33,7 +39,7 @@ _LLAMA_3_ROPE: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Models of the presets as on the hub, whose configurations need no network.
+# Models of the presets as on the hub, whose configurations need no network, nor a package.
 KNOWN: dict[str, Any] = {
     "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
         **_LLAMA_3,
@@ -49,6 +55,27 @@ KNOWN: dict[str, Any] = {
         num_hidden_layers=16,
         tie_word_embeddings=True,
         rope_parameters={**_LLAMA_3_ROPE, "factor": 32.0},
+    ),
+    "package:smollm2": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "package:gemma3": Gemma3TextConfig(
+        vocab_size=262144,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        tie_word_embeddings=True,
     ),
     "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
         vocab_size=152064,

@@ -39,6 +39,7 @@ from latentwire_fast.readers.checks import (
     position_limit,
 )
 from latentwire_fast.readers.loading import load_tokenizer, load_weights
+from latentwire_fast.readers.logits import LogitTransform
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.shapes import model_config
 from latentwire_fast.registry import POOLERS
@@ -165,6 +166,7 @@ class LMEncoder(Encoder):
                 layers=core.config.num_hidden_layers,
                 anchor_D=torch.zeros(core.config.hidden_size),
                 embedding_std=1.0,
+                logits=LogitTransform(),
                 tied=bool(core.config.tie_word_embeddings),
                 source=config.source,
             )
