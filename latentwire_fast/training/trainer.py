@@ -236,6 +236,7 @@ class Trainer:
         self.session.frozen.verify()
         if not self.accelerator.is_main_process:
             return
+        self.session.state.model.eval()  # as whoever goes on with it expects
         validation = self.config.validation
         best = self.folder.best_model if validation and validation.use_best else None
         self._save_model(self.folder.unfinished_model, self.folder.model, copy=best)
