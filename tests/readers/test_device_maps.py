@@ -10,7 +10,6 @@ from accelerate import infer_auto_device_map
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.readers import device_maps
 from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
 
 GIB = 2**30
@@ -19,7 +18,7 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def _two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        device_maps, "get_max_memory", lambda: {0: 70 * GIB, 1: 70 * GIB, "cpu": 99 * GIB}
+        "accelerate.utils.get_max_memory", lambda: {0: 70 * GIB, 1: 70 * GIB, "cpu": 99 * GIB}
     )
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
