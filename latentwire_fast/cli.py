@@ -3,13 +3,16 @@ modules with parts from outside the package."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import importlib
 import inspect
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,6 +73,14 @@ def run_entry_point(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _end_quietly()
+
+
+def _end_quietly() -> None:
+    """From here on Python only takes itself down: a Ctrl-C more would print a traceback of that."""
+    if threading.current_thread() is threading.main_thread():
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def standard_input(option: str, *, binary: bool) -> BinaryIO:
