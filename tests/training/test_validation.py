@@ -185,7 +185,8 @@ def test_validation_disturbs_nothing(config: RunConfig, tmp_path: Path) -> None:
     assert training_state(scored) == training_state(bare)
     assert records(tmp_path / "scored") == records(tmp_path / "bare")
     assert model_digest(tmp_path / "scored") == model_digest(tmp_path / "bare")
-    assert all(module.training is False for module in scored.session.model.modules())
+    modes = [[m.training for m in run.session.model.modules()] for run in (scored, bare)]
+    assert modes[0] == modes[1]
     assert not (tmp_path / "bare" / "validation.json").exists()
 
 
