@@ -177,16 +177,35 @@ def test_the_best_model_is_scored_to_a_file_of_its_own(tmp_path: Path) -> None:
         evaluate(tmp_path, best=True, out=tmp_path / "best.json")
 
 
-def test_validation_disturbs_nothing(config: RunConfig, tmp_path: Path) -> None:
-    """Losses, weights and random numbers are those of a run without it, on the same data."""
+def test_validation_disturbs_nothing(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, weights and random numbers are those of a run without it, on the same data; modules
+    are in the modes that they were in, each."""
     config = changed(config, data={"source": "testbed"})
+    modes: list[list[bool]] = []  # before and behind each validation
+    run = Validator.run
+
+    def observed(self: Validator, *args: Any, **options: Any) -> Any:
+        def add() -> None:
+            modes.append([m.training for whole in self._modules for m in whole.modules()])
+
+        add()
+        scores = run(self, *args, **options)
+        add()
+        return scores
+
+    monkeypatch.setattr(Validator, "run", observed)
     scored = train(config, tmp_path / "scored")
     bare = train(changed(config, validation=None), tmp_path / "bare")
     assert training_state(scored) == training_state(bare)
     assert records(tmp_path / "scored") == records(tmp_path / "bare")
     assert model_digest(tmp_path / "scored") == model_digest(tmp_path / "bare")
-    modes = [[m.training for m in run.session.model.modules()] for run in (scored, bare)]
-    assert modes[0] == modes[1]
+    assert len(modes) >= 4
+    assert modes[::2] == modes[1::2]
+    assert any(modes[0])
+    for trained in (scored, bare):  # once all is done
+        assert all(module.training is False for module in trained.session.model.modules())
     assert not (tmp_path / "bare" / "validation.json").exists()
 
 
