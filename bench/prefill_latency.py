@@ -100,8 +100,9 @@ def predict(args: argparse.Namespace) -> None:
     """Print what a table should look like, from configurations and datasheets."""
     from bench.kernels.ceilings import DATASHEETS, REACHABLE
     from bench.prefill.results import Results, for_text, result_of
-    from bench.prefill.shapes import Dims, config_of
+    from bench.prefill.shapes import config_of
     from bench.prefill.tables import markdown
+    from latentwire_fast.readers.shapes import Dims
 
     args.engines = args.engines or ["eager", "graph"]
     plan, element = plan_of(args), DTYPES[args.dtype or "bfloat16"]

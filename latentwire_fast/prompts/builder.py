@@ -145,12 +145,8 @@ class PromptBuilder:
     @property
     def control_ids_used(self) -> set[int]:
         """Every id that prompts have besides those of texts."""
-        return {
-            *self._template.opening,
-            *self._template.to_assistant,
-            *self._template.to_user,
-            self.eos_id,
-        }
+        fixed = self._template
+        return {*fixed.opening, *fixed.to_assistant, *fixed.to_user, fixed.end}
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of user text; control tokens spelled in it stay plain text."""
