@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -131,3 +132,39 @@ def score_text(
             for name in ("predictions", "em", "f1", "nll", "tokens"):
                 getattr(total, name).extend(getattr(result, name))
     return total
+
+
+def before_and_after(
+    config: RunConfig,
+    folder: TextLoraFolder,
+    heldout: list[Example],
+    *,
+    device: torch.device,
+    progress: bool,
+) -> dict[str, Any]:
+    """Scores of a run's reader without the updates that were trained and with them: the content of
+    scores.json."""
+    (reader,) = load_readers(config.readers, device).values()
+    lora = ReaderLora.load(folder.model)
+    lora.attach(reader)
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "resamples": config.evaluation.resamples,
+        "clusters": [example.context for example in heldout],
+    }
+
+    def scores() -> dict[str, Any]:
+        found = score_text(reader, heldout, config, progress=progress).intervals(**options)
+        return {key: found[key] for key in ("f1", "em", "nll_per_token")}
+
+    with reader.base():
+        before = scores()
+    return {
+        "source": reader.source,
+        "reader": str(folder.model),
+        "parameters": lora.size,
+        "steps": config.total_steps,
+        "examples": len(heldout),
+        "before": before,
+        "after": scores(),
+    }
