@@ -17,16 +17,17 @@ from test_trainer import case_two_processes
 from crashes import InScript
 from latentwire_fast.config.schema import RunConfig, StageConfig, ValidationConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.sources import heldout_examples, split_validation
+from latentwire_fast.data.sources import heldout_examples, load_examples, split_validation
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, RunStopped
 from latentwire_fast.evaluate import evaluate
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.method_result import mean
 from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.prompts.builder import context_text
 from latentwire_fast.readers.reader import load_readers
-from latentwire_fast.training import validation
-from latentwire_fast.training.builders import build_stream, validation_examples
+from latentwire_fast.training import builders, validation
+from latentwire_fast.training.builders import build_data
 from latentwire_fast.training.trainer import Trainer
 from latentwire_fast.training.validation import Validator
 from runs import (
@@ -90,25 +91,57 @@ def history(of: Validator, *values: float) -> list[dict[str, Any]]:
 
 def test_the_slice_is_neither_trained_on_nor_evaluated_on(config: RunConfig) -> None:
     readers = load_readers(config.readers)
-    chosen = validation_examples(config)
-    trained = build_stream(config, readers).items  # type: ignore[attr-defined]
+    data = build_data(config, readers)
+    chosen, trained = data.validation, data.stream.items  # type: ignore[attr-defined]
     contexts = {e.context for e in chosen}
     assert len(chosen) == 3
     assert not contexts & {item.context for item in trained}
     assert not contexts & {e.context for e in heldout_examples(config.data)}
-    without = build_stream(changed(config, validation=None), readers).items  # type: ignore[attr-defined]
+    bare = build_data(changed(config, validation=None), readers)
+    without = bare.stream.items  # type: ignore[attr-defined]
+    assert bare.validation == []
     assert {i.context for i in without} == contexts | {i.context for i in trained}
-    assert validation_examples(changed(config, seed=5)) != []
-    assert {e.id for e in validation_examples(changed(config, seed=5))} == {e.id for e in chosen}
+    other = build_data(changed(config, seed=5), readers).validation
+    assert other != []
+    assert {e.id for e in other} == {e.id for e in chosen}
+
+
+def test_the_data_is_read_once_and_long_contexts_are_in_no_part(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = load_readers(config.readers)
+    contexts = {
+        example.context
+        for example in load_examples(config.data.source, split="train", count=None, seed=0)
+    }
+
+    def longest(context: str) -> int:
+        return max(len(r.prompts.text_ids(context_text(context))) for r in readers.values())
+
+    limit = sorted(map(longest, contexts))[len(contexts) // 2]
+    reads: list[str] = []
+
+    def counted(*args: Any, **options: Any) -> list[Example]:
+        reads.append(options["split"])
+        return load_examples(*args, **options)
+
+    monkeypatch.setattr(builders, "load_examples", counted)
+    data = build_data(changed(config, data={"max_context_tokens": limit}), readers)
+    assert reads == ["train"]
+    items = data.stream.items  # type: ignore[attr-defined]
+    found = {e.context for e in data.validation} | {item.context for item in items}
+    assert len(data.validation) == 3
+    assert found == {context for context in contexts if longest(context) <= limit}
 
 
 def test_the_testbeds_slice_has_a_seed_of_its_own(config: RunConfig) -> None:
     config = changed(config, data={"source": "testbed"})
-    chosen = validation_examples(config)
+    readers = load_readers(config.readers)
+    chosen = build_data(config, readers).validation
     assert len(chosen) == 3
     evaluated = heldout_examples(config.data, count=200)
     assert not {e.context for e in chosen} & {e.context for e in evaluated}
-    assert chosen == validation_examples(changed(config, seed=3))
+    assert chosen == build_data(changed(config, seed=3), readers).validation
 
 
 def test_a_slice_that_is_most_of_the_data_is_refused() -> None:
@@ -125,8 +158,9 @@ def test_a_slice_that_is_most_of_the_data_is_refused() -> None:
 def test_the_scores_are_those_of_the_evaluation(config: RunConfig, plain: Trainer) -> None:
     """Through payloads at the run's bits, by the one receiver: the last ones are of the model."""
     model = Interlingua.from_pretrained(plain.folder.model)
-    examples = validation_examples(config)
-    evaluator = Evaluator(config, model, load_readers(config.readers), examples, progress=False)
+    readers = load_readers(config.readers)
+    examples = build_data(config, readers).validation
+    evaluator = Evaluator(config, model, readers, examples, progress=False)
     evaluator.methods = {"latent": evaluator.methods["latent"]}
     results = evaluator.run()
     last = summary(plain.folder.path)["last"]
