@@ -31,6 +31,7 @@ from latentwire_fast.training.builders import build_data
 from latentwire_fast.training.trainer import Trainer
 from latentwire_fast.training.validation import Validator
 from runs import (
+    assert_same_run,
     changed,
     model_digest,
     records,
@@ -39,7 +40,7 @@ from runs import (
     tiny_config,
     tiny_squad,
     train,
-    training_state,
+    train_on_the_cpu,
 )
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -63,9 +64,7 @@ def config(
 @pytest.fixture(scope="module")
 def plain(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """One undisturbed run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        return train(config, tmp_path_factory.mktemp("runs") / "plain")
+    return train_on_the_cpu(config, tmp_path_factory.mktemp("runs") / "plain")
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
@@ -232,9 +231,7 @@ def test_validation_disturbs_nothing(
     monkeypatch.setattr(Validator, "run", observed)
     scored = train(config, tmp_path / "scored")
     bare = train(changed(config, validation=None), tmp_path / "bare")
-    assert training_state(scored) == training_state(bare)
-    assert records(tmp_path / "scored") == records(tmp_path / "bare")
-    assert model_digest(tmp_path / "scored") == model_digest(tmp_path / "bare")
+    assert_same_run(scored, bare)
     assert len(modes) >= 4
     assert modes[::2] == modes[1::2]
     assert any(modes[0])
@@ -286,10 +283,8 @@ def crash() -> None:
 
 def assert_the_same(trainer: Trainer, plain: Trainer) -> None:
     found, expected = trainer.folder.path, plain.folder.path
-    assert training_state(trainer) == training_state(plain)
+    assert_same_run(trainer, plain)
     assert trainer.session.state.validations == plain.session.state.validations
-    assert records(found) == records(expected)
-    assert model_digest(found) == model_digest(expected)
     for name in ("model_best/config.json", "validation.json"):
         assert (found / name).read_bytes() == (expected / name).read_bytes()
     assert not list(found.glob("model*.tmp"))
