@@ -123,19 +123,9 @@ class FrozenLM:
             self.head,
             self.vocabulary,
             gaps=self._gaps,
-            scale=self.logit_scale,
-            softcap=self.logit_softcap or None,
+            scale=self._transform.scale,
+            softcap=self._transform.softcap or None,
         )
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor on what the output embedding gives; 1 where the model has none."""
-        return self._transform.scale
-
-    @property
-    def logit_softcap(self) -> float:
-        """Cap on the logits, behind that factor (`cap * tanh(logits / cap)`); 0 for none."""
-        return self._transform.softcap
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits `[..., V]` of last hidden states `[..., D]`, in the head's dtype."""
