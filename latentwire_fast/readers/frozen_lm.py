@@ -47,6 +47,7 @@ class FrozenLM:
 
     Attributes:
         pad_id: stands at padding.
+        logit_transform: what it does to its logits behind the output embedding.
         learns_positions: whether it has a table of positions, beyond which it cannot read.
 
     Raises:
@@ -65,7 +66,7 @@ class FrozenLM:
         if self.pad_id is None or self.pad_id >= len(self.embedding.weight):
             self.pad_id = eos_id
         check_vocabulary(tokenizer, model, name=f"reader {name!r}")
-        self._transform = self._check_logits()
+        self.logit_transform = self._check_logits()
         self.learns_positions = learns_positions(model)
 
     def compute_in(self, dtype: torch.dtype) -> None:
@@ -89,7 +90,7 @@ class FrozenLM:
             )
         assert self.fingerprint  # computed now, and kept
         self.model.to(dtype)
-        self._transform = self._check_logits()
+        self.logit_transform = self._check_logits()
         self.__dict__.pop("abilities", None)
 
     def _check_logits(self) -> LogitTransform:
@@ -123,13 +124,13 @@ class FrozenLM:
             self.head,
             self.vocabulary,
             gaps=self._gaps,
-            scale=self._transform.scale,
-            softcap=self._transform.softcap or None,
+            scale=self.logit_transform.scale,
+            softcap=self.logit_transform.softcap or None,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits `[..., V]` of last hidden states `[..., D]`, in the head's dtype."""
-        return self._transform(self.head(hidden))
+        return self.logit_transform(self.head(hidden))
 
     @property
     def embedding(self) -> nn.Embedding:
