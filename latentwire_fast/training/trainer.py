@@ -173,9 +173,8 @@ class Trainer:
             self._validate(tracker)  # one that a signal cut short
             while state.step < config.total_steps and not self._has_stalled():
                 record = self._train_step()
-                # The main process's clock decides for all of them.
-                seconds = self.reducer.each(state.seconds)[0] if config.minutes else 0.0
-                state.previous, state.step = state.step, next_step(config, state.step, seconds)
+                following = next_step(config, state.step, *self._times())
+                state.previous, state.step = state.step, following
                 bar.update(state.step - state.previous)
                 if record is not None:
                     if tracker is not None:
@@ -187,6 +186,13 @@ class Trainer:
                 is_last = state.step == config.total_steps or self._has_stalled()
                 if is_last or passes(state.previous, state.step, config.save_every):
                     self.save()
+
+    def _times(self) -> tuple[float, float]:
+        """Seconds of training, and those that went into caches: the main process's, for all."""
+        state = self.session.state
+        if self.config.minutes is None:
+            return state.seconds, state.cache_seconds
+        return self.reducer.each((state.seconds, state.cache_seconds))[0]
 
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step; returns its record on logged steps."""
