@@ -160,8 +160,8 @@ def squad_small() -> RunConfig:
         preset="squad_small",
         mode="context",
         readers={
-            "smollm2": ReaderConfig("package:smollm2"),
-            "gemma3": ReaderConfig("package:gemma3"),
+            "smollm2": ReaderConfig("package:smollm2", compute_dtype="auto"),
+            "gemma3": ReaderConfig("package:gemma3", compute_dtype="auto"),
         },
         encoder=ENCODERS.config(
             "lm",

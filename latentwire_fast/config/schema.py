@@ -96,7 +96,8 @@ class ReaderConfig(PromptConfig):
     Attributes:
         source: a local folder, a .gguf file, `package:NAME`, a hub id or `testbed:NAME`.
         dtype: that the weights are loaded in; the reader is known by them.
-        compute_dtype: that the weights are cast to afterwards; None leaves them.
+        compute_dtype: that the weights are cast to afterwards; `auto` is bfloat16 where the device
+            is fast at it; None leaves them.
         attn_implementation: `sdpa`, `eager`, or `flash_attention_2` (package flash-attn).
         device_map: of transformers: `auto` spreads the reader over the GPUs.
         max_memory: with a device map, what the reader may take: `20GiB` of each GPU, or named by
@@ -112,7 +113,7 @@ class ReaderConfig(PromptConfig):
     device_map: str | None = None
     load_in_4bit: bool = False
     max_memory: str | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    compute_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     lora: LoraSettings | None = None
 
     @property
@@ -243,6 +244,7 @@ class OptimConfig(Settings):
         readers: `sum` adds the losses of all readers and goes backward once. `sequential` goes
             backward after each reader: the same gradients with one reader's activations in memory
             at a time. `alternate` trains one reader per step, in turn.
+        mixed_precision: `bf16` is fp32 on a CPU that would have to emulate it.
     """
 
     muon_lr: float | None = 0.01

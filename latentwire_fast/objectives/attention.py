@@ -6,6 +6,7 @@ Shapes: B texts, L layers, H key/value heads, Q queries of each, M latents, D he
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -17,7 +18,7 @@ from latentwire_fast.config.schema import Mode, ObjectiveConfig, RunConfig
 from latentwire_fast.objectives.base import Objective
 from latentwire_fast.objectives.micro_batch import ReaderBatch
 from latentwire_fast.objectives.prepared import PreparedItem
-from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.attention_targets import AttentionQuestion
 from latentwire_fast.readers.reader import Reader
 
@@ -41,6 +42,7 @@ class Attention(Objective):
 
         Attributes:
             queries: for each text.
+            questions: how many of the questions on a text are asked, with their answers, at most.
             again: how many tokens of the text are read a second time, at most.
             mass: weight of the log-masses.
         """
@@ -48,12 +50,13 @@ class Attention(Objective):
         modes: ClassVar[tuple[Mode, ...]] = ("context",)
 
         queries: int = 24
+        questions: int = 3
         again: int = 64
         mass: float = 0.1
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            self.at_least_one("queries", "again")
+            self.at_least_one("queries", "questions", "again")
             require(self.mass >= 0, f"objective {self.kind!r}: mass={self.mass}, expected >= 0")
 
         def check(self, run: RunConfig) -> None:
@@ -74,10 +77,18 @@ class Attention(Objective):
             KIND,
             reader,
             lambda: reader.prompts.build_again(
-                item.turns, context=item.context, tokens=self.config.again, rng=rng
+                self._some(item.turns, rng),
+                context=item.context,
+                tokens=self.config.again,
+                rng=rng,
             ),
         )
         return 1
+
+    def _some(self, turns: Sequence[Turn], rng: random.Random) -> list[Turn]:
+        """Some of the questions, in their order."""
+        chosen = rng.sample(range(len(turns)), min(self.config.questions, len(turns)))
+        return [turns[i] for i in sorted(chosen)]
 
     def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
         """Queries, outputs and masses, fp16."""

@@ -42,7 +42,7 @@ TEMPLATE_TOKENS = 20  # of a prompt: its template, labels and anchor
 SAMPLE = 100  # held-out examples whose lengths are measured
 LATENTS_READ = {"answer", "kd", "autoencode", "continuation"}  # a reader reads the latent, backward
 TEXT_READ = {"kd", "kv", "select", "attention"}  # a reader reads the text, forward only
-ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 LM = "core"  # the attribute of an encoder that holds its LM
 
 

@@ -29,6 +29,7 @@ from latentwire_fast.errors import CheckpointError, RunStopped
 from latentwire_fast.files.atomic import replace_folder, write_atomically
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.files.run_folder import RunFolder
+from latentwire_fast.ops.bf16 import is_fast_at_bf16
 from latentwire_fast.training.builders import absolute_paths, check_stored_config
 from latentwire_fast.training.distributed import Reducer
 from latentwire_fast.training.optimizer_state import rng_state
@@ -80,6 +81,8 @@ class Trainer:
         on_cpu = not torch.accelerator.is_available() or (device and device.type == "cpu")
         if device and device.index is not None and device.type != "cpu":
             torch.accelerator.set_device_index(device.index)  # accelerate takes the current one
+        if on_cpu and not is_fast_at_bf16("cpu"):
+            precision = "no"
         self.accelerator = Accelerator(mixed_precision=precision, cpu=bool(on_cpu))
         self.reducer = Reducer(self.accelerator)
         self.progress = progress and self.accelerator.is_main_process
