@@ -61,6 +61,7 @@ from latentwire_fast.readers.probe_cache import probed_abilities
 from latentwire_fast.readers.rotary import Turner
 from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.readers.weights import (
+    cast_weights,
     is_offloaded,
     keep_ends_in_memory,
     use_plain_nf4,
@@ -215,7 +216,7 @@ class Reader:
                 "CPU's memory, which stay in their dtype; leave --dtype away"
             )
         assert self.fingerprint  # computed now, and kept
-        self.model.to(dtype)
+        cast_weights(self.model, dtype)
         self._transform = self._check_logits()
         self.__dict__.pop("abilities", None)
 
