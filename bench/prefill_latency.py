@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # This folder, which Python put there, holds others named like packages (`kernels`).
 sys.path[0] = str(ROOT)
 
+from bench.command_line import parser_of  # noqa: E402
 from bench.prefill.rows import (  # noqa: E402
     DTYPES,
     ENGINES,
@@ -40,10 +41,8 @@ GPUS = ("H100", "H200")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line. (argparse: a GPU machine has none of our other libraries.)"""
-    parser = argparse.ArgumentParser(
-        prog="prefill_latency", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """The command line."""
+    parser = parser_of("prefill_latency")
     add = parser.add_argument
     add("--readers", nargs="+", default=list(DEFAULT_READERS), help="shapes, folders or hub ids")
     add("--latents", nargs="+", type=int, default=[16, 32, 64], help="M")
@@ -100,8 +99,9 @@ def predict(args: argparse.Namespace) -> None:
     """Print what a table should look like, from configurations and datasheets."""
     from bench.kernels.ceilings import DATASHEETS, REACHABLE
     from bench.prefill.results import Results, for_text, result_of
-    from bench.prefill.shapes import Dims, config_of
+    from bench.prefill.shapes import config_of
     from bench.prefill.tables import markdown
+    from latentwire_fast.readers.shapes import Dims
 
     args.engines = args.engines or ["eager", "graph"]
     plan, element = plan_of(args), DTYPES[args.dtype or "bfloat16"]

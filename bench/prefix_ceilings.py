@@ -24,6 +24,7 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from bench.command_line import parser_of  # noqa: E402
 from latentwire_fast.data.examples import Example  # noqa: E402
 from latentwire_fast.data.sources import load_examples  # noqa: E402
 from latentwire_fast.prompts.builder import Turn  # noqa: E402
@@ -33,9 +34,7 @@ from latentwire_fast.readers.reader import Reader  # noqa: E402
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="prefix_ceilings", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = parser_of("prefix_ceilings")
     parser.add_argument("reader", help="a source, as of --reader of the commands")
     parser.add_argument("data", help="a source, as of --data of the commands")
     parser.add_argument("--contexts", type=int, default=10)

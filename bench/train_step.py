@@ -14,7 +14,6 @@ part, so the parts of a step there add up to more than an undisturbed step.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -28,12 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # This folder, which Python put there, holds others named like packages (`kernels`).
 sys.path[0] = str(ROOT)
 
+from bench.command_line import add_json, parser_of, write_json  # noqa: E402
+
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="train_step", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = parser_of("train_step")
     add = parser.add_argument
     add("preset", help="a preset, or a configuration in a .json file")
     add("--stage", help="of the preset; the longest if not given")
@@ -42,7 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batches", type=int, help="only so many different batches; frozen work is then kept soon")
     add("--no-cache", action="store_true", help="keep no frozen models' work")
     add("--threads", type=int, help="of torch on a CPU; the preset's own if not given")
-    add("--json", type=Path, help="write the numbers here too")
+    add_json(parser)
     return parser.parse_args(arguments)
 
 
@@ -153,8 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cache=not args.no_cache,
     )
     print(table(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(result, args.json)
 
 
 if __name__ == "__main__":

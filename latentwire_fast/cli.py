@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeVar
 
 import tyro
 
@@ -26,6 +26,7 @@ from latentwire_fast.errors import ConfigError, LatentWireError, RunStopped
 if TYPE_CHECKING:  # `--help` does without torch
     import torch
 
+Arguments = TypeVar("Arguments")  # the dataclass of an entry point
 Dtype = Literal["float32", "bfloat16", "float16"]
 STANDARD = Path("-")  # in the place of a file: standard input, or standard output
 # `import` is a word of Python's, so the field of the arguments has another name than the option.
@@ -118,6 +119,19 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score names its tokenizer there
+
+
+def parse_arguments(kind: type[Arguments], *, prog: str) -> Arguments:
+    """The arguments of the command line. From here on libraries are quiet, and the modules of
+    `--import` are imported.
+
+    Raises:
+        ConfigError: as `import_modules`.
+    """
+    args = tyro.cli(kind, prog=prog)
+    quiet_libraries()
+    import_modules(getattr(args, "imports", ()))
+    return args
 
 
 def make_callable(module: str, function: Callable[..., Any]) -> None:

@@ -26,9 +26,8 @@ from latentwire_fast.cli import (
     Imports,
     ReaderOptions,
     choose_device,
-    import_modules,
     make_callable,
-    quiet_libraries,
+    parse_arguments,
     run_entry_point,
 )
 
@@ -156,9 +155,7 @@ def score_command(arguments: list[str]) -> None:
 
 def evaluate_command() -> None:
     """Evaluate a run, print the results and say where the report is."""
-    args = tyro.cli(RunArguments, prog="latentwire_fast.evaluate")
-    quiet_libraries()
-    import_modules(args.imports)
+    args = parse_arguments(RunArguments, prog="latentwire_fast.evaluate")
     metrics = evaluate(
         args.run,
         fresh_seed=args.fresh_seed,

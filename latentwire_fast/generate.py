@@ -23,8 +23,7 @@ from latentwire_fast.cli import (
     ReaderOptions,
     check_question,
     choose_device,
-    import_modules,
-    quiet_libraries,
+    parse_arguments,
     run_entry_point,
     standard_input,
 )
@@ -200,9 +199,7 @@ def answers(
 
 def main() -> None:
     """Decode the payloads and print each answer, its bytes and times."""
-    args = tyro.cli(GenerateArguments, prog="latentwire_fast.generate")
-    quiet_libraries()
-    import_modules(args.imports)
+    args = parse_arguments(GenerateArguments, prog="latentwire_fast.generate")
     decoding, receiving = decode_options(args), receiver_options(args)
     start = time.perf_counter()
     model, reader = load(args)

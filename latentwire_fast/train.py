@@ -30,10 +30,9 @@ from latentwire_fast.cli import (
     Imports,
     ReaderOptions,
     choose_device,
-    import_modules,
     make_callable,
+    parse_arguments,
     parse_pairs,
-    quiet_libraries,
     run_entry_point,
 )
 
@@ -172,9 +171,7 @@ def train(
 
 def main() -> None:
     """Parse, train, evaluate, and print the results."""
-    args = tyro.cli(TrainArguments, prog="latentwire_fast.train")
-    quiet_libraries()
-    import_modules(args.imports)
+    args = parse_arguments(TrainArguments, prog="latentwire_fast.train")
     from latentwire_fast.config.assignments import with_assignments
     from latentwire_fast.config.overrides import with_overrides
     from latentwire_fast.config.presets import load_preset

@@ -21,9 +21,8 @@ from latentwire_fast.cli import (
     Dtype,
     Imports,
     choose_device,
-    import_modules,
     make_callable,
-    quiet_libraries,
+    parse_arguments,
     run_entry_point,
 )
 
@@ -174,9 +173,7 @@ def train_text_lora(
     from latentwire_fast.data.sources import heldout_examples
     from latentwire_fast.files.atomic import write_atomically
     from latentwire_fast.files.run_folder import TextLoraFolder
-    from latentwire_fast.readers.lora import ReaderLora
-    from latentwire_fast.readers.reader import load_readers
-    from latentwire_fast.training.text_lora import TextLoraTrainer, score_text
+    from latentwire_fast.training.text_lora import TextLoraTrainer, before_and_after
 
     folder = TextLoraFolder(Path(run))
     heldout = [example for example in heldout_examples(config.data) if example.answers]
@@ -184,50 +181,21 @@ def train_text_lora(
         config, folder.path, heldout=heldout, progress=progress, device=device
     )
     trainer.run()
-    leads, place, config = (
-        trainer.accelerator.is_main_process,
-        trainer.accelerator.device,
-        trainer.config,
-    )
-    del trainer  # and its reader
-    if not leads:
+    if not trainer.accelerator.is_main_process:
         return None
+    config, place = trainer.config, trainer.accelerator.device
+    del trainer  # and its reader
     if folder.scores.exists():
         stored: dict[str, Any] = json.loads(folder.scores.read_text())
         return stored
-    (reader,) = load_readers(config.readers, place).values()
-    lora = ReaderLora.load(folder.model)
-    lora.attach(reader)
-    options: dict[str, Any] = {
-        "seed": config.seed,
-        "resamples": config.evaluation.resamples,
-        "clusters": [example.context for example in heldout],
-    }
-
-    def scores() -> dict[str, Any]:
-        found = score_text(reader, heldout, config, progress=progress).intervals(**options)
-        return {key: found[key] for key in ("f1", "em", "nll_per_token")}
-
-    with reader.base():
-        before = scores()
-    result = {
-        "source": reader.source,
-        "reader": str(folder.model),
-        "parameters": lora.size,
-        "steps": config.total_steps,
-        "examples": len(heldout),
-        "before": before,
-        "after": scores(),
-    }
+    result = before_and_after(config, folder, heldout, device=place, progress=progress)
     write_atomically(folder.scores, json.dumps(result) + "\n")
     return result
 
 
 def main() -> None:
     """Parse, train, and print the scores before and after as one line of JSON."""
-    args = tyro.cli(TextLoraArguments, prog="latentwire_fast.train_text_lora")
-    quiet_libraries()
-    import_modules(args.imports)
+    args = parse_arguments(TextLoraArguments, prog="latentwire_fast.train_text_lora")
     config = text_lora_config(args)
     device = None if args.device is None else choose_device(args.device)
     scores = train_text_lora(config, args.run, device=device)

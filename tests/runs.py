@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from latentwire_fast.config.presets import testbed_smoke, weighted
@@ -126,6 +127,13 @@ def train(config: RunConfig, run_dir: Path, *, process: int = 0) -> Trainer:
     return trainer
 
 
+def train_on_the_cpu(config: RunConfig, run_dir: Path) -> Trainer:
+    """The same on the CPU, for fixtures of a module, which cannot use the fixture `on_the_cpu`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return train(config, run_dir)
+
+
 def training_state(trainer: Trainer) -> dict[str, Any]:
     """Weights, optimisers, random generators and guards; `==` compares them bit by bit."""
     session, state = trainer.session, trainer.session.state
@@ -149,6 +157,14 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 def model_digest(run_dir: Path) -> str:
     """The digest that a saved model names itself by: of its settings and of all its files."""
     return json.loads((run_dir / "model" / "config.json").read_text())["sha256"]
+
+
+def assert_same_run(found: Trainer, expected: Trainer) -> None:
+    """Two runs ended with the same bits and wrote the same records."""
+    assert training_state(found) == training_state(expected)
+    folders = [trainer.folder.path for trainer in (found, expected)]
+    assert records(folders[0]) == records(folders[1])
+    assert model_digest(folders[0]) == model_digest(folders[1])
 
 
 def contents(folder: Path) -> Mapping[str, bytes]:

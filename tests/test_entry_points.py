@@ -42,6 +42,7 @@ from runs import (
     store,
     tiny_config,
     train,
+    train_on_the_cpu,
 )
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -170,18 +171,14 @@ def run_dir(
     """A run on the testbed, trained for a step in this process."""
     stages = (StageConfig("answer", steps=1),)
     config = tiny_config(llama_folder, qwen_folder, stages=stages)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        return train(config, tmp_path_factory.mktemp("runs") / "testbed").folder.path
+    return train_on_the_cpu(config, tmp_path_factory.mktemp("runs") / "testbed").folder.path
 
 
 @pytest.fixture(scope="module")
 def pure_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a latent that holds the question."""
     config = tiny_config(llama_folder, mode="pure", stages=(StageConfig("answer", steps=1),))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        return train(config, tmp_path_factory.mktemp("runs") / "pure").folder.path
+    return train_on_the_cpu(config, tmp_path_factory.mktemp("runs") / "pure").folder.path
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from latentwire_fast.registry import (
 )
 from latentwire_fast.serving import Receiver
 from latentwire_fast.training.builders import build_model
-from runs import environment_on_the_cpu, records, soft, tiny_config, train
+from runs import environment_on_the_cpu, records, soft, tiny_config, train, train_on_the_cpu
 from test_entry_points import in_this_process
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "outside")
@@ -155,12 +155,10 @@ def trained(
 ) -> dict[str, Path]:
     """A run of two steps with each part of the model, by kind."""
     runs = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        return {
-            kind: train(config_of(kind, llama_folder, qwen_folder), runs / kind).folder.path
-            for kind in OF_THE_MODEL
-        }
+    configs = {kind: config_of(kind, llama_folder, qwen_folder) for kind in OF_THE_MODEL}
+    return {
+        kind: train_on_the_cpu(config, runs / kind).folder.path for kind, config in configs.items()
+    }
 
 
 @pytest.fixture(scope="module")

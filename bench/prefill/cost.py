@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.kernels.ceilings import Ceilings, Stage, best_seconds
-from bench.prefill.shapes import Dims
+from latentwire_fast.readers.shapes import Dims
 
 # Shares of the rate of one large matmul that a model's matmuls and flash attention come to.
 MATMUL_SHARE = 0.85

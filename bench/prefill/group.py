@@ -18,13 +18,13 @@ from bench.prefill.results import Result, for_text, result_of
 from bench.prefill.rows import Plan, Row, Sizes
 from bench.prefill.schedule import Effort, Timed, measure_rows
 from bench.prefill.shapes import (
-    Dims,
     config_of,
     synthetic_workload,
     text_prompts,
     workload_from_file,
 )
 from latentwire_fast import ops
+from latentwire_fast.readers.shapes import Dims
 
 # How far logits may be from the reference's, as a share of their norm. Random readers in half
 # precision differ by 0.05 to 0.07 between two attention kernels over 32 layers.

@@ -21,12 +21,13 @@ from bench.prefill.group import Group, release
 from bench.prefill.results import Results
 from bench.prefill.rows import DTYPES, TEMPLATE_POSITIONS, Sizes, adapter_of, plan_of
 from bench.prefill.schedule import Effort, Timetable, expected_seconds, reason
-from bench.prefill.shapes import SHAPES, Dims, build_reader, config_of
+from bench.prefill.shapes import SHAPES, build_reader, config_of
 from bench.prefill.tables import short_table
 from bench.processes import driver
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.provenance import commit, device_name, versions
 from latentwire_fast.readers import kv_placement
+from latentwire_fast.readers.shapes import Dims
 
 # A machine may be slower than predicted by this; time is shared out as if it were.
 CAUTION = 1.25

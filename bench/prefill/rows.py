@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 
 from bench.prefill.cost import Pass, PrefillCost, Trained
-from bench.prefill.shapes import Dims
 from latentwire_fast.config.schema import AttachmentConfig
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.kv_geometry import KVGeometry
+from latentwire_fast.readers.shapes import Dims
 from latentwire_fast.registry import ADAPTERS, ATTACHMENTS
 
 Method = Literal["text", "latent", "latent_cached", "deep_prefix", "kv_reuse"]

@@ -28,74 +28,26 @@ from latentwire_fast.prompts.builder import (
     context_text,
     question_text,
 )
-from latentwire_fast.readers.kv_cache import key_value_heads
 from latentwire_fast.readers.loading import load_tokenizer
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.readers.shapes import KNOWN, model_config
+from latentwire_fast.readers.shapes import KNOWN, decoder_sizes, model_config
 from latentwire_fast.registry import ENCODERS
 
-SMALL = {
-    "vocab_size": 32000,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "max_position_embeddings": 8192,
-}
-TINY = {
-    **SMALL,
-    "vocab_size": 1000,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SMALL = decoder_sizes(vocabulary=32000, width=768, inner=3072, layers=12, heads=12, kv_heads=12)
+TINY = decoder_sizes(vocabulary=1000, width=32, inner=64, layers=2, heads=4, kv_heads=2)
+POSITIONS = 8192
 # Llama-3.1-8B and Qwen2.5-7B as on the hub; the others are ours: 160M parameters, and for tests.
 SHAPES: dict[str, LlamaConfig | Qwen2Config] = {
     "llama-3.1-8b": KNOWN["meta-llama/Llama-3.1-8B-Instruct"],
     "qwen2.5-7b": KNOWN["Qwen/Qwen2.5-7B-Instruct"],
-    "llama-160m": LlamaConfig(**SMALL),
-    "qwen2-160m": Qwen2Config(**{**SMALL, "intermediate_size": 3328, "num_key_value_heads": 4}),
-    "llama-tiny": LlamaConfig(**TINY),
-    "qwen2-tiny": Qwen2Config(**TINY),
+    "llama-160m": LlamaConfig(**SMALL, max_position_embeddings=POSITIONS),
+    "qwen2-160m": Qwen2Config(
+        **{**SMALL, "intermediate_size": 3328, "num_key_value_heads": 4},
+        max_position_embeddings=POSITIONS,
+    ),
+    "llama-tiny": LlamaConfig(**TINY, max_position_embeddings=POSITIONS),
+    "qwen2-tiny": Qwen2Config(**TINY, max_position_embeddings=POSITIONS),
 }
-
-
-@dataclass(frozen=True)
-class Dims:
-    """Dimensions of a decoder that its costs depend on."""
-
-    layers: int
-    width: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: Any) -> Dims:
-        """The dimensions of a transformers configuration."""
-        config = config.get_text_config(decoder=True)
-        head_width = getattr(config, "head_dim", None)
-        return cls(
-            config.num_hidden_layers,
-            config.hidden_size,
-            _inner_width(config),
-            config.num_attention_heads,
-            key_value_heads(config),
-            head_width or config.hidden_size // config.num_attention_heads,
-            config.vocab_size,
-        )
-
-
-def _inner_width(config: Any) -> int:
-    """Width inside the MLPs; OPT and GPT-2 have names of their own for it."""
-    names = ("intermediate_size", "ffn_dim", "n_inner")
-    found = (getattr(config, name, None) for name in names)
-    return next(filter(None, found), 4 * config.hidden_size)
 
 
 def config_of(source: str) -> Any:

@@ -17,16 +17,15 @@ Shapes: M soft tokens, D the reader's width.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.command_line import add_json, parser_of, write_json
 from latentwire_fast.cli import quiet_libraries
 from latentwire_fast.config.schema import DataConfig
 from latentwire_fast.data.sources import load_examples
@@ -41,9 +40,7 @@ GAINS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="gain_ablation", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = parser_of("gain_ablation")
     add = parser.add_argument
     add("reader", help="a reader's source")
     add("--data", help="a SQuAD file; passages of the testbed if not given")
@@ -54,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gains", type=float, nargs="+", default=list(GAINS))
     add("--max-tokens", type=int, default=160, help="of a context")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, help="write the numbers here too")
+    add_json(parser)
     return parser.parse_args(arguments)
 
 
@@ -184,8 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gain_ablation: error: {error}", file=sys.stderr)
         return 2
     print(table(result))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(result, args.json)
     return 0
 
 

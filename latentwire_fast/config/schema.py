@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
-
-from torch import nn
+from dataclasses import dataclass, field
+from typing import Literal
 
 from latentwire_fast.config.base import Settings, require
+from latentwire_fast.config.evaluation import ContinuationConfig, EvalConfig, check_decoding
 from latentwire_fast.config.lora import LoraSettings
 from latentwire_fast.config.parts import (
     BITS,
@@ -25,6 +22,7 @@ from latentwire_fast.config.parts import (
     ScheduleConfig,
 )
 from latentwire_fast.config.prompt import PromptConfig, TemplateConfig
+from latentwire_fast.config.reader import ReaderConfig, check_reader_name
 from latentwire_fast.config.validation import ValidationConfig
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS, OBJECTIVES, SCHEDULES
 
@@ -57,70 +55,6 @@ __all__ = [
 ]
 
 FACTS = range(1, 19)  # how many facts a passage of the testbed may hold
-
-
-def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
-    """Raise unless answers can be decoded with these (temperature 0 is greedy).
-
-    Raises:
-        ConfigError: a value outside its range.
-    """
-    require(
-        0 <= temperature < math.inf, f"first_token_temperature={temperature}, expected 0 or above"
-    )
-    require(0 < top_p <= 1, f"first_token_top_p={top_p}, expected in (0, 1]")
-    require(eos_ban_steps >= 0, f"eos_ban_steps={eos_ban_steps}, expected at least 0")
-
-
-# Names that no reader may have: its name is a key of these two classes, beside "encoder".
-_RESERVED_NAMES = {"encoder", *dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
-
-
-def check_reader_name(name: str) -> None:
-    """Raise unless a reader can be called so.
-
-    Raises:
-        ConfigError: something but letters, digits, _ and -, or a name that has a meaning already.
-    """
-    require(
-        re.fullmatch(r"\w[\w-]*", name) is not None,
-        f"reader name {name!r}: give it one of letters, digits, _ and - that does not begin with -",
-    )
-    require(name not in _RESERVED_NAMES, f"reader name {name!r} is taken; give the reader another")
-
-
-@dataclass(frozen=True)
-class ReaderConfig(PromptConfig):
-    """One frozen LLM, and how it is asked (the settings of `PromptConfig`).
-
-    Attributes:
-        source: a local folder, a .gguf file, `package:NAME`, a hub id or `testbed:NAME`.
-        dtype: that the weights are loaded in; the reader is known by them.
-        compute_dtype: that the weights are cast to afterwards; `auto` is bfloat16 where the device
-            is fast at it; None leaves them.
-        attn_implementation: `sdpa`, `eager`, or `flash_attention_2` (package flash-attn).
-        device_map: of transformers: `auto` spreads the reader over the GPUs.
-        max_memory: with a device map, what the reader may take: `20GiB` of each GPU, or named by
-            device, `0=20GiB,1=40GiB,cpu=60GiB`; what is left then goes to disk.
-        load_in_4bit: NF4 weights of bitsandbytes.
-        lora: low-rank updates that are trained with the run: the reader is not frozen then. None
-            for none.
-    """
-
-    source: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attn_implementation: str = "sdpa"
-    device_map: str | None = None
-    load_in_4bit: bool = False
-    max_memory: str | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
-    lora: LoraSettings | None = None
-
-    @property
-    def weights(self) -> ReaderConfig:
-        """These settings as if it were asked in the usual way: what decides its weights."""
-        changes: dict[str, Any] = {f.name: f.default for f in fields(PromptConfig)}
-        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -270,49 +204,6 @@ class OptimConfig(Settings):
             f"muon_lr={self.muon_lr}, expected above 0, or none for AdamW alone",
         )
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay}, expected at least 0")
-
-
-@dataclass(frozen=True)
-class ContinuationConfig(Settings):
-    """Paragraphs whose second half readers predict, given the first as text and as a payload.
-
-    Attributes:
-        source: as in `DataConfig`; all of it, so no training text may be in it.
-        examples: how many paragraphs.
-    """
-
-    source: str
-    examples: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.examples >= 2, f"examples={self.examples}, expected at least 2")
-
-
-@dataclass(frozen=True)
-class EvalConfig(Settings):
-    """Evaluation after training.
-
-    Attributes:
-        continuation: a measure of running text beside the questions; context mode only.
-    """
-
-    batch_size: int = 50
-    max_new_tokens: int = 12
-    bits: tuple[int, ...] = (16, 8, 6, 4)
-    timing_examples: int = 16
-    resamples: int = 2000
-    first_token_temperature: float = 0.0
-    first_token_top_p: float = 1.0
-    eos_ban_steps: int = 0
-    continuation: ContinuationConfig | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
-        for bits in self.bits:
-            require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
-        check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)
 
 
 @dataclass(frozen=True)

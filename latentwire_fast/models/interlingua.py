@@ -13,18 +13,16 @@ Shapes: B batch, M latents, d the latent's width, D a reader's; L layers, H key/
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentwire_fast.config.schema import AttachmentConfig, BottleneckConfig, EncoderConfig, Mode
-from latentwire_fast.config.serialization import from_json, to_json
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.files.tensors import parameter_digest, read_tensors
 from latentwire_fast.models import saved_model
@@ -316,22 +314,21 @@ class Interlingua(nn.Module):
             if not key.startswith(f"{LORA}.")
         }
         save_file(state, folder / "model.safetensors")
-        values = {
-            "mode": self.mode,
-            "encoder": to_json(self.encoder_config),
-            "bottleneck": to_json(self.bottleneck_config),
-            "attachments": to_json(self.attachment_configs),
-            "readers": {name: asdict(card) for name, card in self.cards.items()},
-            "trained_parameters": sum(p.numel() for _, p in self.trained_parameters()),
-        }
         files = ["model.safetensors", *self.encoder.save(folder)]
         for name in self.lora:
             place = f"{LORA}/{name}"
             saved = cast(ReaderLora, self.lora[name]).save(folder / place)
             files += [f"{place}/{file}" for file in saved]
-        if self.lora:
-            values[LORA] = sorted(self.lora)
-        saved_model.write_config(folder, values, files=files)
+        settings = saved_model.SavedModel(
+            mode=self.mode,
+            encoder=self.encoder_config,
+            bottleneck=self.bottleneck_config,
+            attachments=self.attachment_configs,
+            readers=self.cards,
+            lora=tuple(sorted(self.lora)),
+        )
+        size = sum(p.numel() for _, p in self.trained_parameters())
+        saved_model.write(folder, settings, trained_parameters=size, files=files)
         return folder
 
     @classmethod
@@ -343,29 +340,15 @@ class Interlingua(nn.Module):
                 a part that is not registered.
         """
         folder = Path(folder)
-        config = saved_model.read_config(folder)
-        try:
-            settings: Any = from_json(EncoderConfig, config["encoder"], where="encoder")
-            bottleneck = from_json(BottleneckConfig, config["bottleneck"], where="bottleneck")
-            attachments = from_json(
-                tuple[AttachmentConfig, ...], config["attachments"], where="attachments"
-            )
-            cards = {name: ReaderCard.from_json(card) for name, card in config["readers"].items()}
-        except (ConfigError, KeyError, TypeError) as error:
-            reason = str(error) if isinstance(error, ConfigError) else repr(error)
-            raise CheckpointError(
-                f"{folder} was saved by another version of latentwire-fast, or with a part that is "
-                f"not registered here ({reason}); register the part, train the model again, or use "
-                "the version that saved it"
-            ) from None
+        saved = saved_model.read(folder)
         model = cls(
-            ENCODERS.part_of(settings).load(folder, settings),
-            cards,
-            bottleneck=bottleneck,
-            attachments=attachments,
-            mode=config["mode"],
+            ENCODERS.part_of(saved.encoder).load(folder, saved.encoder),
+            saved.readers,
+            bottleneck=saved.bottleneck,
+            attachments=saved.attachments,
+            mode=saved.mode,
         )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
-        for name in config.get(LORA, ()):
+        for name in saved.lora:
             model.lora[name] = ReaderLora.load(folder / LORA / name)
         return model.eval()

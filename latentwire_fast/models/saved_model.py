@@ -5,25 +5,82 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from latentwire_fast.errors import CheckpointError
+from latentwire_fast.config.schema import AttachmentConfig, BottleneckConfig, EncoderConfig, Mode
+from latentwire_fast.config.serialization import from_json, to_json
+from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.atomic import file_entry
 from latentwire_fast.files.json_files import read_json
+from latentwire_fast.readers.card import ReaderCard
 
 FORMAT_VERSION = 2
 
 
-def write_config(folder: Path, values: Mapping[str, Any], *, files: Iterable[str]) -> None:
+@dataclass(frozen=True)
+class SavedModel:
+    """What config.json says of a model.
+
+    Attributes:
+        readers: a card of each, by name.
+        lora: names of the readers that have low-rank updates.
+    """
+
+    mode: Mode
+    encoder: EncoderConfig
+    bottleneck: BottleneckConfig
+    attachments: tuple[AttachmentConfig, ...]
+    readers: Mapping[str, ReaderCard]
+    lora: tuple[str, ...] = ()
+
+
+def write(
+    folder: Path, model: SavedModel, *, trained_parameters: int, files: Iterable[str]
+) -> None:
     """Write config.json, once the files that it lists are there."""
     config: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        **values,
-        "files": {name: file_entry(folder / name) for name in files},
+        "mode": model.mode,
+        "encoder": to_json(model.encoder),
+        "bottleneck": to_json(model.bottleneck),
+        "attachments": to_json(model.attachments),
+        "readers": {name: asdict(card) for name, card in model.readers.items()},
+        "trained_parameters": trained_parameters,
     }
+    if model.lora:
+        config["lora"] = list(model.lora)
+    config["files"] = {name: file_entry(folder / name) for name in files}
     config["sha256"] = config_digest(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read(folder: Path) -> SavedModel:
+    """The inverse of `write`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or of another format version; or what stands
+            there is no model that can be built here.
+    """
+    config = _read_config(folder)
+    kinds = tuple[AttachmentConfig, ...]
+    try:
+        return SavedModel(
+            mode=config["mode"],
+            encoder=from_json(EncoderConfig, config["encoder"], where="encoder"),
+            bottleneck=from_json(BottleneckConfig, config["bottleneck"], where="bottleneck"),
+            attachments=from_json(kinds, config["attachments"], where="attachments"),
+            readers={name: ReaderCard.from_json(card) for name, card in config["readers"].items()},
+            lora=tuple(config.get("lora", ())),
+        )
+    except (ConfigError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else repr(error)
+        raise CheckpointError(
+            f"{folder} was saved by another version of latentwire-fast, or with a part that is "
+            f"not registered here ({reason}); register the part, train the model again, or use "
+            "the version that saved it"
+        ) from None
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -32,7 +89,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     """A model's config.json, once it and the files that it lists are known to be undamaged.
 
     Raises:

@@ -4,8 +4,8 @@ A prompt is one or more turns. The user's part holds the context and the questio
 part starts with the *anchor* (`Answer:`), and the answer carries its own leading space: an anchor
 that ends in a space breaks the tokenisation of the first answer token. An answer ends with the
 token that ends the assistant's turn in the chat template, or else with the tokenizer's EOS. Chat
-templates are cut into their fixed pieces (`template.py`); what a user wrote is tokenised apart from
-them (`text_tokens.py`), so a text that spells a control token stays text.
+templates are cut into their fixed pieces (`template.py`, `template_ids.py`); what a user wrote is
+tokenised apart from them (`text_tokens.py`), so a text that spells a control token stays text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from latentwire_fast.config.prompt import PromptConfig
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.prompts.template import TemplatePieces, template_pieces
+from latentwire_fast.prompts.template_ids import TemplateIds
 from latentwire_fast.prompts.text_tokens import TextTokenizer, control_ids
 
 ANCHOR = PromptConfig().anchor_text
@@ -131,73 +131,22 @@ class PromptBuilder:
             raise ConfigError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token; set one")
         self.tokenizer = tokenizer
         self._text = TextTokenizer(tokenizer)
-        self._controls = control_ids(tokenizer)
-        pieces = template_pieces(tokenizer, config)
-        self._trims = pieces.trims
-        self._opening = self._with_bos(self._text.template_ids(pieces.opening), pieces)
-        self._after_prefix = self._bos_after_prefix()
-        self.eos_id, self._to_user = self._ends(pieces)
+        self._template = TemplateIds.of(tokenizer, self._text, config)
+        self.eos_id = self._template.end
         self.anchor = config.anchor_text if config.anchor == "text" else ""
-        self._header = "" if config.anchor == "none" else pieces.to_assistant
-        if config.anchor == "chat" and not (pieces.is_chat and self._header.strip()):
-            raise ConfigError(
-                f"anchor='chat': tokenizer {tokenizer.name_or_path!r} has no chat template with a "
-                "header for the assistant; take 'text' or 'none'"
-            )
-        self._to_assistant = self._text.template_ids(self._header)
         self.anchor_ids = self.text_ids(self.anchor) if self.anchor else []
         self.label_ids = self.text_ids(CONTEXT_LABEL)
 
     @property
     def content_start(self) -> int:
         """Index of the first content id in a text prompt."""
-        return len(self._opening)
+        return len(self._template.opening)
 
     @property
     def control_ids_used(self) -> set[int]:
         """Every id that prompts have besides those of texts."""
-        return {*self._opening, *self._to_assistant, *self._to_user, self.eos_id}
-
-    def _with_bos(self, opening: list[int], pieces: TemplatePieces) -> list[int]:
-        """The opening with or without the BOS token, as the configuration says."""
-        wanted, bos_id = self.config.bos, self.tokenizer.bos_token_id
-        if bos_id is None:
-            return opening
-        if wanted is False and opening[:1] == [bos_id]:
-            return opening[1:]
-        if (wanted or (wanted is None and not pieces.is_chat)) and opening[:1] != [bos_id]:
-            return [bos_id, *opening]
-        return opening
-
-    def _bos_after_prefix(self) -> list[int]:
-        if not self.config.append_bos_after_prefix:
-            return []
-        if self.tokenizer.bos_token_id is None:
-            raise ConfigError(
-                f"append_bos_after_prefix: tokenizer {self.tokenizer.name_or_path!r} has no BOS "
-                "token; leave the option out"
-            )
-        return [self.tokenizer.bos_token_id]
-
-    def _ends(self, pieces: TemplatePieces) -> tuple[int, list[int]]:
-        """The token that ends an answer, and the ids between that and the next user's text."""
-        after = self._text.template_ids(pieces.to_user)
-        closing = self._first_control(self._text.template_ids(pieces.closing))
-        end = self._first_control(after)
-        if closing is None:
-            return int(self.tokenizer.eos_token_id), after
-        if end is None or end[1] != closing[1]:
-            return closing[1], after
-        return closing[1], after[end[0] + 1 :]
-
-    def _first_control(self, ids: Sequence[int]) -> tuple[int, int] | None:
-        """Place and id of the first control token, if nothing but white space is before it."""
-        for place, token in enumerate(ids):
-            if token in self._controls:
-                return place, token
-            if str(self.tokenizer.decode([token])).strip():
-                break
-        return None
+        fixed = self._template
+        return {*fixed.opening, *fixed.to_assistant, *fixed.to_user, fixed.end}
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of user text; control tokens spelled in it stay plain text."""
@@ -213,7 +162,7 @@ class PromptBuilder:
 
     def _turn_text(self, text: str) -> str:
         """A user's text as the template would show it: some take white space off its start."""
-        return text.lstrip() if self._trims else text
+        return text.lstrip() if self._template.trims else text
 
     def _first_text(self, question: str, context: str | None, latent: Mode | None) -> str:
         """The text of a first turn's user part; a latent stands for the rest, in pure mode for
@@ -305,16 +254,16 @@ class PromptBuilder:
     ) -> Prompt:
         """The template's pieces around the user ids of each turn; a latent is in the first."""
         prompt = Prompt()
-        prompt.add(self._opening)
+        prompt.add(self._template.opening)
         for number, (turn, user_ids) in enumerate(zip(turns, users, strict=True)):
             if number:
-                prompt.add(self._to_user)
+                prompt.add(self._template.to_user)
             elif latent is not None:
                 prompt.add(self.label_ids if latent == "context" else [])
                 prompt.latent_at = len(prompt.ids)
-                prompt.add(self._after_prefix)
+                prompt.add(self._template.after_prefix)
             prompt.add(user_ids, content=True)
-            prompt.add(self._to_assistant)
+            prompt.add(self._template.to_assistant)
             prompt.add(self.anchor_ids)
             if turn.answer is not None:
                 prompt.add(self.target_ids(turn.answer), target=True)
@@ -323,7 +272,7 @@ class PromptBuilder:
     def build_context(self, context: str, *, max_tokens: int | None = None) -> Prompt:
         """The opening and the context alone: what an LM encoder reads in context mode."""
         prompt = Prompt()
-        prompt.add(self._opening)
+        prompt.add(self._template.opening)
         prompt.add(self.text_ids(context_text(context))[:max_tokens], content=True)
         return prompt
 
@@ -360,10 +309,10 @@ class PromptBuilder:
         (continuation); which of them is meant, the task token at the prefix's end says.
         """
         prompt = Prompt()
-        prompt.add(self._opening)
+        prompt.add(self._template.opening)
         prompt.add(self.label_ids)
         prompt.latent_at = len(prompt.ids)
-        prompt.add(self._after_prefix)
+        prompt.add(self._template.after_prefix)
         prompt.add([*self.text_ids(f" {target}"), self.eos_id], target=True)
         return prompt
 
@@ -391,6 +340,6 @@ class PromptBuilder:
             return self.anchor
         if self.config.anchor == "none":
             return question_text("Who?")
-        behind = [place for place, i in enumerate(self._to_assistant) if i in self._controls]
-        rest = self._to_assistant[behind[-1] + 1 :] if behind else self._to_assistant
-        return str(self.tokenizer.decode(rest))
+        header, controls = self._template.to_assistant, control_ids(self.tokenizer)
+        behind = [place for place, token in enumerate(header) if token in controls]
+        return str(self.tokenizer.decode(header[behind[-1] + 1 :] if behind else header))

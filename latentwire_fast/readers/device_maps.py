@@ -43,23 +43,27 @@ def placement(device_map: Any, max_memory: str | None) -> dict[str, Any]:
 
 def _memory(text: str) -> dict[int | str, int]:
     """Bytes by device: of all that there are, or of those that are named."""
-    if "=" not in text:
-        from accelerate.utils import get_max_memory
+    # Here, because a GPU machine without accelerate reads too, where no map asks for it.
+    from accelerate.utils import get_max_memory
 
+    found = get_max_memory()
+    if "=" not in text:
         size = _bytes(text, text)
-        return {d: min(size, n) if isinstance(d, int) else n for d, n in get_max_memory().items()}
+        return {d: min(size, n) if isinstance(d, int) else n for d, n in found.items()}
     memory: dict[int | str, int] = {}
     for part in text.split(","):
         device, _, size_text = part.strip().partition("=")
         memory[int(device) if device.isdecimal() else device] = _bytes(size_text, text)
-    unknown = [d for d in memory if isinstance(d, str) and d not in ("cpu", "disk", "mps")]
+    unknown = [device for device in memory if device not in {*found, "disk"}]
     if unknown:
-        raise ConfigError(f"max_memory={text!r}: no device {unknown[0]!r}; write 0, 1, ... or cpu")
+        raise ConfigError(
+            f"max_memory={text!r}: there is no device {unknown[0]} here, but "
+            f"{', '.join(map(str, found))}"
+        )
     return memory
 
 
 def _bytes(size: str, text: str) -> int:
-    # Here, because a GPU machine without accelerate reads too, where no map asks for it.
     from accelerate.utils import convert_file_size_to_int
 
     try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latentwire_fast import ops
 from latentwire_fast.ops.linear_losses import default_chunk_rows
+from latentwire_fast.readers.logits import LogitTransform
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,8 @@ class OutputHead:
         bias_V = None if self.bias is None else self.bias[: self.vocabulary]
         hidden_ND = hidden_ND.to(weight_VD.device, weight_VD.dtype)
         logits_NV = nn.functional.linear(hidden_ND, weight_VD, bias_V).float()
-        if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
-        if self.softcap is not None:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        if self.gaps is None:
-            return logits_NV
-        return logits_NV.index_fill(-1, self.gaps.to(logits_NV.device), -torch.inf)
+        transform = LogitTransform(self.scale, self.softcap or 0.0)
+        return without_gaps(transform(logits_NV), self.gaps)
 
     def chunks(self, hidden_ND: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Some rows at a time of the hidden states, and of what belongs to them: so many that their
@@ -93,6 +89,12 @@ class OutputHead:
         size = len(hidden_ND), self.vocabulary
         rows = default_chunk_rows(*size, terms=1, distils=False)
         return zip(*(part.split(rows) for part in (hidden_ND, *more)), strict=True)
+
+
+def without_gaps(logits: Tensor, gaps: Tensor | None) -> Tensor:
+    """Logits `[..., vocabulary]` that are minus infinity at ids which stand for nothing: decoding
+    and scoring never choose one."""
+    return logits if gaps is None else logits.index_fill(-1, gaps.to(logits.device), -torch.inf)
 
 
 def _effective_weight(head: nn.Module) -> Tensor:

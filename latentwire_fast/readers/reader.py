@@ -13,16 +13,15 @@ Answers are decoded by `latentwire_fast.serving.Receiver`, which takes payloads 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -31,20 +30,10 @@ from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.ops.bf16 import is_fast_at_bf16
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
-from latentwire_fast.readers.abilities import ReaderAbilities
-from latentwire_fast.readers.checkpointing import checkpoint_activations
-from latentwire_fast.readers.checks import (
-    backbone_of,
-    check_logits,
-    check_prompt_ids,
-    check_vocabulary,
-    learns_positions,
-    position_limit,
-)
-from latentwire_fast.readers.decoding import token_ids
+from latentwire_fast.readers.checks import check_prompt_ids
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
-from latentwire_fast.readers.embeddings import embedding_size, input_embedding
+from latentwire_fast.readers.frozen_lm import FrozenLM
 from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import (
@@ -53,31 +42,18 @@ from latentwire_fast.readers.loading import (
     load_weights,
     nf4_config,
 )
-from latentwire_fast.readers.logits import LogitTransform
 from latentwire_fast.readers.lora import ReaderLora
-from latentwire_fast.readers.output_head import OutputHead
-from latentwire_fast.readers.probe import Subject
-from latentwire_fast.readers.probe_cache import probed_abilities
-from latentwire_fast.readers.rotary import Turner
 from latentwire_fast.readers.target_scores import TargetScores
-from latentwire_fast.readers.weights import (
-    cast_weights,
-    is_offloaded,
-    keep_ends_in_memory,
-    use_plain_nf4,
-    weights_digest,
-)
+from latentwire_fast.readers.weights import keep_ends_in_memory, use_plain_nf4
 
 logger = logging.getLogger(__name__)
 
 
-class Reader:
-    """A frozen causal LM, its tokenizer and its prompt builder.
+class Reader(FrozenLM):
+    """A frozen causal LM that is asked through prompts, with a prefix among them or without.
 
     Args:
-        model: any Hugging Face causal LM whose logits are its output embedding applied to the last
-            hidden state, perhaps scaled or capped (checked). It is put into eval mode and frozen.
-        tokenizer: its tokenizer.
+        model, tokenizer: as in `FrozenLM`.
         name: the key of this reader in adapters, metrics and reports.
         prompt: how it is asked; passed to `PromptBuilder`.
 
@@ -86,8 +62,7 @@ class Reader:
         lora: the low-rank updates that it reads with, if it has any (`ReaderLora.attach`).
 
     Raises:
-        ConfigError: the model makes its logits in another way, or the tokenizer lacks an EOS or
-            has tokens that the model does not know.
+        ConfigError: as `FrozenLM` and `PromptBuilder`.
     """
 
     def __init__(
@@ -99,18 +74,10 @@ class Reader:
         source: str = "",
         prompt: PromptConfig | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name
         self.source = source
         self.prompts = PromptBuilder(tokenizer, prompt)
         check_prompt_ids(self.prompts, model, name=f"reader {name!r}")
-        self.pad_id = tokenizer.pad_token_id
-        if self.pad_id is None or self.pad_id >= len(self.embedding.weight):
-            self.pad_id = self.prompts.eos_id
-        check_vocabulary(tokenizer, model, name=f"reader {name!r}")
-        self._transform = self._check_logits()
-        self.learns_positions = learns_positions(model)
+        super().__init__(model, tokenizer, name=name, eos_id=self.prompts.eos_id)
         self.lora_settings: LoraSettings | None = None
         self.lora: ReaderLora | None = None
         self._warned: set[str] = set()
@@ -196,191 +163,12 @@ class Reader:
         reader.lora_settings = config.lora
         return reader
 
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Compute in another dtype from now on. The fingerprint stays that of the weights as they
-        were: a model that was trained for them knows this reader.
-
-        Call it before anything is read.
-
-        Raises:
-            ConfigError: quantised weights, which have a dtype of their own; or the logits overflow.
-        """
-        if getattr(self.model, "is_quantized", False):
-            raise ConfigError(
-                f"reader {self.name!r} has quantised weights, whose dtype is given when they are "
-                "loaded; leave --dtype away"
-            )
-        if is_offloaded(self.model):
-            raise ConfigError(
-                f"reader {self.name!r} has weights that its device map keeps on a disk or in the "
-                "CPU's memory, which stay in their dtype; leave --dtype away"
-            )
-        assert self.fingerprint  # computed now, and kept
-        cast_weights(self.model, dtype)
-        self._transform = self._check_logits()
-        self.__dict__.pop("abilities", None)
-
-    def _check_logits(self) -> LogitTransform:
-        ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
-        return check_logits(self.model, ids, name=f"reader {self.name!r}")
-
     def sharing_weights(self, name: str, *, prompt: PromptConfig | None = None) -> Reader:
         """Another reader of the same model, which is in memory once."""
         reader = Reader(self.model, self.tokenizer, name=name, source=self.source, prompt=prompt)
         reader.fingerprint = self.fingerprint  # of the weights before `compute_in`
         reader.abilities = self.abilities
         return reader
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the input embeddings."""
-        return self.embedding.weight.device
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The model without its output embedding."""
-        return backbone_of(self.model)
-
-    @property
-    def head(self) -> nn.Module:
-        """The output embedding, `[V, D]`."""
-        return self.model.get_output_embeddings()
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The weight of the output embedding, `[V, D]`."""
-        return cast(Tensor, self.head.weight)
-
-    @property
-    def output_head(self) -> OutputHead:
-        """The output embedding with what is done to its logits, for losses and scores."""
-        return OutputHead.of_module(
-            self.head,
-            self.vocabulary,
-            gaps=self._gaps if len(self._gaps) else None,
-            scale=self.logit_scale,
-            softcap=self.logit_softcap or None,
-        )
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor on what the output embedding gives; 1 where the model has none."""
-        return self._transform.scale
-
-    @property
-    def logit_softcap(self) -> float:
-        """Cap on the logits, behind that factor (`cap * tanh(logits / cap)`); 0 for none."""
-        return self._transform.softcap
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The model's logits `[..., V]` of last hidden states `[..., D]`, in the head's dtype."""
-        return self._transform(self.head(hidden))
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        """The input embedding, `[V, D]`."""
-        return input_embedding(self.model)
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Every token that ends an answer, first the one that answers are trained to end with: that
-        of the chat template, the tokenizer's EOS, and what the model's own `generation_config`
-        declares beside it (chat models often end a turn with another token).
-        """
-        declared = getattr(self.model.generation_config, "eos_token_id", None)
-        found = [self.prompts.eos_id, *token_ids([self.tokenizer.eos_token_id, declared])]
-        return [i for i in dict.fromkeys(found) if i < self.vocabulary]
-
-    @cached_property
-    def vocabulary(self) -> int:
-        """How many token ids there are. The output embedding may have more rows, which stand for
-        nothing."""
-        rows = int(self.head_weight.shape[0])
-        return min(rows, 1 + max(self.tokenizer.get_vocab().values()))
-
-    @cached_property
-    def _gaps(self) -> Tensor:
-        """Ids below `vocabulary` that stand for nothing either."""
-        known = self.tokenizer.get_vocab().values()
-        return torch.tensor(sorted({*range(self.vocabulary)} - {*known}), dtype=torch.long)
-
-    def of_tokens(self, logits: Tensor) -> Tensor:
-        """The logits `[..., vocabulary]` of an output embedding's `[..., V]` that belong to tokens.
-
-        Rows that fill up a block of memory are cut off, gaps are minus infinity: decoding and
-        scoring never choose what stands for nothing.
-        """
-        logits = logits[..., : self.vocabulary]
-        if len(self._gaps):
-            logits = logits.index_fill(-1, self._gaps.to(logits.device), -torch.inf)
-        return logits
-
-    @property
-    def max_positions(self) -> int:
-        """How many positions the model was made for."""
-        config = self.model.config.get_text_config(decoder=True)
-        return position_limit(config) or sys.maxsize
-
-    @property
-    def d_model(self) -> int:
-        """Width of the input embeddings."""
-        return self.embedding.weight.shape[1]
-
-    @cached_property
-    def embedding_rms(self) -> float:
-        """Root mean square of the input embeddings as the model reads them, over all tokens: what
-        adapters calibrate to."""
-        return embedding_size(self.embedding).rms
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over its own weights: an adapter works with these and no others."""
-        return self.weights_digest()
-
-    @cached_property
-    def abilities(self) -> ReaderAbilities:
-        """What this reader may be used for, tried on a few tokens (`probe.py`).
-
-        Raises:
-            ConfigError: it cannot be used at all.
-        """
-        special = {*self.tokenizer.all_special_ids}
-        subject = Subject(
-            self.model,
-            tokens=[i for i in range(self.vocabulary) if i not in special],
-            pad_id=self.pad_id,
-            positions=self.max_positions,
-        )
-        found = probed_abilities(subject, digest=self.fingerprint)
-        if found.reads:
-            raise ConfigError(
-                f"reader {self.name!r} ({self.family}) cannot be used: {found.reads}; choose "
-                "another reader"
-            )
-        return found
-
-    @property
-    def family(self) -> str:
-        """What transformers calls this kind of model."""
-        return str(self.model.config.model_type)
-
-    def require(self, place: Literal["prefixes", "deep"]) -> None:
-        """Raise unless this reader takes soft tokens, or a deep prefix.
-
-        Raises:
-            ConfigError: it does not, and why.
-        """
-        soft, deep = self.abilities.soft, self.abilities.deep
-        if place == "prefixes" and soft:
-            raise ConfigError(
-                f"reader {self.name!r} ({self.family}) takes no soft tokens: {soft}; give it a "
-                "deep prefix alone (attachment 'deep'), or choose another reader"
-            )
-        if place == "deep" and deep:
-            raise ConfigError(
-                f"reader {self.name!r} ({self.family}) takes no deep prefix: {deep}; give it soft "
-                "tokens alone (attachment 'soft'), or choose another reader"
-            )
 
     @cached_property
     def kv_geometry(self) -> KVGeometry:
@@ -401,24 +189,6 @@ class Reader:
     def filler(self) -> CacheFiller:
         """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
         return CacheFiller.for_model(self.model, geometry=self.kv_geometry)
-
-    @cached_property
-    def turner(self) -> Turner:
-        """Turns this reader's keys and queries to other positions.
-
-        Raises:
-            ConfigError: as `Turner`.
-        """
-        return Turner(self.model, name=self.name)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in backward."""
-        checkpoint_activations(self.model)
-
-    def weights_digest(self) -> str:
-        """sha256 over its own weights as they are now (not cached: shows that they did not
-        change)."""
-        return weights_digest(self.model)
 
     def base(self) -> AbstractContextManager[None]:
         """Inside the block the reader reads as it was loaded, without low-rank updates.

@@ -24,66 +24,58 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.readers.kv_cache import key_value_heads
 from latentwire_fast.readers.loading import resolve_source
 
-_LLAMA_3: dict[str, Any] = {
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-}
-_LLAMA_3_ROPE: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+
+def decoder_sizes(
+    *, vocabulary: int, width: int, inner: int, layers: int, heads: int, kv_heads: int
+) -> dict[str, Any]:
+    """Dimensions under the names that transformers has for them."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+def _llama_3(*, width: int, inner: int, layers: int, factor: float, tied: bool) -> LlamaConfig:
+    sizes = {"width": width, "inner": inner, "layers": layers, "heads": 32, "kv_heads": 8}
+    return LlamaConfig(
+        **decoder_sizes(vocabulary=128256, **sizes),
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+
+
+_SMOLLM2 = decoder_sizes(vocabulary=49152, width=576, inner=1536, layers=30, heads=9, kv_heads=3)
+_GEMMA_3 = decoder_sizes(vocabulary=262144, width=640, inner=2048, layers=18, heads=4, kv_heads=1)
+_QWEN_7B = decoder_sizes(
+    vocabulary=152064, width=3584, inner=18944, layers=28, heads=28, kv_heads=4
+)
 # Models of the presets as on the hub, whose configurations need no network, nor a package.
 KNOWN: dict[str, Any] = {
-    "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
-        **_LLAMA_3,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        rope_parameters=_LLAMA_3_ROPE,
+    "meta-llama/Llama-3.1-8B-Instruct": _llama_3(
+        width=4096, inner=14336, layers=32, factor=8.0, tied=False
     ),
-    "meta-llama/Llama-3.2-1B": LlamaConfig(
-        **_LLAMA_3,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        tie_word_embeddings=True,
-        rope_parameters={**_LLAMA_3_ROPE, "factor": 32.0},
-    ),
+    "meta-llama/Llama-3.2-1B": _llama_3(width=2048, inner=8192, layers=16, factor=32.0, tied=True),
     "package:smollm2": LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
+        **_SMOLLM2, max_position_embeddings=8192, tie_word_embeddings=True
     ),
     "package:gemma3": Gemma3TextConfig(
-        vocab_size=262144,
-        hidden_size=640,
-        intermediate_size=2048,
-        num_hidden_layers=18,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
-        sliding_window=512,
-        tie_word_embeddings=True,
+        **_GEMMA_3, head_dim=256, sliding_window=512, tie_word_embeddings=True
     ),
     "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
+        **_QWEN_7B,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
@@ -111,15 +103,8 @@ def model_config(source: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a decoder's costs depend on.
-
-    Attributes:
-        layers, width, inner, heads, kv_heads, head_width, vocabulary: dimensions.
-        parameters: all of them, tied ones once.
-        embedding: those of the input embeddings, and of the output embeddings unless tied.
-        matmul: those that multiply each position: of the layers' matrices.
-    """
+class Dims:
+    """Dimensions of a decoder that its costs depend on."""
 
     layers: int
     width: int
@@ -128,6 +113,33 @@ class Shape:
     kv_heads: int
     head_width: int
     vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Dims:
+        """The dimensions of a transformers configuration."""
+        config = config.get_text_config(decoder=True)
+        head_width = getattr(config, "head_dim", None)
+        return Dims(
+            config.num_hidden_layers,
+            config.hidden_size,
+            _inner_width(config),
+            config.num_attention_heads,
+            key_value_heads(config),
+            head_width or config.hidden_size // config.num_attention_heads,
+            config.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class Shape(Dims):
+    """What a decoder's costs depend on: its dimensions and how many weights it has.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        embedding: those of the input embeddings, and of the output embeddings unless tied.
+        matmul: those that multiply each position: of the layers' matrices.
+    """
+
     parameters: int
     embedding: int
     matmul: int
@@ -144,19 +156,11 @@ class Shape:
             for module in model.modules()
             if isinstance(module, nn.Linear) and module not in ends
         )
-        text = config.get_text_config(decoder=True)
-        head_width = getattr(text, "head_dim", None)
         return cls(
-            text.num_hidden_layers,
-            text.hidden_size,
-            _inner_width(text),
-            text.num_attention_heads,
-            key_value_heads(text),
-            head_width or text.hidden_size // text.num_attention_heads,
-            text.vocab_size,
-            sum(parameter.numel() for parameter in model.parameters()),
-            sum(embedding.values()),
-            matmul,
+            **vars(Dims.of(config)),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            embedding=sum(embedding.values()),
+            matmul=matmul,
         )
 
     def attention_flops(self, positions: int) -> int:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentwire_fast.config.schema import Mode, RunConfig
@@ -159,41 +159,67 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
     return model.encoder.requires_grad_(False)
 
 
-def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
-    """Training data, its answers checked (a sample of those that have no end).
+@dataclass(frozen=True)
+class RunData:
+    """What a run learns from.
+
+    Attributes:
+        stream: where its batches come from.
+        validation: the slice that it validates on: never trained on, and not of the held-out
+            examples that it is evaluated on. Empty where it does not validate.
+    """
+
+    stream: Stream
+    validation: list[Example]
+
+
+def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
+    """Training data and the validation's slice, their answers checked (a sample of those that have
+    no end).
+
+    Of a finite source the slice are examples on some contexts of its training part
+    (`split_validation`), which the stream leaves out. Of a source without end they are held-out
+    examples of a seed of their own.
 
     Raises:
         ConfigError: as `check_answers`.
-        DataError: as `load_examples` and `check_apart`, or a stage that finds nothing to learn from
-            the data.
+        DataError: as `load_examples`, `split_validation` and `check_apart`, or a stage that finds
+            nothing to learn from the data.
     """
-    endless = endless_stream(config.data, mode=config.mode, seed=config.seed)
+    data = config.data
+    endless = endless_stream(data, mode=config.mode, seed=config.seed)
     count = None if endless is None else ENDLESS_SAMPLE
-    limit = ContextLimit(readers, config.data.max_context_tokens)
+    limit = ContextLimit(readers, data.max_context_tokens)
     examples = load_examples(
-        config.data.source,
-        split="train",
-        count=count,
-        seed=config.seed,
-        data=config.data,
-        keep=limit.fits,
+        data.source, split="train", count=count, seed=config.seed, data=data, keep=limit.fits
     )
-    limit.report(config.data.source)
-    check_answers(examples, readers, source=config.data.source)
+    limit.report(data.source)
+    check_answers(examples, readers, source=data.source)
     if endless is not None:
-        return endless
+        return RunData(endless, _validation_of_endless(config, readers))
+    validation: list[Example] = []
     if config.validation is not None:
-        examples, _ = split_validation(examples, config.validation.examples)
+        examples, validation = split_validation(examples, config.validation.examples)
     _check_evaluation(examples, config)
-    examples = draw_contexts(examples, config.data.train_contexts, seed=config.seed)
-    stream = ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+    examples = draw_contexts(examples, data.train_contexts, seed=config.seed)
+    stream = ExampleStream(examples, data, mode=config.mode, seed=config.seed)
     for stage in config.stages:
         if not (stream.items or stage.takes_texts):
             raise DataError(
-                f"{config.data.source} has no questions, and stage {stage.name!r} learns from "
+                f"{data.source} has no questions, and stage {stage.name!r} learns from "
                 "nothing else; add a source with questions, or leave out the stage"
             )
-    return stream
+    return RunData(stream, validation)
+
+
+def _validation_of_endless(config: RunConfig, readers: dict[str, Reader]) -> list[Example]:
+    if config.validation is None:
+        return []
+    data, count = config.data, config.validation.examples
+    seed = VALIDATION_SEED + data.eval_seed
+    examples = load_examples(data.source, split="heldout", count=count, seed=seed, data=data)
+    check_answers(examples, readers, source=f"{data.source} (validation)")
+    return examples
 
 
 def _check_evaluation(training: list[Example], config: RunConfig) -> None:
@@ -212,25 +238,6 @@ def _check_evaluation(training: list[Example], config: RunConfig) -> None:
             source, split="heldout", count=count, seed=0, data=data, whole=True
         )
         check_apart(training, everything, source=data.source, eval_source=source)
-
-
-def validation_examples(config: RunConfig) -> list[Example]:
-    """The slice that a run validates on: never trained on, and not of the held-out examples that it
-    is evaluated on.
-
-    Of a finite source, examples on some contexts of its training part (`split_validation`), which
-    `build_stream` leaves out. Of a source without end, held-out examples of a seed of their own.
-
-    Raises:
-        DataError: as `load_examples` and `split_validation`.
-    """
-    assert config.validation is not None
-    data, count = config.data, config.validation.examples
-    if endless_stream(data, mode=config.mode, seed=config.seed) is not None:
-        seed = VALIDATION_SEED + data.eval_seed
-        return load_examples(data.source, split="heldout", count=count, seed=seed, data=data)
-    examples = load_examples(data.source, split="train", count=None, seed=config.seed, data=data)
-    return split_validation(examples, count)[1]
 
 
 def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,10 @@ from latentwire_fast.objectives.objective_set import ObjectiveSet
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.objectives.text_answers import TextAnswers
 from latentwire_fast.readers.answer_checks import check_answers
-from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.training.builders import (
+    build_data,
     build_model,
-    build_stream,
-    validation_examples,
     warn_of_truncation,
 )
 from latentwire_fast.training.frozen_work import keeps
@@ -37,7 +36,7 @@ from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
 from latentwire_fast.training.tracking import latent_statistics
-from latentwire_fast.training.validation import Validator, ask_latents
+from latentwire_fast.training.validation import Validator, ask_latents, validator_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +154,8 @@ def open_session(
     begin(config, accelerator)
     readers = load_readers(config.readers, accelerator.device)
     frozen = FrozenGuard({name: reader.model for name, reader in readers.items()})
-    stream = build_stream(config, readers)
+    data = build_data(config, readers)
+    stream = data.stream
     contexts = _start_texts(config, stream)
     model = build_model(config, readers, contexts).to(accelerator.device).train()
     if config.base:
@@ -184,7 +184,12 @@ def open_session(
         state=TrainingState(model, optimizers, config.optim.micro_batch or config.optim.batch_size),
         frozen=frozen,
         nonfinite=NonFiniteGuard(folder.nonfinite),
-        validator=_validator(config, model, readers),
+        validator=validator_of(
+            config,
+            data.validation,
+            partial(ask_latents, model=model, readers=readers),
+            modules=[model],
+        ),
     )
     go_on(session, accelerator)
     return session
@@ -210,20 +215,3 @@ def go_on(session: Session, accelerator: Accelerator) -> None:
     checkpoints, data = session.folder.checkpoints, session.stream.digest
     if session.state.restore(checkpoints, rank=rank, processes=processes, data=data):
         logger.info("resumed %s at step %d", session.folder.path, session.state.step)
-
-
-def _validator(
-    config: RunConfig, model: Interlingua, readers: dict[str, Reader]
-) -> Validator | None:
-    if config.validation is None:
-        return None
-    examples = validation_examples(config)
-    check_answers(examples, readers, source=f"{config.data.source} (validation)")
-    options = DecodeOptions(max_new_tokens=config.evaluation.max_new_tokens)
-    return Validator(
-        config.validation,
-        examples,
-        lambda: ask_latents(model, readers, options=options),
-        batch_size=config.evaluation.batch_size,
-        modules=[model],
-    )

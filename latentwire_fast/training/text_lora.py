@@ -8,9 +8,11 @@ guards and validation are those of every run (`trainer.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -25,13 +27,13 @@ from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader, load_readers
-from latentwire_fast.training.builders import build_stream, validation_examples
+from latentwire_fast.training.builders import build_data
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.session import Session, begin, go_on
 from latentwire_fast.training.state import TrainingState
 from latentwire_fast.training.trainer import Trainer
-from latentwire_fast.training.validation import Validator, ask_text
+from latentwire_fast.training.validation import ask_text, validator_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class TextLoraTrainer(Trainer):
         lora = ReaderLora.fresh(reader, reader.lora_settings).train()
         if config.optim.gradient_checkpointing:
             reader.enable_gradient_checkpointing()
-        stream = build_stream(config, readers)
+        data = build_data(config, readers)
         check_answers(self.heldout, readers, source=f"{config.data.source} (held out)")
         optimizers = build_optimizers(lora, config.optim)
         size = config.optim.micro_batch or config.optim.batch_size
@@ -85,11 +87,13 @@ class TextLoraTrainer(Trainer):
             folder=self.folder,
             readers=readers,
             objectives=TextAnswers(readers),
-            stream=stream,
+            stream=data.stream,
             state=TrainingState(lora, optimizers, size),
             frozen=frozen,
             nonfinite=NonFiniteGuard(self.folder.nonfinite),
-            validator=_validator(config, reader, lora),
+            validator=validator_of(
+                config, data.validation, partial(ask_text, reader=reader), modules=[lora]
+            ),
             reader=reader,
             lora=lora,
         )
@@ -106,24 +110,12 @@ def _only_reader(readers: dict[str, Reader]) -> Reader:
     return next(iter(readers.values()))
 
 
-def _validator(config: RunConfig, reader: Reader, lora: ReaderLora) -> Validator | None:
-    if config.validation is None:
-        return None
-    options = DecodeOptions(max_new_tokens=config.evaluation.max_new_tokens)
-    return Validator(
-        config.validation,
-        validation_examples(config),
-        lambda: ask_text(reader, options=options),
-        batch_size=config.evaluation.batch_size,
-        modules=[lora],
-    )
-
-
 def score_text(
     reader: Reader, examples: list[Example], config: RunConfig, *, progress: bool
 ) -> MethodResult:
     """Scores of a reader on examples as text, as it reads them now."""
-    ask = ask_text(reader, options=DecodeOptions(max_new_tokens=config.evaluation.max_new_tokens))
+    options = DecodeOptions(max_new_tokens=config.evaluation.max_new_tokens)
+    ask = ask_text(options, reader=reader)
     total = MethodResult([], [], [])
     steps = list(batches(len(examples), config.evaluation.batch_size))
     for rows in tqdm(steps, disable=not progress, desc="score", unit="batch", dynamic_ncols=True):
@@ -131,3 +123,39 @@ def score_text(
             for name in ("predictions", "em", "f1", "nll", "tokens"):
                 getattr(total, name).extend(getattr(result, name))
     return total
+
+
+def before_and_after(
+    config: RunConfig,
+    folder: TextLoraFolder,
+    heldout: list[Example],
+    *,
+    device: torch.device,
+    progress: bool,
+) -> dict[str, Any]:
+    """Scores of a run's reader without the updates that were trained and with them: the content of
+    scores.json."""
+    (reader,) = load_readers(config.readers, device).values()
+    lora = ReaderLora.load(folder.model)
+    lora.attach(reader)
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "resamples": config.evaluation.resamples,
+        "clusters": [example.context for example in heldout],
+    }
+
+    def scores() -> dict[str, Any]:
+        found = score_text(reader, heldout, config, progress=progress).intervals(**options)
+        return {key: found[key] for key in ("f1", "em", "nll_per_token")}
+
+    with reader.base():
+        before = scores()
+    return {
+        "source": reader.source,
+        "reader": str(folder.model),
+        "parameters": lora.size,
+        "steps": config.total_steps,
+        "examples": len(heldout),
+        "before": before,
+        "after": scores(),
+    }

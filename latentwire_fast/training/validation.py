@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentwire_fast.config.schema import ValidationConfig
+from latentwire_fast.config.schema import RunConfig, ValidationConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.evaluation.method_result import MethodResult
 from latentwire_fast.evaluation.methods.base import turns
@@ -137,6 +137,32 @@ class Validator:
         }
 
 
+def validator_of(
+    config: RunConfig,
+    examples: Sequence[Example],
+    ask: Callable[[DecodeOptions], Ask],
+    *,
+    modules: Sequence[nn.Module],
+) -> Validator | None:
+    """The validator of a run; None where it does not validate.
+
+    Args:
+        examples: the slice.
+        ask: makes what asks the readers, anew at each validation, of how answers are decoded.
+        modules: as in `Validator`.
+    """
+    if config.validation is None:
+        return None
+    options = DecodeOptions(max_new_tokens=config.evaluation.max_new_tokens)
+    return Validator(
+        config.validation,
+        examples,
+        lambda: ask(options),
+        batch_size=config.evaluation.batch_size,
+        modules=modules,
+    )
+
+
 def _sums_of(result: MethodResult) -> dict[str, float]:
     return {
         "nll": sum(result.nll),
@@ -154,7 +180,7 @@ def _add(total: Sums, more: Sums) -> None:
 
 
 def ask_latents(
-    model: Interlingua, readers: Mapping[str, Reader], *, options: DecodeOptions
+    options: DecodeOptions, *, model: Interlingua, readers: Mapping[str, Reader]
 ) -> Ask:
     """Asks every reader about payloads of the model as it is now, at its bottleneck's bits."""
     model.__dict__.pop("fingerprint", None)  # of the encoder as it was at the last validation
@@ -176,7 +202,7 @@ def ask_latents(
     return ask
 
 
-def ask_text(reader: Reader, *, options: DecodeOptions) -> Ask:
+def ask_text(options: DecodeOptions, *, reader: Reader) -> Ask:
     """Asks a reader about the text itself, with its low-rank updates."""
     receiver = Receiver.for_text(reader, options=_EAGER)
 

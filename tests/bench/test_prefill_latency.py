@@ -32,7 +32,6 @@ from bench.prefill.results import Results, for_text, result_of
 from bench.prefill.rows import DEEP, METHODS, SOFT, Plan, Row, Sizes, plan_of, soft_prompt
 from bench.prefill.shapes import (
     SHAPES,
-    Dims,
     Workload,
     build_reader,
     rest_prompts,
@@ -51,6 +50,7 @@ from latentwire_fast.prompts.builder import (
     question_text,
 )
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.shapes import Dims
 from latentwire_fast.serving import prefixes
 
 ROOT = Path(__file__).parents[2]

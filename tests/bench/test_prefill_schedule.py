@@ -24,7 +24,8 @@ from bench.prefill.schedule import (
     runs_within,
     warm_up,
 )
-from bench.prefill.shapes import SHAPES, Dims
+from bench.prefill.shapes import SHAPES
+from latentwire_fast.readers.shapes import Dims
 
 H200 = REACHABLE["H200"]
 

@@ -26,7 +26,7 @@ from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import DATA_SETS
 from latentwire_fast.training import trainer as trainer_module
-from latentwire_fast.training.builders import build_stream
+from latentwire_fast.training.builders import build_data
 from latentwire_fast.training.session import Session
 from latentwire_fast.training.tracking import read_records
 from latentwire_fast.training.trainer import Trainer
@@ -189,7 +189,7 @@ def test_contexts_in_both_are_refused() -> None:
 
 
 def stream_of(config: RunConfig, readers: dict[str, Reader], data: DataConfig) -> ExampleStream:
-    stream = build_stream(replace(config, data=data), readers)
+    stream = build_data(replace(config, data=data), readers).stream
     assert isinstance(stream, ExampleStream)
     return stream
 

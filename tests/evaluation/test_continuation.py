@@ -24,7 +24,7 @@ from latentwire_fast.evaluation.report import metrics_csv
 from latentwire_fast.evaluation.report.differences import continuation as shown
 from latentwire_fast.objectives.continuation import halves
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.training.builders import absolute_paths, build_stream
+from latentwire_fast.training.builders import absolute_paths, build_data
 from readers import tiny_interlingua
 from runs import tiny_config, weighted_stage
 
@@ -154,7 +154,7 @@ def test_paragraphs_come_once_and_not_from_the_training(
     assert continuation_texts(replace(config, evaluation=EvalConfig()), readers) == []
     run = replace(config, data=replace(config.data, source=str(path)))
     with pytest.raises(DataError, match="contexts of the evaluation"):
-        build_stream(run, readers)
+        build_data(run, readers)
     with pytest.raises(DataError, match="contexts of the evaluation"):
         continuation_texts(run, readers)  # of a trained run, with --set
     assert load_examples(str(path), split="train", count=None, seed=0)

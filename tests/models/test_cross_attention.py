@@ -8,7 +8,7 @@ import torch
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.lm import LMEncoder
-from latentwire_fast.models.poolers.cross_attention import spread
+from latentwire_fast.models.poolers.layer_states import spread
 from latentwire_fast.models.poolers.spans import pool_spans, span_weights
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ENCODERS, POOLERS

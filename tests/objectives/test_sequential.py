@@ -235,6 +235,21 @@ def test_no_pass_of_a_reader_is_run_twice(
     assert sorted(read) == sorted([*soft.readers] * passes)
 
 
+def test_a_deep_prefix_is_made_once_for_all_objectives(deep: Setting) -> None:
+    """The answers' pass, and what its keys, values and attention are compared with."""
+    if deep.model.mode != "context":
+        pytest.skip("attention matching is of context mode")
+    made: list[str] = []
+    for name in deep.readers:
+        for part in deep.model.parts(name).values():
+            part.register_forward_hook(lambda *_, reader=name: made.append(reader))
+    objectives = weighted(answer=1.0, kd=0.5, attention=1.0, kv=0.7, select=1.0)
+    stage = StageConfig("stage", steps=1, objectives=objectives)
+    losses = deep.run(stage, size=5, sequential=True)[0]
+    assert {kind for kind, _ in losses.sums} == {"answer", "kd", "attention", "kv", "select"}
+    assert sorted(made) == sorted(deep.readers)
+
+
 def test_the_order_of_a_stages_objectives_changes_no_loss(deep: Setting) -> None:
     """The text is read once for its keys and values and for its attention, whichever comes
     first."""

@@ -48,7 +48,8 @@ def test_memory_is_read(text: str, expected: dict[int | str, int]) -> None:
         ("auto", "much", "'much' is no size; write 20GiB"),
         ("auto", "0=20", "'20' is no size"),
         ("auto", "0=20GiB,", "'' is no size"),
-        ("auto", "gpu0=20GiB", "no device 'gpu0'; write 0, 1"),
+        ("auto", "gpu0=20GiB", "no device gpu0 here, but 0, 1, cpu"),
+        ("auto", "2=20GiB", "no device 2 here, but 0, 1, cpu"),
     ],
 )
 def test_what_is_no_memory_is_refused(device_map: object, max_memory: str, message: str) -> None:

@@ -28,31 +28,23 @@ from latentwire_fast.readers.reader import Reader
 WIDTH = 32
 
 
+SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
 def gemma3(vocabulary: int) -> PreTrainedModel:
     """Scales inside the embedding module, by the square root of the width."""
-    config = Gemma3TextConfig(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    return Gemma3ForCausalLM(config)
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=vocabulary, head_dim=16, **SIZES))
 
 
 def granite(vocabulary: int) -> PreTrainedModel:
     """Scales behind it, prefixes too: they are to have the table's own size."""
-    config = GraniteConfig(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        embedding_multiplier=12.0,
-    )
+    config = GraniteConfig(vocab_size=vocabulary, embedding_multiplier=12.0, **SIZES)
     return GraniteForCausalLM(config)
 
 

@@ -15,7 +15,7 @@ from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import POOLERS
-from runs import changed, deep, store, tiny_config, train
+from runs import changed, deep, store, tiny_config, train, train_on_the_cpu
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -35,9 +35,7 @@ SELECTED = {
 def base(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose encoder has seen one reader."""
     run_dir = tmp_path_factory.mktemp("runs") / "base"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        train(tiny_config(llama_folder), run_dir)
+    train_on_the_cpu(tiny_config(llama_folder), run_dir)
     return run_dir
 
 

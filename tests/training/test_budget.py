@@ -20,8 +20,9 @@ from latentwire_fast.readers.loading import load_weights
 from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.readers.shapes import KNOWN, Shape, model_config
 from latentwire_fast.registry import ENCODERS, POOLERS
-from latentwire_fast.training.budget import activation_bytes, budget
+from latentwire_fast.training.budget import budget
 from latentwire_fast.training.builders import build_model
+from latentwire_fast.training.run_costs import activation_bytes
 from runs import deep, soft, tiny_config
 
 LOADING = ("readers.reader", "models.encoders.lm")  # modules that load weights

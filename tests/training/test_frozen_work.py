@@ -10,8 +10,8 @@ import pytest
 
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import RunConfig, StageConfig
-from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.objectives.continuation import halves
+from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.training import frozen_work
 from latentwire_fast.training.trainer import Trainer
 from runs import changed, deep, new_process, records, tiny_config, tiny_squad

@@ -27,15 +27,15 @@ from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.trainer import Trainer
 from readers import LORA_METHODS
 from runs import (
+    assert_same_run,
     changed,
-    model_digest,
     records,
     soft,
     store,
     tiny_config,
     tiny_squad,
     train,
-    training_state,
+    train_on_the_cpu,
 )
 
 pytest.importorskip("peft")
@@ -65,9 +65,7 @@ def config(
 @pytest.fixture(scope="module")
 def plain(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """One undisturbed run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        return train(config, tmp_path_factory.mktemp("runs") / "plain")
+    return train_on_the_cpu(config, tmp_path_factory.mktemp("runs") / "plain")
 
 
 def test_the_updates_are_trained_and_the_weights_are_not(config: RunConfig, plain: Trainer) -> None:
@@ -110,9 +108,7 @@ def test_resuming_is_bit_exact_with_dropout_in_the_updates(
     with pytest.raises(RuntimeError, match="crash"):
         trainer.run()
     again = train(config, tmp_path, process=1)
-    assert training_state(again) == training_state(plain)
-    assert records(tmp_path) == records(plain.folder.path)
-    assert model_digest(tmp_path) == model_digest(plain.folder.path)
+    assert_same_run(again, plain)
 
 
 def test_readers_in_sequence_and_in_turn(config: RunConfig, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ from runs import (
     tiny_config,
     tiny_squad,
     train,
+    train_on_the_cpu,
     training_state,
 )
 
@@ -74,9 +75,7 @@ def plain(
 ) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
     """One undisturbed run: its folder, its state at the end, its records."""
     run_dir = tmp_path_factory.mktemp("runs") / "plain"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        trainer = train(config, run_dir)
+    trainer = train_on_the_cpu(config, run_dir)
     return run_dir, training_state(trainer), records(run_dir)
 
 

@@ -17,19 +17,21 @@ from test_trainer import case_two_processes
 from crashes import InScript
 from latentwire_fast.config.schema import RunConfig, StageConfig, ValidationConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.sources import heldout_examples, split_validation
+from latentwire_fast.data.sources import heldout_examples, load_examples, split_validation
 from latentwire_fast.errors import CheckpointError, ConfigError, DataError, RunStopped
 from latentwire_fast.evaluate import evaluate
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.method_result import mean
 from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.prompts.builder import context_text
 from latentwire_fast.readers.reader import load_readers
-from latentwire_fast.training import validation
-from latentwire_fast.training.builders import build_stream, validation_examples
+from latentwire_fast.training import builders, validation
+from latentwire_fast.training.builders import build_data
 from latentwire_fast.training.trainer import Trainer
 from latentwire_fast.training.validation import Validator
 from runs import (
+    assert_same_run,
     changed,
     model_digest,
     records,
@@ -38,7 +40,7 @@ from runs import (
     tiny_config,
     tiny_squad,
     train,
-    training_state,
+    train_on_the_cpu,
 )
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -62,9 +64,7 @@ def config(
 @pytest.fixture(scope="module")
 def plain(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """One undisturbed run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        return train(config, tmp_path_factory.mktemp("runs") / "plain")
+    return train_on_the_cpu(config, tmp_path_factory.mktemp("runs") / "plain")
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
@@ -90,25 +90,57 @@ def history(of: Validator, *values: float) -> list[dict[str, Any]]:
 
 def test_the_slice_is_neither_trained_on_nor_evaluated_on(config: RunConfig) -> None:
     readers = load_readers(config.readers)
-    chosen = validation_examples(config)
-    trained = build_stream(config, readers).items  # type: ignore[attr-defined]
+    data = build_data(config, readers)
+    chosen, trained = data.validation, data.stream.items  # type: ignore[attr-defined]
     contexts = {e.context for e in chosen}
     assert len(chosen) == 3
     assert not contexts & {item.context for item in trained}
     assert not contexts & {e.context for e in heldout_examples(config.data)}
-    without = build_stream(changed(config, validation=None), readers).items  # type: ignore[attr-defined]
+    bare = build_data(changed(config, validation=None), readers)
+    without = bare.stream.items  # type: ignore[attr-defined]
+    assert bare.validation == []
     assert {i.context for i in without} == contexts | {i.context for i in trained}
-    assert validation_examples(changed(config, seed=5)) != []
-    assert {e.id for e in validation_examples(changed(config, seed=5))} == {e.id for e in chosen}
+    other = build_data(changed(config, seed=5), readers).validation
+    assert other != []
+    assert {e.id for e in other} == {e.id for e in chosen}
+
+
+def test_the_data_is_read_once_and_long_contexts_are_in_no_part(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = load_readers(config.readers)
+    contexts = {
+        example.context
+        for example in load_examples(config.data.source, split="train", count=None, seed=0)
+    }
+
+    def longest(context: str) -> int:
+        return max(len(r.prompts.text_ids(context_text(context))) for r in readers.values())
+
+    limit = sorted(map(longest, contexts))[len(contexts) // 2]
+    reads: list[str] = []
+
+    def counted(*args: Any, **options: Any) -> list[Example]:
+        reads.append(options["split"])
+        return load_examples(*args, **options)
+
+    monkeypatch.setattr(builders, "load_examples", counted)
+    data = build_data(changed(config, data={"max_context_tokens": limit}), readers)
+    assert reads == ["train"]
+    items = data.stream.items  # type: ignore[attr-defined]
+    found = {e.context for e in data.validation} | {item.context for item in items}
+    assert len(data.validation) == 3
+    assert found == {context for context in contexts if longest(context) <= limit}
 
 
 def test_the_testbeds_slice_has_a_seed_of_its_own(config: RunConfig) -> None:
     config = changed(config, data={"source": "testbed"})
-    chosen = validation_examples(config)
+    readers = load_readers(config.readers)
+    chosen = build_data(config, readers).validation
     assert len(chosen) == 3
     evaluated = heldout_examples(config.data, count=200)
     assert not {e.context for e in chosen} & {e.context for e in evaluated}
-    assert chosen == validation_examples(changed(config, seed=3))
+    assert chosen == build_data(changed(config, seed=3), readers).validation
 
 
 def test_a_slice_that_is_most_of_the_data_is_refused() -> None:
@@ -125,8 +157,9 @@ def test_a_slice_that_is_most_of_the_data_is_refused() -> None:
 def test_the_scores_are_those_of_the_evaluation(config: RunConfig, plain: Trainer) -> None:
     """Through payloads at the run's bits, by the one receiver: the last ones are of the model."""
     model = Interlingua.from_pretrained(plain.folder.model)
-    examples = validation_examples(config)
-    evaluator = Evaluator(config, model, load_readers(config.readers), examples, progress=False)
+    readers = load_readers(config.readers)
+    examples = build_data(config, readers).validation
+    evaluator = Evaluator(config, model, readers, examples, progress=False)
     evaluator.methods = {"latent": evaluator.methods["latent"]}
     results = evaluator.run()
     last = summary(plain.folder.path)["last"]
@@ -177,15 +210,33 @@ def test_the_best_model_is_scored_to_a_file_of_its_own(tmp_path: Path) -> None:
         evaluate(tmp_path, best=True, out=tmp_path / "best.json")
 
 
-def test_validation_disturbs_nothing(config: RunConfig, tmp_path: Path) -> None:
-    """Losses, weights and random numbers are those of a run without it, on the same data."""
+def test_validation_disturbs_nothing(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, weights and random numbers are those of a run without it, on the same data; modules
+    are in the modes that they were in, each."""
     config = changed(config, data={"source": "testbed"})
+    modes: list[list[bool]] = []  # before and behind each validation
+    run = Validator.run
+
+    def observed(self: Validator, *args: Any, **options: Any) -> Any:
+        def add() -> None:
+            modes.append([m.training for whole in self._modules for m in whole.modules()])
+
+        add()
+        scores = run(self, *args, **options)
+        add()
+        return scores
+
+    monkeypatch.setattr(Validator, "run", observed)
     scored = train(config, tmp_path / "scored")
     bare = train(changed(config, validation=None), tmp_path / "bare")
-    assert training_state(scored) == training_state(bare)
-    assert records(tmp_path / "scored") == records(tmp_path / "bare")
-    assert model_digest(tmp_path / "scored") == model_digest(tmp_path / "bare")
-    assert all(module.training is False for module in scored.session.model.modules())
+    assert_same_run(scored, bare)
+    assert len(modes) >= 4
+    assert modes[::2] == modes[1::2]
+    assert any(modes[0])
+    for trained in (scored, bare):  # once all is done
+        assert all(module.training is False for module in trained.session.model.modules())
     assert not (tmp_path / "bare" / "validation.json").exists()
 
 
@@ -232,10 +283,8 @@ def crash() -> None:
 
 def assert_the_same(trainer: Trainer, plain: Trainer) -> None:
     found, expected = trainer.folder.path, plain.folder.path
-    assert training_state(trainer) == training_state(plain)
+    assert_same_run(trainer, plain)
     assert trainer.session.state.validations == plain.session.state.validations
-    assert records(found) == records(expected)
-    assert model_digest(found) == model_digest(expected)
     for name in ("model_best/config.json", "validation.json"):
         assert (found / name).read_bytes() == (expected / name).read_bytes()
     assert not list(found.glob("model*.tmp"))

@@ -1,7 +1,7 @@
 """Means over spans of several of an LM's layers, mixed and then compared by a transformer.
 
 All of the text reaches the latents at a small cost: what is trained runs over M positions, not
-over the text's. With a frozen LM its states can be kept (`training/frozen_work.py`).
+over the text's.
 
 Shapes: B texts, T positions, K parts of spans, C channels of the layers that are read, M latents,
 D the LM's width.
@@ -10,60 +10,38 @@ D the LM's width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentwire_fast.config.base import require
-from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.models.layers import pre_norm_layer
 from latentwire_fast.models.lm_text import LMFacts, LMText
-from latentwire_fast.models.poolers.base import Pooler
-from latentwire_fast.models.poolers.cross_attention import spread
+from latentwire_fast.models.poolers.layer_states import LayerStatesPooler
 from latentwire_fast.models.poolers.spans import span_weights
 
 
-class LayerSpansPooler(Pooler):
+class LayerSpansPooler(LayerStatesPooler):
     """Latent k sees the k-th of M spans of the text, in several parts and several layers; then a
     transformer over the latents lets each see the others."""
 
     @dataclass(frozen=True)
-    class Config(PoolerConfig):
-        """Spans of several layers' states.
+    class Config(LayerStatesPooler.Config):
+        """Spans of several layers' states; the transformer is over the latents.
 
         Attributes:
-            states: of how many of the LM's layers, evenly from its embeddings to its last.
             parts: into how many a span is cut before its means are taken.
-            layers, heads: of the transformer over the latents.
-            expansion: inner width of its MLPs, as a multiple of its width.
-            dropout: in it.
         """
 
-        states: int = 6
         parts: int = 2
-        layers: int = 2
-        heads: int = 8
-        expansion: int = 2
-        dropout: float = 0.0
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            self.at_least_one("states", "parts", "layers", "heads", "expansion")
-            require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
-
-    table_parameters: ClassVar[tuple[str, ...]] = ("slots",)
+            self.at_least_one("parts")
 
     def __init__(self, config: Config, lm: LMFacts) -> None:
         super().__init__(config, lm)
-        require(
-            lm.width % config.heads == 0,
-            f"encoder.pooler.heads={config.heads} does not divide the width {lm.width} of "
-            f"{lm.source!r}",
-        )
-        self.latents, self.parts = lm.latents, config.parts
-        self.state_layers = spread(lm.layers + 1, config.states)
+        self.parts = config.parts
         width = len(self.state_layers) * config.parts * lm.width
         self.mix = nn.Linear(width, lm.width)
         nn.init.normal_(self.mix.weight, std=width**-0.5)
@@ -75,11 +53,6 @@ class LayerSpansPooler(Pooler):
             config.layers,
             enable_nested_tensor=False,
         )
-
-    @property
-    def states(self) -> int:
-        """Those of its layers."""
-        return len(self.state_layers)
 
     def forward(self, text: LMText) -> Tensor:
         """States `[B, M, D]`."""
