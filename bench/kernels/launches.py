@@ -65,6 +65,12 @@ class Launch:
         return found
 
     @property
+    def traffic(self) -> float:
+        """Bytes of its tensors, each moved once."""
+        tensors = {id(v): v for v in self.arguments.values() if isinstance(v, Tensor)}
+        return sum(t.numel() * t.dtype.itemsize for t in tensors.values())
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """The same for launches of the same code."""
         signature, attributes = self._signature()
@@ -126,7 +132,7 @@ class _Recorder(TorchDispatchMode):
         out = op(*arguments, **(options or {}))
         name = op.overloadpacket.__name__
         made = name in ("empty", "new_empty", "empty_like", "detach", "empty_strided")
-        if not (op.is_view or made or name == "_to_copy" and out is arguments[0]):
+        if not (op.is_view or made or (name == "_to_copy" and out is arguments[0])):
             tensors = [t for t in (*_tensors(arguments), *_tensors((out,))) if t.is_cuda]
             traffic = sum(t.numel() * t.dtype.itemsize for t in tensors)
             self.steps.append(Operation(name, Stage(traffic, _flops(name, arguments))))
@@ -167,6 +173,34 @@ class _Kernel:
         return launch
 
 
+def _item(self: Tensor, index: Any) -> Tensor:
+    """`self[index]` of slices, numbers and None. A torch without CUDA refuses its own."""
+    out, dim = self, 0
+    for part in index if isinstance(index, tuple) else (index,):
+        if part is None:
+            out = out.unsqueeze(dim)
+        elif isinstance(part, slice):
+            start, stop, _ = part.indices(out.shape[dim])
+            out = out.narrow(dim, start, stop - start)
+        elif part is Ellipsis:
+            dim = out.dim() - 1
+            continue
+        else:
+            out, dim = out.select(dim, part % out.shape[dim]), dim - 1
+        dim += 1
+    return out
+
+
+def _set_item(self: Tensor, index: Any, value: Any) -> None:
+    """Of `self[index] += ...`, which has added already, nothing is left to do."""
+    if not (isinstance(value, Tensor) and value._base is self):
+        torch.add(_item(self, index), value)  # as much work as the copy
+
+
+def _contiguous(self: Tensor) -> Tensor:
+    return self if self.is_contiguous() else self.clone(memory_format=torch.contiguous_format)
+
+
 @contextmanager
 def recording() -> Iterator[list[Launch | Operation]]:
     """Within it, CUDA tensors have no data, and launches and operations go to the list."""
@@ -178,6 +212,9 @@ def recording() -> Iterator[list[Launch | Operation]]:
                 if name.endswith("_kernel") and hasattr(value, "params"):
                     kernel = _Kernel(value, recorder.steps)
                     stack.enter_context(mock.patch.object(module, name, kernel))
+        methods = {"__getitem__": _item, "__setitem__": _set_item, "contiguous": _contiguous}
+        for name, method in methods.items():
+            stack.enter_context(mock.patch.object(Tensor, name, method))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder)
         yield recorder.steps

@@ -33,6 +33,10 @@ INTEGER_UNIT = frozenset(
 SLOW_UNIT = frozenset({"F2F", "F2I", "FRND", "I2F", "I2I", "MUFU", "POPC"})
 UNIT_CYCLES = {"integer": 2, "slow": 8}
 
+# Products on the matrix units: of four warps together, and of one.
+_WIDE_PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.F32(?:\.(TF32|BF16))?")
+_PRODUCT = re.compile(r"HMMA\.(16816|1688|1684)\.F32(?:\.(TF32|BF16))?")
+
 _LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _LABEL = re.compile(r"^(\.L_x_\d+|\$__internal\w+):")
@@ -64,12 +68,14 @@ class Counts:
     Attributes:
         by_name: executions of each instruction, by its name without suffixes.
         accesses: executed global-memory instructions by (kind, bytes per thread).
+        products: FLOPs on the matrix units, by the type of the factors; a warp's share.
         loops: `file:line` of each loop and how often its body runs each time it is reached.
         cold: what was left out, and of how many instructions.
     """
 
     by_name: Mapping[str, float]
     accesses: Mapping[tuple[str, int], float]
+    products: Mapping[str, float]
     loops: Mapping[str, float]
     cold: Mapping[str, int]
 
@@ -122,6 +128,15 @@ def width(instruction: str) -> tuple[str, int] | None:
         return None
     widths = [WIDTHS[part] for part in match[2].split(".") if part in WIDTHS]
     return match[1], widths[-1] if widths else 4
+
+
+def product(instruction: str) -> tuple[str, float] | None:
+    """(type of the factors, FLOPs of one warp) of a product on the matrix units."""
+    if match := _WIDE_PRODUCT.search(instruction):
+        return match[4] or "F16", 2 * int(match[1]) * int(match[2]) * int(match[3]) / 4
+    if match := _PRODUCT.search(instruction):
+        return match[2] or "F16", 2 * 16 * 8 * int(match[1][2:])
+    return None
 
 
 def _name(instruction: str) -> str:
@@ -248,7 +263,9 @@ def _arguments(path: str, line: int, constants: Mapping[str, Any]) -> Iterator[d
         for call in ast.walk(_tree(str(file))):
             if isinstance(call, ast.Call) and ast.unparse(call.func) == function.name:
                 given = (a.value.elts if isinstance(a, ast.Starred) else [a] for a in call.args)
-                bound = dict(zip(parameters, (ast.unparse(a) for g in given for a in g)))
+                bound = dict(
+                    zip(parameters, (ast.unparse(a) for g in given for a in g), strict=False)
+                )
                 known = {n: constants[a] for n, a in bound.items() if a in constants}
                 yield {**constants, **known}
 
@@ -299,15 +316,18 @@ def count(
     loops = _loops(blocks, live)
     names: Counter[str] = Counter()
     accesses: Counter[tuple[str, int]] = Counter()
+    products: Counter[str] = Counter()
     for index in sorted(live):
         times = _trips([place for a, b, place in loops if a <= index <= b], constants)
         for instruction in blocks[index].instructions:
             names[_name(instruction)] += times
             if access := width(instruction):
                 accesses[access] += times
+            if found := product(instruction):
+                products[found[0]] += times * found[1]
     trips = {}
     for first, last, place in loops:
         nest = [outer for a, b, outer in loops if a <= first and last <= b]
         where = f"{Path(place[0]).name}:{place[1]}"
         trips[where] = _trips(nest, constants) / _trips(nest[:-1], constants)
-    return Counts(dict(names), dict(accesses), trips, dict(cold))
+    return Counts(dict(names), dict(accesses), dict(products), trips, dict(cold))
