@@ -31,6 +31,9 @@ DTYPES = {
     torch.int64: "i64",
 }
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # and where their first factor stands
+FREE = {
+    *("empty", "new_empty", "empty_like", "empty_strided", "detach", "device", "scalar_tensor"),
+}  # operations that start nothing
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -131,8 +134,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         out = op(*arguments, **(options or {}))
         name = op.overloadpacket.__name__
-        made = name in ("empty", "new_empty", "empty_like", "detach", "empty_strided")
-        if not (op.is_view or made or (name == "_to_copy" and out is arguments[0])):
+        if not (op.is_view or name in FREE or (name == "_to_copy" and out is arguments[0])):
             tensors = [t for t in (*_tensors(arguments), *_tensors((out,))) if t.is_cuda]
             traffic = sum(t.numel() * t.dtype.itemsize for t in tensors)
             self.steps.append(Operation(name, Stage(traffic, _flops(name, arguments))))

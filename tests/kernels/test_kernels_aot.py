@@ -51,6 +51,13 @@ def quantization_cases() -> dict[str, Case]:
             cases |= quantization_trio(name, dtype, bits, group, whole=True)
         cases |= quantization_trio(f"{bits} bits, groups of 32, a short one", BF16, bits, 32)
         cases |= quantization_trio(f"{bits} bits, groups of 64, a short one, fp32", FP32, bits, 64)
+        # Few values: programs of one warp, some of whose codes are less than 16 bytes a thread.
+        wide = {"pack": ("LDG",), "unpack": ("STG",), "fake": ("LDG", "STG")}
+        trio = quantization_trio(f"{bits} bits, groups of 32", BF16, bits, 32, whole=True)
+        for name, case in trio.items():
+            constants = {**case.constants, "GROUPS": 512 // 32}
+            few = replace(case, constants=constants, warps=1, wide=wide[name.split(",")[0]])
+            cases[f"{name}, few"] = few
     return cases
 
 
@@ -59,7 +66,7 @@ def quantization_trio(
 ) -> dict[str, Case]:
     """Packing, unpacking and both, for whole groups or a last short one."""
     shape = {"BITS": bits, "GROUP": group, "GROUPS": 4096 // group}
-    clip, warps = {"CLIP": bits == 4}, 4 if whole else 8
+    clip, warps = {"CLIP": bits == 4, "INTERPRETED": False}, 4 if whole else 8
     # A group's codes are 16 bytes or more; of 6 bits the shorter of their two planes.
     long = group * (2 if bits == 6 else bits) // 8 >= 16
     both = ("LDG", "STG") if whole and long else ()
@@ -74,10 +81,10 @@ def quantization_trio(
             *({**shape, "WHOLE": whole}, warps, 3, both or ("STG",) * whole, aligned),
         ),
     }
-    if whole:  # to it all groups are alike
+    if whole:
         cases[f"fake, {name}"] = Case(
             *("quantization", "_fake_quantize_kernel", (dtype, dtype, "i32")),
-            *({**shape, **clip}, 4, 3, ("LDG", "STG"), (2,)),
+            *({**shape, **clip, "WHOLE": True}, 4, 3, ("LDG", "STG"), (2,)),
         )
     return cases
 
