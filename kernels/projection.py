@@ -39,8 +39,11 @@ from torch import Tensor
 from latentwire_fast.kernels.matmul import matmul_fp32
 from latentwire_fast.kernels.projection_rows import (
     Calibration,
+    Factor,
     Norm,
     Packed,
+    factor_of,
+    is_half,
     normalised_rows,
     scaled_rows,
 )
@@ -57,12 +60,14 @@ class Folded:
     """What the folded form needs of the parameters, whatever the rows.
 
     plain: P = (W | b | 0) `[D, K]` in W's dtype; scaled: gamma * P in the rows' dtype; gram: P'P
-    `[K, K]` fp32. K is d + 2 rounded up to 8, so that rows are whole 16-byte pieces.
+    `[K, K]` fp32. K is d + 2 rounded up to 8, so that rows are whole 16-byte pieces. factor: in the
+    place of G for half precision rows, of parameters that stay as they are.
     """
 
     plain: Tensor
     scaled: Tensor
     gram: Tensor
+    factor: Factor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,14 @@ def _fold_kernel(
 
 
 def fold(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, *, dtype: torch.dtype
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    frozen: bool = False,
 ) -> Folded:
-    """Two launches. `dtype` is the rows'."""
+    """Two launches. `dtype` is the rows'; `frozen`: with the factor, which takes milliseconds."""
     weight = weight.contiguous()
     bias, gamma = (None if t is None else t.contiguous() for t in (bias, gamma))
     outputs, width = weight.shape
@@ -130,7 +140,8 @@ def fold(
         BLOCK=triton.next_power_of_2(padded),
         num_warps=4,
     )
-    return Folded(plain, scaled, matmul_fp32(plain.T, plain))
+    factor = factor_of(plain, width, dtype) if frozen and is_half(dtype, width) else None
+    return Folded(plain, scaled, matmul_fp32(plain.T, plain), factor)
 
 
 def project_calibrate(
@@ -156,7 +167,10 @@ def project_calibrate(
             calibration=p.calibration,
             tanh=p.tanh,
         ).forward()
-    rows, squares = scaled_rows(source, p.norm, p.calibration, p.folded.gram, outputs)
+    folded = p.folded
+    rows, squares = scaled_rows(
+        *(source, p.norm, p.calibration, folded.gram, folded.factor, outputs)
+    )
     if beta is None:
-        return rows @ p.folded.scaled.T, squares
-    return torch.addmm(beta.to(rows.dtype), rows, p.folded.scaled.T), squares
+        return rows @ folded.scaled.T, squares
+    return torch.addmm(beta.to(rows.dtype), rows, folded.scaled.T), squares

@@ -121,7 +121,7 @@ def projection(
     gamma = cuda(width, dtype=dtype) if groups == 1 else None
     folded = None
     if kernels.is_folded(inner, groups=groups, tanh=tanh):
-        folded = kernels.fold(weight, bias, gamma, dtype=dtype)
+        folded = kernels.fold(weight, bias, gamma, dtype=dtype, frozen=frozen)
     norm = kernels.Norm(cuda(inner, dtype=dtype), cuda(inner, dtype=dtype), 1e-5)
     gain = None if groups == 1 else cuda(groups, dtype=dtype)
     calibration = kernels.Calibration(gain, 0.02, 1e-8, group_rows, groups)

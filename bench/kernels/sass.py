@@ -135,7 +135,7 @@ def product(instruction: str) -> tuple[str, float] | None:
     if match := _WIDE_PRODUCT.search(instruction):
         return match[4] or "F16", 2 * int(match[1]) * int(match[2]) * int(match[3]) / 4
     if match := _PRODUCT.search(instruction):
-        return match[2] or "F16", 2 * 16 * 8 * int(match[1][2:])
+        return match[2] or "F16", 2 * 16 * 8 * int(match[1].removeprefix("168"))
     return None
 
 
