@@ -43,7 +43,6 @@ from latentwire_fast.kernels.projection_rows import (
     Norm,
     Packed,
     factor_of,
-    is_half,
     normalised_rows,
     scaled_rows,
 )
@@ -140,7 +139,8 @@ def fold(
         BLOCK=triton.next_power_of_2(padded),
         num_warps=4,
     )
-    factor = factor_of(plain, width, dtype) if frozen and is_half(dtype, width) else None
+    half = dtype != torch.float32
+    factor = factor_of(plain, width, dtype) if frozen and half else None
     return Folded(plain, scaled, matmul_fp32(plain.T, plain), factor)
 
 

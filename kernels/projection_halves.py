@@ -29,9 +29,9 @@ from latentwire_fast.kernels.projection_pieces import (
 # The widest row that a program holds, and the values of it that a thread does.
 WIDEST = 512
 THREAD_VALUES = 64
-# Numbers of the factor or of G that are multiplied at a time: 64 columns at d = 256. One such tile
-# is on its way while another is used; two more would take the shared memory of a second program.
-TILE_VALUES, STAGES = 256 * 64, 2
+# One tile of the factor or of G is on its way while another is used; one more would take the
+# shared memory of a second program.
+STAGES = 2
 
 
 @triton.jit
@@ -179,8 +179,13 @@ def _half_rows_kernel(
         store_tail(out_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
 
 
-def half_tiling(tile_rows: int, width: int) -> tuple[dict[str, int], int]:
-    """The constants of a tile of so many rows, and the warps of a program."""
+def most_rows(width: int) -> int:
+    """Of a program: beyond 256 values each, more than 32 rows leave too few registers."""
+    return 64 if width <= 256 else 32
+
+
+def half_tiling(tile_rows: int, width: int, *, factor: bool) -> tuple[dict[str, int], int]:
+    """The constants of a tile of so many rows, and the warps of a program. A tile of G is fp32."""
     block = max(triton.next_power_of_2(width), 16)
-    warps = min(max(tile_rows * block // (32 * THREAD_VALUES), 4), 16)
-    return {"BLOCK": block, "TILE": min(TILE_VALUES // block, 64)}, warps
+    warps = min(max(tile_rows * block // (32 * THREAD_VALUES), 4), 8)
+    return {"BLOCK": block, "TILE": 64 if factor or block <= 256 else 32}, warps

@@ -26,6 +26,7 @@ from latentwire_fast.kernels.projection_halves import (
     WIDEST,
     _half_rows_kernel,
     half_tiling,
+    most_rows,
 )
 from latentwire_fast.kernels.projection_pieces import (
     plain_tiling,
@@ -195,9 +196,11 @@ def _rows_kernel(
             store_tail(out_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
 
 
-def is_half(dtype: torch.dtype, width: int) -> bool:
-    """Whether such rows are held whole, by `projection_halves`."""
-    return dtype != torch.float32 and width <= WIDEST
+def is_half(source: Tensor | Packed, norm: Norm) -> bool:
+    """Whether `projection_halves` takes these rows: not a payload's that may be beyond fp16."""
+    bounded = isinstance(source, Tensor) or norm.weight is not None
+    fits = source.dtype == torch.bfloat16 or (source.dtype == torch.float16 and bounded)
+    return fits and source.shape[1] <= WIDEST
 
 
 @dataclass(frozen=True)
@@ -232,13 +235,13 @@ class Tiling:
     span: int
 
     @classmethod
-    def of(cls, rows: int, group_rows: int, *, packed: bool) -> Tiling:
-        """A mean square's rows, if they fit one tile."""
-        few = 1 < group_rows <= LARGEST_TILE
+    def of(cls, rows: int, group_rows: int, *, packed: bool, most: int = LARGEST_TILE) -> Tiling:
+        """A mean square's rows, if they fit one tile of at most so many."""
+        few = 1 < group_rows <= most
         if few:
             tile_rows = max(16, triton.next_power_of_2(group_rows))
         else:
-            tile_rows = 16 if rows <= FEW_ROWS else LARGEST_TILE
+            tile_rows = 16 if rows <= FEW_ROWS else most
         columns = PACKED_VALUES // tile_rows if packed else TILE
         return cls(tile_rows, columns, group_rows if few else tile_rows)
 
@@ -274,7 +277,7 @@ class _Launch:
         out, (rows, width) = self.out, self.source.shape
         packed = self.source if isinstance(self.source, Packed) else None
         x = self.source.codes if isinstance(self.source, Packed) else self.source
-        half = is_half(out.dtype, width)
+        half = is_half(self.source, self.norm)
         factor = (self.factor.matrix, self.factor.constants) if self.factor else (None, None)
         tensors = (
             *(packed.scales if packed else None, self.norm.weight, self.norm.bias, self.gram),
@@ -293,8 +296,9 @@ class _Launch:
             "TILE_ROWS": self.tiling.rows,
         }
         if half:
-            tile, warps = half_tiling(self.tiling.rows, width)
-            constants |= {"HAS_FACTOR": self.factor is not None, **tile, "num_stages": STAGES}
+            given = self.factor is not None
+            tile, warps = half_tiling(self.tiling.rows, width, factor=given)
+            constants |= {"HAS_FACTOR": given, **tile, "num_stages": STAGES}
         else:
             warps = self.tiling.warps(packed=packed is not None)
             constants |= {"PRECISION": "tf32x3", "TILE": self.tiling.columns, "TILE_K": TILE_K}
@@ -342,8 +346,9 @@ def scaled_rows(
     Args:
         gram: `[K, K]` fp32 of (W | b | 0); factor: used in its place if given; outputs: D.
     """
-    rows, group_rows = source.shape[0], calibration.group_rows
-    tiling = Tiling.of(rows, group_rows, packed=isinstance(source, Packed))
+    (rows, width), group_rows = source.shape, calibration.group_rows
+    most = most_rows(width) if is_half(source, norm) else LARGEST_TILE
+    tiling = Tiling.of(rows, group_rows, packed=isinstance(source, Packed), most=most)
     out = source.new_empty((rows, gram.shape[0]), dtype=source.dtype)
     launch = _Launch(source, norm, calibration, tiling, out, gram, factor, outputs)
     groups = rows // group_rows if group_rows else 0

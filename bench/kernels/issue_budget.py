@@ -52,7 +52,7 @@ class Compiled:
 
     Attributes:
         counts: executed by a warp; registers: of a thread; spilled: bytes of stack and local
-        memory; shared: bytes of a program; warps: of a program.
+        memory; shared: bytes of a program; warps: of a program; ptx: that it was made from.
     """
 
     counts: sass.Counts
@@ -60,6 +60,7 @@ class Compiled:
     spilled: int
     shared: int
     warps: int
+    ptx: str
 
     @property
     def resident(self) -> int:
@@ -81,6 +82,7 @@ def compiled(launch: Launch) -> Compiled:
         _compiled[launch.key] = Compiled(
             *(sass.count(assembly, launch.constants, RARE), usage["REG"]),
             *(usage["STACK"] + usage["LOCAL"], kernel.metadata.shared, launch.warps),
+            ptx=kernel.asm["ptx"],
         )
     return _compiled[launch.key]
 
@@ -98,7 +100,7 @@ def launch_floors(launch: Launch, card: Ceilings) -> dict[str, float]:
     return {
         **{unit: amount * cycle for unit, amount in cycles.items()},
         "matmul": flops * launch.warps * launch.programs / card.flops_per_second,
-        "memory": launch.traffic / card.bytes_per_second,
+        "memory": launch.traffic(code.ptx) / card.bytes_per_second,
         "launch": card.launch_seconds,
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -67,11 +68,14 @@ class Launch:
                 found[parameter.name] = value
         return found
 
-    @property
-    def traffic(self) -> float:
-        """Bytes of its tensors, each moved once."""
-        tensors = {id(v): v for v in self.arguments.values() if isinstance(v, Tensor)}
-        return sum(t.numel() * t.dtype.itemsize for t in tensors.values())
+    def traffic(self, ptx: str) -> float:
+        """Bytes of the tensors that its code touches, each moved once."""
+        signature, _ = self._signature()
+        places = [name for name, kind in signature.items() if kind != "constexpr"]
+        used = {int(number) for number in re.findall(r"ld\.param\S*\s.*_param_(\d+)", ptx)}
+        tensors = {id(self.arguments[places[i]]): self.arguments[places[i]] for i in used
+                   if i < len(places)}  # fmt: skip
+        return sum(t.numel() * t.dtype.itemsize for t in tensors.values() if isinstance(t, Tensor))
 
     @property
     def key(self) -> tuple[Any, ...]:

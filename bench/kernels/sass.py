@@ -242,6 +242,7 @@ def _ranges(node: ast.For, path: str, constants: Mapping[str, Any]) -> range:
     assert isinstance(node.iter, ast.Call)
     bounds = [ast.unparse(argument) for argument in node.iter.args]
     found, missing = set(), ""
+    constants = {**constants, **_assigned(path, constants)}
     for names in [constants, *_arguments(path, node.lineno, constants)]:
         try:
             found.add(range(*(eval(bound, {}, dict(names)) for bound in bounds)))
@@ -251,6 +252,20 @@ def _ranges(node: ast.For, path: str, constants: Mapping[str, Any]) -> range:
         message = f"{path}:{node.lineno}: range({', '.join(bounds)}) "
         raise BudgetError(message + (f"may be {found}" if found else f"is not known: {missing}"))
     return found.pop()
+
+
+def _assigned(path: str, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Names that a file's functions give to compile-time numbers (`name: tl.constexpr = ...`)."""
+    found: dict[str, Any] = {}
+    for node in ast.walk(_tree(path)):
+        constant = isinstance(node, ast.AnnAssign) and node.value is not None
+        if constant and ast.unparse(node.annotation) == "tl.constexpr":
+            try:
+                value = eval(ast.unparse(node.value), {}, {**constants, **found})
+            except NameError:  # of another kernel in the file
+                continue
+            found[ast.unparse(node.target)] = value
+    return found
 
 
 def _arguments(path: str, line: int, constants: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
