@@ -37,12 +37,11 @@ import triton.language as tl
 from torch import Tensor
 
 from latentwire_fast.kernels.matmul import matmul_fp32
+from latentwire_fast.kernels.projection_halves import Factor, factor_of
 from latentwire_fast.kernels.projection_rows import (
     Calibration,
-    Factor,
     Norm,
     Packed,
-    factor_of,
     normalised_rows,
     scaled_rows,
 )

@@ -14,10 +14,13 @@ that in s, against the 4e-3 of a bf16 output. fp32 rows take `projection_rows`, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from latentwire_fast.kernels.codes import unpacked
 from latentwire_fast.kernels.projection_pieces import (
     load_rows,
     normalise,
@@ -25,6 +28,7 @@ from latentwire_fast.kernels.projection_pieces import (
     store_rows,
     store_tail,
 )
+from latentwire_fast.kernels.quantization import joined
 
 # The widest row that a program holds, and the values of it that a thread does.
 WIDEST = 512
@@ -34,34 +38,58 @@ THREAD_VALUES = 64
 STAGES = 2
 
 
+@dataclass(frozen=True)
+class Factor:
+    """R of (W | b) = Q R for half precision rows: `||W x + b|| = ||R [x, 1]||`.
+
+    matrix: R' `[d + 1, K]` in the rows' dtype, its upper rows those of x, its last b's;
+    constants: `[2]` fp32, the square of what the matrix was divided by, and R's last number's.
+    """
+
+    matrix: Tensor
+    constants: Tensor
+
+
+def factor_of(plain: Tensor, width: int, dtype: torch.dtype) -> Factor:
+    """Of P = (W | b | 0) `[D, K]`: some milliseconds, for parameters that stay as they are."""
+    r = torch.linalg.qr(plain[:, : width + 1].float(), mode="r").R
+    matrix = r.new_zeros((width + 1, plain.shape[1]))
+    matrix[:, : r.shape[0]] = r.T
+    largest = matrix.abs().amax() if dtype == torch.float16 else matrix.new_ones(())
+    largest = torch.where(largest > 0, largest, 1.0)  # NaN stays NaN
+    constants = torch.stack([largest.square(), matrix[width, width].square()])
+    return Factor((matrix / largest).to(dtype), constants)
+
+
 @triton.jit
-def _whole_rows(
-    x_ptr, scales_ptr, first, row, live_row, latents, code_bytes, groups, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _neighbours(start_ptr, live, COUNT: tl.constexpr):
+    """COUNT bytes from each place on `[G, 1]`, all or none: read 16 at a time."""
+    column = tl.arange(0, COUNT)[None, :]
+    return tl.load(start_ptr + column, mask=live[:, None] & (column >= 0), other=0)
+
+
+@triton.jit
+def _unpacked_rows(
+    codes_ptr, scales_ptr, first, live_row, WIDTH: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows `[R, BLOCK]` in fp32, 0 past their width. Codes in whole groups are read 16 bytes at a
-    time, others as `load_rows` does."""
-    if (BITS > 0) & (WIDTH % GROUP == 0):
-        # Groups of this program's rows, those of a row padded to a power of 2.
-        held: tl.constexpr = WIDTH // GROUP
-        padded: tl.constexpr = BLOCK // GROUP
-        number = tl.arange(0, TILE_ROWS * padded)
-        live = tl.reshape(
-            tl.broadcast_to(live_row[:, None], (TILE_ROWS, padded)), (TILE_ROWS * padded,)
-        ) & (number % padded < held)
-        group = number // padded * held + number % padded
-        codes = unpacked(
-            x_ptr + first * (WIDTH * BITS // 8), group, live, BITS, GROUP, TILE_ROWS * padded
-        )
-        scale = tl.load(scales_ptr + first * held + group, mask=live, other=0.0).to(tl.float32)
-        x = tl.reshape(codes.to(tl.float32) * scale[:, None], (TILE_ROWS, BLOCK))
-    else:
-        column = tl.arange(0, BLOCK)
-        live = live_row[:, None] & (column < WIDTH)[None, :]
-        x = load_rows(
-            x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups, WIDTH, BITS, GROUP
-        )
-    return x
+    """Rows `[R, BLOCK]` from number `first` on, of whole groups each: then one example's codes
+    follow another's without a gap."""
+    HELD: tl.constexpr = WIDTH // GROUP
+    PADDED: tl.constexpr = BLOCK // GROUP
+    number = tl.arange(0, TILE_ROWS * PADDED)
+    live = tl.broadcast_to(live_row[:, None], (TILE_ROWS, PADDED))
+    live = tl.reshape(live, (TILE_ROWS * PADDED,)) & (number % PADDED < HELD)
+    group = number // PADDED * HELD + number % PADDED
+    start = codes_ptr + first * (WIDTH * BITS // 8) + group[:, None] * (GROUP * BITS // 8)
+    low = _neighbours(start, live, GROUP if BITS == 8 else GROUP // 2)
+    high = low
+    if BITS == 6:
+        high = _neighbours(start + GROUP // 2, live, GROUP // 4)
+    codes = joined(low, high, BITS, TILE_ROWS * PADDED, GROUP)
+    scale = tl.load(scales_ptr + first * HELD + group, mask=live, other=0.0)
+    x = codes.to(tl.float32) * scale.to(tl.float32)[:, None]
+    return tl.reshape(x, (TILE_ROWS, BLOCK))
 
 
 @triton.jit
@@ -96,7 +124,7 @@ def _gram_squares(
     if x.dtype == tl.float16:  # G may be beyond its range: its largest number is on the diagonal
         diagonal = tl.load(gram_ptr + inner * (PADDED + 1), mask=inner < WIDTH, other=0.0)
         largest = tl.max(diagonal, 0)
-        unit = tl.where(largest > 0, 1.0 / largest, 1.0)
+        unit = tl.where(largest > 1e-30, 1.0 / largest, 1.0)
     square = tl.zeros((TILE_ROWS,), tl.float32)
     linear = tl.zeros((TILE_ROWS,), tl.float32)
     for start in range(0, WIDTH, TILE):
@@ -132,10 +160,15 @@ def _half_rows_kernel(
     row = program * span + local
     live_row = (local < span) & (row < rows)
     column = tl.arange(0, BLOCK)
-    x = _whole_rows(
-        x_ptr, scales_ptr, program * span, row, live_row, latents, code_bytes, groups, WIDTH, BITS,
-        GROUP, TILE_ROWS, BLOCK,
-    )  # fmt: skip
+    if (BITS > 0) & (WIDTH % GROUP == 0):
+        x = _unpacked_rows(
+            x_ptr, scales_ptr, program * span, live_row, WIDTH, BITS, GROUP, TILE_ROWS, BLOCK
+        )
+    else:
+        live = live_row[:, None] & (column < WIDTH)[None, :]
+        x = load_rows(
+            x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups, WIDTH, BITS, GROUP
+        )
     if HAS_NORM:
         mean = tl.sum(x, 1) / WIDTH
         centred = tl.where((column < WIDTH)[None, :], x - mean[:, None], 0.0)

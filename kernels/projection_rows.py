@@ -24,6 +24,7 @@ from torch import Tensor
 from latentwire_fast.kernels.projection_halves import (
     STAGES,
     WIDEST,
+    Factor,
     _half_rows_kernel,
     half_tiling,
     most_rows,
@@ -201,29 +202,6 @@ def is_half(source: Tensor | Packed, norm: Norm) -> bool:
     bounded = isinstance(source, Tensor) or norm.weight is not None
     fits = source.dtype == torch.bfloat16 or (source.dtype == torch.float16 and bounded)
     return fits and source.shape[1] <= WIDEST
-
-
-@dataclass(frozen=True)
-class Factor:
-    """R of (W | b) = Q R for half precision rows: `||W x + b|| = ||R [x, 1]||`.
-
-    matrix: R' `[d + 1, K]` in the rows' dtype, its upper rows those of x, its last b's;
-    constants: `[2]` fp32, the square of what the matrix was divided by, and R's last number's.
-    """
-
-    matrix: Tensor
-    constants: Tensor
-
-
-def factor_of(plain: Tensor, width: int, dtype: torch.dtype) -> Factor:
-    """Of P = (W | b | 0) `[D, K]`: some milliseconds, for parameters that stay as they are."""
-    r = torch.linalg.qr(plain[:, : width + 1].float(), mode="r").R
-    matrix = r.new_zeros((width + 1, plain.shape[1]))
-    matrix[:, : r.shape[0]] = r.T
-    largest = matrix.abs().amax() if dtype == torch.float16 else matrix.new_ones(())
-    largest = torch.where(largest > 0, largest, 1.0)  # NaN stays NaN
-    constants = torch.stack([largest.square(), matrix[width, width].square()])
-    return Factor((matrix / largest).to(dtype), constants)
 
 
 @dataclass(frozen=True)
