@@ -9,8 +9,11 @@ G = W'W, c = W'b. With P = (W | b | 0) `[D, K]` all three lie in P'P `[K, K]`, a
     rows     X = [s x, s, 1, 0 ...] `[N, K]`      one kernel: unpack, LayerNorm, G, s
     output   X (gamma * P)' + beta                 one matmul, beta its bias
 
-Traffic N*D*e + D*K*e + 2*N*(d + K)*e bytes, arithmetic 2*N*D*K and about N*d^2 (times three for
-fp32's accuracy). At d = 256 the arithmetic is the floor: 2*D*d / F = 2.7 ns per row at D = 4096 and
+Half precision rows take r2 from (W | b) = Q R instead where the parameters are frozen: see
+`projection_halves`.
+
+Traffic N*D*e + D*K*e + 2*N*(d + K)*e bytes, arithmetic 2*N*D*K and 2*N*d^2 (for fp32 rows N*d^2
+times three). At d = 256 the arithmetic is the floor: 2*D*d / F = 2.7 ns per row at D = 4096 and
 790 TFLOP/s, against 1.9 ns to write it at 4.3 TB/s. G pays while 3*d^2 / F < 2*D*e / BW, what
 writing y and reading it back would cost: d < 1000 for D = 4096 if its tiles ran at the peak rate;
 they are small and at half of it the bound is 700. G of `[D, D]` (the MLP adapter) would cost as

@@ -2,8 +2,11 @@
 
 Names: x `[N, d]` the rows after LayerNorm; D outputs; K = d + 2 rounded up to 8, the padded width.
 
-`_rows_kernel` reads the rows, or unpacks a payload's codes; normalises them; finds s; and writes
+A kernel reads the rows, or unpacks a payload's codes; normalises them; finds s; and writes
 [s x, s, 1, 0 ...] `[N, K]` for the one matmul left, or x itself for `projection_tiles`.
+
+Half precision rows of up to 512 values go to `projection_halves` for the same. Here fp32 rows are
+computed as exactly as fp32 is.
 
 r2 = (x'Gx + 2 c'x + b'b) / D needs G `[d, d]`, which is tiled in both directions: held whole it
 does not fit the registers. G is symmetric, so only the tiles on and above its diagonal are read,
