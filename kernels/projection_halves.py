@@ -56,7 +56,7 @@ def factor_of(plain: Tensor, width: int, dtype: torch.dtype) -> Factor:
     matrix = r.new_zeros((width + 1, plain.shape[1]))
     matrix[:, : r.shape[0]] = r.T
     largest = matrix.abs().amax() if dtype == torch.float16 else matrix.new_ones(())
-    largest = torch.where(largest > 0, largest, 1.0)  # NaN stays NaN
+    largest = torch.where(largest > 0, largest, 1.0)  # a NaN is in the matrix too
     constants = torch.stack([largest.square(), matrix[width, width].square()])
     return Factor((matrix / largest).to(dtype), constants)
 
