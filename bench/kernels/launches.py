@@ -31,6 +31,8 @@ DTYPES = {
     **{torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1", torch.int32: "i32"},
     torch.int64: "i64",
 }
+# A product of fp32 numbers, unless TF32 is allowed, takes so many times as long as one of bf16.
+FP32_PRODUCT = 12
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # and where their first factor stands
 FREE = {
     *("empty", "new_empty", "empty_like", "empty_strided", "detach", "device", "scalar_tensor"),
@@ -157,7 +159,8 @@ def _flops(name: str, arguments: tuple[Any, ...]) -> float:
     if name not in PRODUCTS:
         return 0.0
     first, second = arguments[PRODUCTS[name] : PRODUCTS[name] + 2]
-    return 2.0 * math.prod(first.shape) * second.shape[-1]
+    times = FP32_PRODUCT if first.dtype == torch.float32 else 1
+    return 2.0 * math.prod(first.shape) * second.shape[-1] * times
 
 
 class _Kernel:
