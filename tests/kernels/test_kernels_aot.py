@@ -183,7 +183,8 @@ def rows_case(
     kernel = ("projection_halves", "_half_rows_kernel", pointers)
     # Codes of 6 bits lie in planes of 16 and 8 bytes a group.
     read = () if bits == 6 or (bits and tile_rows < 64) else ("LDG",)
-    wide = (*read, *stored, *(("LDGSTS",) if squares else ()))
+    # One step is no loop, whose next step asynchronous copies would fetch.
+    wide = (*read, *stored, *(("LDGSTS",) if squares and width > tile["TILE"] else ()))
     return Case(*kernel, constants, warps, STAGES, wide)
 
 
