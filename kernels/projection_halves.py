@@ -8,8 +8,8 @@ product on the matrix units, of the same half precision:
     Gram     of parameters that train, for which a QR decomposition takes too long: G = W'W,
              rounded on its way in; x'Gx + 2 c'x + b'b. Its c and b'b stay fp32
 
-r2 is off by 1.5e-3 or 8.6e-4 (normal rows and W, bf16), where y in bf16 makes it 1.5e-3: half of
-that in s, against the 4e-3 of a bf16 output. fp32 rows take `projection_rows`, as exact as fp32.
+r2 is off by up to 1.4e-3 or 1.2e-3 (normal rows and W, bf16), where y in bf16 makes it 1.2e-3: half
+of that in s, against the 4e-3 of a bf16 output. fp32 rows take `projection_rows`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.ceilings import Stage
-from bench.kernels.launches import Launch, Operation, recording
+from bench.kernels.launches import FP32_PRODUCT, Launch, Operation, recording
 
 LARGE, PAPER = (2048, 65536), (8, 8192)
 CODE = {"group_size": 32}
@@ -207,9 +207,10 @@ def projection_plans() -> Iterator[Plan]:
             quick=large,
             **common,
         )
+        exact = work(shape, 4, backward=False)
         yield Plan(
             *(f"K2 fp32, forward, {what}", forward_call(shape, dtype=torch.float32)),
-            work=work(shape, 4, backward=False),
+            work=Stage(exact.traffic, exact.flops * FP32_PRODUCT),
             **common,
         )
         for tanh in (False, True):
