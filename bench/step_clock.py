@@ -112,14 +112,24 @@ def _now() -> float:
 
 
 class TimedTrainer(Trainer):
-    """The trainer with a clock in its step."""
+    """The trainer with a clock in its step.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        batches: give only the first so many batches of each stage, again and again.
+    """
+
+    def __init__(self, *args: Any, batches: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._batches = batches
         self.clock = StepClock()
         self._stage: tuple[str, bool] | None = None  # of the step that runs: its name; logged
 
     def _loop(self, tracker: Tracker | None) -> None:
+        if self._batches is not None:
+            batch, count = self.session.stream.batch, self._batches
+            self.session.stream.batch = lambda step, *args, **kwargs: batch(  # type: ignore[method-assign]
+                step % count, *args, **kwargs
+            )
         listen(self, self.clock)
         super()._loop(tracker)
 

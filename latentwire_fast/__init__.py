@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from latentwire_fast import ops, wire
     from latentwire_fast.config.presets import load_preset
-    from latentwire_fast.config.schema import ReaderConfig, RunConfig
+    from latentwire_fast.config.schema import PromptConfig, ReaderConfig, RunConfig
     from latentwire_fast.evaluate import evaluate
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.prompts.builder import PromptBuilder, Turn
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Interlingua",
     "PromptBuilder",
+    "PromptConfig",
     "Reader",
     "ReaderConfig",
     "Receiver",
@@ -46,6 +47,7 @@ __all__ = [
 _MODULE_OF = {
     "Interlingua": "models.interlingua",
     "PromptBuilder": "prompts.builder",
+    "PromptConfig": "config.schema",
     "Reader": "readers.reader",
     "ReaderConfig": "config.schema",
     "Receiver": "serving",

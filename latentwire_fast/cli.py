@@ -3,16 +3,21 @@ modules with parts from outside the package."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import importlib
 import inspect
 import logging
+import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import tyro
 
@@ -25,6 +30,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 STANDARD = Path("-")  # in the place of a file: standard input, or standard output
 # `import` is a word of Python's, so the field of the arguments has another name than the option.
 Imports = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import")]
+# `PATH=VALUE` and `NAME.FIELD=VALUE`: read by config/assignments.py.
+Assignments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set")]
+ReaderOptions = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 _ADVICE = {
     errno.ENOSPC: "make room on that disk and run the same command again",
@@ -52,6 +60,11 @@ def run_entry_point(main: Callable[[], None]) -> None:
     except RunStopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.status)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # what is left of the output goes nowhere, quietly
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: the reader of standard output ended before all was written", file=sys.stderr)
+        sys.exit(2)
     except (LatentWireError, OSError) as error:
         line = " ".join(part.strip() for part in str(error).splitlines())
         advice = _ADVICE.get(error.errno or 0) if isinstance(error, OSError) else None
@@ -60,6 +73,43 @@ def run_entry_point(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _end_quietly()
+
+
+def _end_quietly() -> None:
+    """From here on Python only takes itself down: a Ctrl-C more would print a traceback of that."""
+    if threading.current_thread() is threading.main_thread():
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def standard_input(option: str, *, binary: bool) -> BinaryIO:
+    """Standard input, for an option that was given as `-`.
+
+    Args:
+        binary: whether bytes are expected that nobody can type.
+
+    Raises:
+        ConfigError: it is closed, or a terminal where bytes are expected.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise ConfigError(f"{option} - reads standard input, which is closed; pipe something in")
+    if binary and sys.stdin.isatty():
+        raise ConfigError(f"{option} - would read bytes from a terminal; pipe them, or name a file")
+    return sys.stdin.buffer
+
+
+def standard_output(option: str) -> BinaryIO:
+    """Standard output, for bytes of an option that was given as `-`.
+
+    Raises:
+        ConfigError: it is closed, or a terminal.
+    """
+    if sys.stdout is None or sys.stdout.closed:
+        raise ConfigError(f"{option} - writes to standard output, which is closed; pipe it")
+    if sys.stdout.isatty():
+        raise ConfigError(f"{option} - would write bytes to a terminal; pipe it, or name a file")
+    return sys.stdout.buffer
 
 
 def quiet_libraries() -> None:

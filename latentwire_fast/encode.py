@@ -3,7 +3,7 @@
     python -m latentwire_fast.encode --run runs/context --context note.txt --out note.lwire
     python -m latentwire_fast.encode --run runs/demo --context note.txt --question "Who?" \\
         --out question.lwire
-    python -m latentwire_fast.encode --run runs/context --context note.txt --out - | ...
+    python -m latentwire_fast.encode --run runs/context --context - --out - | ...
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import tyro
 
@@ -26,6 +26,8 @@ from latentwire_fast.cli import (
     import_modules,
     quiet_libraries,
     run_entry_point,
+    standard_input,
+    standard_output,
 )
 
 if TYPE_CHECKING:  # `--help` does without torch
@@ -38,7 +40,7 @@ class EncodeArguments:
 
     Args:
         run: the run folder of a trained model.
-        context: a UTF-8 text file.
+        context: a UTF-8 text file, or - for standard input.
         out: the payload file to write, or - for standard output; the sizes and times are then
             printed on standard error.
         question: only for a model of pure mode, whose latent holds the question too.
@@ -60,33 +62,37 @@ class EncodeArguments:
 
 
 def main() -> None:
-    """Encode one file and print its sizes and times."""
+    """Encode one text and print its sizes and times."""
     args = tyro.cli(EncodeArguments, prog="latentwire_fast.encode")
+    if args.out != STANDARD:
+        _encode(args, None)
+        return
+    out = standard_output("--out")
+    # Whatever else is printed, by a module of `--import` too, is not part of the payload.
+    with contextlib.redirect_stdout(sys.stderr):
+        _encode(args, out)
+
+
+def _encode(args: EncodeArguments, stream: BinaryIO | None) -> None:
+    """Encode to the stream, or else to the file of the arguments, and print sizes and times."""
     quiet_libraries()
     import_modules(args.imports)
     from latentwire_fast import wire
-    from latentwire_fast.errors import ConfigError
-    from latentwire_fast.files.atomic import check_replaceable
     from latentwire_fast.files.run_folder import RunFolder
-    from latentwire_fast.files.text import read_text
+    from latentwire_fast.files.text import decode_text, read_text
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.prompts.builder import replaced_text
 
     device = choose_device(args.device)
-    text = read_text(args.context)
-    if args.out == STANDARD:
-        if sys.stdout.isatty():
-            raise ConfigError("--out - would write bytes to a terminal; pipe it, or name a file")
-    else:
-        check_replaceable(args.out)
-        if RunFolder(args.run).owns(args.out):
-            raise ConfigError(f"--out {args.out} belongs to the run; give another")
-        if not args.out.parent.is_dir():
-            raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it")
-        if args.out.exists() and args.out.samefile(args.context):
-            raise ConfigError(f"--out {args.out} is the context's own file; give another")
+    if stream is None:
+        _check_out(args)
     if args.question is not None:
         check_question(args.question)
+    if args.context == STANDARD:
+        content = standard_input("--context", binary=False).read()
+        text = decode_text(content, name="standard input")
+    else:
+        text = read_text(args.context)
     start = time.perf_counter()
     model = Interlingua.from_pretrained(RunFolder(args.run).model).to(device)
     loaded = time.perf_counter()
@@ -94,22 +100,37 @@ def main() -> None:
     with _computing_in(args.dtype, device):
         payload = model.encode_payloads([text], questions, bits=args.bits)[0]
     encoded = time.perf_counter()
-    if args.out == STANDARD:
-        sys.stdout.buffer.write(payload)
-        sys.stdout.buffer.flush()
-    else:
+    if stream is None:
         wire.write_payloads(args.out, [payload])
-    report = sys.stderr if args.out == STANDARD else sys.stdout
+    else:
+        stream.write(payload)
+        stream.flush()
     replaced = replaced_text(text, args.question or "", mode=model.mode)
     print(
         f"{args.out}: {len(payload)} bytes for {wire.utf8_bytes(replaced)} bytes of text "
-        f"({wire.brotli_bytes(replaced)} with brotli)",
-        file=report,
+        f"({wire.brotli_bytes(replaced)} with brotli)"
     )
-    print(
-        f"load {(loaded - start) * 1e3:.0f} ms, encode {(encoded - loaded) * 1e3:.1f} ms",
-        file=report,
-    )
+    print(f"load {(loaded - start) * 1e3:.0f} ms, encode {(encoded - loaded) * 1e3:.1f} ms")
+
+
+def _check_out(args: EncodeArguments) -> None:
+    """Raise now, rather than after the work, unless a payload can be written to the file.
+
+    Raises:
+        ConfigError, OSError: it cannot.
+    """
+    from latentwire_fast.errors import ConfigError
+    from latentwire_fast.files.atomic import check_replaceable
+    from latentwire_fast.files.run_folder import RunFolder
+
+    check_replaceable(args.out)
+    if RunFolder(args.run).owns(args.out):
+        raise ConfigError(f"--out {args.out} belongs to the run; give another")
+    if not args.out.parent.is_dir():
+        raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it")
+    is_context = args.context != STANDARD and args.context.exists()
+    if is_context and args.out.exists() and args.out.samefile(args.context):
+        raise ConfigError(f"--out {args.out} is the context's own file; give another")
 
 
 def _computing_in(

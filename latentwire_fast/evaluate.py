@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from latentwire_fast.cli import (
+    Assignments,
     Dtype,
     Imports,
+    ReaderOptions,
     choose_device,
     import_modules,
     make_callable,
@@ -43,9 +46,14 @@ class RunArguments:
             sample of a finite set.
         examples: how many examples (the run's own number if not given).
         out: write metrics.json to this file only, outside the run folder; required with
-            --fresh-seed.
+            --fresh-seed and --best.
+        best: score the model of the step that validated best, where the run validated.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the readers compute in; the run's own unless given.
+        assignments: PATH=VALUE, repeatable: sets a field of the readers or of the evaluation, such
+            as evaluation.batch_size=8. A value is JSON, or else text.
+        reader_options: NAME.FIELD=VALUE, repeatable: how a reader is loaded. FIELD is dtype (to
+            compute in), device_map, max_memory or attn_implementation.
         imports: a Python module to import first, repeatable: it registers parts of your own
             (docs/extending.md).
     """
@@ -54,8 +62,11 @@ class RunArguments:
     fresh_seed: int | None = None
     examples: int | None = None
     out: Path | None = None
+    best: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
+    assignments: Assignments = ()
+    reader_options: ReaderOptions = ()
     imports: Imports = ()
 
 
@@ -80,7 +91,10 @@ def evaluate(
     out: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: Dtype | None = None,
+    assignments: Sequence[str] = (),
+    reader_options: Sequence[str] = (),
     progress: bool = True,
+    best: bool = False,
 ) -> dict[str, Any]:
     """Score a trained run on held-out examples and write its report.
 
@@ -93,7 +107,11 @@ def evaluate(
             `fresh_seed`.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the readers compute in; the run's own unless given.
+        assignments: `PATH=VALUE` each: fields of the readers or of the evaluation.
+        reader_options: `NAME.FIELD=VALUE` each: how a reader is loaded.
         progress: show a progress bar.
+        best: score the model of the step that validated best, where the run validated; needs
+            `out`.
 
     Returns:
         The content of metrics.json.
@@ -106,11 +124,12 @@ def evaluate(
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.evaluation.pipeline import evaluate_run
 
-    if fresh_seed is not None and out is None:
-        raise ConfigError(
-            "fresh_seed needs out (--fresh-seed needs --out FILE): the run's own report stays as "
-            "it is"
-        )
+    for given, name in ((fresh_seed is not None, "fresh_seed"), (best, "best")):
+        if given and out is None:
+            raise ConfigError(
+                f"{name} needs out (--{name.replace('_', '-')} needs --out FILE): the run's own "
+                "report stays as it is"
+            )
     if examples is not None and examples < 1:
         raise ConfigError(f"examples={examples}, expected at least 1")
     return evaluate_run(
@@ -120,7 +139,10 @@ def evaluate(
         out=None if out is None else Path(out),
         device=choose_device(device, option="device") if isinstance(device, str) else device,
         dtype=dtype,
+        assignments=assignments,
+        reader_options=reader_options,
         progress=progress,
+        best=best,
     )
 
 
@@ -144,6 +166,9 @@ def evaluate_command() -> None:
         out=args.out,
         device=None if args.device is None else choose_device(args.device),
         dtype=args.dtype,
+        best=args.best,
+        assignments=args.assignments,
+        reader_options=args.reader_options,
     )
     from latentwire_fast.evaluation.console import summary_lines
     from latentwire_fast.files.run_folder import RunFolder

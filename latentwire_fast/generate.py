@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +20,13 @@ from latentwire_fast.cli import (
     STANDARD,
     Dtype,
     Imports,
+    ReaderOptions,
     check_question,
     choose_device,
     import_modules,
     quiet_libraries,
     run_entry_point,
+    standard_input,
 )
 
 if TYPE_CHECKING:  # imported for real where they are used: `--help` does without torch
@@ -49,14 +50,19 @@ class GenerateArguments:
         question: the question, as text in context mode; in pure mode it is in the payload
             already, and a question given here is not used.
         max_new_tokens: longest answer.
-        prefix_gain: factor on the strength of what the reader is given; 1 is what was trained.
+        prefix_gain: factor on the strength of what the reader is given, at most 1000; 1 is what was
+            trained.
         temperature: above 0, the first token is sampled; at 0 it is the most probable one.
         top_p: the first token is sampled among the most probable ones that have this probability
             together.
         eos_ban_steps: the answer has at least so many tokens.
         seed: of the sampling.
+        merge_lora: add the reader's low-rank updates (LoRA), if it has any, to its weights: it then
+            reads as fast as without them.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the reader computes in; the run's own unless given.
+        reader_options: NAME.FIELD=VALUE, repeatable: how the reader is loaded. FIELD is dtype (to
+            compute in), device_map, max_memory or attn_implementation.
         imports: a Python module to import first, repeatable: it registers parts of your own
             (docs/extending.md).
     """
@@ -71,8 +77,10 @@ class GenerateArguments:
     top_p: float = 1.0
     eos_ban_steps: int = 0
     seed: int = 0
+    merge_lora: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
+    reader_options: ReaderOptions = ()
     imports: Imports = ()
 
 
@@ -111,7 +119,11 @@ def receiver_options(args: GenerateArguments) -> ReceiverOptions:
     """
     from latentwire_fast.serving import ReceiverOptions
 
-    return ReceiverOptions(new_tokens=max(1, args.max_new_tokens), prefix_gain=args.prefix_gain)
+    return ReceiverOptions(
+        new_tokens=max(1, args.max_new_tokens),
+        prefix_gain=args.prefix_gain,
+        merge_lora=args.merge_lora,
+    )
 
 
 def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
@@ -121,6 +133,7 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
         ConfigError: no such reader or device, or no question where the model's latent holds none.
         CheckpointError: no trained model, or a reader with other weights.
     """
+    from latentwire_fast.config.assignments import with_assignments
     from latentwire_fast.config.serialization import read_run_config
     from latentwire_fast.errors import ConfigError
     from latentwire_fast.files.run_folder import RunFolder
@@ -128,7 +141,9 @@ def load(args: GenerateArguments) -> tuple[Interlingua, Reader]:
     from latentwire_fast.readers.reader import Reader
 
     device = choose_device(args.device)
-    config = read_run_config(args.run)
+    config = with_assignments(
+        read_run_config(args.run), reader_options=args.reader_options, trained=True
+    )
     model = Interlingua.from_pretrained(RunFolder(args.run).model).to(device)
     if args.reader not in config.readers:
         raise ConfigError(
@@ -167,7 +182,7 @@ def answers(
     receiver = Receiver.of(model, reader, options=receiving)
     prompt = reader.prompts.build([Turn(args.question or "")], context=None, latent=model.mode)
     payloads = (
-        wire.read_payload_stream(sys.stdin.buffer, name="standard input")
+        wire.read_payload_stream(standard_input("--payload", binary=True), name="standard input")
         if args.payload == STANDARD
         else wire.read_payloads(args.payload)
     )
@@ -194,6 +209,10 @@ def main() -> None:
     print(f"load {(time.perf_counter() - start) * 1e3:.0f} ms")
     for answer in answers(model, reader, args, receiving=receiving, decoding=decoding):
         print(f"answer: {answer.text}")
+        if not answer.tokens:
+            logger.warning(
+                "the reader ended its answer at once; --eos-ban-steps makes it say something"
+            )
         print(
             f"{answer.payload_bytes} bytes, payload to logits {answer.prefill_seconds * 1e3:.1f} "
             f"ms, {answer.tokens} tokens in {answer.decode_seconds * 1e3:.1f} ms"

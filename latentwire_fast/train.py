@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from latentwire_fast.cli import (
+    Assignments,
     Dtype,
     Imports,
+    ReaderOptions,
     choose_device,
     import_modules,
     make_callable,
@@ -46,15 +48,18 @@ class TrainArguments:
     """Train an encoder, and adapters for a set of frozen readers; then evaluate them.
 
     Args:
-        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke, squad_llama_qwen)
-            or a .json file.
+        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke, squad_small,
+            squad_llama_qwen) or a .json file.
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a
-            hub id or testbed:NAME (llama, qwen).
+            .gguf file, package:NAME (smollm2, gemma3), a hub id or testbed:NAME (llama, qwen).
         encoder: source of the encoder's language model; with --reader, the first reader's source
             unless given.
-        data: testbed, a file in SQuAD's format, a saved data set, or hub:NAME.
+        data: testbed, a file in SQuAD's format (FILE[A:B]: some of its articles), text=FILE
+            (paragraphs without questions), a saved data set, or hub:NAME; several with + between.
+        eval_data: what to evaluate on, in the same form; the held-out part of the data unless
+            given. No context may be in both.
         base: a finished run to add the readers to. Its encoder stays as it is; the readers learn
             to read its payloads.
         mode: context (the latent stands for the context, the question is text) or pure (the latent
@@ -62,13 +67,25 @@ class TrainArguments:
         seed: of the first weights and of the order of the data.
         steps: number of steps in all. Every stage becomes shorter or longer in proportion, and has
             one step at least.
+        minutes: of training at most; where they are too short for all steps, steps are left out
+            evenly.
         batch_size: examples per step.
         eval_examples: held-out examples to evaluate on.
         no_eval: train, and do not evaluate.
+        no_cache: of a finite data set, do not keep in the run folder what frozen models compute of
+            it, and remove what was kept. The training is slower and its result the same, up to
+            the rounding to 16-bit floats.
+        dry_run: print what the run takes (parameters, bytes, memory, hours on a GPU), computed from
+            the shapes of its models, and do nothing else.
         print_config: print the configuration as JSON, and do nothing else. Such a file can be given
             in the place of a preset.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: of the readers; the preset's own unless given.
+        assignments: PATH=VALUE, repeatable: sets any field of the configuration, such as
+            stages.answer.steps=10 or encoder.pooler.kind=spans; --print-config shows all. A value
+            is JSON, or else text.
+        reader_options: NAME.FIELD=VALUE, repeatable: how a reader is loaded. FIELD is dtype,
+            load_in_4bit, device_map, max_memory or attn_implementation, as in llama.dtype=bfloat16.
         imports: a Python module to import first, repeatable: it registers parts of your own
             (docs/extending.md).
     """
@@ -78,16 +95,22 @@ class TrainArguments:
     reader: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     encoder: str | None = None
     data: str | None = None
+    eval_data: str | None = None
     base: str | None = None
     mode: Literal["context", "pure"] | None = None
     seed: int | None = None
     steps: int | None = None
+    minutes: float | None = None
     batch_size: int | None = None
     eval_examples: int | None = None
     no_eval: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_cache: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     device: str | None = None
     dtype: Dtype | None = None
+    assignments: Assignments = ()
+    reader_options: ReaderOptions = ()
     imports: Imports = ()
 
 
@@ -96,6 +119,7 @@ def train(
     run: str | Path,
     *,
     evaluate: bool = True,
+    cache: bool = True,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
@@ -107,6 +131,8 @@ def train(
     Args:
         run: the run folder; made if missing.
         evaluate: score it on its held-out examples afterwards, and write the report.
+        cache: keep in the run folder what frozen models compute of a finite data set; False also
+            removes what was kept.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         progress: show progress bars.
 
@@ -133,7 +159,7 @@ def train(
         )
     # An error now, not after the training.
     heldout = heldout_examples(config.data) if evaluate else []
-    trainer = Trainer(config, folder, heldout=heldout, progress=progress, device=place)
+    trainer = Trainer(config, folder, heldout=heldout, progress=progress, cache=cache, device=place)
     was_finished = trainer.finished
     trainer.run()
     leads = trainer.accelerator.is_main_process
@@ -149,6 +175,7 @@ def main() -> None:
     args = tyro.cli(TrainArguments, prog="latentwire_fast.train")
     quiet_libraries()
     import_modules(args.imports)
+    from latentwire_fast.config.assignments import with_assignments
     from latentwire_fast.config.overrides import with_overrides
     from latentwire_fast.config.presets import load_preset
     from latentwire_fast.config.serialization import to_json
@@ -159,21 +186,31 @@ def main() -> None:
         readers=parse_pairs(args.reader, option="--reader"),
         encoder=args.encoder,
         data=args.data,
+        eval_data=args.eval_data,
         base=args.base,
         mode=args.mode,
         seed=args.seed,
         steps=args.steps,
+        minutes=args.minutes,
         batch_size=args.batch_size,
         eval_examples=args.eval_examples,
         dtype=args.dtype,
     )
+    config = with_assignments(config, args.assignments, reader_options=args.reader_options)
     if args.print_config:
         print(json.dumps(to_json(config), indent=2))
+        return
+    if args.dry_run:
+        from latentwire_fast.training.budget import budget
+
+        print("\n".join(budget(config).lines()))
         return
     added = [*config.readers] if config.base else []
     run_dir = args.run or Path("runs") / "_".join([config.preset, *added])
     device = None if args.device is None else choose_device(args.device)
-    metrics = train(config, run_dir, evaluate=not args.no_eval, device=device)
+    metrics = train(
+        config, run_dir, evaluate=not args.no_eval, cache=not args.no_cache, device=device
+    )
     if metrics is not None:
         from latentwire_fast.evaluation.console import summary_lines
 

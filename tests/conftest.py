@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,10 @@ except ModuleNotFoundError:  # a bare GPU machine: the tests that need one do wi
     settings = None
 
 pytest_plugins = ["readers", "crashes"]
+
+# What a user's cache would hold goes with the test run, whose processes share it.
+_CACHE = tempfile.TemporaryDirectory(prefix="latentwire-")
+os.environ["LATENTWIRE_CACHE"] = _CACHE.name
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -31,6 +31,7 @@ from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ADAPTERS, ATTACHMENTS, BOTTLENECKS, ENCODERS
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 
+LORA_METHODS = ("text_lora", "closed_book_lora")  # of readers with a LoRA
 METHODS = (  # what an evaluation gives a reader to read
     "text",
     "latent",

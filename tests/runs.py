@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentwire_fast.config.presets import testbed_smoke
-from latentwire_fast.config.schema import AttachmentConfig, ReaderConfig, RunConfig
+from latentwire_fast.config.presets import testbed_smoke, weighted
+from latentwire_fast.config.schema import AttachmentConfig, ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.testbed import make_examples
@@ -60,6 +60,11 @@ def tiny_config(*folders: Path, **changes: Any) -> RunConfig:
         evaluation={"batch_size": 8, "timing_examples": 1, "resamples": 50},
     )
     return changed(config, **changes)
+
+
+def weighted_stage(name: str, steps: int, **weights: float) -> StageConfig:
+    """A stage of objectives with these weights."""
+    return StageConfig(name, steps, objectives=weighted(**weights))
 
 
 def store(config: RunConfig, path: Path) -> Path:

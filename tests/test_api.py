@@ -44,8 +44,12 @@ SIGNATURES = {
         "| None' = None) -> 'ReaderInputs'"
     ),
     "PromptBuilder": (
-        "(tokenizer: 'PreTrainedTokenizerBase', *, anchor: 'str' = 'Answer:', bos: 'bool "
-        "| None' = None) -> 'None'"
+        "(tokenizer: 'PreTrainedTokenizerBase', config: 'PromptConfig | None' = None) -> 'None'"
+    ),
+    "PromptConfig": (
+        "(*, template: 'str | None' = None, date: 'str' = '2024-07-26', anchor: "
+        "\"Literal['text', 'chat', 'none']\" = 'text', anchor_text: 'str' = 'Answer:', bos: "
+        "'bool | None' = None, append_bos_after_prefix: 'bool' = False) -> None"
     ),
     "PromptBuilder.build": (
         "(self, turns: 'Sequence[Turn]', *, context: 'str | None', latent: 'Mode | None' "
@@ -57,24 +61,30 @@ SIGNATURES = {
     ),
     "Reader": (
         "(model: 'PreTrainedModel', tokenizer: 'Tokenizer', *, name: 'str', source: 'str'"
-        " = '', anchor: 'str' = 'Answer:', bos: 'bool | None' = None) -> 'None'"
+        " = '', prompt: 'PromptConfig | None' = None) -> 'None'"
     ),
     "Reader.load": (
         "(source: 'str | Path', *, name: 'str', dtype: 'torch.dtype' = torch.float32, "
         "device: 'str | torch.device | None' = None, device_map: 'Any' = None, "
-        "attn_implementation: 'str' = 'sdpa', load_in_4bit: 'bool' = False, bos: 'bool | "
-        "None' = None) -> 'Reader'"
+        "attn_implementation: 'str' = 'sdpa', load_in_4bit: 'bool' = False, max_memory: "
+        "'str | None' = None, prompt: 'PromptConfig | None' = None) -> 'Reader'"
     ),
     "Reader.score": (
         "(self, prompts: 'Sequence[Prompt]', *, prefixes: 'Sequence[Tensor] | Tensor | "
-        "None' = None, deep: 'Tensor | None' = None, side: 'PaddingSide' = 'right') -> "
-        "'TargetScores'"
+        "None' = None, deep: 'Tensor | None' = None, head: 'int' = 0, side: 'PaddingSide' "
+        "= 'right') -> 'TargetScores'"
     ),
     "Reader.decode": "(self, ids: 'Sequence[int]') -> 'str'",
     "ReaderConfig": (
         "(source: 'str', dtype: \"Literal['float32', 'bfloat16', 'float16']\" = 'float32', "
         "attn_implementation: 'str' = 'sdpa', device_map: 'str | None' = None, "
-        "load_in_4bit: 'bool' = False, bos: 'bool | None' = None) -> None"
+        "load_in_4bit: 'bool' = False, max_memory: 'str | None' = None, compute_dtype: "
+        "\"Literal['float32', 'bfloat16', 'float16'] | None\" = None, lora: "
+        "'LoraSettings | None' = None, *, "
+        "template: 'str | None' = None, date: 'str' = '2024-07-26', "
+        "anchor: \"Literal['text', 'chat', 'none']\" = 'text', anchor_text: "
+        "'str' = 'Answer:', bos: 'bool | None' = None, append_bos_after_prefix: 'bool' = "
+        "False) -> None"
     ),
     "Receiver": (
         "(reader: 'Reader', adapter: 'nn.Module | None' = None, *, payload_kind: "
@@ -108,18 +118,25 @@ SIGNATURES = {
         "'BottleneckConfig' = <factory>, attachments: 'tuple[AttachmentConfig, ...]' = "
         "<factory>, data: 'DataConfig' = <factory>, stages: 'tuple[StageConfig, ...]' = "
         "(), optim: 'OptimConfig' = <factory>, evaluation: 'EvalConfig' = <factory>, "
-        "log_every: 'int' = 10, save_every: 'int' = 200) -> None"
+        "validation: 'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: "
+        "'int' = 200, minutes: 'float | None' = None) -> None"
     ),
     "Turn": "(question: 'str', answer: 'str | None' = None) -> None",
     "evaluate": (
         "(run: 'str | Path', *, fresh_seed: 'int | None' = None, examples: 'int | None' ="
         " None, out: 'str | Path | None' = None, device: 'torch.device | str | None' = "
-        "None, dtype: 'Dtype | None' = None, progress: 'bool' = True) -> 'dict[str, Any]'"
+        "None, dtype: 'Dtype | None' = None, assignments: 'Sequence[str]' = (), "
+        "reader_options: 'Sequence[str]' = (), progress: 'bool' = True, best: 'bool' = False) "
+        "-> 'dict[str, Any]'"
     ),
     "load_preset": "(name: 'str') -> 'RunConfig'",
     "load_readers": (
         "(configs: 'Mapping[str, ReaderConfig]', device: 'torch.device | str | None' = "
         "None, *, dtype: 'str | None' = None) -> 'dict[str, Reader]'"
+    ),
+    "ops.LinearLosses": (
+        "(cross_entropy: ForwardRef('Tensor'), kd: ForwardRef('Tensor'), correct: "
+        "ForwardRef('Tensor'))"
     ),
     "ops.backend": "(name: 'Backend') -> 'Iterator[None]'",
     "ops.dequantize_project_calibrate": (
@@ -138,11 +155,24 @@ SIGNATURES = {
         "mask: 'Tensor | None' = None, reduction: 'Reduction' = 'mean', in_place: 'bool' "
         "= False) -> 'Tensor'"
     ),
+    "ops.linear_cross_entropy_kd": (
+        "(hidden: 'Tensor', labels: 'Tensor | None', weight: 'Tensor', *, bias: "
+        "'Tensor | None' = None, teacher_hidden: 'Tensor | None' = None, "
+        "teacher_weight: 'Tensor | None' = None, teacher_bias: 'Tensor | None' = None, "
+        "label_weights: 'Tensor | None' = None, kd_weights: 'Tensor | None' = None, "
+        "vocabulary: 'int | None' = None, scale: 'float' = 1.0, softcap: 'float | "
+        "None' = None, label_smoothing: 'float' = 0.0, tau: 'float' = 1.0, "
+        "cross_entropy_gradient: 'bool' = True, kd_gradient: 'bool' = True, "
+        "chunk_rows: 'int | None' = None, reduction: 'Reduction' = 'sum') -> "
+        "'LinearLosses'"
+    ),
     "ops.linear_kd_kl": (
         "(student_hidden: 'Tensor', teacher_hidden: 'Tensor', weight: 'Tensor', *, "
         "teacher_weight: 'Tensor | None' = None, tau: 'float' = 1.0, mask: 'Tensor | "
-        "None' = None, chunk_rows: 'int' = 1024, reduction: 'Reduction' = 'mean', "
-        "softcap: 'float | None' = None) -> 'Tensor'"
+        "None' = None, chunk_rows: 'int | None' = None, reduction: 'Reduction' = "
+        "'mean', softcap: 'float | None' = None, bias: 'Tensor | None' = None, "
+        "teacher_bias: 'Tensor | None' = None, vocabulary: 'int | None' = None, scale: "
+        "'float' = 1.0) -> 'Tensor'"
     ),
     "ops.project_calibrate": (
         "(x: 'Tensor', weight: 'Tensor', bias: 'Tensor | None' = None, *, norm_weight: "
@@ -160,9 +190,9 @@ SIGNATURES = {
         "'tuple[int, ...]', dtype: 'torch.dtype' = torch.float32) -> 'Tensor'"
     ),
     "train": (
-        "(config: 'RunConfig', run: 'str | Path', *, evaluate: 'bool' = True, device: "
-        "'torch.device | str | None' = None, progress: 'bool' = True) -> 'dict[str, Any] "
-        "| None'"
+        "(config: 'RunConfig', run: 'str | Path', *, evaluate: 'bool' = True, cache: "
+        "'bool' = True, device: 'torch.device | str | None' = None, progress: 'bool' = "
+        "True) -> 'dict[str, Any] | None'"
     ),
     "wire.Header": (
         "(*, bits: 'int', latents: 'int', d_z: 'int', group_size: 'int', fingerprint: "

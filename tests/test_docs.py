@@ -29,7 +29,7 @@ FOLDERS = ("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "doc
 MADE_BY_USERS = ("bench/results",)
 # A file that docs/extending.md asks its readers to write.
 MODULES_TO_WRITE = ("latentwire_fast.models.encoders.letters",)
-COMMANDS = ("train", "evaluate", "encode", "generate")
+COMMANDS = ("train", "train_text_lora", "evaluate", "encode", "generate")
 SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py")
 OPTIONS_OF_OTHERS = {"--nproc-per-node", "--benchmark-only", "--predict"}  # torchrun, pytest
 each_document = pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_imports_in_examples_work(document: Path) -> None:
 def test_commands_have_the_options_that_are_given(document: Path) -> None:
     for words in command_lines(document.read_text()):
         line = " ".join(words)
-        module = re.search(r"latentwire_fast\.(train|evaluate|encode|generate)( score)?\b", line)
+        module = re.search(rf"latentwire_fast\.({'|'.join(COMMANDS)})( score)?\b", line)
         script = next((word for word in words if word in SCRIPTS), None)
         if module:
             given = options_in(words[words.index(module[0].split()[0]) :])

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,18 +263,30 @@ def test_a_pure_payload_stands_for_its_question_too(
 
 @pytest.mark.slow
 def test_a_pipe_from_encode_to_generate(run_dir: Path, note: Path, tmp_path: Path) -> None:
-    """`-` is standard output, and standard input; what is said goes to standard error."""
+    """F26, F30: `-` is standard output, and standard input; all that is said, by a module of the
+    user's too, goes to standard error."""
     out = tmp_path / "x.lwire"
     status, _, error = in_this_process("encode", "--run", run_dir, "--context", note, "--out", out)
     assert status == 0, error
-    encode = [*python("encode"), "--run", run_dir, "--context", note, "--out", "-"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "noisy.py").write_text("print('imported')\n")
+    encode = [*python("encode"), "--run", run_dir, "--context", "-", "--out", "-"]
+    encode += ["--import", "noisy"]
     answer = ["--run", run_dir, "--reader", "llama", "--question", "Who?", "--payload"]
     status, output, error = in_this_process("generate", *answer, out)
     assert status == 0, error
     expected = output.splitlines()[1]
     environment = environment_on_the_cpu()
-    sent = subprocess.run(encode, capture_output=True, env=environment, check=True, cwd=tmp_path)
+    sent = subprocess.run(
+        [*map(str, encode)],
+        input=f"\ufeff{CONTEXT}\r\n".encode(),
+        capture_output=True,
+        env=environment,
+        check=True,
+        cwd=tmp_path / "own",
+    )
     assert sent.stdout == out.read_bytes()
+    assert b"imported" in sent.stderr
     assert f"-: {len(sent.stdout)} bytes for {len(CONTEXT)} bytes of text".encode() in sent.stderr
     for place in ("-", "/dev/stdin"):
         command = [*python("generate"), *answer, place]
@@ -285,7 +298,7 @@ def test_a_pipe_from_encode_to_generate(run_dir: Path, note: Path, tmp_path: Pat
             check=True,
         )
         assert done.stdout.decode().splitlines()[1] == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["note.txt", "x.lwire"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["note.txt", "own", "x.lwire"]
 
 
 def test_bytes_are_not_printed_on_a_terminal(
@@ -301,6 +314,74 @@ def test_bytes_are_not_printed_on_a_terminal(
         2,
         "error: --out - would write bytes to a terminal; pipe it, or name a file\n",
     )
+
+
+class Piped(io.StringIO):
+    """Standard input that somebody wrote these bytes to."""
+
+    def __init__(self, content: bytes, *, terminal: bool = False) -> None:
+        super().__init__()
+        self.buffer = io.BytesIO(content)
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"", "standard input holds no text"),
+        (b" \n ", "standard input holds no text"),
+        (b"caf\xe9", "standard input is not UTF-8 text (byte 3); convert it first"),
+        (None, "--context - reads standard input, which is closed; pipe something in"),
+    ],
+)
+def test_a_context_that_is_piped_in_is_text(
+    run_dir: Path,
+    tmp_path: Path,
+    content: bytes | None,
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None if content is None else Piped(content))
+    found = mistake("encode", "--run", run_dir, "--context", "-", "--out", tmp_path / "x.lwire")
+    assert found == (2, f"error: {error}\n")
+
+
+@pytest.mark.parametrize(
+    ("stdin", "error"),
+    [
+        (Piped(b""), "standard input: is empty; a payload file holds at least one payload"),
+        (Piped(b"", terminal=True), "--payload - would read bytes from a terminal; pipe them, or"),
+        (None, "--payload - reads standard input, which is closed; pipe something in"),
+    ],
+)
+def test_payloads_that_are_piped_in_are_bytes(
+    run_dir: Path, stdin: Piped | None, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    arguments = ("--run", run_dir, "--reader", "llama", "--payload", "-", "--question", "Who?")
+    status, found = mistake("generate", *arguments)
+    assert status == 2
+    assert error in found
+
+
+@pytest.mark.slow
+def test_a_pipe_that_nobody_reads_is_one_line(run_dir: Path, note: Path) -> None:
+    arguments = ["--run", run_dir, "--context", note, "--out", "-"]
+    with subprocess.Popen(
+        [*python("encode"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment_on_the_cpu(),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == 2
+    assert error == "error: the reader of standard output ended before all was written\n"
 
 
 @pytest.mark.slow
@@ -340,6 +421,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "soft, pure": {"mode": "pure", "attachments": (soft(),)},
     "deep, context": {"mode": "context", "attachments": (deep(width=32),)},
     "both, context": {"mode": "context", "attachments": (soft(), deep(width=32))},
+    "asked otherwise": {"mode": "context", "attachments": (soft(),)},
+}
+ASKED: dict[str, dict[str, Any]] = {
+    "asked otherwise": {"anchor": "chat", "bos": False, "append_bos_after_prefix": True}
 }
 
 
@@ -351,7 +436,9 @@ def test_what_is_sent_and_answered_is_what_the_evaluator_scored(
     """`encode` in one process and `generate` in another: the prediction of each example."""
     stages = (StageConfig("answer", steps=1),)
     config = tiny_config(llama_folder, qwen_folder, stages=stages, **SHAPES[shape])
-    config = changed(config, data={"eval_examples": 3})
+    asked = {name: replace(r, **ASKED.get(shape, {})) for name, r in config.readers.items()}
+    asked["qwen2"] = replace(asked["qwen2"], append_bos_after_prefix=False)  # it has no BOS
+    config = changed(config, data={"eval_examples": 3}, readers=asked)
     run = train(config, tmp_path / "run").folder.path
     status, _, error = in_this_process("evaluate", "--run", run)
     assert status == 0, error

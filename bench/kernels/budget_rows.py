@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.kernels.bench_distill import CHUNK_ROWS, HIDDEN, LOGITS
 from bench.kernels.ceilings import Stage
 from bench.kernels.launches import FP32_PRODUCT, Launch, Operation, recording
 
 LARGE, PAPER = (2048, 65536), (8, 8192)
 CODE = {"group_size": 32}
+HEAD_TERMS = {
+    "KL through the head": {"labels": False, "teacher": True},
+    "cross-entropy through the head": {"labels": True, "teacher": False},
+    "both losses through the head": {"labels": True, "teacher": True},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,23 +254,34 @@ def logits_call(shape: tuple[int, int], *, gradient: bool) -> Any:
     return call
 
 
-def hidden_call(shape: tuple[int, int, int]) -> Any:
+def hidden_call(shape: tuple[int, int, int], *, labels: bool, teacher: bool) -> Any:
+    """Losses through one frozen head, trained: the cross-entropy, the KL or both."""
+
     def call(steps: list[Any]) -> None:
-        from latentwire_fast.kernels import linear_distillation
+        from latentwire_fast import reference
+        from latentwire_fast.kernels import linear_losses
 
         rows, inner, vocabulary = shape
-        mask = cuda(rows, dtype=torch.bool)
-        linear_distillation.linear_kd_kl(
-            *(cuda(rows, inner), cuda(rows, inner), cuda(vocabulary, inner), None, mask),
-            **{"tau": 1.0, "softcap": 0.0, "chunk_rows": 1024, "unit": 1.0},
-            **{"needs_hidden": True, "needs_weight": False},
+        source = reference.LossRows(
+            cuda(rows, inner),
+            cuda(rows, dtype=torch.int64) if labels else None,
+            None,
+            cuda(rows, inner) if teacher else None,
+            cuda(rows, dtype=torch.bool) if teacher else None,
         )
+        settings = reference.LossSettings(
+            *(1.0, 1.0, 0.0, 0.0, vocabulary, CHUNK_ROWS, labels, teacher),
+            *(True, False, False, None),
+        )
+        heads = reference.Heads(cuda(vocabulary, inner), None, None, None)
+        factors = reference.row_factors(source)
+        linear_losses.linear_losses(source, heads, settings, factors, unit=1.0)
 
     return call
 
 
 def distillation_plans() -> Iterator[Plan]:
-    for shape in ((1024, 128256), (4096, 128256), (2048, 152064)):
+    for shape in LOGITS:
         pairs = shape[0] * shape[1]
         once = 2 * 2 * pairs
         first = shape == (4096, 128256)
@@ -283,17 +300,28 @@ def distillation_plans() -> Iterator[Plan]:
             quick=first,
             **common,
         )
-    for shape in ((1024, 4096, 128256), (4096, 4096, 128256), (2048, 3584, 152064)):
-        rows, inner, vocabulary = shape
-        flops = 6 * rows * inner * vocabulary
-        yield Plan(
-            *(f"K3b KL through the head, {named(shape)}", hidden_call(shape)),
-            elements=rows * vocabulary,
-            unit="pair of logits",
-            work=Stage(2 * (2 * rows + vocabulary) * inner, flops),
-            target="0.65 of the matmul floor",
-            quick=shape[0] == 1024,
-        )
+    for shape in HIDDEN:
+        for what, terms in HEAD_TERMS.items():
+            yield head_plan(shape, what, **terms)
+
+
+def head_plan(shape: tuple[int, int, int], what: str, *, labels: bool, teacher: bool) -> Plan:
+    """The products that no implementation can leave out: the logits of each model, and one back for
+    each trained term."""
+    rows, inner, vocabulary = shape
+    products = 1 + teacher + labels + teacher
+    flops = products * 2 * rows * inner * vocabulary
+    # The gradient's walk over a chunk of fp32 logits: most of them have left L2.
+    again = min(rows, CHUNK_ROWS) * vocabulary * 4 * (1 + teacher)
+    return Plan(
+        *(f"K3b {what}, {named(shape)}", hidden_call(shape, labels=labels, teacher=teacher)),
+        elements=rows * vocabulary,
+        unit="token of a row",
+        work=Stage(2 * (products * rows + vocabulary) * inner, flops),
+        target="0.65 of the matmul floor",
+        read_again=dict.fromkeys(("_cross_entropy_kernel", "_kl_kernel"), again),
+        quick=shape == HIDDEN[0],
+    )
 
 
 def plans() -> list[Plan]:

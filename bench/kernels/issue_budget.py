@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 from bench.kernels import sass
 from bench.kernels.budget_rows import Plan, plans
 from bench.kernels.ceilings import REACHABLE, Ceilings
-from bench.kernels.launches import Launch, Operation
+from bench.kernels.launches import KERNELS, Launch, Operation
 from bench.kernels.tables import seconds, table
 
 BUDGET = Path(__file__).with_suffix(".json")
@@ -37,11 +38,14 @@ SMS, SCHEDULERS, CLOCK = 132, 4, 1.755e9
 # takes 1024 for itself), warps and programs.
 REGISTERS, REGISTER_UNIT, SHARED, SHARED_OWN = 65536, 256, 228 * 1024, 1024
 MOST_WARPS, MOST_PROGRAMS = 64, 32
-# `if`s of the kernels whose bodies few warps run: a running maximum that rose; rows of no weight.
+# `if`s of the kernels whose bodies few warps run: a running maximum that rose; rows of no weight or
+# without a label.
 RARE = frozenset(
     {
         "(rise > 1.0) | (t_top == float('-inf')) | (s_top == float('-inf'))",
+        "(highest > top + 1.0) | (top == float('-inf'))",
         "else: counts",
+        "else: label >= 0",
     }
 )
 
@@ -79,6 +83,8 @@ def compiled(launch: Launch) -> Compiled:
     if launch.key not in _compiled:
         kernel = launch.compiled()
         assembly, usage = sass.disassembled(kernel.asm["cubin"])
+        # Triton's cache may have it from another checkout, whose sources may be gone.
+        assembly = re.sub(r'File "[^"]*/kernels/(\w+\.py)"', rf'File "{KERNELS}/\1"', assembly)
         _compiled[launch.key] = Compiled(
             *(sass.count(assembly, launch.constants, RARE), usage["REG"]),
             *(usage["STACK"] + usage["LOCAL"], kernel.metadata.shared, launch.warps),

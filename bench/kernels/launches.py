@@ -206,6 +206,12 @@ def _set_item(self: Tensor, index: Any, value: Any) -> None:
         torch.add(_item(self, index), value)  # as much work as the copy
 
 
+def _copy(self: Tensor, source: Tensor) -> Tensor:
+    """`self.copy_(source)`, which a torch without CUDA refuses; what stands in moves as much."""
+    torch.neg(source)
+    return self
+
+
 def _contiguous(self: Tensor) -> Tensor:
     return self if self.is_contiguous() else self.clone(memory_format=torch.contiguous_format)
 
@@ -221,7 +227,8 @@ def recording() -> Iterator[list[Launch | Operation]]:
                 if name.endswith("_kernel") and hasattr(value, "params"):
                     kernel = _Kernel(value, recorder.steps)
                     stack.enter_context(mock.patch.object(module, name, kernel))
-        methods = {"__getitem__": _item, "__setitem__": _set_item, "contiguous": _contiguous}
+        methods = {"__getitem__": _item, "__setitem__": _set_item, "copy_": _copy}
+        methods["contiguous"] = _contiguous
         for name, method in methods.items():
             stack.enter_context(mock.patch.object(Tensor, name, method))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

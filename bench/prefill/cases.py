@@ -262,7 +262,7 @@ def _kv_reuse(bench: Bench, row: Row, workload: Workload) -> Case:
         hidden_BTD = reader.backbone(
             input_ids=ids_BT, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        logits_BV = reader.head(hidden_BTD[torch.arange(row.batch, device=reader.device), last_B])
+        logits_BV = reader.logits(hidden_BTD[torch.arange(row.batch, device=reader.device), last_B])
         clock.mark("reader")
         return logits_BV
 

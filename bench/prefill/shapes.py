@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from latentwire_fast.data.squad import load_squad
 from latentwire_fast.data.testbed import make_examples
@@ -29,18 +29,11 @@ from latentwire_fast.prompts.builder import (
     question_text,
 )
 from latentwire_fast.readers.kv_cache import key_value_heads
-from latentwire_fast.readers.loading import load_tokenizer, resolve_source
+from latentwire_fast.readers.loading import load_tokenizer
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.shapes import KNOWN, model_config
 from latentwire_fast.registry import ENCODERS
 
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 SMALL = {
     "vocab_size": 32000,
     "hidden_size": 768,
@@ -61,27 +54,8 @@ TINY = {
 }
 # Llama-3.1-8B and Qwen2.5-7B as on the hub; the others are ours: 160M parameters, and for tests.
 SHAPES: dict[str, LlamaConfig | Qwen2Config] = {
-    "llama-3.1-8b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters=LLAMA_3_ROPE,
-    ),
-    "qwen2.5-7b": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-    ),
+    "llama-3.1-8b": KNOWN["meta-llama/Llama-3.1-8B-Instruct"],
+    "qwen2.5-7b": KNOWN["Qwen/Qwen2.5-7B-Instruct"],
     "llama-160m": LlamaConfig(**SMALL),
     "qwen2-160m": Qwen2Config(**{**SMALL, "intermediate_size": 3328, "num_key_value_heads": 4}),
     "llama-tiny": LlamaConfig(**TINY),
@@ -133,12 +107,11 @@ def config_of(source: str) -> Any:
     if source in SHAPES:
         return SHAPES[source]
     try:
-        return AutoConfig.from_pretrained(resolve_source(source))
-    except (OSError, ValueError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+        return model_config(source)
+    except ConfigError as error:
         raise ConfigError(
             f"{source!r} is neither a shape ({', '.join(SHAPES)}) nor a model that can be loaded: "
-            f"{why}"
+            f"{error}"
         ) from error
 
 

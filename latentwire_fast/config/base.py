@@ -41,6 +41,18 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _wanted(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_wanted, inner))
+    if hint is type(None):
+        return "None"
+    return str(getattr(hint, "__name__", hint)).replace("float", "finite float")
+
+
 class Settings:
     """A piece of the configuration: its fields have the types that they declare."""
 
@@ -50,10 +62,7 @@ class Settings:
                 continue
             value = getattr(self, name)
             if not _fits(value, hint):
-                choices = get_args(hint) if get_origin(hint) is Literal else ()
-                kind = str(getattr(hint, "__name__", hint)).replace("float", "finite float")
-                wanted = " or ".join(map(repr, choices)) or kind
-                raise ConfigError(f"{name}={value!r}, expected {wanted}")
+                raise ConfigError(f"{name}={value!r}, expected {_wanted(hint)}")
 
     def at_least_one(self, *names: str) -> None:
         """Raise unless these are None or at least 1."""

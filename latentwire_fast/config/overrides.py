@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from latentwire_fast.config.schema import (
+    DataConfig,
     Mode,
     ObjectiveConfig,
     ReaderConfig,
@@ -65,6 +66,17 @@ def _with_readers(sources: dict[str, str], config: RunConfig) -> RunConfig:
     )
 
 
+def _with_data(
+    config: DataConfig, source: str | None, eval_source: str | None, count: int | None
+) -> DataConfig:
+    """Other data. A new source without an `eval_source` brings its own held-out part."""
+    if source is not None:
+        config = replace(config, source=source, eval_source=None)
+    if eval_source is not None:
+        config = replace(config, eval_source=eval_source)
+    return config if count is None else replace(config, eval_examples=count)
+
+
 def _in_steps(steps: int, config: RunConfig) -> RunConfig:
     """A run of so many steps in all; every stage keeps its share, and one step at least."""
     if steps < 1:
@@ -84,10 +96,12 @@ def with_overrides(
     readers: dict[str, str] | None = None,
     encoder: str | None = None,
     data: str | None = None,
+    eval_data: str | None = None,
     mode: Mode | None = None,
     base: str | None = None,
     seed: int | None = None,
     steps: int | None = None,
+    minutes: float | None = None,
     batch_size: int | None = None,
     eval_examples: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -101,8 +115,15 @@ def with_overrides(
         base: a trained run to add the readers to; its encoder, bottleneck and mode are taken over.
         dtype: of every reader.
         steps: total over all stages, which shrink or grow in proportion, to one step at least.
+        minutes: of training at most.
     """
-    sources = {"data": data, "encoder": encoder, "base": base, **(readers or {})}
+    sources = {
+        "data": data,
+        "eval_data": eval_data,
+        "encoder": encoder,
+        "base": base,
+        **(readers or {}),
+    }
     for option, value in sources.items():
         if value == "":  # an unset variable of a shell, say
             raise ConfigError(f"{option} is given as nothing; leave it out, or name a source")
@@ -119,12 +140,11 @@ def with_overrides(
         config = _in_mode(mode, config)
     if encoder is not None:
         config = replace(config, encoder=config.encoder.with_source(encoder))
-    if data is not None or eval_examples is not None:
-        count = config.data.eval_examples if eval_examples is None else eval_examples
-        source = data or config.data.source
-        config = replace(config, data=replace(config.data, source=source, eval_examples=count))
+    config = replace(config, data=_with_data(config.data, data, eval_data, eval_examples))
     if steps is not None:
         config = _in_steps(steps, config)
+    if minutes is not None:
+        config = replace(config, minutes=minutes)
     if batch_size is not None:
         config = replace(config, optim=replace(config.optim, batch_size=batch_size))
     if dtype is not None:

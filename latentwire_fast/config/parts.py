@@ -102,6 +102,23 @@ class AdapterConfig(PartSettings):
     registry: ClassVar[Registry] = ADAPTERS
 
 
+# Soft tokens a thousand times as large as a reader's own embeddings drown everything else; not far
+# beyond, half precision overflows and the answer is empty.
+MOST_GAIN = 1000.0
+
+
+def check_gain(name: str, gain: float) -> None:
+    """Raise unless prefixes may be so many times as strong as what was measured or trained.
+
+    Raises:
+        ConfigError: 0 or below, above `MOST_GAIN`, or NaN.
+    """
+    require(
+        0 < gain <= MOST_GAIN,
+        f"{name}={gain}, expected above 0 and at most {MOST_GAIN:g}",
+    )
+
+
 @dataclass(frozen=True)
 class AttachmentConfig(PartSettings):
     """Latent to something that one reader takes in (`models/attachments/`)."""
@@ -113,6 +130,11 @@ class AttachmentConfig(PartSettings):
         """The entry of a reader's inputs that it makes."""
         place: str = self.registry.part_of(self).gives
         return place
+
+    @property
+    def starts_from_texts(self) -> bool:
+        """Whether a fresh one begins with what its reader computes of a few training texts."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -130,11 +152,14 @@ class ObjectiveConfig(PartSettings):
         weight: its factor in the stage's loss; with 0 it is computed and reported, not trained on.
         modes: the modes that it has a meaning in.
         teaches_positions: whether it teaches an encoder which positions become latents.
+        reads_answers: whether it is about questions and answers; a text without any is then no
+            item for it.
     """
 
     registry: ClassVar[Registry] = OBJECTIVES
     modes: ClassVar[tuple[Mode, ...]] = ("context", "pure")
     teaches_positions: ClassVar[bool] = False
+    reads_answers: ClassVar[bool] = False
 
     weight: float = 1.0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from latentwire_fast.config.schema import (
     DataConfig,
@@ -147,11 +148,53 @@ def testbed_smoke() -> RunConfig:
     )
 
 
+def squad_small() -> RunConfig:
+    """Context mode on real text: two small pretrained readers of different families read passages
+    of SQuAD. `make real` runs it, on two cores in an hour or on a GPU.
+
+    The encoder's LM is SmolLM2 itself, frozen: its states, and what the readers' attention gets
+    from a text, are computed once and kept. Selecting positions, which wins on the testbed, is
+    worse than chance on real text (docs/results.md).
+    """
+    return RunConfig(
+        preset="squad_small",
+        mode="context",
+        readers={
+            "smollm2": ReaderConfig("package:smollm2"),
+            "gemma3": ReaderConfig("package:gemma3"),
+        },
+        encoder=ENCODERS.config(
+            "lm",
+            source="package:smollm2",
+            latents=32,
+            d_z=128,
+            pooler=POOLERS.config("layer_spans"),
+            frozen=True,
+            max_tokens=320,
+        ),
+        attachments=(ATTACHMENTS.config("deep", in_place=True, width=384, expansion=2),),
+        data=DataConfig(
+            source="hub:squad", max_context_tokens=300, text_share=0.5, eval_examples=400
+        ),
+        stages=_attention_recipe(match=3000, answer=500, quantized=200, batch_size=4),
+        optim=OptimConfig(
+            muon_lr=None,
+            adamw_lr=1e-3,
+            weight_decay=0.01,
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=30, decay_from=0.5),
+            batch_size=16,
+            mixed_precision="bf16",
+        ),
+        evaluation=EvalConfig(batch_size=8, max_new_tokens=16, timing_examples=8, bits=(16, 6, 4)),
+        log_every=20,
+        save_every=100,
+    )
+
+
 def squad_llama_qwen() -> RunConfig:
     """Context mode at full size: Llama-3.1-8B and Qwen2.5-7B read passages of SQuAD, which a
-    Llama-3.2-1B has put into 32 latents. Answers are learned from the text and distilled from the
-    reader that has the whole context. For GPUs; not run here."""
-    answers = weighted(answer=1.0, kd=0.5)
+    Llama-3.2-1B has put into 32 latents. The recipe is that of `squad_small`. For GPUs; not run
+    here."""
     return RunConfig(
         preset="squad_llama_qwen",
         mode="context",
@@ -164,17 +207,12 @@ def squad_llama_qwen() -> RunConfig:
             source="meta-llama/Llama-3.2-1B",
             latents=32,
             d_z=256,
-            pooler=POOLERS.config("selected"),
+            pooler=POOLERS.config("layer_spans"),
             frozen=True,
         ),
-        attachments=(ATTACHMENTS.config("deep", width=512),),
+        attachments=(ATTACHMENTS.config("deep", in_place=True, width=512, expansion=2),),
         data=DataConfig(source="hub:squad", eval_examples=1000),
-        stages=(
-            StageConfig("select", steps=1000, objectives=weighted(select=1.0, kv=1.0)),
-            StageConfig("match", steps=7000, objectives=weighted(kv=1.0)),
-            StageConfig("answer", steps=12000, lr=0.5, objectives=answers),
-            StageConfig("quantized", steps=4000, lr=0.5, quantize=6, objectives=answers),
-        ),
+        stages=_attention_recipe(match=8000, answer=12000, quantized=4000, kd=0.5),
         optim=OptimConfig(
             muon_lr=None,
             adamw_lr=1e-4,
@@ -190,9 +228,80 @@ def squad_llama_qwen() -> RunConfig:
     )
 
 
+def _attention_recipe(
+    *, match: int, answer: int, quantized: int, batch_size: int | None = None, kd: float = 0.0
+) -> tuple[StageConfig, ...]:
+    """What holds on real text: a deep prefix learns what attention gets from the whole text, then
+    the answers too, then both at the width that is sent.
+
+    Answers alone teach the form of an answer and not the text: the payload of another example is
+    then worth as much, from the start and after `match` alike.
+
+    Args:
+        match, answer, quantized: steps.
+        batch_size: of the stages that read answers: those go backward through the readers.
+        kd: weight of distillation in them; 0 leaves it out.
+    """
+    answers: dict[str, Any] = {
+        "lr": 0.5,
+        "batch_size": batch_size,
+        "objectives": weighted(answer=1.0, attention=0.5, **({"kd": kd} if kd else {})),
+    }
+    return (
+        StageConfig("match", steps=match, objectives=weighted(attention=1.0)),
+        StageConfig("answer", steps=answer, **answers),
+        StageConfig("quantized", steps=quantized, quantize=6, **answers),
+    )
+
+
+def squad_small_smoke() -> RunConfig:
+    """The parts of `squad_small` on the testbed, two steps of each stage: does it run at all?"""
+    return _smoke(squad_small())
+
+
+def squad_llama_qwen_smoke() -> RunConfig:
+    """The parts of `squad_llama_qwen` on the testbed, two steps of each stage."""
+    return _smoke(squad_llama_qwen())
+
+
+def _smoke(config: RunConfig) -> RunConfig:
+    """A run with the testbed's readers and texts and with small numbers, and the same parts."""
+    small: dict[str, Any] = {"latents": 4, "d_z": 8}
+    narrow: dict[str, Any] = {"width": 32, "layers": 1, "heads": 2}
+    return replace(
+        config,
+        preset=f"{config.preset}_smoke",
+        threads=TESTBED_THREADS,
+        readers=TESTBED_READERS,
+        encoder=replace(config.encoder.with_source("testbed:llama"), **small),
+        attachments=tuple(replace(attachment, **narrow) for attachment in config.attachments),
+        data=DataConfig(facts=2, eval_examples=8),
+        stages=tuple(replace(stage, steps=2, batch_size=None) for stage in config.stages),
+        optim=replace(
+            config.optim,
+            batch_size=4,
+            micro_batch=2,
+            mixed_precision="no",
+            lr_schedule=SCHEDULES.config("warmup_cosine", warmup_steps=2),
+        ),
+        evaluation=EvalConfig(batch_size=8, bits=(6,), timing_examples=1, resamples=100),
+        log_every=1,
+        save_every=2,
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
-    for function in (testbed, testbed_context, testbed_byte, testbed_smoke, squad_llama_qwen)
+    for function in (
+        testbed,
+        testbed_context,
+        testbed_byte,
+        testbed_smoke,
+        squad_small,
+        squad_llama_qwen,
+        squad_small_smoke,
+        squad_llama_qwen_smoke,
+    )
 }
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from torch import nn
 
 from latentwire_fast.config.base import Settings, require
+from latentwire_fast.config.lora import LoraSettings
 from latentwire_fast.config.parts import (
     BITS,
     AdapterConfig,
@@ -23,6 +24,8 @@ from latentwire_fast.config.parts import (
     PoolerConfig,
     ScheduleConfig,
 )
+from latentwire_fast.config.prompt import PromptConfig, TemplateConfig
+from latentwire_fast.config.validation import ValidationConfig
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS, OBJECTIVES, SCHEDULES
 
 # Users of a configuration find all of it here, the settings of its parts with the rest.
@@ -33,17 +36,22 @@ __all__ = [
     "AttachmentConfig",
     "BottleneckConfig",
     "Calibration",
+    "ContinuationConfig",
     "DataConfig",
     "EncoderConfig",
     "EvalConfig",
+    "LoraSettings",
     "Mode",
     "ObjectiveConfig",
     "OptimConfig",
     "PoolerConfig",
+    "PromptConfig",
     "ReaderConfig",
     "RunConfig",
     "ScheduleConfig",
     "StageConfig",
+    "TemplateConfig",
+    "ValidationConfig",
     "check_decoding",
     "check_reader_name",
 ]
@@ -82,15 +90,36 @@ def check_reader_name(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class ReaderConfig(Settings):
-    """One frozen LLM. `source` is `testbed:NAME`, a local folder or a hub id."""
+class ReaderConfig(PromptConfig):
+    """One frozen LLM, and how it is asked (the settings of `PromptConfig`).
+
+    Attributes:
+        source: a local folder, a .gguf file, `package:NAME`, a hub id or `testbed:NAME`.
+        dtype: that the weights are loaded in; the reader is known by them.
+        compute_dtype: that the weights are cast to afterwards; None leaves them.
+        attn_implementation: `sdpa`, `eager`, or `flash_attention_2` (package flash-attn).
+        device_map: of transformers: `auto` spreads the reader over the GPUs.
+        max_memory: with a device map, what the reader may take: `20GiB` of each GPU, or named by
+            device, `0=20GiB,1=40GiB,cpu=60GiB`; what is left then goes to disk.
+        load_in_4bit: NF4 weights of bitsandbytes.
+        lora: low-rank updates that are trained with the run: the reader is not frozen then. None
+            for none.
+    """
 
     source: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str = "sdpa"
     device_map: str | None = None
     load_in_4bit: bool = False
-    bos: bool | None = None
+    max_memory: str | None = None
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    lora: LoraSettings | None = None
+
+    @property
+    def weights(self) -> ReaderConfig:
+        """These settings as if it were asked in the usual way: what decides its weights."""
+        changes: dict[str, Any] = {f.name: f.default for f in fields(PromptConfig)}
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -98,8 +127,15 @@ class DataConfig(Settings):
     """Where examples come from.
 
     Attributes:
-        source: `testbed`, a SQuAD-format file, a saved `datasets` folder, `NAME=PATH` (rows of the
-            set NAME), `hub:NAME`, or several of these with commas between them, in equal shares.
+        source: `testbed`, a SQuAD-format file (with `[A:B]` behind it, some of its articles), a
+            saved `datasets` folder, `text=FILE` (paragraphs without questions), `NAME=PATH` (rows
+            of the set NAME), `hub:NAME`; several of these with `+` between them, or with commas
+            for equal shares.
+        eval_source: what the run is scored on, in the same form; None: the held-out part of
+            `source`. No context may be in both.
+        text_share: share of the batches that are paragraphs without questions, in stages that can
+            use them; None: their share of the data.
+        max_context_tokens: examples with a longer context, in any reader's tokens, are left out.
         facts: testbed: facts per passage at the end of the curriculum.
         similar: testbed: share of training passages with only two kinds of facts, which have to
             be told apart.
@@ -108,6 +144,9 @@ class DataConfig(Settings):
     """
 
     source: str = "testbed"
+    eval_source: str | None = None
+    text_share: float | None = None
+    max_context_tokens: int | None = None
     facts: int = 4
     similar: float = 0.0
     questions_per_context: int = 4
@@ -118,7 +157,9 @@ class DataConfig(Settings):
         super().__post_init__()
         require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
-        self.at_least_one("questions_per_context", "eval_examples")
+        self.at_least_one("questions_per_context", "eval_examples", "max_context_tokens")
+        share = self.text_share
+        require(share is None or 0 <= share <= 1, f"text_share={share}, expected 0 to 1, or none")
 
 
 @dataclass(frozen=True)
@@ -131,6 +172,10 @@ class StageConfig(Settings):
         facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
         quantize: straight-through codes at these bits; None trains on the unquantised latent.
         lr: factor on the run's learning rates.
+        batch_size: examples per step; None: the run's. Stages differ in what an example costs.
+        hold_encoder: leave the encoder as it is, and train only what stands behind it. A first
+            stage of `attention` needs this: an attachment first learns what all texts have in
+            common, and an encoder that learns with it meanwhile makes all latents alike.
     """
 
     name: str
@@ -141,6 +186,8 @@ class StageConfig(Settings):
     facts: ScheduleConfig | None = None
     quantize: int | None = None
     lr: float = 1.0
+    batch_size: int | None = None
+    hold_encoder: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,11 +200,19 @@ class StageConfig(Settings):
             any(objective.weight for objective in self.objectives),
             f"{stage}: no objective with a weight above 0; add one to `objectives`",
         )
+        require(
+            self.batch_size is None or self.batch_size >= 1,
+            f"{stage}: batch_size={self.batch_size}, expected at least 1, or none",
+        )
         require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
         require(
             self.quantize is None or self.quantize in BITS,
             f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
         )
+        self._check_facts()
+
+    def _check_facts(self) -> None:
+        stage = f"stage {self.name!r}"
         if self.facts is not None:
             schedule = SCHEDULES.part_of(self.facts)(self.facts)
             for facts in {schedule.value(step, self.steps) for step in range(self.steps)}:
@@ -165,6 +220,11 @@ class StageConfig(Settings):
                     facts in FACTS,
                     f"{stage}: facts={facts:g}, expected a whole number from 1 to 18",
                 )
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether there is something to learn from a text without questions."""
+        return any(o.weight and not o.reads_answers for o in self.objectives)
 
 
 @dataclass(frozen=True)
@@ -206,8 +266,29 @@ class OptimConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ContinuationConfig(Settings):
+    """Paragraphs whose second half readers predict, given the first as text and as a payload.
+
+    Attributes:
+        source: as in `DataConfig`; all of it, so no training text may be in it.
+        examples: how many paragraphs.
+    """
+
+    source: str
+    examples: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.examples >= 2, f"examples={self.examples}, expected at least 2")
+
+
+@dataclass(frozen=True)
 class EvalConfig(Settings):
-    """Evaluation after training."""
+    """Evaluation after training.
+
+    Attributes:
+        continuation: a measure of running text beside the questions; context mode only.
+    """
 
     batch_size: int = 50
     max_new_tokens: int = 12
@@ -217,6 +298,7 @@ class EvalConfig(Settings):
     first_token_temperature: float = 0.0
     first_token_top_p: float = 1.0
     eos_ban_steps: int = 0
+    continuation: ContinuationConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,8 +316,11 @@ class RunConfig(Settings):
         base: a trained run whose encoder is taken over and kept as it is, with its mode and
             bottleneck: this run's readers learn to read the payloads that are out there.
         attachments: what each reader is given of a latent; no two of them the same thing.
+        validation: scores while it trains; None for none.
         threads: of torch on a CPU; None leaves them to torch.
         log_every, save_every: steps between diagnostics and between checkpoints.
+        minutes: of training at most; None for no limit. Where the time is too short for all steps,
+            steps are left out evenly, so that every stage and the learning rate come to their end.
     """
 
     preset: str = "custom"
@@ -253,8 +338,10 @@ class RunConfig(Settings):
     stages: tuple[StageConfig, ...] = ()
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    validation: ValidationConfig | None = None
     log_every: int = 10
     save_every: int = 200
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -263,8 +350,15 @@ class RunConfig(Settings):
             check_reader_name(name)
         require(bool(self.stages), "stages: at least one training stage is needed")
         self.at_least_one("log_every", "save_every", "threads")
+        require(
+            self.minutes is None or self.minutes > 0, f"minutes={self.minutes}, expected above 0"
+        )
         self._check_attachments()
         self._check_objectives()
+        require(
+            self.mode == "context" or self.evaluation.continuation is None,
+            "evaluation.continuation needs mode='context': a text has no question to encode",
+        )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
         for part in (self.encoder, self.bottleneck, *self.attachments):
             part.check(self)

@@ -15,12 +15,15 @@ NO_ANSWER = "unanswerable"
 _EXPECTED = '{"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}'
 
 
-def load_squad(path: Path, *, no_answer: str = NO_ANSWER) -> list[Example]:
+def load_squad(
+    path: Path, *, no_answer: str = NO_ANSWER, articles: slice | None = None
+) -> list[Example]:
     """All questions of a SQuAD file in file order.
 
     Args:
-        path: a v1.1 or v2.0 file.
+        path: a v1.1 or v2.0 file, which may be packed (.json.xz, .json.gz).
         no_answer: the answer of questions marked `is_impossible`.
+        articles: which of the articles, in the order of their titles; None for all.
 
     Raises:
         DataError: a missing or malformed file (with article, paragraph and question, counted from
@@ -28,7 +31,9 @@ def load_squad(path: Path, *, no_answer: str = NO_ANSWER) -> list[Example]:
     """
     examples: list[Example] = []
     seen: dict[str, str] = {}
-    for where, context, question in _questions(read_json(path, error=DataError), str(path)):
+    data = read_json(path, error=DataError)
+    chosen = None if articles is None else _chosen(data, articles, str(path))
+    for where, context, question in _questions(data, str(path), chosen):
         example = _example(question, context, where, no_answer)
         if example.id in seen:
             raise DataError(
@@ -42,9 +47,26 @@ def load_squad(path: Path, *, no_answer: str = NO_ANSWER) -> list[Example]:
     return examples
 
 
-def _questions(data: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """(place in the file, context, question record) in file order."""
+def _chosen(data: Any, articles: slice, path: str) -> set[int]:
+    """The numbers of the articles in a slice of all, which are ordered by title.
+
+    Raises:
+        DataError: an article without a title, or no article in the slice.
+    """
+    found = _field(data, "data", list, path)
+    titles = [_field(entry, "title", str, f"{path}: article {a}") for a, entry in enumerate(found)]
+    chosen = sorted(range(len(titles)), key=titles.__getitem__)[articles]
+    if not chosen:
+        start, stop = ("" if end is None else end for end in (articles.start, articles.stop))
+        raise DataError(f"{path}[{start}:{stop}]: no article; the file has {len(titles)} of them")
+    return set(chosen)
+
+
+def _questions(data: Any, path: str, chosen: set[int] | None) -> Iterator[tuple[str, str, Any]]:
+    """(place in the file, context, question record) in file order, of the chosen articles."""
     for a, article in enumerate(_field(data, "data", list, path)):
+        if chosen is not None and a not in chosen:
+            continue
         where_a = f"{path}: article {a}"
         for p, paragraph in enumerate(_field(article, "paragraphs", list, where_a)):
             where_p = f"{where_a}, paragraph {p}"

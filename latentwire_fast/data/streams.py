@@ -19,11 +19,20 @@ from latentwire_fast.prompts.builder import Turn
 
 @dataclass(frozen=True)
 class TrainItem:
-    """One latent's worth of training data: a context and the questions asked of it."""
+    """One latent's worth of training data: a context and the questions asked of it.
+
+    Attributes:
+        turns: none of a plain text.
+    """
 
     id: str
     context: str
     turns: tuple[Turn, ...]
+
+    @property
+    def question(self) -> str:
+        """The first question; empty where there is none."""
+        return self.turns[0].question if self.turns else ""
 
 
 class Stream(Protocol):
@@ -35,8 +44,13 @@ class Stream(Protocol):
 
     digest: str
 
-    def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
-        """The batch of one step; `facts` is the curriculum's level where the source has one."""
+    def batch(self, step: int, size: int, *, facts: int, texts: bool = False) -> list[TrainItem]:
+        """The batch of one step: items with questions, or texts without any.
+
+        Args:
+            facts: the curriculum's level where the source has one.
+            texts: whether it may be one of texts.
+        """
         ...
 
 
@@ -51,7 +65,7 @@ class TestbedStream:
         self.mode = mode
         self.seed = seed
 
-    def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
+    def batch(self, step: int, size: int, *, facts: int, texts: bool = False) -> list[TrainItem]:
         """`size` items; in pure mode each holds one question."""
         rng = random.Random(f"{self.seed}:{step}")
         easier = [n for n in (1, 2, 4, 6) if n <= facts]
@@ -73,33 +87,64 @@ class TestbedStream:
 
 
 class ExampleStream:
-    """A finite data set in epochs; each epoch is a permutation drawn from (seed, epoch)."""
+    """A finite data set in epochs; each epoch is a permutation drawn from (seed, epoch).
+
+    Contexts with questions and texts without any come in batches of their own.
+
+    Attributes:
+        items: contexts with questions. texts: those without.
+        text_share: of the batches that may be of texts, how many are.
+
+    Raises:
+        DataError: no examples, or in pure mode no questions.
+    """
 
     def __init__(
         self, examples: Sequence[Example], config: DataConfig, *, mode: Mode, seed: int
     ) -> None:
         self.seed = seed
         per_item = config.questions_per_context if mode == "context" else 1
-        self.items = _group(examples, per_item)
-        if not self.items:
+        grouped = _group(examples, per_item)
+        self.items = [item for item in grouped if item.turns]
+        self.texts = [item for item in grouped if not item.turns]
+        if not grouped or (mode == "pure" and not self.items):
             raise DataError("no training examples with an answer; check the data source")
-        self.digest = _digest(self.items)
+        self.text_share = self._text_share(config.text_share)
+        self.digest = _digest(grouped)
 
-    def batch(self, step: int, size: int, *, facts: int) -> list[TrainItem]:
-        """Items `step * size` on, epoch after epoch."""
+    def _text_share(self, wanted: float | None) -> float:
+        if not (self.items and self.texts):
+            return float(not self.items)
+        return len(self.texts) / len(self.items + self.texts) if wanted is None else wanted
+
+    def batch(self, step: int, size: int, *, facts: int, texts: bool = False) -> list[TrainItem]:
+        """Items `step * size` on, epoch after epoch; in a mixture of both kinds, the batches of
+        each kind are counted apart."""
+        if not texts:
+            return self._items("", self.items, step, size)
+        before = int(step * self.text_share)  # batches of texts so far: spread evenly
+        if int((step + 1) * self.text_share) > before:
+            return self._items("texts:", self.texts, before, size)
+        return self._items("", self.items, step - before, size)
+
+    def _items(
+        self, kind: str, items: Sequence[TrainItem], number: int, size: int
+    ) -> list[TrainItem]:
+        """The batch of this number, of one kind."""
         orders: dict[int, list[int]] = {}
-        items = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, index = divmod(position, len(self.items))
+        found = []
+        for position in range(number * size, (number + 1) * size):
+            epoch, index = divmod(position, len(items))
             if epoch not in orders:
-                orders[epoch] = self._order(epoch)
-            items.append(self.items[orders[epoch][index]])
-        return items
+                orders[epoch] = _order(f"{kind}{self.seed}:{epoch}", len(items))
+            found.append(items[orders[epoch][index]])
+        return found
 
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.items)))
-        random.Random(f"{self.seed}:{epoch}").shuffle(order)
-        return order
+
+def _order(seed: str, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _digest(items: Sequence[TrainItem]) -> str:
@@ -112,7 +157,7 @@ def _digest(items: Sequence[TrainItem]) -> str:
 
 
 def _group(examples: Sequence[Example], per_item: int) -> list[TrainItem]:
-    """Examples that share a context, up to `per_item` questions each."""
+    """Examples that share a context, up to `per_item` questions each; plain texts have none."""
     by_context: dict[str, list[Example]] = {}
     for example in examples:
         by_context.setdefault(example.context, []).append(example)
@@ -121,6 +166,6 @@ def _group(examples: Sequence[Example], per_item: int) -> list[TrainItem]:
         for start in range(0, len(group), per_item):
             part = group[start : start + per_item]
             turns = tuple(Turn(e.question, e.answers[0]) for e in part if e.answers)
-            if turns:
+            if turns or not any(e.question for e in part):
                 items.append(TrainItem(part[0].id, context, turns))
     return items

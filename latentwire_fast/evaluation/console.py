@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from latentwire_fast.evaluation.continuation import WAYS
+from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.methods.base import by_kind, evaluation_methods, methods_by_bits
+
+_NLL_METHODS = {
+    "text": "text",
+    "latent": "latent",
+    "closed_book": "closed book",
+    "shuffled_latent": "shuffled",
+}
 
 
 def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
@@ -16,29 +25,65 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"F1 on {metrics['examples']} held-out examples ({metrics['run']['mode']} mode)",
         f"{'':18}" + "".join(f"{name:>12}" for name in readers),
     ]
-    lines += _method_lines(readers)
+    not_measured = metrics.get("not_measured") or {}
+    lines += _method_lines(readers, not_measured)
+    lines += _nll_lines(metrics)
     for bits, size in sizes["payload_mean"].items():
         lines += _width_lines(readers, bits, size)
     lines.append(
         f"text {sizes['text_utf8_mean']:.0f} B, brotli {sizes['text_brotli_mean']:.0f} B, "
         f"payload {sizes['payload_mean'][width]:.0f} B at {width} bits"
     )
+    for name, entry in (metrics.get("lora") or {}).items():
+        lines.append(not_frozen(name, entry))
     methods = evaluation_methods()
-    for key, reason in (metrics.get("not_measured") or {}).items():
+    for key, reason in not_measured.items():
         lines.append(f"{methods[key].label.lower()}: not measured, {reason}")
     verdicts = (f"{name} {entry['verdict']}" for name, entry in metrics["hypotheses"].items())
     lines.append(", ".join(verdicts))
     return lines
 
 
-def _method_lines(readers: Mapping[str, Any]) -> Iterator[str]:
-    """One line per method, with a dash where it was not measured."""
+def not_frozen(reader: str, entry: Mapping[str, int]) -> str:
+    """Says of a reader with low-rank updates that it is not frozen, and what was trained of it."""
+    share = 100 * entry["parameters"] / entry["of"]
+    return (
+        f"{reader} is not a frozen reader: a LoRA of {entry['parameters']:,} parameters "
+        f"({share:.2g}% of its {entry['of']:,}) was trained with the latents"
+    )
+
+
+def _method_lines(readers: Mapping[str, Any], not_measured: Mapping[str, str]) -> Iterator[str]:
+    """One line per method, with a dash where it was not measured, or that it does not fit."""
     for key, method in by_kind().items():
         if method.console_label is None:
             continue
         found = [entries.get(key) for entries in readers.values()]
-        cells = ["-" if entry is None else _points(entry["f1"]["mean"]) for entry in found]
+        if method.with_lora and not any(found):
+            continue
+        missing = DOES_NOT_FIT if fits_not(not_measured.get(key)) else "-"
+        cells = [missing if entry is None else _points(entry["f1"]["mean"]) for entry in found]
         label = method.console_label or method.label.lower()
+        yield f"{label:18}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def _nll_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """NLL per token of the gold answers, where it says most, and of second halves of texts."""
+    rows = {key: f"NLL {label}" for key, label in _NLL_METHODS.items()}
+    yield from _table(rows, metrics["readers"], lambda entry: entry.get("nll_per_token"))
+    found = (metrics.get("continuation") or {}).get("readers") or {}
+    given = {name: entry["nll_per_token"] for name, entry in found.items()}
+    labels = {way: f"rest | {way}".replace("_", " ") for way in WAYS}
+    if given:
+        yield from _table(labels, given, lambda entry: entry)
+
+
+def _table(
+    labels: Mapping[str, str], readers: Mapping[str, Any], score: Callable[[Any], Any]
+) -> Iterator[str]:
+    for key, label in labels.items():
+        found = [score(entries.get(key) or {}) for entries in readers.values()]
+        cells = ["-" if entry is None else f"{entry['mean']:.3f}" for entry in found]
         yield f"{label:18}" + "".join(f"{cell:>12}" for cell in cells)
 
 

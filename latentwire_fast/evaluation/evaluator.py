@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.fitting import fits_not, why_too_long
 from latentwire_fast.evaluation.joint import rescore
 from latentwire_fast.evaluation.methods.base import (
     EvaluationCase,
@@ -25,6 +26,7 @@ from latentwire_fast.evaluation.scoring import Scorer, batches
 from latentwire_fast.evaluation.timing import time_methods
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.decoding import DecodeOptions
+from latentwire_fast.readers.lora import base_parameters
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
 
@@ -86,12 +88,20 @@ class Evaluator:
             for name, receiver in self.receivers.items()
         }
         results.not_measured = self._not_measured(next(iter(cases.values())))
-        usable = {n: m for n, m in self.methods.items() if n not in results.not_measured}
-        by_bits = sum(method.by_bits is not None for method in usable.values())
-        rounds = len(usable) + by_bits * (len(payloads) - 1)
-        self.bar.reset(total=rounds * len(cases) * len(self._batches()))
         for name, case in cases.items():
-            results.readers[name] = self._reader_results(case, usable)
+            if case.reader.lora is not None:
+                of = sum(weight.numel() for _, weight in base_parameters(case.reader.model))
+                results.lora[name] = {"parameters": case.reader.lora.size, "of": of}
+        usable = {
+            reader: self._fitting(case, results.not_measured) for reader, case in cases.items()
+        }
+        rounds = 0
+        for methods in usable.values():
+            by_bits = sum(method.by_bits is not None for method in methods.values())
+            rounds += len(methods) + by_bits * (len(payloads) - 1)
+        self.bar.reset(total=rounds * len(self._batches()))
+        for name, case in cases.items():
+            results.readers[name] = self._reader_results(case, usable[name])
         self._rescore(results, payloads[self.bits])
         self.bar.close()
         return results
@@ -106,6 +116,28 @@ class Evaluator:
         for name, reason in found.items():
             logger.warning("%s is not measured: %s", name, reason)
         return found
+
+    def _fitting(
+        self, case: EvaluationCase, not_measured: dict[str, str]
+    ) -> dict[str, EvaluationMethod]:
+        """The methods that one reader has the positions for; adds the reasons of the others.
+
+        Raises:
+            DataError: it has none for a latent.
+        """
+        usable = {}
+        for name, method in self.methods.items():
+            if name in not_measured and not fits_not(not_measured[name]):
+                continue  # on these examples, whichever the reader
+            if not method.fits(case):
+                continue
+            reason = why_too_long(case, method, bits=self.bits)
+            if reason is None:
+                usable[name] = method
+            else:
+                logger.warning("%s is not measured: %s", name, reason)
+                not_measured[name] = "; ".join(filter(None, [not_measured.get(name), reason]))
+        return usable
 
     def _reader_results(
         self, case: EvaluationCase, methods: dict[str, EvaluationMethod]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentwire_fast.evaluation.metrics import distinct_shares, mean_interval, ratio_interval
+from latentwire_fast.evaluation.metrics import (
+    distinct_shares,
+    mean_interval,
+    paired_interval,
+    ratio_interval,
+)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -44,17 +49,23 @@ class MethodResult:
     prefill_ms: float | None = None
     end_to_end_ms: float | None = None
 
-    def intervals(self, *, seed: int, resamples: int) -> dict[str, Any]:
-        """The method's entry of metrics.json."""
+    def intervals(
+        self, *, seed: int, resamples: int, clusters: Sequence[Hashable] | None = None
+    ) -> dict[str, Any]:
+        """The method's entry of metrics.json.
+
+        Args:
+            clusters: as of `mean_interval`.
+        """
+        options: dict[str, Any] = {"seed": seed, "resamples": resamples, "clusters": clusters}
 
         def interval(values: Sequence[float]) -> dict[str, float] | None:
             if not values:
                 return None
-            return mean_interval(values, seed=seed, resamples=resamples)._asdict()
+            return mean_interval(values, **options)._asdict()
 
         nll = None
         if self.nll:
-            options = {"seed": seed, "resamples": resamples}
             nll = ratio_interval(self.nll, self.tokens, **options)._asdict()
         return {
             "f1": interval(self.f1),
@@ -67,6 +78,21 @@ class MethodResult:
             "prefill_ms_p50": self.prefill_ms,
             "end_to_end_ms_p50": self.end_to_end_ms,
         }
+
+    def minus(self, other: MethodResult, **options: Any) -> dict[str, Any]:
+        """This method's scores minus another's on the same examples, with paired intervals.
+
+        NLL per token is there only where both have likelihoods. Less is better for it.
+
+        Args:
+            options: of `intervals`.
+        """
+        nll = None
+        if self.nll and other.nll:
+            assert self.tokens == other.tokens, "two methods predict the same gold answers"
+            difference = [ours - theirs for ours, theirs in zip(self.nll, other.nll, strict=True)]
+            nll = ratio_interval(difference, self.tokens, **options)._asdict()
+        return {"nll_per_token": nll, "f1": paired_interval(self.f1, other.f1, **options)._asdict()}
 
     def scores_of(self, i: int) -> dict[str, Any]:
         """Prediction and scores of one example."""

@@ -2,6 +2,8 @@
 
 Scores of single examples lie in 0..1; a set's score is their mean with a percentile bootstrap
 interval (examples are resampled; systems compared on the same examples are resampled together).
+Examples of one cluster, such as the questions on one passage, are resampled together too: they are
+not independent, and intervals that take them for it are too narrow.
 
     >>> f1("the red lamp.", ["red lamp", "lamp"])
     1.0
@@ -15,7 +17,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -177,15 +179,23 @@ def empty_rate(predictions: Sequence[str]) -> float:
 
 
 def mean_interval(
-    values: Sequence[float], *, seed: int, resamples: int = 2000, confidence: float = 0.95
+    values: Sequence[float],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """Mean over examples and its percentile bootstrap interval.
+
+    Args:
+        clusters: per example, what it is of: examples of one cluster are resampled together.
 
     Raises:
         ValueError: no values.
     """
     array = np.asarray(values, dtype=np.float64)
-    return _interval(array, np.ones_like(array), seed, resamples, confidence)
+    return _interval(array, np.ones_like(array), seed, resamples, confidence, clusters)
 
 
 def paired_interval(
@@ -195,6 +205,7 @@ def paired_interval(
     seed: int,
     resamples: int = 2000,
     confidence: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """Mean of `a - b` over the same examples, resampled together.
 
@@ -202,7 +213,9 @@ def paired_interval(
         ValueError: no values, or lists of different lengths.
     """
     left, right = _paired(a, b, name="paired_interval")
-    return mean_interval(left - right, seed=seed, resamples=resamples, confidence=confidence)
+    return mean_interval(
+        left - right, seed=seed, resamples=resamples, confidence=confidence, clusters=clusters
+    )
 
 
 def ratio_interval(
@@ -212,6 +225,7 @@ def ratio_interval(
     seed: int,
     resamples: int = 2000,
     confidence: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """Ratio of sums over the same examples, resampled together.
 
@@ -227,7 +241,7 @@ def ratio_interval(
             f"ratio_interval: denominators must be positive, index {int(bottom.argmin())} is "
             f"{bottom.min():g}"
         )
-    return _interval(top, bottom, seed, resamples, confidence)
+    return _interval(top, bottom, seed, resamples, confidence, clusters)
 
 
 def _paired(a: Sequence[float], b: Sequence[float], *, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -239,9 +253,23 @@ def _paired(a: Sequence[float], b: Sequence[float], *, name: str) -> tuple[np.nd
     return left, right
 
 
+def _sums_by(clusters: Sequence[Hashable], *values: np.ndarray) -> list[np.ndarray]:
+    """Sums over each cluster, in the order in which the clusters first occur."""
+    number_of: dict[Hashable, int] = {}
+    numbers = [number_of.setdefault(cluster, len(number_of)) for cluster in clusters]
+    return [np.bincount(numbers, weights=value, minlength=len(number_of)) for value in values]
+
+
 def _interval(
-    top: np.ndarray, bottom: np.ndarray, seed: int, resamples: int, confidence: float
+    top: np.ndarray,
+    bottom: np.ndarray,
+    seed: int,
+    resamples: int,
+    confidence: float,
+    clusters: Sequence[Hashable] | None,
 ) -> Interval:
+    if clusters is not None and top.size:
+        top, bottom = _sums_by(clusters, top, bottom)
     n = top.size
     if n == 0:
         raise ValueError("bootstrap interval of no values: nothing was evaluated")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from latentwire_fast.config.schema import RunConfig
+from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.methods.base import evaluation_methods
 from latentwire_fast.evaluation.report.formatting import percent
 
@@ -34,6 +35,16 @@ def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
             f" The encoder is that of `{config.base}`, unchanged: these readers were added to it, "
             "and read its payloads."
         )
+    dates = sorted({reader.date for reader in config.readers.values()})
+    readers = (
+        "The readers are frozen; the adapters work with exactly these weights and refuse others."
+    )
+    if metrics.get("lora"):
+        trained = ". ".join(not_frozen(name, entry) for name, entry in metrics["lora"].items())
+        readers = (
+            f"{trained}. It is in `lora/`, in peft's format. Otherwise the readers are frozen: the "
+            "adapters work with exactly their weights and refuse others."
+        )
     return f"""---
 library_name: latentwire-fast
 tags: [prompt-compression, soft-prompt, latent]
@@ -49,6 +60,7 @@ F1 on {metrics["examples"]} held-out examples of `{config.data.source}`:
 
 {table}
 
-The readers are frozen; the adapters work with exactly these weights and refuse others.
+{readers}
+A chat template that names today's date was given {" or ".join(dates)} instead.
 Trained by commit {metrics["run"]["commit"]}, configuration {metrics["run"]["config_sha256"][:12]}.
 """

@@ -7,30 +7,35 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 
+from latentwire_fast.config.assignments import with_assignments
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
 from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.provenance import commit, run_record, versions
 from latentwire_fast.evaluation.report import write_report
 from latentwire_fast.evaluation.results import EvaluationResults
 from latentwire_fast.files.atomic import write_atomically
+from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.lock import RunLock
+from latentwire_fast.files.records import read_records
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
+from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import load_readers
-from latentwire_fast.training.tracking import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,9 @@ def evaluate_run(
     progress: bool = True,
     device: torch.device | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    assignments: Sequence[str] = (),
+    reader_options: Sequence[str] = (),
+    best: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a trained run and write its report.
 
@@ -55,6 +63,10 @@ def evaluate_run(
         device: where to evaluate; as in training unless given.
         dtype: that the readers compute in; the run's own unless given. metrics.json then names the
             configuration with it.
+        assignments, reader_options: fields of the readers and of the evaluation, as
+            `with_assignments` takes them; metrics.json names the configuration with them.
+        best: score the model of the step that validated best, kept beside the run's own; needs
+            `out`.
 
     Returns:
         The content of metrics.json.
@@ -71,16 +83,26 @@ def evaluate_run(
             f"{run_dir} holds no trained model; train it first (python -m latentwire_fast.train), "
             "or resume it with the same command if it was stopped"
         )
+    if best and not folder.best_model.exists():
+        raise CheckpointError(
+            f"{run_dir} holds no {folder.best_model.name}; it is kept where the configuration has "
+            "`validation`"
+        )
+    config = with_assignments(
+        read_run_config(run_dir), assignments, reader_options=reader_options, trained=True
+    )
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
             _check_eval_dir(folder.eval)
             metrics, results = _evaluate(
-                folder, fresh_seed, count, progress, device=device, dtype=dtype
+                folder, config, fresh_seed, count, progress, device=device, dtype=dtype
             )
             _write(folder, metrics, results)
         return metrics
     _check_out(folder, out)
-    metrics, _ = _evaluate(folder, fresh_seed, count, progress, device=device, dtype=dtype)
+    metrics, _ = _evaluate(
+        folder, config, fresh_seed, count, progress, device=device, dtype=dtype, best=best
+    )
     write_atomically(out, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -117,15 +139,16 @@ def _check_eval_dir(folder: Path) -> None:
 
 def _evaluate(
     folder: RunFolder,
+    config: RunConfig,
     fresh_seed: int | None,
     count: int | None,
     progress: bool,
     *,
     device: torch.device | None,
     dtype: Literal["float32", "bfloat16", "float16"] | None,
+    best: bool = False,
 ) -> tuple[dict[str, Any], EvaluationResults]:
     """The content of metrics.json, and what it was made from."""
-    config = read_run_config(folder.path)
     if config.threads:
         torch.set_num_threads(config.threads)
     start = time.perf_counter()
@@ -133,17 +156,25 @@ def _evaluate(
     gc.collect()  # what a training in this process leaves is in reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    model = Interlingua.from_pretrained(folder.model).to(device)
+    model = Interlingua.from_pretrained(folder.best_model if best else folder.model).to(device)
     _check_settings(config, model, folder)
     readers = load_readers(config.readers, device, dtype=dtype)
     if dtype is not None:
         config = with_overrides(config, dtype=dtype)  # what the results are of
-    examples = heldout_examples(config.data, count=count, seed=fresh_seed)
-    check_answers(examples, readers, source=f"{config.data.source} (held out)")
+    limit = ContextLimit(readers, config.data.max_context_tokens)
+    examples = heldout_examples(config.data, count=count, seed=fresh_seed, keep=limit.fits)
+    source = config.data.eval_source or f"{config.data.source} (held out)"
+    limit.report(source)
+    check_answers(examples, readers, source=source)
+    paragraphs = continuation_texts(config, readers)
     evaluator = Evaluator(config, model, readers, examples, progress=progress)
     measured = _truncated(evaluator)
     results = evaluator.run()
     measured |= results.metrics()
+    if folder.validation.exists():
+        measured["validation"] = read_json(folder.validation, error=CheckpointError)
+    if paragraphs:
+        measured["continuation"] = measure_continuation(paragraphs, model, readers, config)
     diagnostics = read_records(folder.diagnostics)
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     seed = config.data.eval_seed if fresh_seed is None else fresh_seed

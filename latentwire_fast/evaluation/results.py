@@ -40,6 +40,8 @@ class EvaluationResults:
         readers: by reader.
         joint: joint rescoring, with two readers or more.
         not_measured: why methods could not be measured on these examples, by method.
+        lora: of readers that are not frozen, the number of parameters that their low-rank updates
+            have, and how many parameters they are updates of.
     """
 
     config: RunConfig
@@ -48,6 +50,12 @@ class EvaluationResults:
     readers: dict[str, ReaderResults] = field(default_factory=dict)
     joint: JointResult | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
+    lora: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def contexts(self) -> list[str]:
+        """The examples' contexts."""
+        return [example.context for example in self.examples]
 
     def replaced_text(self, example: Example) -> str:
         """The text that the payload stands for."""
@@ -61,6 +69,7 @@ class EvaluationResults:
         encoder, bottleneck = self.config.encoder, self.config.bottleneck
         measured: dict[str, Any] = {
             "examples": len(self.examples),
+            "contexts": len(set(self.contexts)),
             "latent": {
                 "M": encoder.latents,
                 "d_z": encoder.d_z,
@@ -73,11 +82,14 @@ class EvaluationResults:
                 "payload_mean": {str(b): mean(v) for b, v in self.payload_sizes.items()},
             },
             "readers": {name: self._reader_entry(r) for name, r in self.readers.items()},
+            "latent_minus": {name: self._differences(r) for name, r in self.readers.items()},
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
         }
         if self.not_measured:
             measured["not_measured"] = dict(self.not_measured)
+        if self.lora:
+            measured["lora"] = dict(self.lora)
         return measured
 
     def _evidence(self, *, utf8: list[int], brotli: list[int]) -> Evidence:
@@ -90,8 +102,7 @@ class EvaluationResults:
             utf8_sizes=utf8,
             brotli_sizes=brotli,
             are_added_readers=self.config.base is not None,
-            seed=self.config.seed,
-            resamples=self.config.evaluation.resamples,
+            **self._options(),
         )
 
     def _by_key(
@@ -112,12 +123,29 @@ class EvaluationResults:
         return entry
 
     def _reader_entry(self, reader: ReaderResults) -> dict[str, Any]:
-        options = {"seed": self.config.seed, "resamples": self.config.evaluation.resamples}
+        options = self._options()
         return self._by_key(
             reader,
             lambda result: result.intervals(**options),
             lambda result: {"f1": mean(result.f1), "em": mean(result.em)},
         )
+
+    def _differences(self, reader: ReaderResults) -> dict[str, Any]:
+        """The latent's scores minus those of every other method."""
+        latent, options = reader.methods["latent"], self._options()
+        return {
+            name: latent.minus(result, **options)
+            for name, result in reader.methods.items()
+            if name != "latent"
+        }
+
+    def _options(self) -> dict[str, Any]:
+        """Arguments of every interval: the questions on one context are resampled together."""
+        return {
+            "seed": self.config.seed,
+            "resamples": self.config.evaluation.resamples,
+            "clusters": self.contexts,
+        }
 
     def _joint_entry(self) -> dict[str, float] | None:
         if self.joint is None:

@@ -18,6 +18,7 @@ from latentwire_fast.evaluation.methods.base import (
     unanswered,
 )
 from latentwire_fast.evaluation.metrics import exact_match, f1, first_token_hit, reciprocal_rank
+from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.serving import Receiver
@@ -34,6 +35,22 @@ def judge_answers(answers: list[str], examples: Sequence[Example]) -> MethodResu
         [exact_match(answer, example.answers) for answer, example in pairs],
         [f1(answer, example.answers) for answer, example in pairs],
     )
+
+
+def judge_prompts(
+    receiver: Receiver,
+    prompts: Sequence[Prompt],
+    examples: Sequence[Example],
+    *,
+    payloads: Sequence[bytes] | None = None,
+    options: DecodeOptions,
+) -> MethodResult:
+    """Scores of a reader's answers to one prompt per example, and of the gold answers that the
+    prompts end in."""
+    ids = receiver.generate([unanswered(p) for p in prompts], payloads=payloads, options=options)
+    result = judge_answers([receiver.reader.decode(row) for row in ids], examples)
+    add_likelihoods(result, receiver.score(prompts, payloads=payloads))
+    return result
 
 
 def batches(count: int, size: int) -> Iterator[range]:
@@ -68,10 +85,11 @@ class Scorer:
         likelihoods = MethodResult([], [], [])
         for rows in batches(len(self.case.examples), self.batch_size):
             inputs = method.build(self.case, rows, bits=bits)
-            answers += self._answers(inputs, rows)
             likelihoods.positions += inputs.positions
-            if with_likelihoods and inputs.answers is None:
-                add_likelihoods(likelihoods, self._target_scores(inputs))
+            with method.reading(self.case, inputs):
+                answers += self._answers(inputs, rows)
+                if with_likelihoods and inputs.answers is None:
+                    add_likelihoods(likelihoods, self._target_scores(inputs))
             self.progress()
         judged = judge_answers(answers, self.case.examples)
         likelihoods.predictions, likelihoods.em, likelihoods.f1 = answers, judged.em, judged.f1
@@ -98,7 +116,7 @@ class Scorer:
 def add_likelihoods(result: MethodResult, scores: TargetScores) -> None:
     """Append what a batch of gold answers is worth to a method's result."""
     first = (scores.step_N == 0).nonzero()[:, 0]
-    ranked_BK = scores.ranked_NK(RANKED)[first.to(scores.logprobs_NV.device)].tolist()
+    ranked_BK = scores.ranked_NK(RANKED).cpu()[first.cpu()].tolist()
     labels = scores.labels_N[first].tolist()
     for gold_n, ranked, label in zip(
         scores.by_prompt(scores.gold_N), ranked_BK, labels, strict=True

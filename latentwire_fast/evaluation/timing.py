@@ -82,7 +82,10 @@ class _Clock:
                 prompts, payloads=inputs.payloads, embeddings=inputs.embeddings
             )
 
-        return Times(self._milliseconds(prefill), self._milliseconds(self._answer, method, single))
+        with method.reading(single, inputs):
+            return Times(
+                self._milliseconds(prefill), self._milliseconds(self._answer, method, single)
+            )
 
     def _answer(self, method: EvaluationMethod, single: EvaluationCase) -> str:
         """One example from its text to the answer."""

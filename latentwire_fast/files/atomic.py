@@ -89,6 +89,19 @@ def publish_folder(temporary: Path, final: Path) -> None:
     disk.sync(final.parent)
 
 
+def replace_folder(temporary: Path, final: Path) -> None:
+    """`publish_folder` in the place of what may be there. A crash may leave neither: it is for what
+    is written again then."""
+    old = final.with_name(f".{final.name}.old")
+    if old.exists():
+        disk.remove(old)
+    if final.exists():
+        disk.rename(final, old)
+    publish_folder(temporary, final)
+    if old.exists():
+        disk.remove(old)
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """The entry of a file in a manifest: its length and sha256."""
     with path.open("rb") as file:

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from latentwire_fast.errors import LatentWireError
+from latentwire_fast.files.text import read_unpacked
 
 
 def read_json(
     path: Path, *, error: type[LatentWireError], advice: str = "give the path of a JSON file"
 ) -> Any:
-    """The value of a UTF-8 JSON file.
+    """The value of a UTF-8 JSON file, which may be packed (.xz, .gz).
 
     Args:
         error: what is raised when there is no such file, or one that is not JSON.
         advice: what to do when there is none.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows writes a byte order mark
+        text = read_unpacked(path, error=error).decode("utf-8-sig")  # Windows writes a mark first
+        return json.loads(text)
     except FileNotFoundError:
         raise error(f"{path}: no such file; {advice}") from None
     except IsADirectoryError:

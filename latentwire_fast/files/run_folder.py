@@ -52,9 +52,9 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def teacher(self) -> Path:
-        """The text-prompted teacher's hidden states."""
-        return self.path / "teacher"
+    def frozen_work(self) -> Path:
+        """What frozen models computed of the data, kept for the next epoch."""
+        return self.path / "frozen_work"
 
     @property
     def model(self) -> Path:
@@ -65,6 +65,21 @@ class RunFolder:
     def unfinished_model(self) -> Path:
         """The trained model while it is written."""
         return self.path / "model.tmp"
+
+    @property
+    def best_model(self) -> Path:
+        """The model of the step that validated best, where a run validates."""
+        return self.path / "model_best"
+
+    @property
+    def unfinished_best_model(self) -> Path:
+        """That model while it is written."""
+        return self.path / "model_best.tmp"
+
+    @property
+    def validation(self) -> Path:
+        """The scores of every validation."""
+        return self.path / "validation.json"
 
     @property
     def model_card(self) -> Path:
@@ -111,8 +126,45 @@ class RunFolder:
         path, run = path.resolve(), self.path.resolve()
         if not path.is_relative_to(run):
             return False
-        here = RunFolder(run)
-        folders = (here.model, here.checkpoints, here.teacher, here.tensorboard)
-        files = (here.config, here.diagnostics, here.nonfinite, here.lock)
+        here = type(self)(run)
+        folders = (
+            *(here.model, here.best_model, here.checkpoints, here.frozen_work, here.tensorboard),
+        )
+        files = (here.config, here.diagnostics, here.validation, here.nonfinite, here.lock)
         report = (here.metrics, here.metrics_table, here.predictions, here.report, here.report_text)
         return path in (*files, *report) or any(path.is_relative_to(f) for f in (*folders, *files))
+
+
+class TextLoraFolder(RunFolder):
+    """The paths of a run that trains a reader's low-rank updates on text. What it makes is no model
+    of latents, but a reader."""
+
+    @property
+    def model(self) -> Path:
+        """The reader: updates and tokenizer, a source that `--reader NAME=` takes."""
+        return self.path / "reader"
+
+    @property
+    def unfinished_model(self) -> Path:
+        """The reader while it is written."""
+        return self.path / "reader.tmp"
+
+    @property
+    def best_model(self) -> Path:
+        """The reader of the step that validated best."""
+        return self.path / "reader_best"
+
+    @property
+    def unfinished_best_model(self) -> Path:
+        """That reader while it is written."""
+        return self.path / "reader_best.tmp"
+
+    @property
+    def scores(self) -> Path:
+        """The reader's scores on text, without the updates and with them."""
+        return self.path / "scores.json"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training is complete and the reader saved."""
+        return (self.model / "adapter_config.json").exists()

@@ -17,8 +17,13 @@ from latentwire_fast.errors import CheckpointError
 
 def parameter_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over names, dtypes, shapes and bytes; the order of the pairs does not matter."""
+    return ordered_digest(sorted(named_tensors, key=lambda pair: pair[0]))
+
+
+def ordered_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`parameter_digest` of pairs that come in the order of their names, one at a time."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(named_tensors, key=lambda pair: pair[0]):
+    for name, tensor in named_tensors:
         head = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
         digest.update(head.encode())
         # flatten: a 0-d tensor cannot be viewed as bytes

@@ -1,26 +1,67 @@
-"""Plain text files."""
+"""Plain text files, packed (.xz, .gz) or not."""
 
 from __future__ import annotations
 
+import gzip
+import lzma
+import zlib
 from pathlib import Path
 
-from latentwire_fast.errors import DataError
+from latentwire_fast.errors import DataError, LatentWireError
+
+_UNPACK = {".xz": lzma.decompress, ".gz": gzip.decompress}
+
+
+def read_unpacked(path: Path, *, error: type[LatentWireError] = DataError) -> bytes:
+    """A file's bytes; those of a .xz or .gz file unpacked.
+
+    Args:
+        error: what is raised where it cannot be unpacked.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    unpack = _UNPACK.get(path.suffix.lower())
+    if unpack is None:
+        return data
+    try:
+        return unpack(data)
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as wrong:
+        raise error(
+            f"{path}: cannot be unpacked ({wrong}); is the file complete, and is it what its "
+            "name says?"
+        ) from None
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text without outer white space.
+    """A UTF-8 file's text, or a pipe's, without outer white space.
 
     Raises:
         DataError: missing, unreadable, not UTF-8, or empty.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        content = read_unpacked(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+    return decode_text(content, name=str(path))
+
+
+def decode_text(content: bytes, *, name: str) -> str:
+    """The text that bytes hold, without outer white space.
+
+    Args:
+        name: of where they come from, for messages.
+
+    Raises:
+        DataError: not UTF-8, or empty.
+    """
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip()
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+            f"{name} is not UTF-8 text (byte {error.start}); convert it first"
         ) from None
     if not text:
-        raise DataError(f"{path} holds no text")
+        raise DataError(f"{name} holds no text")
     return text

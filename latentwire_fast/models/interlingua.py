@@ -33,11 +33,13 @@ from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
+LORA = "lora"  # the folder of a saved model that holds those of its readers
 
 
 class Interlingua(nn.Module):
@@ -49,6 +51,10 @@ class Interlingua(nn.Module):
         readers: a card per reader name; attachments are built for these.
         mode: `context`: the latent stands for the context, the question stays text. `pure`: it
             stands for both, so the encoder may answer and send the answer.
+
+    Attributes:
+        cards: of its readers, by name.
+        lora: the low-rank updates of those readers that have them, by name.
     """
 
     table_parameters: ClassVar[tuple[str, ...]] = ("task_tokens",)
@@ -70,6 +76,7 @@ class Interlingua(nn.Module):
         self.bottleneck: Bottleneck = BOTTLENECKS.part_of(bottleneck)(bottleneck)
         self.attachments = nn.ModuleDict()
         self.task_tokens = nn.ParameterDict()
+        self.lora = nn.ModuleDict()
         shape = {"latents": encoder.config.latents, "d_z": encoder.config.d_z}
         for name, card in self.cards.items():
             built = {
@@ -149,7 +156,8 @@ class Interlingua(nn.Module):
     @property
     def positions(self) -> int:
         """How many of a reader's positions a latent takes."""
-        return sum(part.positions for part in self.parts(next(iter(self.cards))).values())
+        parts = self.parts(next(iter(self.cards))).values()
+        return sum(part.positions - part.head_positions for part in parts)
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
@@ -165,7 +173,7 @@ class Interlingua(nn.Module):
         return cast(Tensor, soft(latent_BMd, gain=gain))
 
     def deep_prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | None:
-        """Keys and values `[L, 2, B, H, M, d_head]` of one reader; None where it has none."""
+        """Keys and values `[L, 2, B, H, P, d_head]` of one reader; None where it has none."""
         deep = self.attachment(reader, "deep")
         return None if deep is None else cast(Tensor, deep(latent_BMd, gain=gain))
 
@@ -182,7 +190,12 @@ class Interlingua(nn.Module):
         if task is not None:
             token = self.task_tokens[reader][TASKS.index(task)]
             soft = torch.cat([soft, token.expand(len(soft), 1, -1)], 1)
-        return {"prefixes": soft, "deep": self.deep_prefix(reader, latent_BMd, gain=gain)}
+        deep = self.attachment(reader, "deep")
+        return {
+            "prefixes": soft,
+            "deep": self.deep_prefix(reader, latent_BMd, gain=gain),
+            "head": 0 if deep is None else deep.head_positions,
+        }
 
     @torch.no_grad()
     def prefix_rms(self, reader: str, latent_BMd: Tensor) -> dict[str, float]:
@@ -258,6 +271,32 @@ class Interlingua(nn.Module):
                 "adapter for this one"
             )
 
+    def adapt(self, reader: Reader, *, merge: bool = False) -> None:
+        """Have a reader read with its low-rank updates, where this model has any for it.
+
+        Args:
+            merge: add them to its weights for good (see `ReaderLora.merge`).
+
+        Raises:
+            ConfigError, CheckpointError: as `check_reader` and `ReaderLora.attach`; or the reader
+                has updates that are not of this model.
+        """
+        self.check_reader(reader)
+        lora = self.lora_of(reader.name)
+        if lora is not None:
+            lora.attach(reader)
+            if merge:
+                lora.merge()
+        elif reader.lora is not None:
+            raise ConfigError(
+                f"reader {reader.name!r} has low-rank updates (LoRA) of another model; load it "
+                "again for this one"
+            )
+
+    def lora_of(self, reader: str) -> ReaderLora | None:
+        """The low-rank updates of one reader, if it has any."""
+        return cast(ReaderLora, self.lora[reader]) if reader in self.lora else None
+
     def trained_state(self) -> dict[str, Tensor]:
         """Every tensor that is not rebuilt from elsewhere, by name."""
         return {name: value.detach() for name, value in self.state_dict().items()}
@@ -267,10 +306,15 @@ class Interlingua(nn.Module):
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json, model.safetensors, and what the encoder saves besides."""
+        """Write config.json, model.safetensors, what the encoder saves besides, and readers'
+        low-rank updates in `lora/NAME`, as peft does."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.cpu().contiguous() for k, v in self.trained_state().items()}
+        state = {
+            key: value.cpu().contiguous()
+            for key, value in self.trained_state().items()
+            if not key.startswith(f"{LORA}.")
+        }
         save_file(state, folder / "model.safetensors")
         values = {
             "mode": self.mode,
@@ -281,6 +325,12 @@ class Interlingua(nn.Module):
             "trained_parameters": sum(p.numel() for _, p in self.trained_parameters()),
         }
         files = ["model.safetensors", *self.encoder.save(folder)]
+        for name in self.lora:
+            place = f"{LORA}/{name}"
+            saved = cast(ReaderLora, self.lora[name]).save(folder / place)
+            files += [f"{place}/{file}" for file in saved]
+        if self.lora:
+            values[LORA] = sorted(self.lora)
         saved_model.write_config(folder, values, files=files)
         return folder
 
@@ -316,4 +366,6 @@ class Interlingua(nn.Module):
             mode=config["mode"],
         )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
+        for name in config.get(LORA, ()):
+            model.lora[name] = ReaderLora.load(folder / LORA / name)
         return model.eval()

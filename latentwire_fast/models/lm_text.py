@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.files.tensor_cache import TensorCache, digest_of, find_all
 from latentwire_fast.prompts.batch import PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder
+from latentwire_fast.readers.embeddings import embedding_size, input_embedding
+from latentwire_fast.readers.logits import LogitTransform
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class LMFacts:
         layers: of the LM; its hidden states are one more, the embeddings.
         anchor_D: fp32 embedding of the token behind which the LM expects an answer to begin.
         embedding_std: standard deviation of the embeddings' values.
+        logits: what the LM does to its output embedding's results.
         tied: whether the LM's input embeddings are its output embeddings.
         source: where the LM comes from, for messages.
     """
@@ -36,6 +41,7 @@ class LMFacts:
     layers: int
     anchor_D: Tensor
     embedding_std: float
+    logits: LogitTransform
     tied: bool
     source: str
 
@@ -43,15 +49,27 @@ class LMFacts:
     def of(
         cls, core: PreTrainedModel, prompts: PromptBuilder, *, latents: int, source: str
     ) -> LMFacts:
-        """The facts of an LM without its head."""
-        weight_VD = cast(nn.Embedding, core.get_input_embeddings()).weight.detach()
+        """The facts of an LM without its head.
+
+        Raises:
+            ConfigError: its embeddings are of another width than its layers (as OPT-350M's are).
+        """
+        embedding = input_embedding(core)
+        width, config = embedding.weight.shape[1], core.config.get_text_config()
+        if width != config.hidden_size:
+            raise ConfigError(
+                f"encoder LM {source!r} has embeddings of width {width} and layers of width "
+                f"{config.hidden_size}, which poolers do not know; take another LM (--encoder)"
+            )
+        anchor = torch.tensor(prompts.anchor_ids[-1], device=embedding.weight.device)
         return cls(
             latents=latents,
-            width=core.config.hidden_size,
-            layers=core.config.num_hidden_layers,
-            anchor_D=weight_VD[prompts.anchor_ids[-1]].float(),
-            embedding_std=weight_VD.float().std().item(),
-            tied=bool(core.config.tie_word_embeddings),
+            width=width,
+            layers=config.num_hidden_layers,
+            anchor_D=embedding(anchor).detach().float(),
+            embedding_std=embedding_size(embedding).std,
+            logits=LogitTransform.declared(config),
+            tied=bool(config.tie_word_embeddings),
             source=source,
         )
 
@@ -62,14 +80,21 @@ class LMText:
     Args:
         core: the LM without its head.
         prompts: one per text, by its builder.
+        cache: of the states of a frozen LM; None computes them each time.
     """
 
     def __init__(
-        self, core: PreTrainedModel, builder: PromptBuilder, prompts: Sequence[Prompt]
+        self,
+        core: PreTrainedModel,
+        builder: PromptBuilder,
+        prompts: Sequence[Prompt],
+        *,
+        cache: TensorCache | None = None,
     ) -> None:
         self._core = core
         self._builder = builder
         self._prompts = prompts
+        self._cache = cache
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -77,14 +102,13 @@ class LMText:
     @property
     def embedding(self) -> nn.Embedding:
         """The LM's input embeddings, `[V, D]`."""
-        return cast(nn.Embedding, self._core.get_input_embeddings())
+        return input_embedding(self._core)
 
     def hidden(self) -> tuple[Tensor, Tensor]:
         """Last hidden states `[B, T, D]` of the whole prompts, padded on the right, and the real
         length of each `[B]`."""
-        batch = self._collate(self._prompts)
-        states_BTD = self._core(**batch.model_inputs(), use_cache=False).last_hidden_state
-        return states_BTD, batch.lengths_B
+        states = self._states((self._core.config.num_hidden_layers,))
+        return states[0], self._collate(self._prompts).lengths_B
 
     def all_layers(self) -> tuple[list[Tensor], Tensor]:
         """Hidden states `[B, T, D]` of every layer, embeddings first, and a mask `[B, T]` of the
@@ -92,11 +116,38 @@ class LMText:
 
         Positions count from the text's first token, where an encoder's `text_ends` counts from.
         """
-        batch = self._collate(self._prompts)
-        output = self._core(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
+        return self.layers(range(self._core.config.num_hidden_layers + 1))
+
+    def layers(self, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """Hidden states `[B, T, D]` of these layers, 0 for the embeddings, and the mask; as
+        `all_layers`."""
         start = self._builder.content_start
-        states = [states_BTD[:, start:] for states_BTD in output.hidden_states]
-        return states, self._is_text(batch)[:, start:]
+        states = [states_BTD[:, start:] for states_BTD in self._states(numbers)]
+        return states, self._is_text(self._collate(self._prompts))[:, start:]
+
+    def _states(self, numbers: Sequence[int]) -> list[Tensor]:
+        """Hidden states `[B, T, D]` of these layers, of whole prompts padded on the right."""
+        if self._cache is None:
+            return self._run(self._prompts, numbers)
+
+        def compute(missing: list[int]) -> list[Tensor]:
+            prompts = [self._prompts[i] for i in missing]
+            states_SBTD = torch.stack(self._run(prompts, numbers))
+            return [states_SBTD[:, b, : len(p.ids)] for b, p in enumerate(prompts)]
+
+        keys = [digest_of([prompt.ids, *numbers]) for prompt in self._prompts]
+        device = self.embedding.weight.device
+        rows = [row_STD.transpose(0, 1) for row_STD in find_all(self._cache, keys, compute)]
+        states_BTSD = pad_sequence(rows, batch_first=True).to(device)
+        return list(states_BTSD.unbind(2))
+
+    def _run(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[Tensor]:
+        batch = self._collate(prompts)
+        last = self._core.config.num_hidden_layers
+        if list(numbers) == [last]:
+            return [self._core(**batch.model_inputs(), use_cache=False).last_hidden_state]
+        output = self._core(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
+        return [output.hidden_states[i] for i in numbers]
 
     def read_queries(self, queries_BMD: Tensor) -> Tensor:
         """Last hidden states `[B, M, D]` of input embeddings that follow each text."""

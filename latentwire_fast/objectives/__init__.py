@@ -11,4 +11,5 @@ PARTS: dict[str, str] = {
     "embed": "latentwire_fast.objectives.embed:Embed",
     "select": "latentwire_fast.objectives.select:Select",
     "kv": "latentwire_fast.objectives.kv:KV",
+    "attention": "latentwire_fast.objectives.attention:Attention",
 }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import ObjectiveConfig
 from latentwire_fast.objectives.base import Objective
-from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.micro_batch import AnswerTerm, ReaderBatch
 from latentwire_fast.objectives.prepared import PreparedItem, count_targets
 from latentwire_fast.readers.reader import Reader
 
@@ -25,6 +25,8 @@ class Answer(Objective):
         Attributes:
             tokens: how many tokens of each answer count; None: all of them and EOS.
         """
+
+        reads_answers: ClassVar[bool] = True
 
         tokens: int | None = None
 
@@ -41,10 +43,13 @@ class Answer(Objective):
         """Counts tokens."""
         return count_targets(prepared.latent_prompt(reader), self.config.tokens)
 
+    @property
+    def term(self) -> AnswerTerm:
+        """The labels' loss."""
+        return AnswerTerm(self.config.tokens, trained=self.config.weight != 0)
+
     def compute(self, batch: ReaderBatch) -> Tensor:
         """Cross-entropy; `accuracy` is of the most probable tokens, each behind the true ones."""
-        scored_N = batch.answers.first_N(self.config.tokens)
-        logits_NV = batch.reader.head(batch.answers.hidden_ND[scored_N]).float()
-        labels_N = batch.answers.batch.labels_N[scored_N]
-        batch.report("accuracy", (logits_NV.detach().argmax(-1) == labels_N).sum())
-        return F.cross_entropy(logits_NV, labels_N, reduction="sum")
+        losses = batch.answer_losses(self.term)
+        batch.report("accuracy", losses.correct)
+        return losses.cross_entropy

@@ -24,7 +24,7 @@ class Autoencode(Objective):
     def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
         """Counts tokens."""
         item = prepared.item
-        text = replaced_text(item.context, item.turns[0].question, mode=prepared.mode)
+        text = replaced_text(item.context, item.question, mode=prepared.mode)
         prompt = prepared.prompt("autoencode", reader, lambda: reader.prompts.build_rebuild(text))
         return count_targets(prompt)
 
@@ -33,4 +33,4 @@ class Autoencode(Objective):
         inputs = batch.model.reader_inputs(
             batch.reader.name, batch.encoded.sent_BMd, task="autoencode"
         )
-        return batch.cross_entropy("autoencode", inputs)
+        return batch.cross_entropy("autoencode", inputs, trained=self.config.weight != 0)

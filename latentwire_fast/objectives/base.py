@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentwire_fast.config.schema import ObjectiveConfig
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.micro_batch import AnswerTerm, ReaderBatch
 from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.readers.reader import Reader
 
@@ -39,6 +39,12 @@ class Objective(ABC):
         self.config = config
         self.model = model
 
+    @property
+    def term(self) -> AnswerTerm | None:
+        """What it asks `ReaderBatch.answer_losses` for: the losses of a stage's objectives come
+        from one pass over the reader's head. None: nothing."""
+        return None
+
     @abstractmethod
     def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
         """Add the prompts that it reads of an item to `prepared`.
@@ -46,6 +52,11 @@ class Objective(ABC):
         Returns:
             How many terms its sum has for this item and reader.
         """
+
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """About how many bytes of frozen work it keeps on disk for an item and a reader, where the
+        data set is finite."""
+        return 0
 
     @abstractmethod
     def compute(self, batch: ReaderBatch) -> Tensor:

@@ -39,4 +39,4 @@ class Continuation(Objective):
         questions = ("",) * len(firsts) if batch.model.mode == "pure" else None
         half_BMd = batch.encoded.sent(firsts, questions)
         inputs = batch.model.reader_inputs(batch.reader.name, half_BMd, task="continue")
-        return batch.cross_entropy("continuation", inputs)
+        return batch.cross_entropy("continuation", inputs, trained=self.config.weight != 0)

@@ -31,6 +31,7 @@ class Embed(Objective):
         """Settings of the answers' embeddings: their weight alone."""
 
         modes: ClassVar[tuple[Mode, ...]] = ("pure",)
+        reads_answers: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless latents become soft tokens."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from latentwire_fast import ops
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import ObjectiveConfig
 from latentwire_fast.objectives.base import Objective
-from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.micro_batch import AnswerTerm, ReaderBatch
 from latentwire_fast.objectives.prepared import PreparedItem, count_targets
 from latentwire_fast.readers.reader import Reader
 
@@ -26,6 +26,8 @@ class KD(Objective):
             tau: temperature of both distributions.
             tokens: how many tokens of each answer count; None: all of them and EOS.
         """
+
+        reads_answers: ClassVar[bool] = True
 
         tau: float = 1.0
         tokens: int | None = None
@@ -45,14 +47,16 @@ class KD(Objective):
         prepared.text_prompt(reader)
         return count_targets(prepared.latent_prompt(reader), self.config.tokens)
 
+    @property
+    def term(self) -> AnswerTerm:
+        """The divergence."""
+        trained = self.config.weight != 0
+        return AnswerTerm(self.config.tokens, tau=self.config.tau, trained=trained)
+
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """The teacher's hidden states, fp16."""
+        return 2 * reader.d_model * count_targets(prepared.text_prompt(reader))
+
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The divergence, summed over tokens."""
-        scored_N = batch.answers.first_N(self.config.tokens)
-        student_ND = batch.answers.hidden_ND[scored_N]
-        return ops.linear_kd_kl(
-            student_ND,
-            batch.teacher_hidden_ND[scored_N].to(student_ND),
-            batch.reader.head_weight,
-            tau=self.config.tau,
-            reduction="sum",
-        )
+        return batch.answer_losses(self.term).kd

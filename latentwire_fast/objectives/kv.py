@@ -48,14 +48,19 @@ class KV(Objective):
             prepared.prompt("context", reader, lambda: reader.prompts.build_context(context))
         return 1
 
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """The reader's keys and values at the chosen positions, fp16."""
+        g = reader.kv_geometry
+        return 4 * g.layers * g.heads * g.head_width * self.model.encoder_config.latents
+
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The mean distance, summed over texts."""
         selection = batch.encoded.positions
         start = batch.reader.prompts.content_start
         places_BM = start + move_places(selection.places_BM, token_ends(batch))
         # Both [L, 2, B, H, M, d_head].
-        target_L2BHMD = batch.observation.keys_values(places_BM)
-        predicted_L2BHMD = cast(Tensor, batch.inputs["deep"])
+        target_L2BHMD = batch.keys_values(places_BM)
+        predicted_L2BHMD = cast(Tensor, batch.inputs["deep"])[..., batch.inputs["head"] :, :]
         rms_L2 = torch.tensor(
             batch.model.cards[batch.reader.name].kv.rms, device=target_L2BHMD.device
         )

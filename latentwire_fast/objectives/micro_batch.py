@@ -13,15 +13,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentwire_fast.models.attachments.base import ReaderInputs
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.objectives.teacher_cache import TeacherCache
+from latentwire_fast.ops import LinearLosses
 from latentwire_fast.prompts.batch import PromptBatch
 from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.readers.attention_targets import AttentionQuestion, attention_targets
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.trace import Observation, observe
 
@@ -34,6 +35,7 @@ class EncodedBatch:
     Args:
         bits: width that latents are quantised to on their way to the readers; None for none.
         select: also ask the encoder for the positions that its latents stand at.
+        hold: the encoder is not trained.
         cut: cut the graph behind the encoder. Backward through a reader's loss then ends at the
             cut, and `backward` goes on from there, once for all readers.
 
@@ -51,22 +53,25 @@ class EncodedBatch:
         bits: int | None,
         select: bool,
         cut: bool,
+        hold: bool = False,
     ) -> None:
         self.items = items
         self.model = model
         self._bits = bits
         self._cut = cut
+        self._hold = hold
         self._cuts: list[tuple[Tensor, Tensor]] = []  # (end of the encoder's graph, leaf behind it)
         self._sent: dict[tuple[Texts, Texts | None], Tensor] = {}
         contexts = tuple(p.item.context for p in items)
         questions = tuple(p.question for p in items if p.question is not None) or None
         self.selection: Selection | None = None
         if select:
-            latent_BMd, selection = model.select(contexts, questions)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not hold):
+                latent_BMd, selection = model.select(contexts, questions)
             scores_BT = self._leaf(selection.scores_BT)
             self.selection = replace(selection, scores_BT=scores_BT)
         else:
-            latent_BMd = model.encode(contexts, questions)
+            latent_BMd = self._encode(contexts, questions)
         self.latent_BMd = latent_BMd.detach()
         self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd)
 
@@ -74,8 +79,12 @@ class EncodedBatch:
         """Latents `[B, M, d]` of other texts as readers get them, encoded once for all readers."""
         key = contexts, questions
         if key not in self._sent:
-            self._sent[key] = self._send(self.model.encode(contexts, questions))
+            self._sent[key] = self._send(self._encode(contexts, questions))
         return self._sent[key]
+
+    def _encode(self, contexts: Texts, questions: Texts | None) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._hold):
+            return self.model.encode(contexts, questions)
 
     @property
     def positions(self) -> Selection:
@@ -123,21 +132,44 @@ class AnswerPass:
         return self.batch.step_N < limit
 
 
+@dataclass(frozen=True)
+class AnswerTerm:
+    """A loss over the answers' tokens behind the latents.
+
+    Attributes:
+        tokens: how many tokens of each answer count; None: all of them and EOS.
+        tau: temperature of a distillation; None: the labels' cross-entropy.
+        trained: whether its gradient is wanted.
+    """
+
+    tokens: int | None
+    tau: float | None = None
+    trained: bool = True
+
+
 class ReaderBatch:
     """One reader's view of a micro-batch: each part is computed when it is first asked for.
 
     Args:
         encoded: the items, with their latents.
-        teacher: cache of the hidden states behind text prompts; None computes them each time.
+        teacher: cache of what readers compute of texts; None computes it each time.
+        terms: what the stage's objectives will ask `answer_losses` for.
     """
 
     def __init__(
-        self, encoded: EncodedBatch, reader: Reader, *, teacher: TeacherCache | None
+        self,
+        encoded: EncodedBatch,
+        reader: Reader,
+        *,
+        teacher: TeacherCache | None,
+        terms: Sequence[AnswerTerm] = (),
     ) -> None:
         self.encoded = encoded
         self.reader = reader
         self.model = encoded.model
         self._teacher = teacher
+        self._terms = terms
+        self._losses: dict[AnswerTerm, LinearLosses] = {}
         self._reports: dict[str, Tensor] = {}
 
     @property
@@ -164,12 +196,12 @@ class ReaderBatch:
     def teacher_hidden_ND(self) -> Tensor:
         """The teacher: the reader's hidden states `[N, D]` at the answer tokens behind the text.
 
-        Without gradient; the prompts are those of kind `text`.
+        Without gradient, and without low-rank updates; the prompts are those of kind `text`.
         """
         prompts = self.prompts("text")
         if self._teacher is not None:
             return self._teacher.hidden(self.reader, prompts)
-        with torch.no_grad():
+        with torch.no_grad(), self.reader.base():
             return self.reader.target_hidden(self.reader.collate(prompts))
 
     @cached_property
@@ -177,7 +209,30 @@ class ReaderBatch:
         """The reader's attention, keys and values on the items' texts: of `text` prompts, or of
         `context` prompts if there are none."""
         kind = "text" if self.reads_answers else "context"
-        return observe(self.reader, self.prompts(kind))
+        with self.reader.base():
+            return observe(self.reader, self.prompts(kind))
+
+    def attention_targets(self, questions: Sequence[AttentionQuestion]) -> Tensor:
+        """What the reader's attention takes from texts, `[B, L, H, Q, 2 D + 1]`, fp32."""
+        if self._teacher is not None:
+            return self._teacher.attention(self.reader, questions)
+        with self.reader.base():
+            return attention_targets(self.reader, questions)
+
+    def keys_values(self, places_BM: Tensor) -> Tensor:
+        """The reader's keys and values `[L, 2, B, H, M, D]` at positions of the items' texts,
+        turned to where a deep prefix stands."""
+        first = self.inputs["head"]
+
+        def compute() -> Tensor:
+            return self.observation.keys_values(places_BM, first=first)
+
+        if self._teacher is None or "observation" in vars(self):  # it has been read already
+            return compute()
+        prompts = self.prompts("text" if self.reads_answers else "context")
+        return self._teacher.keys_values(
+            self.reader, prompts, places_BM, first=first, compute=compute
+        )
 
     @property
     def reads_answers(self) -> bool:
@@ -199,8 +254,44 @@ class ReaderBatch:
         reports, self._reports = self._reports, {}
         return reports
 
-    def cross_entropy(self, kind: str, inputs: ReaderInputs) -> Tensor:
-        """Cross-entropy summed over all target tokens of the prompts of one kind, 0-d."""
+    def cross_entropy(self, kind: str, inputs: ReaderInputs, *, trained: bool = True) -> Tensor:
+        """Cross-entropy summed over all target tokens of the prompts of one kind, 0-d.
+
+        Args:
+            trained: False for a loss that is only reported: it has no gradient then.
+        """
         batch = self.reader.collate(self.prompts(kind), **inputs)
-        logits_NV = self.reader.head(self.reader.target_hidden(batch)).float()
-        return F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")
+        hidden_ND = self.reader.target_hidden(batch)
+        return self.reader.output_head.losses(
+            hidden_ND, batch.labels_N, cross_entropy_gradient=trained
+        ).cross_entropy
+
+    def answer_losses(self, term: AnswerTerm) -> LinearLosses:
+        """The losses of the answers' tokens behind the latents, summed, of which a term is one.
+
+        A stage's cross-entropy and its distillation come from one pass over the head.
+        """
+        if term not in self._losses:
+            waiting = (t for t in self._terms if t not in self._losses)
+            partner = next((t for t in waiting if (t.tau is None) != (term.tau is None)), None)
+            pair = (term, partner) if term.tau is None else (partner, term)
+            losses = self._score(*pair)
+            self._losses |= {t: losses for t in pair if t is not None}
+        return self._losses[term]
+
+    def _score(self, answer: AnswerTerm | None, kd: AnswerTerm | None) -> LinearLosses:
+        masks = [None if t is None else self.answers.first_N(t.tokens) for t in (answer, kd)]
+        scored_N = torch.stack([m for m in masks if m is not None]).any(0)
+        counts = [None if m is None else m[scored_N] for m in masks]
+        hidden_ND = self.answers.hidden_ND[scored_N]
+        labels_N = self.answers.batch.labels_N[scored_N]
+        return self.reader.output_head.losses(
+            hidden_ND,
+            None if answer is None else labels_N,
+            label_weights=counts[0],
+            cross_entropy_gradient=answer is not None and answer.trained,
+            teacher_hidden=(None if kd is None else self.teacher_hidden_ND[scored_N].to(hidden_ND)),
+            kd_weights=counts[1],
+            kd_gradient=kd is not None and kd.trained,
+            tau=1.0 if kd is None or kd.tau is None else kd.tau,
+        )

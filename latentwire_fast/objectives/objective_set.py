@@ -78,6 +78,8 @@ class ObjectiveSet:
             prepared = PreparedItem(item, self.model.mode)
             for reader in readers:
                 for kind, objective in self.of(stage).items():
+                    if objective.config.reads_answers and not item.turns:
+                        continue
                     prepared.counts[kind, reader.name] = objective.prepare(prepared, reader)
             result.append(prepared)
         return result
@@ -109,6 +111,7 @@ class ObjectiveSet:
             bits=stage.quantize,
             select=any(objective.needs_positions for objective in parts.values()),
             cut=backward is not None,
+            hold=stage.hold_encoder,
         )
         losses = Losses(encoded.latent_BMd.new_zeros(()), {}, {}, encoded.latent_BMd)
         for name in sorted({name for _, name in items[0].counts}):
@@ -134,9 +137,16 @@ class ObjectiveSet:
         losses: Losses,
     ) -> list[Tensor]:
         """One reader's terms of the total, with their graphs; adds its sums and measures."""
-        batch = ReaderBatch(encoded, self.readers[name], teacher=self.teacher)
+        batch = ReaderBatch(
+            encoded,
+            self.readers[name],
+            teacher=self.teacher,
+            terms=[part.term for part in parts.values() if part.term is not None],
+        )
         terms = []
         for kind, objective in parts.items():
+            if (kind, name) not in encoded.items[0].counts:  # a batch of texts without questions
+                continue
             value, count = objective.compute(batch), max(1, counts[kind, name])
             losses.sums[kind, name] = value.detach()
             for measure, reported in batch.take_reports().items():

@@ -13,7 +13,7 @@ def token_ends(batch: ReaderBatch) -> Ends:
     encoder = batch.model.encoder
     ends = []
     for prepared in batch.items:
-        context, question = prepared.item.context, prepared.item.turns[0].question
+        context, question = prepared.item.context, prepared.item.question
         text = encoded_text(context, question if batch.reads_answers else None)
         own = encoder.text_ends(context, prepared.question)
         ends.append((own, batch.reader.prompts.text_ends(text)))

@@ -32,7 +32,7 @@ class PreparedItem:
     @property
     def question(self) -> str | None:
         """The question that the encoder reads: the first in pure mode, else None."""
-        return self.item.turns[0].question if self.mode == "pure" else None
+        return self.item.question if self.mode == "pure" else None
 
     def prompt(self, kind: str, reader: Reader, build: Callable[[], Prompt]) -> Prompt:
         """The prompt of a kind for one reader, built the first time that it is asked for."""

@@ -29,6 +29,7 @@ class Select(Objective):
         """Settings of learning positions: their weight alone."""
 
         teaches_positions: ClassVar[bool] = True
+        reads_answers: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless the run's encoder has positions to learn."""

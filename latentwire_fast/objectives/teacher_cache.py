@@ -1,34 +1,32 @@
-"""The text-prompted teacher's hidden states, kept on disk: they never change, so they are computed
+"""What frozen readers compute of a finite data set, kept on disk: it never changes, so it is done
 once.
 
-One file per reader and process, `NAME-FINGERPRINT-RANK.bin`, of fp16 rows, and an index line per
-prompt in a `.jsonl` of that name, written after its rows are on disk: a torn tail is found by its
-length and dropped.
+One pair of files per kind, reader and process, `KIND-NAME-FINGERPRINT-RANK` (see `TensorCache`):
+the text-prompted teacher's hidden states, the targets of `attention`, and a reader's keys and
+values at chosen positions. An encoder keeps its frozen LM's states in the same folder.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from latentwire_fast.files.tensor_cache import TensorCache, digest_of, find_all
 from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.readers.attention_targets import AttentionQuestion, attention_targets
 from latentwire_fast.readers.reader import Reader
 
 
-def prompt_key(prompt: Prompt) -> str:
-    """A name for exactly these ids and targets."""
-    text = json.dumps([prompt.ids, [i for i, t in enumerate(prompt.is_target) if t]])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def prompt_key(prompt: Prompt, *rest: object) -> str:
+    """A name for exactly these ids and targets, and what else it depends on."""
+    return digest_of([prompt.ids, [i for i, t in enumerate(prompt.is_target) if t], *rest])
 
 
 class TeacherCache:
-    """Hidden states `[N, D]` (fp16 on disk) at the scored positions of text prompts.
+    """What readers compute of prompts without a latent (fp16 on disk).
 
     Args:
         folder: made when there is something to keep; `rank` keeps the files of processes apart.
@@ -37,75 +35,76 @@ class TeacherCache:
     def __init__(self, folder: Path, *, rank: int = 0) -> None:
         self.folder = folder
         self.rank = rank
-        self._index: dict[str, dict[str, tuple[int, int, int]]] = {}
-        self.hits = self.misses = 0
+        self._caches: dict[tuple[str, str], TensorCache] = {}
 
-    def _paths(self, reader: Reader) -> tuple[Path, Path]:
-        stem = f"{reader.name}-{reader.fingerprint[:16]}-{self.rank}"
-        return self.folder / f"{stem}.bin", self.folder / f"{stem}.jsonl"
+    @property
+    def hits(self) -> int:
+        """How many results were found on disk."""
+        return sum(cache.hits for cache in self._caches.values())
 
-    def _load_index(self, reader: Reader) -> dict[str, tuple[int, int, int]]:
-        if reader.name in self._index:
-            return self._index[reader.name]
-        data, index_path = self._paths(reader)
-        index: dict[str, tuple[int, int, int]] = {}
-        size = data.stat().st_size if data.exists() else 0
-        if index_path.exists():
-            for line in index_path.read_text(errors="replace").splitlines():
-                if (entry := _parse(line)) is None:
-                    continue
-                key, offset, rows, crc = entry
-                if offset + rows * reader.d_model * 2 <= size:
-                    index[key] = (offset, rows, crc)
-        self._index[reader.name] = index
-        return index
+    @property
+    def misses(self) -> int:
+        """How many were not, and were computed."""
+        return sum(cache.misses for cache in self._caches.values())
 
     def hidden(self, reader: Reader, prompts: Sequence[Prompt]) -> Tensor:
         """Hidden states `[N, D]` fp32 of the prompts' scored positions, in order."""
-        index = self._load_index(reader)
-        keys = [prompt_key(p) for p in prompts]
-        found = {k: self._read(reader, *index[k]) for k in keys if k in index}
-        fresh = [i for i, k in enumerate(keys) if found.get(k) is None]
-        self.hits += len(keys) - len(fresh)
-        self.misses += len(fresh)
-        if fresh:
-            with torch.no_grad():
-                batch = reader.collate([prompts[i] for i in fresh])
-                states = reader.target_hidden(batch).half().cpu()
-            sizes = [sum(prompts[i].is_target) for i in fresh]
-            for i, rows in zip(fresh, states.split(sizes), strict=True):
-                found[keys[i]] = rows
-                self._append(reader, keys[i], rows)
-        parts = [found[k] for k in keys]
-        return torch.cat([p for p in parts if p is not None]).float().to(reader.device)
 
-    def _read(self, reader: Reader, offset: int, rows: int, crc: int) -> Tensor | None:
-        with self._paths(reader)[0].open("rb") as file:
-            file.seek(offset)
-            data = file.read(rows * reader.d_model * 2)
-        if zlib.crc32(data) != crc:
-            return None  # damaged: computed again
-        return torch.frombuffer(bytearray(data), dtype=torch.float16).view(rows, reader.d_model)
+        def compute(missing: list[int]) -> list[Tensor]:
+            with reader.base():
+                states_ND = reader.target_hidden(reader.collate([prompts[i] for i in missing]))
+            return list(states_ND.split([sum(prompts[i].is_target) for i in missing]))
 
-    def _append(self, reader: Reader, key: str, rows: Tensor) -> None:
-        data_path, index_path = self._paths(reader)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        data = rows.contiguous().numpy().tobytes()
-        with data_path.open("ab") as file:
-            offset = file.tell()
-            file.write(data)
-        entry = (offset, len(rows), zlib.crc32(data))
-        with index_path.open("a") as file:
-            # The line break comes first: what a crash left of a line stays a line of its own.
-            file.write("\n" + json.dumps([key, *entry]))
-        self._index[reader.name][key] = entry
+        keys = [prompt_key(prompt) for prompt in prompts]
+        return torch.cat(self._all("hidden", reader, keys, compute)).to(reader.device)
 
+    def attention(self, reader: Reader, questions: Sequence[AttentionQuestion]) -> Tensor:
+        """`attention_targets` of the questions, fp32."""
 
-def _parse(line: str) -> tuple[str, int, int, int] | None:
-    """(key, offset in bytes, rows, CRC-32) of an index line; None if that is not what it holds."""
-    try:
-        key, *numbers = json.loads(line)
-    except (ValueError, TypeError):
-        return None
-    whole = len(numbers) == 3 and all(isinstance(n, int) and n >= 0 for n in numbers)
-    return (key, *numbers) if whole and isinstance(key, str) else None
+        def compute(missing: list[int]) -> list[Tensor]:
+            with reader.base():
+                return list(attention_targets(reader, [questions[i] for i in missing]))
+
+        keys = [prompt_key(q.prompt, q.start, q.stop, q.places, q.slots) for q in questions]
+        found = self._all("attention", reader, keys, compute)
+        return torch.stack(found).to(reader.device)
+
+    def keys_values(
+        self,
+        reader: Reader,
+        prompts: Sequence[Prompt],
+        places_BM: Tensor,
+        *,
+        first: int,
+        compute: Callable[[], Tensor],
+    ) -> Tensor:
+        """Keys and values `[L, 2, B, H, M, D]`, fp32, of prompts at these positions.
+
+        Args:
+            first: the slot that the first position is turned to.
+            compute: for all of them.
+        """
+        keys = [
+            prompt_key(prompt, places, first)
+            for prompt, places in zip(prompts, places_BM.tolist(), strict=True)
+        ]
+
+        def missing_ones(missing: list[int]) -> list[Tensor]:
+            rows = compute().unbind(2)
+            return [rows[i] for i in missing]
+
+        found = self._all("keys_values", reader, keys, missing_ones)
+        return torch.stack(found, 2).to(reader.device)
+
+    def _all(
+        self,
+        kind: str,
+        reader: Reader,
+        keys: Sequence[str],
+        compute: Callable[[list[int]], Sequence[Tensor]],
+    ) -> list[Tensor]:
+        """The tensors of all keys; those that are not there are computed and kept."""
+        if (kind, reader.name) not in self._caches:
+            stem = f"{kind}-{reader.name}-{reader.fingerprint[:16]}-{self.rank}"
+            self._caches[kind, reader.name] = TensorCache(self.folder / stem)
+        return find_all(self._caches[kind, reader.name], keys, compute)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from latentwire_fast.ops.dispatch import backend
 from latentwire_fast.ops.distillation import REDUCTIONS, kd_kl
+from latentwire_fast.ops.linear_cross_entropy import linear_cross_entropy_kd
 from latentwire_fast.ops.linear_distillation import linear_kd_kl
+from latentwire_fast.ops.linear_losses import LinearLosses
 from latentwire_fast.ops.packed_projection import dequantize_project_calibrate
 from latentwire_fast.ops.projection import CALIBRATIONS, project_calibrate
 from latentwire_fast.ops.quantization import (
@@ -29,10 +31,12 @@ __all__ = [
     "CODE_BITS",
     "GROUP_SIZES",
     "REDUCTIONS",
+    "LinearLosses",
     "backend",
     "dequantize_project_calibrate",
     "fake_quantize",
     "kd_kl",
+    "linear_cross_entropy_kd",
     "linear_kd_kl",
     "project_calibrate",
     "quantize_pack",

@@ -67,6 +67,17 @@ def uses_triton(op: str, x: Tensor, *, computes_in: torch.dtype = torch.float32)
     return _backend == "triton"
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that `torch.autocast` multiplies in where x is; None where it is off, or x is fp64.
+
+    Ops ask before they are dispatched: inside them it is off.
+    """
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def register(schema: str, implementation: Any, fake: Any) -> None:
     """Define an op with one Python implementation for CPU and CUDA, and its shape function."""
     name = schema[: schema.index("(")]

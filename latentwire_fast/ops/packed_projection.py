@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentwire_fast import reference
-from latentwire_fast.ops.dispatch import register, uses_triton
+from latentwire_fast.ops.dispatch import autocast_dtype, register, uses_triton
 from latentwire_fast.ops.projection import (
     PARAMETERS,
     SETTINGS,
@@ -92,7 +92,8 @@ def dequantize_project_calibrate(
     Args:
         codes: `[..., code_bytes(M*d)]` uint8; scales: `[..., ceil(M*d / group_size)]` fp16.
         shape: of the latent, `(..., M, d)`.
-        dtype: of the result, and of the rows that are multiplied; the weight's unless given.
+        dtype: of the result, and of the rows that are multiplied; autocast's or else the weight's
+            unless given.
         bits, group_size: as in `quantize_pack`; the rest, `groups` (of outputs) too: as in
             `project_calibrate`.
 
@@ -104,7 +105,7 @@ def dequantize_project_calibrate(
         KernelError: shapes, dtypes or devices that do not fit.
     """
     op = "dequantize_project_calibrate"
-    dtype = weight.dtype if dtype is None else dtype
+    dtype = autocast_dtype(weight) or weight.dtype if dtype is None else dtype
     check_packed(op, codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=dtype)
     parameters, settings = checked(
         *(op, codes, shape[-1]),
@@ -120,6 +121,7 @@ def dequantize_project_calibrate(
         x = unpack_dequantize(
             codes, scales, bits=bits, group_size=group_size, shape=shape, dtype=unpacked
         )
+        x = x.to(autocast_dtype(x) or x.dtype)
         return applied(x, parameters, settings).to(dtype)
     batch = math.prod(shape[:-2])
     return torch.ops.latentwire_fast.dequantize_project_calibrate(

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, KernelError
 from latentwire_fast.ops.dispatch import (
+    autocast_dtype,
     check_float,
     check_shape,
     is_number,
@@ -284,7 +285,9 @@ def project_calibrate(
     """`gamma * s * y + beta` with `y = W norm(x) + b`, and s such that `s * y` has a given RMS.
 
     The adapter's last stage: a projection into a reader's input space, brought to the root mean
-    square of its own embeddings. Differentiable (once) in every tensor argument.
+    square of its own embeddings. Differentiable (once) in every tensor argument. Under
+    `torch.autocast` x is rounded to its dtype, in which W x is multiplied, as by a Linear;
+    LayerNorm, mean squares and calibration stay fp32.
 
     Args:
         x: `[..., d]`, or `[..., M, d]` for calibration per example.
@@ -301,7 +304,7 @@ def project_calibrate(
         tanh: y is the tanh of the projection.
 
     Returns:
-        `[..., D]` in x's dtype.
+        `[..., D]` in x's dtype, or autocast's.
 
     Raises:
         ConfigError: an unknown calibration, no positive target_rms for it, or groups below 1.
@@ -317,4 +320,5 @@ def project_calibrate(
         groups=groups,
         tanh=tanh,
     )
-    return applied(x, parameters, settings)
+    # What comes before is often a sum or a LayerNorm, which autocast leaves in fp32.
+    return applied(x.to(autocast_dtype(x) or x.dtype), parameters, settings)

@@ -2,26 +2,29 @@
 
 A prompt is one or more turns. The user's part holds the context and the question, the assistant's
 part starts with the *anchor* (`Answer:`), and the answer carries its own leading space: an anchor
-that ends in a space breaks the tokenisation of the first answer token. Chat templates come from the
-tokenizer (`apply_chat_template`), rendered once and cut into their fixed pieces; what a user wrote
-is tokenised apart from them, so a text that spells a control token stays text.
+that ends in a space breaks the tokenisation of the first answer token. An answer ends with the
+token that ends the assistant's turn in the chat template, or else with the tokenizer's EOS. Chat
+templates are cut into their fixed pieces (`template.py`); what a user wrote is tokenised apart from
+them (`text_tokens.py`), so a text that spells a control token stays text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import get_args
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from latentwire_fast.config.prompt import PromptConfig
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.prompts.template import TemplatePieces, template_pieces
+from latentwire_fast.prompts.text_tokens import TextTokenizer, control_ids
 
-ANCHOR = "Answer:"
+ANCHOR = PromptConfig().anchor_text
 CONTEXT_LABEL = "Context:"
-_USER, _ASSISTANT, _NEXT_USER = "LWUSERTEXT", "LWASSISTANTTEXT", "LWNEXTUSERTEXT"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,22 @@ class Prompt:
         self.is_target.extend([target] * len(ids))
         self.content += len(ids) if content else 0
 
+    def behind(self, head: int) -> Prompt:
+        """This latent prompt without its first `head` ids, which a deep prefix holds already.
+
+        Raises:
+            ConfigError: the latent's place is elsewhere than behind those.
+        """
+        if not head:
+            return self
+        if self.latent_at != head:
+            raise ConfigError(
+                f"the latent of a prompt stands behind {self.latent_at} of its tokens, the deep "
+                f"prefix was trained to stand behind {head}; build the prompt with `latent=` the "
+                "model's mode, and with the reader that it was trained for"
+            )
+        return Prompt(self.ids[head:], 0, self.is_target[head:], self.content)
+
 
 def context_text(context: str) -> str:
     """The context as a reader sees it and as a context-only encoder reads it."""
@@ -87,59 +106,46 @@ def _check_mode(latent: Mode | None) -> None:
         raise ConfigError(f"latent={latent!r}, expected one of {get_args(Mode)}, or None for text")
 
 
-def _user_text(question: str, context: str | None, latent: Mode | None) -> str:
-    """The text of a first turn's user part; a latent stands for the rest, in pure mode for all."""
-    if latent == "pure":
-        return ""
-    if latent == "context" or context is None:
-        return question_text(question)
-    return full_text(context, question)
-
-
 class PromptBuilder:
     """Builds prompts for one tokenizer.
+
+    Attributes:
+        anchor: the words that ask for the answer; empty where the configuration wants none.
+        eos_id: the token that ends an answer.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with an EOS token; its chat template is used if it
             has one.
-        anchor: literal text that asks for the answer; must not end in white space.
-        bos: put the tokenizer's BOS first when the template does not (`None`: only without a
-            template).
+        config: see there.
 
     Raises:
-        ConfigError: the anchor ends in white space, or the tokenizer has no EOS.
+        ConfigError: the tokenizer has not what the configuration asks for, no EOS, or a chat
+            template that cannot be used.
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        anchor: str = ANCHOR,
-        bos: bool | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig | None = None
     ) -> None:
-        if anchor != anchor.rstrip():
-            raise ConfigError(
-                f"anchor {anchor!r} ends in white space, which would change the first answer "
-                "token; end it at its last visible character"
-            )
+        self.config = config = config or PromptConfig()
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token; set one")
         self.tokenizer = tokenizer
-        self.anchor = anchor
-        self.eos_id = int(tokenizer.eos_token_id)
-        opening, to_assistant, to_user = self._template_pieces()
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        self._opening = self._control_ids(opening)
-        wants_bos = (not has_template) if bos is None else bos
-        bos_id = tokenizer.bos_token_id
-        if bos is False and bos_id is not None and self._opening[:1] == [bos_id]:
-            self._opening = self._opening[1:]
-        elif wants_bos and bos_id is not None and self._opening[:1] != [bos_id]:
-            self._opening = [bos_id, *self._opening]
-        self._to_assistant = self._control_ids(to_assistant)
-        eos = tokenizer.eos_token
-        self._to_user = self._control_ids(to_user.removeprefix(eos) if eos else to_user)
-        self.anchor_ids = self.text_ids(anchor)
+        self._text = TextTokenizer(tokenizer)
+        self._controls = control_ids(tokenizer)
+        pieces = template_pieces(tokenizer, config)
+        self._trims = pieces.trims
+        self._opening = self._with_bos(self._text.template_ids(pieces.opening), pieces)
+        self._after_prefix = self._bos_after_prefix()
+        self.eos_id, self._to_user = self._ends(pieces)
+        self.anchor = config.anchor_text if config.anchor == "text" else ""
+        self._header = "" if config.anchor == "none" else pieces.to_assistant
+        if config.anchor == "chat" and not (pieces.is_chat and self._header.strip()):
+            raise ConfigError(
+                f"anchor='chat': tokenizer {tokenizer.name_or_path!r} has no chat template with a "
+                "header for the assistant; take 'text' or 'none'"
+            )
+        self._to_assistant = self._text.template_ids(self._header)
+        self.anchor_ids = self.text_ids(self.anchor) if self.anchor else []
         self.label_ids = self.text_ids(CONTEXT_LABEL)
 
     @property
@@ -147,66 +153,90 @@ class PromptBuilder:
         """Index of the first content id in a text prompt."""
         return len(self._opening)
 
-    def _template_pieces(self) -> tuple[str, str, str]:
-        """The template's text before the user, between user and assistant, and before the next
-        user."""
-        tokenizer = self.tokenizer
-        if not getattr(tokenizer, "chat_template", None):
-            return "", "\n", ""
-        messages = [
-            {"role": "user", "content": _USER},
-            {"role": "assistant", "content": _ASSISTANT},
-            {"role": "user", "content": _NEXT_USER},
-        ]
-        try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            first = str(
-                tokenizer.apply_chat_template(
-                    messages[:1], tokenize=False, add_generation_prompt=True
-                )
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path!r} fails: {error}"
-            ) from None
-        try:
-            opening, to_assistant = first.split(_USER)
-            to_user = text.split(_ASSISTANT)[1].split(_NEXT_USER)[0]
-        except (ValueError, IndexError):
-            raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path!r} rewrites its messages, so the "
-                "places of user and assistant text cannot be found"
-            ) from None
-        return opening, to_assistant, to_user
+    @property
+    def control_ids_used(self) -> set[int]:
+        """Every id that prompts have besides those of texts."""
+        return {*self._opening, *self._to_assistant, *self._to_user, self.eos_id}
 
-    def _control_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    def _with_bos(self, opening: list[int], pieces: TemplatePieces) -> list[int]:
+        """The opening with or without the BOS token, as the configuration says."""
+        wanted, bos_id = self.config.bos, self.tokenizer.bos_token_id
+        if bos_id is None:
+            return opening
+        if wanted is False and opening[:1] == [bos_id]:
+            return opening[1:]
+        if (wanted or (wanted is None and not pieces.is_chat)) and opening[:1] != [bos_id]:
+            return [bos_id, *opening]
+        return opening
+
+    def _bos_after_prefix(self) -> list[int]:
+        if not self.config.append_bos_after_prefix:
+            return []
+        if self.tokenizer.bos_token_id is None:
+            raise ConfigError(
+                f"append_bos_after_prefix: tokenizer {self.tokenizer.name_or_path!r} has no BOS "
+                "token; leave the option out"
+            )
+        return [self.tokenizer.bos_token_id]
+
+    def _ends(self, pieces: TemplatePieces) -> tuple[int, list[int]]:
+        """The token that ends an answer, and the ids between that and the next user's text."""
+        after = self._text.template_ids(pieces.to_user)
+        closing = self._first_control(self._text.template_ids(pieces.closing))
+        end = self._first_control(after)
+        if closing is None:
+            return int(self.tokenizer.eos_token_id), after
+        if end is None or end[1] != closing[1]:
+            return closing[1], after
+        return closing[1], after[end[0] + 1 :]
+
+    def _first_control(self, ids: Sequence[int]) -> tuple[int, int] | None:
+        """Place and id of the first control token, if nothing but white space is before it."""
+        for place, token in enumerate(ids):
+            if token in self._controls:
+                return place, token
+            if str(self.tokenizer.decode([token])).strip():
+                break
+        return None
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of user text; control tokens spelled in it stay plain text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        return self._text.ids(text)
 
     def text_ids_of_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`text_ids` of each text, tokenised together."""
-        encoded = self.tokenizer([*texts], add_special_tokens=False, split_special_tokens=True)
-        return encoded["input_ids"]
+        return self._text.ids_of_many(texts)
 
     def text_ends(self, text: str) -> list[int]:
         """Index of the character behind each token of `text_ids(text)`."""
-        spans = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )["offset_mapping"]
-        return [end for _, end in spans]
+        return self._text.ends(text)
+
+    def _turn_text(self, text: str) -> str:
+        """A user's text as the template would show it: some take white space off its start."""
+        return text.lstrip() if self._trims else text
+
+    def _first_text(self, question: str, context: str | None, latent: Mode | None) -> str:
+        """The text of a first turn's user part; a latent stands for the rest, in pure mode for
+        all."""
+        if latent is not None:
+            return question_text(question) if latent == "context" else ""
+        if context is None:
+            return self._turn_text(question_text(question))
+        return full_text(context, question)
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Token ids of an answer after the anchor (its leading space included), without EOS."""
-        return self.text_ids(" " + answer)
+        """Token ids of an answer after the anchor, without EOS.
+
+        They begin with a space, unless the answer begins the assistant's turn.
+        """
+        return self.text_ids(self._answer_text(answer))
 
     def target_ids(self, answer: str) -> list[int]:
         """Answer ids plus EOS: the targets of the cross-entropy."""
         return [*self.answer_ids(answer), self.eos_id]
+
+    def _answer_text(self, answer: str) -> str:
+        return answer if self.config.anchor == "chat" else f" {answer}"
 
     def build(
         self,
@@ -232,11 +262,13 @@ class PromptBuilder:
             raise ConfigError("no turns to build a prompt of; give at least one")
         _check_mode(latent)
         if user_ids is None:
-            text = _user_text(turns[0].question, context, latent)
+            text = self._first_text(turns[0].question, context, latent)
             first = self.text_ids(text) if text else []
         else:
             first, latent = [*user_ids], None
-        rest = [self.text_ids(question_text(turn.question)) for turn in turns[1:]]
+        rest = self.text_ids_of_many(
+            [self._turn_text(question_text(turn.question)) for turn in turns[1:]]
+        )
         return self._assemble(turns, [first, *rest], latent)
 
     def build_many(
@@ -260,7 +292,7 @@ class PromptBuilder:
         _check_mode(latent)
         passages = [None] * len(turns) if contexts is None else contexts
         texts = [
-            _user_text(turn.question, passage, latent)
+            self._first_text(turn.question, passage, latent)
             for turn, passage in zip(turns, passages, strict=True)
         ]
         users = self.text_ids_of_many(texts) if any(texts) else [[] for _ in texts]
@@ -280,6 +312,7 @@ class PromptBuilder:
             elif latent is not None:
                 prompt.add(self.label_ids if latent == "context" else [])
                 prompt.latent_at = len(prompt.ids)
+                prompt.add(self._after_prefix)
             prompt.add(user_ids, content=True)
             prompt.add(self._to_assistant)
             prompt.add(self.anchor_ids)
@@ -294,6 +327,25 @@ class PromptBuilder:
         prompt.add(self.text_ids(context_text(context))[:max_tokens], content=True)
         return prompt
 
+    def build_again(
+        self, turns: Sequence[Turn], *, context: str, tokens: int, rng: Random
+    ) -> Prompt:
+        """A text prompt, and behind it a part of the context a second time.
+
+        Args:
+            tokens: how many of the context's tokens are repeated, at most; `rng` chooses which.
+
+        Returns:
+            A prompt whose `content` counts the context's ids without their label: they stand behind
+            the opening and the label.
+        """
+        prompt = self.build(turns, context=context)
+        context_ids = self.text_ids(context_text(context))[len(self.label_ids) :]
+        prompt.content = len(context_ids)
+        first = rng.randint(0, max(0, len(context_ids) - tokens))
+        prompt.add([*self.text_ids("\n"), *context_ids[first : first + tokens]])
+        return prompt
+
     def build_rebuild(self, target: str) -> Prompt:
         """The context's place taken by a latent, then `target` itself as what is to be written.
 
@@ -304,21 +356,34 @@ class PromptBuilder:
         prompt.add(self._opening)
         prompt.add(self.label_ids)
         prompt.latent_at = len(prompt.ids)
-        prompt.add(self.target_ids(target), target=True)
+        prompt.add(self._after_prefix)
+        prompt.add([*self.text_ids(f" {target}"), self.eos_id], target=True)
         return prompt
 
     def check_alignment(self, answers: Sequence[str]) -> list[str]:
-        """The answers whose first token would change when tokenised together with the anchor.
+        """The answers whose first token would change when tokenised together with what is before.
 
         An empty list means that prompt ids + answer ids are what the joined text tokenises to.
         """
-        joined = self.tokenizer(
-            [f"{self.anchor} {a}" for a in answers],
-            add_special_tokens=False,
-            split_special_tokens=True,
-        )
+        before = self.before_answer
+        own = self.text_ids(before)
+        texts = [self._answer_text(answer) for answer in answers]
+        joined = self.text_ids_of_many([before + text for text in texts])
+        alone = self.text_ids_of_many(texts)
         return [
             answer
-            for answer, ids in zip(answers, joined["input_ids"], strict=True)
-            if ids != [*self.anchor_ids, *self.answer_ids(answer)]
+            for answer, whole, ids in zip(answers, joined, alone, strict=True)
+            if whole != [*own, *ids]
         ]
+
+    @property
+    def before_answer(self) -> str:
+        """The plain text that stands before an answer: the anchor, or else what is behind the last
+        control token of the template's header, or a question."""
+        if self.config.anchor == "text":
+            return self.anchor
+        if self.config.anchor == "none":
+            return question_text("Who?")
+        behind = [place for place, i in enumerate(self._to_assistant) if i in self._controls]
+        rest = self._to_assistant[behind[-1] + 1 :] if behind else self._to_assistant
+        return str(self.tokenizer.decode(rest))

@@ -21,8 +21,9 @@ def check_answers(
     for reader in readers.values() if answers else ():
         wrong = reader.prompts.check_alignment(answers)
         if wrong:
+            before = reader.prompts.before_answer
             raise ConfigError(
                 f"{len(wrong)} of {len(answers)} answers of {source}, such as {wrong[0]!r}, "
-                f"tokenise differently after {reader.prompts.anchor!r} for reader {reader.name!r}; "
-                "leave them out of the data, or take a reader whose tokenizer ends a token there"
+                f"tokenise differently after {before!r} for reader {reader.name!r}; leave them out "
+                "of the data, or take a reader whose tokenizer ends a token there"
             )

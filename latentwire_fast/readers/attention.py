@@ -26,7 +26,7 @@ from latentwire_fast.errors import ConfigError
 MASK_FREE = "latentwire_mask_free"
 _REPLACED = ("sdpa", "flash_attention_2")
 # What transformers' models may pass on to attention that changes its result.
-_UNKNOWN = ("sliding_window", "softcap", "s_aux")
+_UNKNOWN = ("softcap", "s_aux")
 
 
 def causal_attention(
@@ -40,7 +40,8 @@ def causal_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the last T of N positions: position i of them sees N - T + i + 1 keys.
+    """Attention of the last T of N positions: position i of them sees N - T + i + 1 keys, or the
+    last of these where the layer has a window.
 
     Args:
         query: `[B, heads, T, d_head]`; key, value: `[B, key/value heads, N, d_head]`, N >= T.
@@ -50,7 +51,7 @@ def causal_attention(
         `[B, T, heads, d_head]`, and no attention weights.
 
     Raises:
-        ConfigError: the model asks for more than causal attention.
+        ConfigError: the model asks for more than causal attention in a window.
     """
     assert attention_mask is None
     asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
@@ -61,7 +62,11 @@ def causal_attention(
         )
     queries, keys = query.shape[2], key.shape[2]
     causal: dict[str, Any] = {"is_causal": True}
-    if queries != keys:  # torch's own `is_causal` would align the first positions
+    window = kwargs.get("sliding_window")
+    if window is not None and window < keys:
+        seen_TN = ~_hidden(queries, keys, window=window, device=query.device)
+        causal = {"attn_mask": seen_TN}
+    elif queries != keys:  # torch's own `is_causal` would align the first positions
         causal = {"attn_mask": causal_lower_right(queries, keys)}
     out = scaled_dot_product_attention(
         *(query, key, value), **causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
@@ -98,6 +103,14 @@ def mask_free(model: PreTrainedModel) -> Iterator[bool]:
 
 def causal_mask(queries: int, keys: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Causal mask `[1, 1, T, N]`, added to eager attention's scores: 0 or the dtype's minimum."""
-    hidden = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+    hidden = _hidden(queries, keys, window=None, device=device)
     mask = torch.zeros(1, 1, queries, keys, dtype=dtype, device=device)
     return mask.masked_fill(hidden, torch.finfo(dtype).min)
+
+
+def _hidden(queries: int, keys: int, *, window: int | None, device: torch.device) -> Tensor:
+    """What the last T of N positions do not see `[T, N]`: what comes later, and what has left the
+    window of the last so many positions."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    later = ones.triu(keys - queries + 1)
+    return later if window is None else later | ones.tril(keys - queries - window)

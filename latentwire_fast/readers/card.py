@@ -27,7 +27,7 @@ class ReaderCard:
             reader.d_model,
             reader.embedding_rms,
             reader.fingerprint,
-            reader.kv_geometry,
+            KVGeometry.none() if reader.abilities.deep else reader.kv_geometry,
             reader.source,
         )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,17 @@ class DecodeOptions:
         check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)
 
 
+def token_ids(declared: Any) -> Iterator[int]:
+    """The ids in what a model declares: None, a number, a tensor, or lists of these."""
+    if isinstance(declared, Tensor):
+        declared = declared.tolist()
+    if isinstance(declared, list | tuple):
+        for part in declared:
+            yield from token_ids(part)
+    elif isinstance(declared, int) and declared >= 0:
+        yield declared
+
+
 def pick_tokens(
     logits_BV: Tensor,
     step: int,
@@ -45,20 +57,17 @@ def pick_tokens(
     *,
     numbers: Sequence[int],
     stop_ids: Sequence[int],
-    vocabulary: int,
 ) -> Tensor:
-    """The tokens `[B]` of one decoding step from fp32 logits.
+    """The tokens `[B]` of one decoding step from fp32 logits, one for each token (`of_tokens` of
+    a reader).
 
     Args:
         numbers: of the examples; they and the seed decide what is sampled.
         stop_ids: the tokens that end an answer.
-        vocabulary: how many tokens there are. Output embeddings may have more rows, to fill a block
-            of memory; those stand for nothing and are never picked.
     """
-    logits_BV = logits_BV[:, :vocabulary]
     if step < options.eos_ban_steps:
         logits_BV = logits_BV.clone()
-        logits_BV[:, [i for i in stop_ids if i < vocabulary]] = -torch.inf
+        logits_BV[:, [*stop_ids]] = -torch.inf
     if step > 0 or options.first_token_temperature <= 0:
         return logits_BV.argmax(-1)
     probs = (logits_BV / options.first_token_temperature).softmax(-1)

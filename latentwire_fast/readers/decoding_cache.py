@@ -11,35 +11,34 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
+    Cache,
     CacheLayerMixin,
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticLayer,
 )
-
-from latentwire_fast.errors import ConfigError
 
 
 def decoding_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache to decode with, of layers that keep every position.
 
     transformers' own layers with a sliding window drop what has left it, and with it the prompt
-    that a second decoding would start from. The model's masks hold the window either way.
-
-    Raises:
-        ConfigError: a layer that keeps something else than keys and values.
+    that a second decoding would start from. The model's masks hold the window either way. Layers
+    that keep a state in the place of keys and values stay as they are (`keeps_states`).
     """
     cache = DynamicCache(config=model.config)
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer:
             cache.layers[number] = DynamicLayer()
-        elif type(layer) not in (DynamicLayer, DummyLayer):
-            raise ConfigError(
-                f"layer {number} of a {type(model).__name__} keeps its past in a "
-                f"{type(layer).__name__}; choose a reader that attends to keys and values in "
-                "every layer"
-            )
     return cache
+
+
+def keeps_states(cache: Cache) -> bool:
+    """Whether some layer keeps a state that takes in each token, and cannot go back to what it was
+    before (linear attention, convolutions, state spaces)."""
+    plain = (DynamicLayer, DummyLayer, StaticLayer)
+    return any(type(layer) not in plain for layer in cache.layers)
 
 
 def has_window(model: PreTrainedModel) -> bool:
@@ -67,6 +66,17 @@ def move_right(cache: DynamicCache, shifts_B: Sequence[int]) -> None:
             part_BHND.gather(2, index.expand(-1, part_BHND.shape[1], -1, part_BHND.shape[3]))
             for part_BHND in (layer.keys, layer.values)
         )
+
+
+def without_first(cache: DynamicCache, columns: int) -> DynamicCache:
+    """A cache without its first columns; the one given stays as it is, and nothing is copied."""
+    shorter = DynamicCache()
+    for whole in _filled(cache):
+        layer = DynamicLayer()
+        layer.lazy_initialization(whole.keys, whole.values)
+        layer.keys, layer.values = whole.keys[:, :, columns:], whole.values[:, :, columns:]
+        shorter.layers.append(layer)
+    return shorter
 
 
 def without_limit(cache: StaticCache, positions: int) -> DynamicCache:

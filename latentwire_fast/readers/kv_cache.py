@@ -20,11 +20,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.readers.kv_placement import Copies, Placement, Placer
+from latentwire_fast.readers.checks import backbone_of
+from latentwire_fast.readers.kv_geometry import KVGeometry, measured_geometry
+from latentwire_fast.readers.kv_placement import Copies, Placement, Placer, plan
 
 
 def layer_devices(model: PreTrainedModel) -> list[str]:
@@ -36,17 +38,18 @@ def layer_devices(model: PreTrainedModel) -> list[str]:
     return [_execution_device(layer) for layer in decoder_layers(model)]
 
 
-def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a causal LM, or of its backbone.
 
     Raises:
         ConfigError: it has none.
     """
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", getattr(decoder, "h", None))  # `h`: GPT-2 and its kin
-    if layers is None:
-        raise ConfigError(f"a {type(decoder).__name__} has no decoder layers to place a prefix in")
-    return layers
+    for decoder in (model.get_decoder(), backbone_of(model)):
+        for name in ("layers", "h", "blocks"):  # `h`: GPT-2 and its kin; `blocks`: MPT
+            layers = getattr(decoder, name, None)
+            if isinstance(layers, nn.ModuleList):
+                return layers
+    raise ConfigError(f"a {type(model).__name__} has no decoder layers to place a prefix in")
 
 
 def _execution_device(layer: nn.Module) -> str:
@@ -114,20 +117,24 @@ class CacheFiller:
         self._hooks: list[Any] = []
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel) -> CacheFiller:
+    def for_model(
+        cls, model: PreTrainedModel, *, geometry: KVGeometry | None = None
+    ) -> CacheFiller:
         """A filler for `model`, whose layers wait for their part of a prefix when they need it.
 
         The wait is a pre-forward hook on the first layer of each accelerator; `close` removes it.
+
+        Args:
+            geometry: of its keys and values; measured on one token unless given.
+
+        Raises:
+            ConfigError: a model that no deep prefix fits, or layers where nothing can be placed.
         """
-        config = model.config.get_text_config(decoder=True)
-        width = getattr(config, "head_dim", None)
-        filler = cls(
-            layer_devices(model),
-            dtype=model.dtype,
-            heads=key_value_heads(config),
-            head_width=width or config.hidden_size // config.num_attention_heads,
-        )
-        layers = decoder_layers(model)
+        devices, layers = layer_devices(model), decoder_layers(model)
+        plan(devices)  # raises before anything runs
+        geometry = geometry or measured_geometry(model, DynamicCache(), layers=len(layers))
+        heads, width = geometry.heads, geometry.head_width
+        filler = cls(devices, dtype=model.dtype, heads=heads, head_width=width)
         for number, group in enumerate(filler._placer.plan):
             if group.device != "cpu":
                 filler._pending[number] = []

@@ -1,26 +1,26 @@
-"""Pretrained weights and tokenizers: of a local folder, the hub, or a reader in the package."""
+"""Pretrained weights and tokenizers: of a local folder, the hub, a GGUF file, or a package."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import logging as transformers_logging
 
 from latentwire_fast.errors import ConfigError, LatentWireError
+from latentwire_fast.readers.lora import merge_updates
+from latentwire_fast.readers.sources import gguf_file, packages
+from latentwire_fast.readers.sources.pretrained import complete_model
 
-logger = logging.getLogger(__name__)
-
-NAMED = 3  # tensors that a message names
 LONGEST_REASON = 300  # characters of a library's own message
+SOURCES = "a local folder, a .gguf file, package:NAME, a hub id or testbed:NAME"
 
 
 def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
@@ -35,51 +35,10 @@ def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
                 f"{path} holds weights as pickles (.bin), which are not read; load the model where "
                 "you trust it, save it with `save_pretrained`, and give that folder"
             )
-        with _quiet_transformers():
-            model, found = kind.from_pretrained(
-                path,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that `found` lists them
-                output_loading_info=True,
-                **options,
-            )
-    _check_complete(model, found, source)
+        model = complete_model(kind, path, source=source, use_safetensors=True, **options)
+    if not getattr(model, "is_quantized", False):
+        merge_updates(model)  # of a folder that holds a LoRA: from here on an ordinary model
     return model
-
-
-def _check_complete(model: PreTrainedModel, found: Mapping[str, Any], source: str | Path) -> None:
-    """Raise unless every weight came from the files: transformers draws the others at random."""
-    name = type(model).__name__
-    wrong = sorted(f"{key} is missing" for key in found["missing_keys"])
-    wrong += sorted(
-        f"{key} is {tuple(saved)}, not {tuple(wanted)}"
-        for key, saved, wanted in found["mismatched_keys"]
-    )
-    if wrong:
-        raise ConfigError(
-            f"{str(source)!r} does not hold the weights of a {name}: {_first(wrong)}; save the "
-            "model again with `save_pretrained`, or correct its config.json"
-        )
-    unused = sorted(found["unexpected_keys"])
-    if unused and model.base_model is not model:  # a model without a head leaves out the head's
-        logger.warning("%s: left out, not part of a %s: %s", source, name, _first(unused))
-
-
-def _first(items: Sequence[str]) -> str:
-    """A few of them, and how many there are."""
-    rest = f", ... ({len(items)} in all)" if len(items) > NAMED else ""
-    return ", ".join(items[:NAMED]) + rest
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own table of what it did not find; `_check_complete` says it."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -96,7 +55,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         declared = get_tokenizer_config(path).get("tokenizer_class")
         if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
             return PreTrainedTokenizerFast.from_pretrained(path)
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 @contextmanager
@@ -107,24 +66,48 @@ def _loading(source: str | Path) -> Iterator[str]:
     except LatentWireError:
         raise
     except Exception as error:  # the libraries raise of all kinds on what they cannot read
-        reason = shorten(str(error), LONGEST_REASON, placeholder=" ...")
-        if not isinstance(error, OSError | ValueError):  # a KeyError says no more than the key
-            reason = f"{type(error).__name__} {reason}"
-        raise ConfigError(
-            f"cannot load {str(source)!r} (a local folder, a hub id or testbed:NAME): {reason}"
-        ) from error
+        raise ConfigError(_refusal(source, error)) from error
+
+
+def _refusal(source: str | Path, error: Exception) -> str:
+    """What a library did not like about a source, in one sentence, with its own advice."""
+    words = " ".join(str(error).split())
+    if "trust_remote_code" in words:
+        return (
+            f"{str(source)!r} brings its own Python code, which is not run; give a model whose "
+            "architecture transformers has itself"
+        )
+    if not isinstance(error, OSError | ValueError):  # a KeyError says no more than the key
+        words = f"{type(error).__name__} {words}"
+    return f"cannot load {str(source)!r} ({SOURCES}): {_shortened(words)}"
+
+
+def _shortened(words: str) -> str:
+    """A long message without its middle: what is wrong comes first, and what to do last."""
+    if len(words) <= LONGEST_REASON:
+        return words
+    half = LONGEST_REASON // 2
+    first, last = words[:half].rpartition(" ")[0], words[-half:].partition(" ")[2]
+    return f"{first} ... {last}"
 
 
 def resolve_source(source: str | Path) -> str:
-    """`testbed:NAME` to the shipped folder; a folder or a hub id as it is.
+    """The folder of `testbed:NAME`, of `package:NAME` or of a GGUF file, which are converted the
+    first time; another folder or a hub id as it is.
 
     Raises:
-        ConfigError: no such folder, or no shipped reader of that name.
+        ConfigError: no such folder, file or package, or no shipped reader of that name.
     """
     text = str(source)
     path = Path(text)
+    if text.startswith(packages.PREFIX):
+        return str(gguf_file.converted(packages.package_file(text)))
     if path.is_file():
+        if path.suffix == gguf_file.SUFFIX:
+            return str(gguf_file.converted(path))
         raise ConfigError(f"{text!r} is a file; give the folder that holds the model")
+    if path.suffix == gguf_file.SUFFIX:
+        raise ConfigError(f"cannot load {text!r}: no such file")
     if not path.exists() and (path.is_absolute() or text.startswith((".", "~"))):  # no hub id
         raise ConfigError(f"cannot load {text!r}: no such folder")
     if not text.startswith("testbed:"):
@@ -138,12 +121,29 @@ def resolve_source(source: str | Path) -> str:
     return str(folder)
 
 
+def check_attention(implementation: str) -> None:
+    """Raise, before any weights are loaded, where an attention is asked for that is not installed.
+
+    Raises:
+        ConfigError: flash attention without its package.
+    """
+    if implementation.startswith("flash_attention_2") and find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"attn_implementation={implementation!r} needs the package flash-attn and a GPU; run "
+            "`pip install --no-build-isolation flash-attn`, or take sdpa"
+        )
+
+
 def nf4_config(dtype: torch.dtype) -> Any:
     """bitsandbytes NF4 settings; a clear error where it is not installed."""
+    # It says that a package `kernels` would be faster, which nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise ConfigError("load_in_4bit needs `pip install latentwire-fast[gpu]`") from None
+        raise ConfigError(
+            "load_in_4bit needs the package bitsandbytes; run `pip install bitsandbytes`"
+        ) from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -15,27 +15,56 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from latentwire_fast.config.schema import ReaderConfig
+from latentwire_fast.config.schema import LoraSettings, PromptConfig, ReaderConfig
 from latentwire_fast.errors import ConfigError, DataError
-from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
+from latentwire_fast.readers.abilities import ReaderAbilities
 from latentwire_fast.readers.checkpointing import checkpoint_activations
-from latentwire_fast.readers.checks import check_logits, check_vocabulary, learns_positions
-from latentwire_fast.readers.kv_cache import CacheFiller, training_cache
+from latentwire_fast.readers.checks import (
+    backbone_of,
+    check_logits,
+    check_prompt_ids,
+    check_vocabulary,
+    learns_positions,
+    position_limit,
+)
+from latentwire_fast.readers.decoding import token_ids
+from latentwire_fast.readers.decoding_cache import decoding_cache
+from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
+from latentwire_fast.readers.embeddings import embedding_size, input_embedding
+from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
 from latentwire_fast.readers.kv_geometry import KVGeometry
-from latentwire_fast.readers.loading import load_tokenizer, load_weights, nf4_config
+from latentwire_fast.readers.loading import (
+    check_attention,
+    load_tokenizer,
+    load_weights,
+    nf4_config,
+)
+from latentwire_fast.readers.logits import LogitTransform
+from latentwire_fast.readers.lora import ReaderLora
+from latentwire_fast.readers.output_head import OutputHead
+from latentwire_fast.readers.probe import Subject
+from latentwire_fast.readers.probe_cache import probed_abilities
+from latentwire_fast.readers.rotary import Turner
 from latentwire_fast.readers.target_scores import TargetScores
+from latentwire_fast.readers.weights import (
+    is_offloaded,
+    keep_ends_in_memory,
+    use_plain_nf4,
+    weights_digest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +74,18 @@ class Reader:
 
     Args:
         model: any Hugging Face causal LM whose logits are its output embedding applied to the last
-            hidden state (checked). It is put into eval mode and frozen.
+            hidden state, perhaps scaled or capped (checked). It is put into eval mode and frozen.
         tokenizer: its tokenizer.
         name: the key of this reader in adapters, metrics and reports.
-        anchor, bos: passed to `PromptBuilder`.
+        prompt: how it is asked; passed to `PromptBuilder`.
+
+    Attributes:
+        lora_settings: of low-rank updates that a run is to train; None for none.
+        lora: the low-rank updates that it reads with, if it has any (`ReaderLora.attach`).
 
     Raises:
-        ConfigError: the model post-processes its logits, or the tokenizer lacks an EOS or has
-            tokens that the model does not know.
+        ConfigError: the model makes its logits in another way, or the tokenizer lacks an EOS or
+            has tokens that the model does not know.
     """
 
     def __init__(
@@ -62,20 +95,22 @@ class Reader:
         *,
         name: str,
         source: str = "",
-        anchor: str = "Answer:",
-        bos: bool | None = None,
+        prompt: PromptConfig | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
-        self.prompts = PromptBuilder(tokenizer, anchor=anchor, bos=bos)
+        self.prompts = PromptBuilder(tokenizer, prompt)
+        check_prompt_ids(self.prompts, model, name=f"reader {name!r}")
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None or self.pad_id >= len(self.embedding.weight):
             self.pad_id = self.prompts.eos_id
         check_vocabulary(tokenizer, model, name=f"reader {name!r}")
-        self._check_logits()
+        self._transform = self._check_logits()
         self.learns_positions = learns_positions(model)
+        self.lora_settings: LoraSettings | None = None
+        self.lora: ReaderLora | None = None
         self._warned: set[str] = set()
 
     @classmethod
@@ -89,27 +124,36 @@ class Reader:
         device_map: Any = None,
         attn_implementation: str = "sdpa",
         load_in_4bit: bool = False,
-        bos: bool | None = None,
+        max_memory: str | None = None,
+        prompt: PromptConfig | None = None,
     ) -> Reader:
-        """Load a reader from a local folder, a hub id, or `testbed:llama` / `testbed:qwen`.
+        """Load a reader from a local folder, a .gguf file, `package:NAME`, a hub id, or
+        `testbed:llama` / `testbed:qwen`.
 
         Args:
             device_map: as in `transformers`; `auto` spreads the model over the GPUs.
-            load_in_4bit: NF4 weights through bitsandbytes (needs a GPU).
+            load_in_4bit: NF4 weights through bitsandbytes, on a GPU or the CPU.
+            max_memory: with a device map, as in `ReaderConfig`.
 
         Raises:
             ConfigError: there is no such model, or it cannot be a reader.
         """
+        check_attention(attn_implementation)
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-        if device_map is not None:
-            options["device_map"] = device_map
         if load_in_4bit:
             options["quantization_config"] = nf4_config(dtype)
+            if device is not None and device_map is None:  # quantised where they are to be
+                device_map = {"": torch.device(device)}
+        options |= placement(device_map, max_memory)
         model = load_weights(AutoModelForCausalLM, source, **options)
-        if device is not None and device_map is None and not load_in_4bit:
+        if device is not None and device_map is None:
             model.to(device)
+        use_plain_nf4(model)
+        keep_ends_in_memory(model)
         tokenizer = load_tokenizer(source)
-        return cls(model, tokenizer, name=name, source=str(source), bos=bos)
+        reader = cls(model, tokenizer, name=name, source=str(source), prompt=prompt)
+        assert reader.abilities  # now, rather than when it is first used
+        return reader
 
     @classmethod
     def from_config(
@@ -129,8 +173,8 @@ class Reader:
             ConfigError: as `load` and `compute_in`, or a dtype that no reader has.
         """
         if dtype is not None:
-            changes: dict[str, Any] = {"dtype": dtype}
-            replace(config, **changes)  # raises where it is none
+            changes: dict[str, Any] = {"compute_dtype": dtype}
+            config = replace(config, **changes)  # raises where it is none
         reader = cls.load(
             config.source,
             name=name,
@@ -139,10 +183,12 @@ class Reader:
             device_map=config.device_map,
             attn_implementation=config.attn_implementation,
             load_in_4bit=config.load_in_4bit,
-            bos=config.bos,
+            max_memory=config.max_memory,
+            prompt=config,
         )
-        if dtype not in (None, config.dtype):
-            reader.compute_in(getattr(torch, dtype))
+        if config.compute_dtype not in (None, config.dtype):
+            reader.compute_in(getattr(torch, cast(str, config.compute_dtype)))
+        reader.lora_settings = config.lora
         return reader
 
     def compute_in(self, dtype: torch.dtype) -> None:
@@ -159,18 +205,25 @@ class Reader:
                 f"reader {self.name!r} has quantised weights, whose dtype is given when they are "
                 "loaded; leave --dtype away"
             )
+        if is_offloaded(self.model):
+            raise ConfigError(
+                f"reader {self.name!r} has weights that its device map keeps on a disk or in the "
+                "CPU's memory, which stay in their dtype; leave --dtype away"
+            )
         assert self.fingerprint  # computed now, and kept
         self.model.to(dtype)
-        self._check_logits()
+        self._transform = self._check_logits()
+        self.__dict__.pop("abilities", None)
 
-    def _check_logits(self) -> None:
+    def _check_logits(self) -> LogitTransform:
         ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
-        check_logits(self.model, ids, name=f"reader {self.name!r}")
+        return check_logits(self.model, ids, name=f"reader {self.name!r}")
 
-    def sharing_weights(self, name: str, *, bos: bool | None = None) -> Reader:
+    def sharing_weights(self, name: str, *, prompt: PromptConfig | None = None) -> Reader:
         """Another reader of the same model, which is in memory once."""
-        reader = Reader(self.model, self.tokenizer, name=name, source=self.source, bos=bos)
+        reader = Reader(self.model, self.tokenizer, name=name, source=self.source, prompt=prompt)
         reader.fingerprint = self.fingerprint  # of the weights before `compute_in`
+        reader.abilities = self.abilities
         return reader
 
     @property
@@ -181,7 +234,7 @@ class Reader:
     @property
     def backbone(self) -> nn.Module:
         """The model without its output embedding."""
-        return self.model.base_model
+        return backbone_of(self.model)
 
     @property
     def head(self) -> nn.Module:
@@ -194,18 +247,44 @@ class Reader:
         return cast(Tensor, self.head.weight)
 
     @property
+    def output_head(self) -> OutputHead:
+        """The output embedding with what is done to its logits, for losses and scores."""
+        return OutputHead.of_module(
+            self.head,
+            self.vocabulary,
+            gaps=self._gaps if len(self._gaps) else None,
+            scale=self.logit_scale,
+            softcap=self.logit_softcap or None,
+        )
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on what the output embedding gives; 1 where the model has none."""
+        return self._transform.scale
+
+    @property
+    def logit_softcap(self) -> float:
+        """Cap on the logits, behind that factor (`cap * tanh(logits / cap)`); 0 for none."""
+        return self._transform.softcap
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits `[..., V]` of last hidden states `[..., D]`, in the head's dtype."""
+        return self._transform(self.head(hidden))
+
+    @property
     def embedding(self) -> nn.Embedding:
         """The input embedding, `[V, D]`."""
-        return cast(nn.Embedding, self.model.get_input_embeddings())
+        return input_embedding(self.model)
 
     @property
     def stop_ids(self) -> list[int]:
-        """Every token that ends an answer: the tokenizer's EOS, and what the model's own
-        `generation_config` declares beside it (chat models often end a turn with another token).
+        """Every token that ends an answer, first the one that answers are trained to end with: that
+        of the chat template, the tokenizer's EOS, and what the model's own `generation_config`
+        declares beside it (chat models often end a turn with another token).
         """
         declared = getattr(self.model.generation_config, "eos_token_id", None)
-        further = declared if isinstance(declared, list | tuple) else [declared]
-        return list(dict.fromkeys([self.prompts.eos_id, *(i for i in further if i is not None)]))
+        found = [self.prompts.eos_id, *token_ids([self.tokenizer.eos_token_id, declared])]
+        return [i for i in dict.fromkeys(found) if i < self.vocabulary]
 
     @cached_property
     def vocabulary(self) -> int:
@@ -214,11 +293,28 @@ class Reader:
         rows = int(self.head_weight.shape[0])
         return min(rows, 1 + max(self.tokenizer.get_vocab().values()))
 
+    @cached_property
+    def _gaps(self) -> Tensor:
+        """Ids below `vocabulary` that stand for nothing either."""
+        known = self.tokenizer.get_vocab().values()
+        return torch.tensor(sorted({*range(self.vocabulary)} - {*known}), dtype=torch.long)
+
+    def of_tokens(self, logits: Tensor) -> Tensor:
+        """The logits `[..., vocabulary]` of an output embedding's `[..., V]` that belong to tokens.
+
+        Rows that fill up a block of memory are cut off, gaps are minus infinity: decoding and
+        scoring never choose what stands for nothing.
+        """
+        logits = logits[..., : self.vocabulary]
+        if len(self._gaps):
+            logits = logits.index_fill(-1, self._gaps.to(logits.device), -torch.inf)
+        return logits
+
     @property
     def max_positions(self) -> int:
         """How many positions the model was made for."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or sys.maxsize
+        config = self.model.config.get_text_config(decoder=True)
+        return position_limit(config) or sys.maxsize
 
     @property
     def d_model(self) -> int:
@@ -227,38 +323,105 @@ class Reader:
 
     @cached_property
     def embedding_rms(self) -> float:
-        """Root mean square of the input embeddings: what adapters calibrate to."""
-        return self.embedding.weight.detach().float().pow(2).mean().sqrt().item()
+        """Root mean square of the input embeddings as the model reads them, over all tokens: what
+        adapters calibrate to."""
+        return embedding_size(self.embedding).rms
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the weights: an adapter works with these and no others."""
+        """sha256 over its own weights: an adapter works with these and no others."""
         return self.weights_digest()
 
     @cached_property
+    def abilities(self) -> ReaderAbilities:
+        """What this reader may be used for, tried on a few tokens (`probe.py`).
+
+        Raises:
+            ConfigError: it cannot be used at all.
+        """
+        special = {*self.tokenizer.all_special_ids}
+        subject = Subject(
+            self.model,
+            tokens=[i for i in range(self.vocabulary) if i not in special],
+            pad_id=self.pad_id,
+            positions=self.max_positions,
+        )
+        found = probed_abilities(subject, digest=self.fingerprint)
+        if found.reads:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) cannot be used: {found.reads}; choose "
+                "another reader"
+            )
+        return found
+
+    @property
+    def family(self) -> str:
+        """What transformers calls this kind of model."""
+        return str(self.model.config.model_type)
+
+    def require(self, place: Literal["prefixes", "deep"]) -> None:
+        """Raise unless this reader takes soft tokens, or a deep prefix.
+
+        Raises:
+            ConfigError: it does not, and why.
+        """
+        soft, deep = self.abilities.soft, self.abilities.deep
+        if place == "prefixes" and soft:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no soft tokens: {soft}; give it a "
+                "deep prefix alone (attachment 'deep'), or choose another reader"
+            )
+        if place == "deep" and deep:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no deep prefix: {deep}; give it soft "
+                "tokens alone (attachment 'soft'), or choose another reader"
+            )
+
+    @cached_property
     def kv_geometry(self) -> KVGeometry:
-        """Shape and RMS of this reader's keys and values, on a prompt without text."""
+        """Shape and RMS of this reader's keys and values, on a prompt without text.
+
+        Raises:
+            ConfigError: it takes no deep prefix.
+        """
+        self.require("deep")
         prompt = self.prompts.build([Turn("")], context="")
+        cache = decoding_cache(self.model)
         with torch.no_grad():
             ids = torch.tensor([prompt.ids], device=self.device)
-            cache = self.backbone(input_ids=ids, use_cache=True).past_key_values
-        sides = [(layer.keys, layer.values) for layer in cache.layers]
-        _, heads, _, width = sides[0][0].shape
-        rms = [tuple(part.float().pow(2).mean().sqrt().item() for part in side) for side in sides]
-        return KVGeometry(len(sides), heads, width, cast(Any, tuple(rms)))
+            self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+        return KVGeometry.of_cache(cache, layers=len(decoder_layers(self.model)))
 
     @cached_property
     def filler(self) -> CacheFiller:
         """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
-        return CacheFiller.for_model(self.model)
+        return CacheFiller.for_model(self.model, geometry=self.kv_geometry)
+
+    @cached_property
+    def turner(self) -> Turner:
+        """Turns this reader's keys and queries to other positions.
+
+        Raises:
+            ConfigError: as `Turner`.
+        """
+        return Turner(self.model, name=self.name)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward."""
         checkpoint_activations(self.model)
 
     def weights_digest(self) -> str:
-        """sha256 over the current weights (not cached: shows that they did not change)."""
-        return parameter_digest(self.model.named_parameters())
+        """sha256 over its own weights as they are now (not cached: shows that they did not
+        change)."""
+        return weights_digest(self.model)
+
+    def base(self) -> AbstractContextManager[None]:
+        """Inside the block the reader reads as it was loaded, without low-rank updates.
+
+        Raises:
+            ConfigError: they were merged into its weights.
+        """
+        return nullcontext() if self.lora is None else self.lora.disabled()
 
     def collate(
         self,
@@ -266,17 +429,26 @@ class Reader:
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        head: int = 0,
         side: PaddingSide = "right",
     ) -> PromptBatch:
         """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at` and, for the
         cache, a deep prefix.
 
+        Args:
+            head: how many of each prompt's first ids the deep prefix holds already.
+
         Raises:
-            ConfigError: prompts and prefixes do not match.
+            ConfigError: prompts and prefixes do not match, or padding where the reader takes none.
             DataError: as `check_positions`.
         """
+        if side == "left" and self.abilities.left:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no padding on the left: "
+                f"{self.abilities.left}; pad on the right"
+            )
         batch = collate(
-            prompts,
+            [prompt.behind(head) for prompt in prompts],
             embedding=self.embedding,
             pad_id=self.pad_id,
             prefixes=prefixes,
@@ -321,8 +493,8 @@ class Reader:
         return hidden_BTD[rows, batch.cols_N.to(hidden_BTD.device)]
 
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
-        """Log-probabilities `[N, V]` at the scored positions, fp32."""
-        return self.head(self.target_hidden(batch)).float().log_softmax(-1)
+        """Log-probabilities `[N, vocabulary]` at the scored positions, fp32."""
+        return self.output_head.logits(self.target_hidden(batch)).log_softmax(-1)
 
     def score(
         self,
@@ -330,20 +502,27 @@ class Reader:
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        head: int = 0,
         side: PaddingSide = "right",
     ) -> TargetScores:
         """Log-probabilities of the prompts' answer tokens, in one teacher-forced pass; gradients
         flow to the prefixes.
 
         Args:
-            prefixes, deep, side: as in `collate`.
+            prefixes, deep, head, side: as in `collate`.
 
         Raises:
             ConfigError, DataError: as `collate`.
         """
-        batch = self.collate(prompts, prefixes=prefixes, deep=deep, side=side)
+        batch = self.collate(prompts, prefixes=prefixes, deep=deep, head=head, side=side)
         return TargetScores(
-            self.target_logprobs(batch), batch.labels_N, batch.rows_N, batch.step_N, len(prompts)
+            hidden_ND=self.target_hidden(batch),
+            head=self.output_head,
+            labels_N=batch.labels_N,
+            rows_N=batch.rows_N,
+            step_N=batch.step_N,
+            prompts=len(prompts),
+            stop_ids=tuple(self.stop_ids),
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -358,7 +537,7 @@ def load_readers(
     dtype: str | None = None,
 ) -> dict[str, Reader]:
     """The frozen readers of a run by name. Those of one source and the same options share one
-    model.
+    model, but for those that get low-rank updates.
 
     Args:
         device, dtype: as in `Reader.from_config`.
@@ -366,10 +545,12 @@ def load_readers(
     readers: dict[str, Reader] = {}
     loaded: dict[ReaderConfig, Reader] = {}
     for name, config in configs.items():
-        options = replace(config, bos=None)  # what a prompt begins with is no matter of the weights
-        if options in loaded:
-            readers[name] = loaded[options].sharing_weights(name, bos=config.bos)
+        options = config.weights
+        if options in loaded and config.lora is None:
+            readers[name] = loaded[options].sharing_weights(name, prompt=config)
         else:
             reader = Reader.from_config(name, config, device, dtype=dtype)
             readers[name] = loaded[options] = reader
+    devices = (weight.device for reader in loaded.values() for weight in reader.model.parameters())
+    warn_of_idle_cards(devices, cards=torch.cuda.device_count())
     return readers

@@ -6,7 +6,21 @@ storage dtype. Nothing here checks its arguments: `latentwire_fast.ops` does, an
 modules call.
 """
 
-from latentwire_fast.reference.distillation import gradient_unit, kd_kl, linear_kd_kl, scale_rows
+from latentwire_fast.reference.distillation import (
+    BLOCK_ELEMENTS,
+    gradient_unit,
+    kd_kl,
+    scale_rows,
+)
+from latentwire_fast.reference.linear_losses import (
+    Heads,
+    LossResults,
+    LossRows,
+    LossSettings,
+    linear_losses,
+    result_shapes,
+    row_factors,
+)
 from latentwire_fast.reference.precision import compute_dtype
 from latentwire_fast.reference.projection import (
     LAYER_NORM_EPS,
@@ -30,9 +44,14 @@ from latentwire_fast.reference.quantization import (
 )
 
 __all__ = [
+    "BLOCK_ELEMENTS",
     "LARGEST_FP16",
     "LAYER_NORM_EPS",
     "RMS_EPS",
+    "Heads",
+    "LossResults",
+    "LossRows",
+    "LossSettings",
     "ProjectionParameters",
     "ProjectionSettings",
     "code_bytes",
@@ -42,12 +61,14 @@ __all__ = [
     "gradient_unit",
     "kd_kl",
     "largest_value",
-    "linear_kd_kl",
+    "linear_losses",
     "pack_codes",
     "project_calibrate",
     "project_calibrate_backward",
     "quantize",
     "quantize_pack",
+    "result_shapes",
+    "row_factors",
     "scale_rows",
     "unpack_codes",
     "unpack_dequantize",

@@ -1,4 +1,4 @@
-"""The distillation KL, from logits and from hidden states."""
+"""The distillation KL, from logits; `linear_losses` has the head."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from latentwire_fast.reference.precision import compute_dtype
 
 # Above this the textbook statistics of the KL divergence are the accurate ones.
 LARGE_KL_SUM = 1.0
+BLOCK_ELEMENTS = 2**18
 
 
 def _expm1_less_x(x: Tensor) -> Tensor:
@@ -54,13 +55,13 @@ def kd_kl(
     """
     c = compute_dtype(student)
     losses = student.new_empty(student.shape[0], dtype=c)
-    for rows in _row_blocks(student):
+    for rows in row_blocks(student):
         s, t = student[rows].to(c), teacher[rows].to(c)
         t = t.masked_fill(s == -torch.inf, -torch.inf)
-        stats = _kl_statistics(t, s - t, s, tau)
+        stats = kl_statistics(t, s - t, s, tau)
         losses[rows] = stats[2] * tau**2
         if grad is not None:
-            block = _kl_gradient(t, s - t, s, stats, tau)
+            block = kl_gradient(t, s - t, s, stats, tau)
             if weight is not None:
                 block.mul_(weight)
             if mask is not None:
@@ -75,18 +76,18 @@ def scale_rows(x: Tensor, factors: Tensor) -> None:
     A factor of 0 leaves zeros, whatever the row holds.
     """
     factors = factors.expand(x.shape[0])
-    for rows in _row_blocks(x):
+    for rows in row_blocks(x):
         factor = factors[rows, None]
         x[rows] = (x[rows] * factor).masked_fill_(factor == 0, 0.0).to(x.dtype)
 
 
-def _row_blocks(x: Tensor) -> list[slice]:
-    """Rows in blocks of about a million elements: temporaries stay near the caches, and small."""
-    step = max(1, 2**20 // max(1, x.shape[-1]))
+def row_blocks(x: Tensor) -> list[slice]:
+    """Rows in blocks of so many elements: temporaries stay near the caches, and small."""
+    step = max(1, BLOCK_ELEMENTS // max(1, x.shape[-1]))
     return [slice(i, i + step) for i in range(0, x.shape[0], step)]
 
 
-def _kl_statistics(t: Tensor, delta: Tensor, s: Tensor, tau: float) -> Tensor:
+def kl_statistics(t: Tensor, delta: Tensor, s: Tensor, tau: float) -> Tensor:
     """`[3, N]` of rows t, s and delta = s - t: logsumexp(t/tau), E_p[Delta], KL without tau**2."""
     log_z = torch.logsumexp(t / tau, -1)
     p = torch.exp(t / tau - log_z[:, None])
@@ -103,7 +104,7 @@ def _kl_statistics(t: Tensor, delta: Tensor, s: Tensor, tau: float) -> Tensor:
     return torch.stack((log_z, centre, kl))
 
 
-def _kl_gradient(t: Tensor, delta: Tensor, s: Tensor, stats: Tensor, tau: float) -> Tensor:
+def kl_gradient(t: Tensor, delta: Tensor, s: Tensor, stats: Tensor, tau: float) -> Tensor:
     """`tau * (q - p) = tau * p * expm1(log(q/p))` with `log(q/p) = Delta - E_p[Delta] - KL`.
 
     Where q is more than e times p (p may be 0) the plain difference is as accurate, and cannot
@@ -117,72 +118,3 @@ def _kl_gradient(t: Tensor, delta: Tensor, s: Tensor, stats: Tensor, tau: float)
     q = torch.exp(s / tau - (log_z + centre + kl))
     small = p * torch.expm1(torch.where(near, ratio, 0.0))
     return torch.where(near, small, q - p).mul_(tau)
-
-
-def linear_kd_kl(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    mask: Tensor | None,
-    *,
-    tau: float,
-    softcap: float,
-    chunk_rows: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`kd_kl` of `student_hidden @ weight.T` against the teacher's, without ever holding `[N, V]`.
-
-    With one head for both, the difference of the logits is the head applied to the difference of
-    the hidden states: rounding then is relative to the difference, not to the logits. A softcap c
-    turns a logit z into `c*tanh(z/c)`, and the difference into `c*tanh(delta/c)*(1 -
-    tanh(t/c)*tanh(s/c))`. Holds two `[chunk_rows, V]` buffers, and the head once more in fp32 if it
-    is in a half precision.
-
-    Returns:
-        The losses `[N]` (0 where masked), their gradients with respect to `student_hidden` `[N, d]`
-        (each row its own loss's), and the gradient of the losses' sum with respect to `weight` `[V,
-        d]`; empty where not needed.
-    """
-    c = compute_dtype(student_hidden)
-    n = student_hidden.shape[0]
-    losses = student_hidden.new_zeros(n, dtype=c)
-    d_hidden = student_hidden.new_zeros((n if needs_hidden else 0, weight.shape[1]), dtype=c)
-    d_weight = torch.zeros_like(weight if needs_weight else weight[:0], dtype=c)
-    valid = torch.arange(n, device=losses.device) if mask is None else mask.nonzero().squeeze(1)
-    head = weight.to(c)
-    other = None if teacher_weight is None else teacher_weight[: weight.shape[0]].to(c)
-    for rows in valid.split(chunk_rows):
-        hidden = student_hidden[rows].to(c)
-        h_teacher = teacher_hidden[rows].to(c)
-        if other is None:
-            t = h_teacher @ head.T
-            delta = (hidden - h_teacher) @ head.T
-        else:
-            t = h_teacher @ other.T
-            delta = (hidden @ head.T).sub_(t)
-        for block in _row_blocks(t):
-            kl, grad = _linear_block(t[block], delta[block], tau, softcap)
-            losses[rows[block]] = kl
-            t[block] = grad  # the logits are done with: their buffer takes the gradient
-        del delta
-        if needs_hidden:
-            d_hidden[rows] = t @ head
-        if needs_weight:
-            d_weight.addmm_(t.T, hidden)
-    return losses, d_hidden, d_weight
-
-
-def _linear_block(t: Tensor, delta: Tensor, tau: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """Losses `[R]` and the gradient of the student's logits before the cap `[R, V]`."""
-    s = t + delta
-    if not softcap:
-        stats = _kl_statistics(t, delta, s, tau)
-        return stats[2] * tau**2, _kl_gradient(t, delta, s, stats, tau)
-    t, s = torch.tanh(t / softcap), torch.tanh(s / softcap)
-    delta = softcap * torch.tanh(delta / softcap) * (1 - t * s)
-    slope = 1 - s.square()
-    t, s = softcap * t, softcap * s
-    stats = _kl_statistics(t, delta, s, tau)
-    return stats[2] * tau**2, _kl_gradient(t, delta, s, stats, tau).mul_(slope)

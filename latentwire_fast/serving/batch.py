@@ -51,6 +51,11 @@ class Batch:
         return None if self.parcel is None else self.parcel.header
 
     @property
+    def is_even(self) -> bool:
+        """Whether all prompts are of one length, so that there is no padding."""
+        return bool((self.layout.lengths_B == self.layout.width).all())
+
+    @property
     def shape(self) -> Shape:
         """The shape that a graph for this batch must have been captured for."""
         rows, width = self.layout.ids_BT.shape

@@ -13,18 +13,14 @@ from transformers import StaticCache
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.readers.attention import causal_mask, mask_free
-from latentwire_fast.readers.decoding_cache import decoding_cache, has_window
+from latentwire_fast.readers.decoding_cache import has_window
 from latentwire_fast.readers.kv_cache import layer_devices
 from latentwire_fast.readers.kv_placement import plan
+from latentwire_fast.readers.probe import LENGTHS, tolerance
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.weights import is_offloaded
 from latentwire_fast.serving.graphs import set_length, write_through
 from latentwire_fast.serving.options import Engine
-
-# Of the trial: prompt lengths of its two rows, and by what hidden states may differ, relative to
-# their size. Rounding in half precision comes to some hundredths; a wrong mask to 0.3 and more.
-_TRIAL_LENGTHS = (6, 3)
-_TRIAL_TOLERANCE = {torch.float32: 0.01}
-_TRIAL_TOLERANCE_OF_HALVES = 0.2
 
 
 def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
@@ -33,8 +29,8 @@ def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
     Raises:
         ConfigError: the engine that was asked for cannot read with this reader.
     """
-    decoding_cache(reader.model)  # raises for a reader that no engine can decode with
-    plan(layer_devices(reader.model))  # and for one whose layers are where nothing can be placed
+    plan(layer_devices(reader.model))  # raises where nothing can be placed
+    assert reader.abilities  # and for a reader that no engine can decode with
     if engine == "eager":
         return engine, "asked for"
     fault = why_no_graph(reader) if engine != "compile" else why_not_mask_free(reader)
@@ -53,6 +49,8 @@ def why_no_graph(reader: Reader) -> str | None:
     devices = _devices(reader)
     if len(devices) > 1 or reader.device.type != "cuda":
         return f"a graph needs all of it on one CUDA device, and it is on {devices}"
+    if is_offloaded(reader.model):
+        return "some of its weights are offloaded, and a graph would not bring them back"
     return why_not_mask_free(reader)
 
 
@@ -66,6 +64,11 @@ def why_not_mask_free(reader: Reader) -> str | None:
     """What keeps a reader from giving the same with attention that is not its own; None where
     nothing does."""
     model = reader.model
+    if reader.lora is not None and not reader.lora.merged:
+        return (
+            "its low-rank updates (LoRA) can be switched off between two prompts; merge them "
+            "(merge_lora) to read with them always"
+        )
     if has_window(model):
         return "a layer attends to a sliding window, which needs a mask"
     if not getattr(model, "_supports_attention_backend", False):
@@ -78,8 +81,7 @@ def why_not_mask_free(reader: Reader) -> str | None:
         raise
     except Exception as error:  # models raise of all kinds on a cache or a mask they do not know
         return f"a trial failed: {type(error).__name__}: {error}"
-    tolerance = _TRIAL_TOLERANCE.get(model.dtype, _TRIAL_TOLERANCE_OF_HALVES)
-    if not difference <= tolerance:  # NaN is not either
+    if not difference <= tolerance(model.dtype):  # NaN is not either
         return (
             f"in a trial its hidden states were {difference:.2g} (relative to their size) from "
             "those of the model's own attention"
@@ -91,7 +93,7 @@ def why_not_mask_free(reader: Reader) -> str | None:
 def _trial(reader: Reader) -> float:
     """The largest relative difference of last hidden states between two padded rows in a static
     cache without a mask, one decoded token included, and each row read alone."""
-    lengths, width = _TRIAL_LENGTHS, max(_TRIAL_LENGTHS)
+    lengths, width = LENGTHS, max(LENGTHS)
     model, device = reader.model, reader.device
     ids_BT = torch.arange(len(lengths) * (width + 1), device=device).view(len(lengths), -1)
     ids_BT = (ids_BT * 7 + 3) % reader.vocabulary

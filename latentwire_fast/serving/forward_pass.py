@@ -55,6 +55,12 @@ class ForwardPass:
             return 0
         return _positions(self.parts.deep_prefix, parcel.header)
 
+    @property
+    def head_positions(self) -> int:
+        """How many of a prompt's first ids the deep prefix holds already."""
+        deep = None if self.parts is None else self.parts.deep_prefix
+        return deep.head_positions if isinstance(deep, Attachment) else 0
+
     def prefixes(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Soft tokens `[R, M, D]` and deep prefix `[L, 2, R, H, P, d_head]` of a batch's payloads,
         each where it is trained.
@@ -158,7 +164,7 @@ class ForwardPass:
         )
         last_B = inputs["last"].to(hidden_BTD.device)
         rows = torch.arange(len(last_B), device=hidden_BTD.device)
-        logits_BV = self.reader.head(hidden_BTD[rows, last_B])
+        logits_BV = self.reader.logits(hidden_BTD[rows, last_B])
         self.mark("reader")
         return logits_BV
 

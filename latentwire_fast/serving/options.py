@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from latentwire_fast.config.parts import check_gain
 from latentwire_fast.errors import ConfigError
 
 Engine = Literal["auto", "eager", "compile", "graph"]
 Mark = Callable[[str], None]
-
-# Soft tokens a thousand times as large as a reader's own embeddings drown everything else; not far
-# beyond, half precision overflows and the answer is empty.
-MOST_GAIN = 1000.0
 
 
 def unmarked(_phase: str) -> None:
@@ -31,8 +28,10 @@ class ReceiverOptions:
         new_tokens: how many tokens the fixed memory of a graph has room for behind the prompt.
             Longer answers are decoded too, in memory that grows.
         max_graphs: how many shapes of batch are kept captured.
+        merge_lora: add a reader's low-rank updates (LoRA) to its weights, for good: it is then read
+            as fast as without them, and by any engine.
         prefix_gain: factor on the calibrated size of soft tokens, and on the values (not the keys)
-            of a deep prefix.
+            of a deep prefix; 1 is what was trained, 1000 the most.
         mark: called with the name of each phase when it has been queued: `parse`, `dequantise`
             (where it is not part of the adapter, see `TrainedParts`), `adapter`, `placement`,
             `reader`.
@@ -45,6 +44,7 @@ class ReceiverOptions:
     new_tokens: int = 32
     max_graphs: int = 8
     prefix_gain: float = 1.0
+    merge_lora: bool = False
     mark: Mark = unmarked
 
     def __post_init__(self) -> None:
@@ -53,8 +53,4 @@ class ReceiverOptions:
         for name in ("new_tokens", "max_graphs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}, expected at least 1")
-        if not 0 < self.prefix_gain <= MOST_GAIN:  # NaN is not either
-            raise ConfigError(
-                f"prefix_gain={self.prefix_gain}, expected above 0 and at most {MOST_GAIN:g}; 1 is "
-                "the size that was trained"
-            )
+        check_gain("prefix_gain", self.prefix_gain)

@@ -7,6 +7,7 @@ cache, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,12 @@ from transformers.cache_utils import Cache
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.readers.decoding import DecodeOptions, pick_tokens
-from latentwire_fast.readers.decoding_cache import move_right, without_limit
+from latentwire_fast.readers.decoding_cache import (
+    keeps_states,
+    move_right,
+    without_first,
+    without_limit,
+)
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.graphs import CapturedPass, set_length
 
@@ -76,6 +82,8 @@ class Prefilled:
             self._moved = True
         if isinstance(self._cache, StaticCache):
             set_length(self._cache, self.positions)
+        elif keeps_states(self._cache):
+            return deepcopy(self._cache)  # decoding changes states, and nothing takes that back
         else:
             extra = int(self._cache.get_seq_length()) - self.positions
             if extra:
@@ -96,13 +104,16 @@ class Prefilled:
                 set is cut into batches; 0, 1, ... if not given.
 
         Raises:
-            ConfigError: see `cache`; or not one number for each row.
+            ConfigError: see `cache`; not one number for each row; or logits that are no numbers.
         """
         reader, options = self._reader, options or DecodeOptions()
+        if bool(self.logits_BV.isnan().any()):  # the likeliest token of these would be number 0
+            raise ConfigError(
+                f"reader {reader.name!r} computes NaN from this prompt: in {reader.model.dtype} "
+                "something overflows; take a smaller prefix gain, or another dtype"
+            )
         rows = len(self._lengths_B)
-        numbers = range(rows) if numbers is None else numbers
-        if len(numbers) != rows:
-            raise ConfigError(f"{len(numbers)} numbers for {rows} prompts; give one for each")
+        numbers = row_numbers(numbers, rows=rows)
         feed = _Decoder(
             reader,
             self._roomy_cache(options.max_new_tokens - 1),  # the last token is not fed back
@@ -116,12 +127,11 @@ class Prefilled:
         new_ids: list[Tensor] = []
         for step in range(options.max_new_tokens):
             token_B = pick_tokens(
-                logits_BV.float(),
+                reader.of_tokens(logits_BV).float(),
                 step,
                 options,
                 numbers=numbers,
                 stop_ids=stops,
-                vocabulary=reader.vocabulary,
             )
             done_B |= torch.isin(token_B, stop_ids)
             new_ids.append(torch.where(done_B, stop_ids[0], token_B))
@@ -175,6 +185,7 @@ class _Decoder:
         padded_right: bool,
     ) -> None:
         self._reader, self._cache, self._columns = reader, cache, columns
+        self._table = reader.max_positions if reader.learns_positions else None
         self._lengths_B = torch.from_numpy(lengths_B).to(reader.device)
         self._static = isinstance(cache, StaticCache)
         column_1N = torch.arange(columns, device=reader.device)[None]
@@ -193,6 +204,12 @@ class _Decoder:
             self._mask_BN[:, end] = 1
         else:
             self._mask_BN = torch.nn.functional.pad(self._mask_BN, (0, 1), value=1)
+        beyond = 0 if self._table is None else self._mask_BN.shape[1] - self._table
+        if beyond > 0 and not self._static:
+            # Rows that have something here have ended: their table is full. Some models count the
+            # columns, not the positions (GPT-Neo, MPT), and have no more of these either.
+            self._cache = without_first(cast(DynamicCache, self._cache), beyond)
+            self._mask_BN = self._mask_BN[:, beyond:]
         position_B = self._lengths_B + step
         if reader.learns_positions:  # rows that are done go on reading, to no effect
             position_B = position_B.clamp(max=reader.max_positions - 1)
@@ -203,7 +220,19 @@ class _Decoder:
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
-        return reader.head(hidden_B1D[:, -1])
+        return reader.logits(hidden_B1D[:, -1])
+
+
+def row_numbers(numbers: Sequence[int] | None, *, rows: int) -> Sequence[int]:
+    """The numbers of a batch's examples, 0, 1, ... if none are given.
+
+    Raises:
+        ConfigError: not one for each row.
+    """
+    numbers = range(rows) if numbers is None else numbers
+    if len(numbers) != rows:
+        raise ConfigError(f"{len(numbers)} numbers for {rows} prompts; give one for each")
+    return numbers
 
 
 def _until(rows: Sequence[list[int]], *, stop: int) -> list[list[int]]:

@@ -27,7 +27,8 @@ class TrainedParts:
         gain: see `ReceiverOptions.prefix_gain`.
 
     Raises:
-        ConfigError: neither; one of them elsewhere than the reader's embeddings.
+        ConfigError: neither; one of them elsewhere than the reader's embeddings, or one that this
+            reader cannot take in.
     """
 
     def __init__(
@@ -48,6 +49,10 @@ class TrainedParts:
                 f"the adapter is on {devices.pop()}, the reader's embeddings on "
                 f"{reader.device}; move the adapter there"
             )
+        if adapter is not None:
+            reader.require("prefixes")
+        if deep_prefix is not None:
+            reader.require("deep")
         self._dtype = reader.embedding.weight.dtype
         self._gain = gain
         self.adapter = _in_dtype(adapter, self._dtype)

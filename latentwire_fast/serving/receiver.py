@@ -36,6 +36,7 @@ from latentwire_fast.serving.input_buffer import lay_out
 from latentwire_fast.serving.options import Engine, ReceiverOptions
 from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
+from latentwire_fast.serving.prefilled_apart import PrefilledApart
 from latentwire_fast.serving.prefixes import TrainedParts
 
 logger = logging.getLogger(__name__)
@@ -95,12 +96,14 @@ class Receiver:
     def of(
         cls, model: Interlingua, reader: Reader, *, options: ReceiverOptions | None = None
     ) -> Receiver:
-        """A receiver for what `model` encodes, and for text.
+        """A receiver for what `model` encodes, and for text. The reader reads with its low-rank
+        updates (LoRA) from now on, where the model has any for it; text too, but for what is read
+        inside `reader.base()`.
 
         Raises:
             ConfigError, CheckpointError: `model` was not trained for this reader.
         """
-        model.check_reader(reader)
+        model.adapt(reader, merge=options is not None and options.merge_lora)
         encoder = model.encoder_config
         kind = PayloadKind(
             encoder.latents,
@@ -145,9 +148,35 @@ class Receiver:
             DataError: more positions than the reader's table has.
         """
         batch = self._batch(prompts, payloads, embeddings)
+        if len(prompts) > 1 and self.reader.abilities.together and not batch.is_even:
+            return self._apart(prompts, payloads, embeddings)
         if self.engine == "graph" and embeddings is None:
             return self._replay(batch)
         return self._read(batch)
+
+    def _apart(
+        self,
+        prompts: Sequence[Prompt],
+        payloads: Sequence[bytes] | None,
+        embeddings: Sequence[Tensor] | None,
+    ) -> Prefilled:
+        """Prompts of a reader that cannot decode several lengths in one batch, one by one."""
+        self.reader.warn_once(
+            "apart",
+            f"reader {self.reader.name!r} reads prompts of several lengths one by one: "
+            f"{self.reader.abilities.together}",
+        )
+        parts = []
+        for row, prompt in enumerate(prompts):
+            own = None if payloads is None else payloads[row if len(payloads) > 1 else 0]
+            parts.append(
+                self.prefill(
+                    [prompt],
+                    payloads=None if own is None else [own],
+                    embeddings=None if embeddings is None else [embeddings[row]],
+                )
+            )
+        return PrefilledApart(self.reader, parts)
 
     def generate(
         self,
@@ -182,7 +211,8 @@ class Receiver:
         if soft_RMD is None:
             soft_RMD = self.reader.embedding.weight.new_zeros(1, 0, self.reader.d_model)
         soft_BMD = soft_RMD.expand(len(prompts), -1, -1)
-        return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd)
+        head = self._pass.head_positions
+        return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd, head=head)
 
     # --- what is read -----------------------------------------------------------------------------
 
@@ -199,6 +229,7 @@ class Receiver:
         soft: int | list[int] | None = None
         if parcel is not None:
             soft = self._pass.soft_tokens(parcel)
+            prompts = [prompt.behind(self._pass.head_positions) for prompt in prompts]
         elif embeddings is not None:
             soft = [len(embedding) for embedding in embeddings]
         deep = self._pass.deep_positions(parcel)

@@ -10,14 +10,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from latentwire_fast.config.schema import Mode, RunConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.data.sources import endless_stream, load_examples, map_paths
+from latentwire_fast.data.examples import Example
+from latentwire_fast.data.source_names import map_paths
+from latentwire_fast.data.sources import (
+    check_apart,
+    endless_stream,
+    load_examples,
+    split_validation,
+)
 from latentwire_fast.data.streams import ExampleStream, Stream
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.base import Encoder, build_encoder
@@ -25,10 +33,14 @@ from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.context_limit import ContextLimit
+from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ATTACHMENTS
 
 logger = logging.getLogger(__name__)
 
+VALIDATION_SEED = 1 << 40  # beyond the seeds that people give
 ENDLESS_SAMPLE = 300  # answers of an endless stream that are checked
 
 
@@ -46,8 +58,18 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     if encoder.source is not None:
         encoder = encoder.with_source(_absolute(encoder.source))
     data = replace(config.data, source=map_paths(config.data.source, _absolute))
+    if data.eval_source is not None:
+        data = replace(data, eval_source=map_paths(data.eval_source, _absolute))
+    evaluation = config.evaluation
+    if evaluation.continuation is not None:
+        place = map_paths(evaluation.continuation.source, _absolute)
+        evaluation = replace(
+            evaluation, continuation=replace(evaluation.continuation, source=place)
+        )
     base = None if config.base is None else _absolute(config.base)
-    return replace(config, readers=readers, encoder=encoder, data=data, base=base)
+    return replace(
+        config, readers=readers, encoder=encoder, data=data, evaluation=evaluation, base=base
+    )
 
 
 def _absolute(source: str) -> str:
@@ -76,14 +98,24 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
         )
 
 
-def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
-    """A model for these readers, fresh but for the encoder of a base.
+def build_model(
+    config: RunConfig, readers: dict[str, Reader], contexts: Sequence[str] = ()
+) -> Interlingua:
+    """A model for these readers, fresh but for the encoder of a base. Readers whose low-rank
+    updates are to be trained read with them from now on.
+
+    Args:
+        contexts: a few texts of the training data, which attachments may start from.
 
     Raises:
-        ConfigError: the base does not fit the configuration, or has adapters for these readers.
+        ConfigError: the base does not fit the configuration, or has adapters for these readers; a
+            reader that takes no soft tokens, or no deep prefix, where it is to be given some.
         CheckpointError: it is not trained.
     """
-    return Interlingua(
+    for reader in readers.values():
+        for attachment in config.attachments:
+            reader.require(ATTACHMENTS.part_of(attachment).gives)
+    model = Interlingua(
         _fresh_encoder(config, readers)
         if config.base is None
         else _base_encoder(config, config.base, readers),
@@ -92,6 +124,13 @@ def build_model(config: RunConfig, readers: dict[str, Reader]) -> Interlingua:
         attachments=config.attachments,
         mode=config.mode,
     )
+    for name, reader in readers.items():
+        for part in model.parts(name).values():
+            part.start(reader, mode=config.mode, contexts=contexts)
+    for name, reader in readers.items():  # the last to be made: the encoder may begin as a copy
+        if reader.lora_settings is not None:
+            model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)
+    return model
 
 
 def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
@@ -124,22 +163,79 @@ def build_stream(config: RunConfig, readers: dict[str, Reader]) -> Stream:
 
     Raises:
         ConfigError: as `check_answers`.
+        DataError: as `load_examples` and `check_apart`, or a stage that finds nothing to learn from
+            the data.
     """
     endless = endless_stream(config.data, mode=config.mode, seed=config.seed)
     count = None if endless is None else ENDLESS_SAMPLE
+    limit = ContextLimit(readers, config.data.max_context_tokens)
     examples = load_examples(
-        config.data.source, split="train", count=count, seed=config.seed, data=config.data
+        config.data.source,
+        split="train",
+        count=count,
+        seed=config.seed,
+        data=config.data,
+        keep=limit.fits,
     )
+    limit.report(config.data.source)
     check_answers(examples, readers, source=config.data.source)
     if endless is not None:
         return endless
-    return ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+    if config.validation is not None:
+        examples, _ = split_validation(examples, config.validation.examples)
+    _check_evaluation(examples, config)
+    stream = ExampleStream(examples, config.data, mode=config.mode, seed=config.seed)
+    for stage in config.stages:
+        if not (stream.items or stage.takes_texts):
+            raise DataError(
+                f"{config.data.source} has no questions, and stage {stage.name!r} learns from "
+                "nothing else; add a source with questions, or leave out the stage"
+            )
+    return stream
+
+
+def _check_evaluation(training: list[Example], config: RunConfig) -> None:
+    """Raise unless all that the run is scored on is kept out of its training.
+
+    All of a file, not only as many examples as are asked for: another seed takes others.
+    """
+    data, continuation = config.data, config.evaluation.continuation
+    sources = [data.eval_source, None if continuation is None else continuation.source]
+    for source in sources:
+        if source is None:
+            continue
+        is_endless = endless_stream(replace(data, source=source), mode=config.mode, seed=0)
+        count = data.eval_examples if is_endless else None
+        everything = load_examples(
+            source, split="heldout", count=count, seed=0, data=data, whole=True
+        )
+        check_apart(training, everything, source=data.source, eval_source=source)
+
+
+def validation_examples(config: RunConfig) -> list[Example]:
+    """The slice that a run validates on: never trained on, and not of the held-out examples that it
+    is evaluated on.
+
+    Of a finite source, examples on some contexts of its training part (`split_validation`), which
+    `build_stream` leaves out. Of a source without end, held-out examples of a seed of their own.
+
+    Raises:
+        DataError: as `load_examples` and `split_validation`.
+    """
+    assert config.validation is not None
+    data, count = config.data, config.validation.examples
+    if endless_stream(data, mode=config.mode, seed=config.seed) is not None:
+        seed = VALIDATION_SEED + data.eval_seed
+        return load_examples(data.source, split="heldout", count=count, seed=seed, data=data)
+    examples = load_examples(data.source, split="train", count=None, seed=config.seed, data=data)
+    return split_validation(examples, count)[1]
 
 
 def warn_of_truncation(encoder: Encoder, stream: Stream, mode: Mode) -> None:
     """Say once how much of a finite data set training will not see."""
     if isinstance(stream, ExampleStream):
-        texts = ((item.context, turn.question) for item in stream.items for turn in item.turns)
+        texts = [(item.context, turn.question) for item in stream.items for turn in item.turns]
+        texts += [(item.context, "") for item in stream.texts]
         truncation = measure_truncation(encoder, texts, mode=mode)
         if truncation.cut:
             logger.warning("training data: %s. Raise that limit, or split the passages", truncation)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from latentwire_fast.errors import TrainingError
 from latentwire_fast.files.atomic import write_atomically
-from latentwire_fast.files.tensors import parameter_digest
+from latentwire_fast.readers.lora import base_parameters
+from latentwire_fast.readers.weights import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -135,10 +136,11 @@ class FrozenGuard:
     """Shows that modules which must not change did not.
 
     Args:
-        modules: the frozen modules by name, every parameter with `requires_grad=False`.
+        modules: the frozen modules by name, every parameter with `requires_grad=False`. Low-rank
+            updates of readers are none of them.
 
     Attributes:
-        digests: `parameter_digest` of each module when the guard was made.
+        digests: `weights_digest` of each module when the guard was made.
 
     Raises:
         TrainingError: a module has trainable parameters.
@@ -147,7 +149,7 @@ class FrozenGuard:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = dict(modules)
         for name, module in self._modules.items():
-            trainable = [key for key, p in module.named_parameters() if p.requires_grad]
+            trainable = [key for key, p in base_parameters(module) if p.requires_grad]
             if trainable:
                 raise TrainingError(
                     f"{name} is not frozen: {len(trainable)} trainable parameters, the first is "
@@ -156,7 +158,7 @@ class FrozenGuard:
         self.digests = self._digests()
 
     def _digests(self) -> dict[str, str]:
-        return {n: parameter_digest(m.named_parameters()) for n, m in self._modules.items()}
+        return {name: weights_digest(module) for name, module in self._modules.items()}
 
     def verify(self) -> None:
         """Compare with the beginning.
@@ -165,7 +167,7 @@ class FrozenGuard:
             TrainingError: a parameter changed or holds a gradient; what was trained is not usable.
         """
         for name, module in self._modules.items():
-            touched = [key for key, p in module.named_parameters() if p.grad is not None]
+            touched = [key for key, p in base_parameters(module) if p.grad is not None]
             if touched:
                 raise TrainingError(f"frozen {name} holds gradients, the first in {touched[0]}")
         for name, digest in self._digests().items():

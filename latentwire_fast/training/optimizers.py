@@ -7,6 +7,7 @@ A module says what its parameters are, in two class attributes that any `nn.Modu
 
     table_parameters: tuple[str, ...] = ("slots",)    # looked up or queried: no matrices for Muon
     pretrained_modules: tuple[str, ...] = ("core",)   # hold a pretrained LM, at its own rate
+    lr_factor: float = 0.1                            # on the rates of everything in it
 """
 
 from __future__ import annotations
@@ -82,12 +83,18 @@ def build_optimizers(model: nn.Module, settings: OptimConfig) -> list[torch.opti
 
     Muon takes the matrices at `settings.muon_lr`, AdamW the rest at `adamw_lr` (all of it where
     `muon_lr` is None). `weight_decay` is of Muon's matrices. A pretrained LM learns at
-    `encoder_lr` times these rates, in groups of its own.
+    `encoder_lr` times these rates, and a module with an `lr_factor` at that times these rates, in
+    groups of their own.
 
     Raises:
         ConfigError: a module misnames its parameters (see `table_parameters`).
     """
-    tables, pretrained = table_parameters(model), pretrained_parameters(model)
+    tables = table_parameters(model)
+    scales = dict.fromkeys(pretrained_parameters(model), settings.encoder_lr)
+    for module in model.modules():
+        factor = getattr(module, "lr_factor", None)
+        if isinstance(factor, float):
+            scales |= dict.fromkeys(module.parameters(), factor)
     matrices: dict[float, list[nn.Parameter]] = {}
     others: dict[float, list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -95,7 +102,7 @@ def build_optimizers(model: nn.Module, settings: OptimConfig) -> list[torch.opti
             continue
         wide = parameter.dim() == 2 and min(parameter.shape) >= MUON_MIN_SIDE
         to_muon = settings.muon_lr is not None and wide and parameter not in tables
-        scale = settings.encoder_lr if parameter in pretrained else 1.0
+        scale = scales.get(parameter, 1.0)
         (matrices if to_muon else others).setdefault(scale, []).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if settings.muon_lr is not None and matrices:

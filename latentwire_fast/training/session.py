@@ -5,27 +5,43 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor, nn
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.streams import Stream
+from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import ObjectiveSet
 from latentwire_fast.objectives.teacher_cache import TeacherCache
+from latentwire_fast.objectives.text_answers import TextAnswers
 from latentwire_fast.readers.answer_checks import check_answers
+from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader, load_readers
-from latentwire_fast.training.builders import build_model, build_stream, warn_of_truncation
+from latentwire_fast.training.builders import (
+    build_model,
+    build_stream,
+    validation_examples,
+    warn_of_truncation,
+)
+from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
+from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
+from latentwire_fast.training.tracking import latent_statistics
+from latentwire_fast.training.validation import Validator, ask_latents
 
 logger = logging.getLogger(__name__)
+
+START_TEXTS = 8  # training texts that a fresh model may start from
 
 
 @dataclass(frozen=True)
@@ -34,22 +50,22 @@ class Session:
 
     Attributes:
         readers: frozen, by name.
-        model: what is trained.
-        objectives: what it is trained on.
+        objectives: what is trained on.
         stream: where batches come from.
         state: all that changes from step to step.
+        validator: scores the model while it trains, if the run wants that.
         frozen: shows that the readers did not change. nonfinite: stops at a NaN or an infinity.
     """
 
     config: RunConfig
     folder: RunFolder
     readers: dict[str, Reader]
-    model: Interlingua
-    objectives: ObjectiveSet
+    objectives: ObjectiveSet | TextAnswers
     stream: Stream
     state: TrainingState
     frozen: FrozenGuard
     nonfinite: NonFiniteGuard
+    validator: Validator | None
 
     def active_readers(self) -> list[str]:
         """The readers that the next step trains, in the order of their names."""
@@ -58,6 +74,65 @@ class Session:
             return [names[self.state.step % len(names)]]
         return names
 
+    def parts(self) -> dict[str, nn.Module]:
+        """The trained parts by name, for the log of their gradients."""
+        raise NotImplementedError
+
+    def describe(self, latent_BMd: Tensor) -> dict[str, Any]:
+        """What a step's record says of the latents of its items."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LatentSession(Session):
+    """A run that trains latents.
+
+    Attributes:
+        model: what is trained.
+    """
+
+    model: Interlingua
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The encoder, and for each reader what makes latents of use to it."""
+        found: dict[str, nn.Module] = {"encoder": self.model.encoder}
+        for name in self.readers:
+            lora = self.model.lora_of(name)
+            parts = [*self.model.parts(name).values(), *([] if lora is None else [lora])]
+            found[name] = nn.ModuleList(parts)
+        return found
+
+    def describe(self, latent_BMd: Tensor) -> dict[str, Any]:
+        """Whether they differ, and the sizes of what readers are given of them."""
+        rms = {name: self.model.prefix_rms(name, latent_BMd) for name in self.readers}
+        return {"latent": latent_statistics(latent_BMd), "rms": rms}
+
+    def save(self, folder: Path) -> None:
+        """Write the model."""
+        self.model.save_pretrained(folder)
+
+
+def begin(config: RunConfig, accelerator: Accelerator) -> None:
+    """Set threads and seeds, before anything of a run is built.
+
+    Raises:
+        ConfigError: more processes than examples in a batch.
+    """
+    processes = accelerator.num_processes
+    smallest = min(stage.batch_size or config.optim.batch_size for stage in config.stages)
+    if smallest < processes:
+        raise ConfigError(
+            f"batch_size={smallest} leaves some of {processes} processes "
+            f"without an example; set --batch-size to {processes} at least, or start fewer"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    set_seed(config.seed)  # python's, numpy's and torch's generators: libraries draw from all
+
 
 def open_session(
     config: RunConfig,
@@ -65,56 +140,90 @@ def open_session(
     *,
     accelerator: Accelerator,
     heldout: Sequence[Example] = (),
-) -> Session:
+    cache: bool = True,
+) -> LatentSession:
     """Load and build all that a run needs, and go back to its newest checkpoint if it has one.
 
     Args:
         heldout: what it will be evaluated on; whether that can be is checked.
+        cache: keep frozen work of a finite data set on disk.
 
     Raises:
         ConfigError, DataError: the configuration cannot work, or not with its readers and data.
         CheckpointError: all checkpoints are damaged, or of another run or other data.
     """
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    if config.optim.batch_size < processes:
-        raise ConfigError(
-            f"batch_size={config.optim.batch_size} leaves some of {processes} processes "
-            f"without an example; set --batch-size to {processes} at least, or start fewer"
-        )
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    set_seed(config.seed)  # python's, numpy's and torch's generators: libraries draw from all
+    begin(config, accelerator)
     readers = load_readers(config.readers, accelerator.device)
     frozen = FrozenGuard({name: reader.model for name, reader in readers.items()})
-    model = build_model(config, readers).to(accelerator.device).train()
+    stream = build_stream(config, readers)
+    contexts = _start_texts(config, stream)
+    model = build_model(config, readers, contexts).to(accelerator.device).train()
     if config.base:
         model.encoder.eval()
     if config.optim.gradient_checkpointing:
         for reader in readers.values():
             reader.enable_gradient_checkpointing()
     optimizers = build_optimizers(model, config.optim)
-    stream = build_stream(config, readers)
     check_answers(heldout, readers, source=f"{config.data.source} (held out)")
     if accelerator.is_main_process:
         warn_of_truncation(model.encoder, stream, config.mode)
+    objectives = ObjectiveSet(model, readers)
     # Where data has no end, no prompt comes twice.
-    teacher = TeacherCache(folder.teacher, rank=rank) if stream.digest else None
-    session = Session(
+    if cache and isinstance(stream, ExampleStream) and keeps(objectives, config, stream, folder):
+        rank = accelerator.process_index
+        objectives.teacher = TeacherCache(folder.frozen_work, rank=rank)
+        model.encoder.keep_states(folder.frozen_work, rank=rank)
+    check_positions(config, objectives, stream, heldout=heldout)
+    session = LatentSession(
         config=config,
         folder=folder,
         readers=readers,
         model=model,
-        objectives=ObjectiveSet(model, readers, teacher=teacher),
+        objectives=objectives,
         stream=stream,
         state=TrainingState(model, optimizers, config.optim.micro_batch or config.optim.batch_size),
         frozen=frozen,
         nonfinite=NonFiniteGuard(folder.nonfinite),
+        validator=_validator(config, model, readers),
     )
-    if rank:
-        # The weights above are drawn alike everywhere, the dropout of the steps is not.
-        set_seed(config.seed, device_specific=True)
-    if session.state.restore(
-        folder.checkpoints, rank=rank, processes=processes, data=stream.digest
-    ):
-        logger.info("resumed %s at step %d", folder.path, session.state.step)
+    go_on(session, accelerator)
     return session
+
+
+def _start_texts(config: RunConfig, stream: Stream) -> list[str]:
+    """The first texts of the training data, if an attachment starts from some."""
+    if not any(attachment.starts_from_texts for attachment in config.attachments):
+        return []
+    return [item.context for item in stream.batch(0, START_TEXTS, facts=config.data.facts)]
+
+
+def go_on(session: Session, accelerator: Accelerator) -> None:
+    """Go back to a run's newest checkpoint, if it has one.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged, or of another run or other data.
+    """
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    if rank:
+        # The first weights are drawn alike everywhere, the dropout of the steps is not.
+        set_seed(session.config.seed, device_specific=True)
+    checkpoints, data = session.folder.checkpoints, session.stream.digest
+    if session.state.restore(checkpoints, rank=rank, processes=processes, data=data):
+        logger.info("resumed %s at step %d", session.folder.path, session.state.step)
+
+
+def _validator(
+    config: RunConfig, model: Interlingua, readers: dict[str, Reader]
+) -> Validator | None:
+    if config.validation is None:
+        return None
+    examples = validation_examples(config)
+    check_answers(examples, readers, source=f"{config.data.source} (validation)")
+    options = DecodeOptions(max_new_tokens=config.evaluation.max_new_tokens)
+    return Validator(
+        config.validation,
+        examples,
+        lambda: ask_latents(model, readers, options=options),
+        batch_size=config.evaluation.batch_size,
+        modules=[model],
+    )

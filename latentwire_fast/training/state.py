@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from latentwire_fast.errors import CheckpointError
 from latentwire_fast.files.tensors import parameter_digest
-from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -31,22 +30,37 @@ from latentwire_fast.training.optimizer_state import (
 logger = logging.getLogger(__name__)
 
 
+class Trained(Protocol):
+    """What is trained: its tensors by name, those of them that get gradients, and their return."""
+
+    def trained_state(self) -> dict[str, Tensor]: ...
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]: ...
+
+    def eval(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
+
 @dataclass
 class TrainingState:
     """Weights, optimisers, counters and, in checkpoints, the random state of every process.
 
     Attributes:
         micro_batch: examples per forward pass that fit in memory.
-        step: steps done. seconds: what they took.
+        step: steps done. previous: the one that was done last. seconds: what they took.
         spikes: the guard's running means.
+        validations: the results so far (see `validation.py`).
     """
 
-    model: Interlingua
+    model: Trained
     optimizers: Sequence[torch.optim.Optimizer]
     micro_batch: int
     step: int = 0
+    previous: int = -1
     seconds: float = 0.0
     spikes: SpikeGuard = field(default_factory=SpikeGuard)
+    validations: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
     def named(self) -> list[tuple[str, nn.Parameter]]:
@@ -90,6 +104,7 @@ class TrainingState:
                 "optimizer": optimizer_json,
                 "rng": [values for _, values in rng],
                 "spikes": self.spikes.state,
+                "validations": self.validations,
                 "seconds": self.seconds,
                 "micro_batch": self.micro_batch,
                 "model_digest": parameter_digest(model.items()),
@@ -130,9 +145,10 @@ class TrainingState:
         )
         _restore_rng(checkpoint, rank=rank, processes=processes)
         self.spikes.state = checkpoint.state["spikes"]
+        self.validations = checkpoint.state.get("validations", [])
         self.seconds = checkpoint.state["seconds"]
         self.micro_batch = checkpoint.state["micro_batch"]
-        self.step = checkpoint.step
+        self.step, self.previous = checkpoint.step, checkpoint.step - 1
         return True
 
 

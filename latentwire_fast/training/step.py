@@ -18,7 +18,9 @@ from latentwire_fast.training.accumulation import Accumulated, MicroLoss, run_ac
 from latentwire_fast.training.distributed import Reducer
 from latentwire_fast.training.optimizers import scale_learning_rates
 from latentwire_fast.training.session import Session
-from latentwire_fast.training.tracking import latent_statistics, module_gradient_norms
+from latentwire_fast.training.state import TrainingState
+from latentwire_fast.training.time_limit import passes
+from latentwire_fast.training.tracking import module_gradient_norms
 
 LOSSES = "losses"  # the group of a step's parts that holds its losses; other groups are measures
 
@@ -52,7 +54,6 @@ class StepResult:
 
     def record(self, session: Session) -> dict[str, Any]:
         """The step's line in `diagnostics.jsonl`."""
-        latent_BMd, model = self.latent_BMd, session.model
         return {
             "step": self.step,
             "stage": self.stage.name,
@@ -62,8 +63,7 @@ class StepResult:
             "lr": self.lr,
             "grad_norm": self.grad_norm.item(),
             "grad_norms": self.grad_norms,
-            "latent": latent_statistics(latent_BMd),
-            "rms": {name: model.prefix_rms(name, latent_BMd) for name in session.readers},
+            **session.describe(self.latent_BMd),
             "tokens_per_second": self.tokens / self.seconds,
             "seconds": session.state.seconds,
         }
@@ -79,9 +79,10 @@ def by_group(parts: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     return groups
 
 
-def is_logged(config: RunConfig, step: int) -> bool:
-    """Whether a 0-based step gets a record: every `log_every`, and the last."""
-    return step % config.log_every == 0 or step + 1 == config.total_steps
+def is_logged(config: RunConfig, state: TrainingState) -> bool:
+    """Whether the next step gets a record: every `log_every`, and the last."""
+    is_due = passes(state.previous, state.step, config.log_every)
+    return is_due or state.step + 1 == config.total_steps
 
 
 def facts_at(config: RunConfig, step: int) -> int:
@@ -107,7 +108,12 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     config, state, start = session.config, session.state, time.perf_counter()
     stage, _ = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
-    batch = session.stream.batch(state.step, config.optim.batch_size, facts=facts)
+    batch = session.stream.batch(
+        state.step,
+        stage.batch_size or config.optim.batch_size,
+        facts=facts,
+        texts=stage.takes_texts,
+    )
     items = session.objectives.prepare(
         batch[accelerator.process_index :: accelerator.num_processes],
         stage,
@@ -118,7 +124,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     state.micro_batch = result.micro_batch
     reducer.gradients(state.parameters)
     loss, parts = reducer.values(result.loss, result.parts)
-    norms = _module_norms(session) if is_logged(config, state.step) else {}
+    norms = module_gradient_norms(session.parts()) if is_logged(config, state) else {}
     session.nonfinite.check(
         loss,
         step=state.step,
@@ -146,12 +152,6 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
         tokens=session.objectives.tokens(stage, counts),
         seconds=elapsed,
     )
-
-
-def _module_norms(session: Session) -> dict[str, float]:
-    model = session.model
-    readers = {name: torch.nn.ModuleDict(model.parts(name)) for name in session.readers}
-    return module_gradient_norms({"encoder": model.encoder, **readers})
 
 
 def _accumulate(

@@ -6,10 +6,8 @@ Shapes: B examples, M latent vectors, D latent width.
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from latentwire_fast.files.atomic import write_atomically
+from latentwire_fast.files.records import read_records
 from latentwire_fast.files.run_folder import RunFolder
-
-logger = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -52,6 +49,11 @@ class Tracker:
             if name != "step":
                 self._board.add_scalar(name, value, plain["step"])
 
+    def mirror(self, prefix: str, values: Mapping[str, Any], *, step: int) -> None:
+        """Numbers for TensorBoard alone, under names that begin with the prefix."""
+        for name, value in _scalars(_plain(values), f"{prefix}/"):
+            self._board.add_scalar(name, value, step)
+
     def close(self) -> None:
         """Flush and close both logs."""
         self._file.close()
@@ -62,41 +64,6 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a diagnostics file, if there is one; a torn line (a kill while writing) and
-    what is no record are dropped."""
-    records: list[dict[str, Any]] = []
-    torn = 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if _is_record(record):
-            records.append(record)
-        else:
-            torn += 1
-    if torn:
-        logger.warning("dropped %d unreadable lines of %s", torn, path)
-    return records
-
-
-def _is_record(value: Any) -> bool:
-    """Whether a line's value has what is read of records, as the numbers that they are."""
-
-    def are_numbers(values: Iterable[Any]) -> bool:
-        return all(isinstance(v, int | float) for v in values)
-
-    if not (isinstance(value, dict) and are_numbers(value.get(k) for k in ("step", "seconds"))):
-        return False
-    parts = [value.get(key) or {} for key in ("losses", "accuracy", "latent")]
-    return all(
-        isinstance(part, dict) and are_numbers(v for v in part.values() if v is not None)
-        for part in [*parts, {"loss": value.get("loss")}]
-    )
 
 
 def _plain(value: Any) -> Any:

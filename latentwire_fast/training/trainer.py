@@ -12,9 +12,10 @@ import json
 import logging
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,7 @@ from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import CheckpointError, RunStopped
-from latentwire_fast.files.atomic import publish_folder, write_atomically
+from latentwire_fast.files.atomic import replace_folder, write_atomically
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.training.builders import absolute_paths, check_stored_config
@@ -34,6 +35,7 @@ from latentwire_fast.training.optimizer_state import rng_state
 from latentwire_fast.training.session import Session, open_session
 from latentwire_fast.training.signals import StopSignals
 from latentwire_fast.training.step import is_logged, train_step
+from latentwire_fast.training.time_limit import next_step, passes
 from latentwire_fast.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -48,11 +50,16 @@ class Trainer:
         run_dir: made if missing. An unfinished run there is resumed, a finished one is left alone.
         heldout: what it will be evaluated on; whether that can be is checked before the training.
         progress: show a progress bar.
+        cache: keep what frozen models compute of a finite data set in the run folder; False also
+            removes what an earlier call kept there.
         device: where to train; what accelerate chooses unless given.
 
     Attributes:
         folder: the paths of the run.
+        folder_kind: the class that names them.
     """
+
+    folder_kind: ClassVar[type[RunFolder]] = RunFolder
 
     def __init__(
         self,
@@ -61,11 +68,13 @@ class Trainer:
         *,
         heldout: Sequence[Example] = (),
         progress: bool = True,
+        cache: bool = True,
         device: torch.device | None = None,
     ) -> None:
         self.config = absolute_paths(config)
         self.heldout = heldout
-        self.folder = RunFolder(run_dir)
+        self.cache = cache
+        self.folder = self.folder_kind(run_dir)
         precision = config.optim.mixed_precision
         # Unless told, accelerate takes several processes on a CPU for one each.
         on_cpu = not torch.accelerator.is_available() or (device and device.type == "cpu")
@@ -107,9 +116,9 @@ class Trainer:
             self._leave_together()
 
     def _train(self) -> None:
-        self._session = open_session(
-            self.config, self.folder, accelerator=self.accelerator, heldout=self.heldout
-        )
+        if not self.cache and self.accelerator.is_main_process:
+            shutil.rmtree(self.folder.frozen_work, ignore_errors=True)
+        self._session = self._open()
         # Only now: a run that cannot start may be corrected and started in the same folder.
         if self.accelerator.is_main_process:
             text = json.dumps(to_json(self.config), indent=2) + "\n"
@@ -117,6 +126,15 @@ class Trainer:
         with self.signals, self._tracker() as tracker:
             self._loop(tracker)
         self._finish()
+
+    def _open(self) -> Session:
+        return open_session(
+            self.config,
+            self.folder,
+            accelerator=self.accelerator,
+            heldout=self.heldout,
+            cache=self.cache,
+        )
 
     def _leave_together(self) -> None:
         """Leave the other processes together with them: a launcher ends those that are left when
@@ -152,23 +170,58 @@ class Trainer:
             dynamic_ncols=True,
         )
         with bar:
-            while state.step < config.total_steps:
+            self._validate(tracker)  # one that a signal cut short
+            while state.step < config.total_steps and not self._has_stalled():
                 record = self._train_step()
-                state.step += 1
-                bar.update()
+                # The main process's clock decides for all of them.
+                seconds = self.reducer.each(state.seconds)[0] if config.minutes else 0.0
+                state.previous, state.step = state.step, next_step(config, state.step, seconds)
+                bar.update(state.step - state.previous)
                 if record is not None:
                     if tracker is not None:
                         tracker.log(record)
                     bar.set_postfix_str(_postfix(record))
+                self._validate(tracker)
                 if self.reducer.any(self.signals.number is not None):
                     self._save_and_stop()
-                if state.step % config.save_every == 0 or state.step == config.total_steps:
+                is_last = state.step == config.total_steps or self._has_stalled()
+                if is_last or passes(state.previous, state.step, config.save_every):
                     self.save()
 
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step; returns its record on logged steps."""
+        is_due = is_logged(self.config, self.session.state)
         result = train_step(self.session, self.accelerator, self.reducer)
-        return result.record(self.session) if is_logged(self.config, result.step) else None
+        return result.record(self.session) if is_due else None
+
+    def _validate(self, tracker: Tracker | None) -> None:
+        """Score the model where that is due and not done; keep the best model so far."""
+        session = self.session
+        state, validator = session.state, session.validator
+        is_last = state.step == self.config.total_steps
+        if validator is None or not validator.is_due(
+            state.step, state.validations, last=is_last, previous=state.previous
+        ):
+            return
+        start = time.perf_counter()
+        scores = validator.run(self.reducer, is_stopped=lambda: self.signals.number is not None)
+        state.seconds += time.perf_counter() - start
+        if scores is None:  # a signal came: it is done when the run goes on
+            return
+        found = validator.judge(state.step, scores, state.validations)
+        state.validations.append(found)
+        if self.accelerator.is_main_process:
+            if validator.best(state.validations) is found:
+                self._save_model(self.folder.unfinished_best_model, self.folder.best_model)
+            text = json.dumps(validator.summary(state.validations), indent=2) + "\n"
+            write_atomically(self.folder.validation, text)
+            if tracker is not None:
+                tracker.mirror("validation", found["scores"], step=state.step)
+
+    def _has_stalled(self) -> bool:
+        """Whether the validations say that going on is of no use."""
+        validator = self.session.validator
+        return validator is not None and validator.has_stalled(self.session.state.validations)
 
     def _save_and_stop(self) -> None:
         self.save()
@@ -183,11 +236,20 @@ class Trainer:
         self.session.frozen.verify()
         if not self.accelerator.is_main_process:
             return
-        temporary = self.folder.unfinished_model
+        self.session.state.model.eval()  # as whoever goes on with it expects
+        validation = self.config.validation
+        best = self.folder.best_model if validation and validation.use_best else None
+        self._save_model(self.folder.unfinished_model, self.folder.model, copy=best)
+
+    def _save_model(self, temporary: Path, final: Path, *, copy: Path | None = None) -> None:
+        """Save the model as it is now, or a saved one again."""
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
-            self.session.model.eval().save_pretrained(temporary)
-            publish_folder(temporary, self.folder.model)
+            if copy is None:
+                self.session.save(temporary)
+            else:
+                shutil.copytree(copy, temporary)
+            replace_folder(temporary, final)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"could not save the model in {self.folder.path}: {error}; the training is in its "

@@ -102,6 +102,7 @@ def test_every_part_of_a_run_is_seen(
     }
     assert sum(part["share"] for part in result["parts"].values()) == pytest.approx(1.0)
     assert (result["stage"], result["threads"]) == ("answer", 1)
+    assert result["peak_bytes"] > 10 * 2**20
     printed = capsys.readouterr().out
     assert all(f"\n{name}  " in printed for name in [*result["parts"], "all"])
 

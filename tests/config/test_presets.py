@@ -12,7 +12,6 @@ from latentwire_fast import train
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.presets import PRESETS, load_preset
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.registry import POOLERS
 from latentwire_fast.training.trainer import Trainer
 
 
@@ -55,7 +54,7 @@ def test_the_preset_at_full_size() -> None:
     assert {reader.dtype for reader in config.readers.values()} == {"bfloat16"}
     assert config.encoder.source == "meta-llama/Llama-3.2-1B"
     assert (config.encoder.latents, config.encoder.d_z) == (32, 256)
-    assert config.encoder.pooler == POOLERS.config("selected")  # type: ignore[attr-defined]
+    assert config.encoder.pooler.kind == "layer_spans"  # type: ignore[attr-defined]
     assert config.data.source == "hub:squad"
     assert config.total_steps == 24_000
 

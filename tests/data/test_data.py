@@ -399,6 +399,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("nowhere.json", "no such file or folder; sources are testbed"),
         ("hub:imagenet", "'imagenet' is not known; known are: squad,"),
+        ("hub:", "no name of a data set behind hub:; known are: squad,"),  # F31
         ("imagenet={rows}", "'imagenet' is not known"),
         ("mmlu={rows}", r"no column 'subject' \(found: id, context"),
         ("{empty}", "neither a folder written by save_to_disk"),

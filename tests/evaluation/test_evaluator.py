@@ -164,6 +164,17 @@ def check_metrics(metrics: dict[str, Any], *, examples: int) -> None:
         for key in BY_BITS:
             assert tuple(methods[key]) == BITS
             assert all(set(entry) == {"f1", "em"} for entry in methods[key].values())
+    for name, others in metrics["latent_minus"].items():
+        assert set(others) == ALL_METHODS - {"latent"}
+        for key, entry in others.items():
+            assert set(entry) == {"nll_per_token", "f1"}
+            for score in ("nll_per_token", "f1"):
+                if key == "first_words" and score == "nll_per_token":
+                    assert entry[score] is None
+                    continue
+                check_interval(entry[score])
+                latent, other = (metrics["readers"][name][m][score] for m in ("latent", key))
+                assert entry[score]["mean"] == pytest.approx(latent["mean"] - other["mean"])
     assert set(metrics["joint"]) == {"f1", "best_single_f1", "agreement", "oracle_f1"}
     assert list(metrics["hypotheses"]) == [f"H{i}" for i in range(1, 8)]
     for entry in metrics["hypotheses"].values():
@@ -515,7 +526,8 @@ def test_a_run_is_evaluated_into_its_folder(run_dir: Path) -> None:
     metrics = json.loads((run_dir / "eval" / "metrics.json").read_text())
     assert metrics == result
     assert set(metrics) == {
-        *("schema_version", "run", "examples", "latent", "bytes", "readers", "joint", "hypotheses")
+        *("schema_version", "run", "examples", "contexts", "latent", "bytes", "readers"),
+        *("latent_minus", "joint", "hypotheses"),
     }
     assert metrics["schema_version"] == 1
     assert set(metrics["run"]) == RUN_KEYS

@@ -32,7 +32,7 @@ from latentwire_fast.prompts.builder import (
 )
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
-from readers import METHODS, tiny_interlingua
+from readers import LORA_METHODS, METHODS, tiny_interlingua
 
 BITS = 6
 LATENTS = 12  # wide enough for some context beside a question, too small for any passage
@@ -91,13 +91,15 @@ def prefixes_of(case: EvaluationCase, inputs: MethodInput) -> Tensor | None:
 
 
 def test_the_table_holds_every_method(case: EvaluationCase) -> None:
-    assert set(evaluation_methods()) == {*METHODS, "first_words"}
+    assert set(evaluation_methods()) == {*METHODS, *LORA_METHODS, "first_words"}
     assert [method.kind for method in by_kind().values()] == [
-        *["reference"] * 2,
+        *["reference"] * 3,
         "ours",
         *["budget"] * 3,
-        *["floor"] * 4,
+        *["floor"] * 5,
     ]
+    of_others = {name for name, method in evaluation_methods().items() if not method.fits(case)}
+    assert of_others == set(LORA_METHODS), "the case's reader has no LoRA"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,3 +186,35 @@ def test_ratio_interval_is_a_ratio_of_sums() -> None:
         metrics.ratio_interval([1.0, 1.0], [1.0, 0.0], seed=0)
     with pytest.raises(ValueError, match="no values"):
         metrics.ratio_interval([], [], seed=0)
+
+
+def test_examples_of_one_cluster_are_resampled_together() -> None:
+    """Ten equal answers to each of twenty passages are worth twenty answers, not two hundred."""
+    passages = [float(i % 3 == 0) for i in range(20)]
+    values = [v for v in passages for _ in range(10)]
+    clusters = [f"passage {i}" for i in range(20) for _ in range(10)]
+    clustered = metrics.mean_interval(values, seed=0, clusters=clusters)
+    assert clustered == metrics.mean_interval(passages, seed=0)
+    plain = metrics.mean_interval(values, seed=0)
+    assert clustered.mean == plain.mean
+    assert clustered.high - clustered.low > 2.5 * (plain.high - plain.low)
+
+
+def test_clusters_of_one_change_nothing() -> None:
+    values, tokens = [1.0, 2.0, 4.0, 0.5], [2, 3, 5, 1]
+    options: dict[str, Any] = {"seed": 0, "resamples": 200}
+    each = {**options, "clusters": "abcd"}
+    assert metrics.mean_interval(values, **each) == metrics.mean_interval(values, **options)
+    assert metrics.ratio_interval(values, tokens, **each) == metrics.ratio_interval(
+        values, tokens, **options
+    )
+    assert metrics.paired_interval(values, values, **each) == (0.0, 0.0, 0.0)
+
+
+def test_clusters_may_have_any_order_and_size() -> None:
+    """A ratio of sums over all examples of the clusters that were drawn."""
+    nll, tokens, clusters = [1.0, 8.0, 3.0, 2.0], [1.0, 2.0, 2.0, 1.0], "abab"
+    found = metrics.ratio_interval(nll, tokens, seed=1, clusters=clusters)
+    assert found == metrics.ratio_interval([4.0, 10.0], [3.0, 3.0], seed=1)
+    one = metrics.ratio_interval(nll, tokens, seed=1, clusters="aaaa")
+    assert one == (14 / 6,) * 3

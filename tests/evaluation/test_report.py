@@ -19,6 +19,7 @@ import pytest
 from latentwire_fast.config.presets import PRESETS
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.data.testbed import make_examples
+from latentwire_fast.evaluation.continuation import WAYS
 from latentwire_fast.evaluation.report import figures, write_report
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, extra_scores
 from latentwire_fast.evaluation.report.figures import accuracy_figure, learning_figure
@@ -646,3 +647,35 @@ def test_figures() -> None:
     assert accuracy_figure({}) is None
     assert learning_figure([]) is None
     assert learning_figure([{"step": 0, "stage": "a"}]) is None
+
+
+def test_differences_and_running_text_are_shown(tmp_path: Path) -> None:
+    """Both formats have the latent's paired differences, and the continuation measure."""
+    metrics = make_metrics()
+    minus = {"mean": -0.512, "low": -0.6, "high": -0.4}
+    metrics["latent_minus"] = {
+        name: {"closed_book": {"nll_per_token": minus, "f1": interval(0.25)}} for name in READERS
+    }
+    nll = {way: {"mean": 3.25, "low": 3.0, "high": 3.5} for way in WAYS}
+    entry = {"nll_per_token": nll, "latent_minus": {"nothing": minus}}
+    metrics["continuation"] = {
+        "source": "text=/somewhere/prose.txt.xz",
+        "examples": 60,
+        "payload_mean": 400.0,
+        "text_utf8_mean": 321.0,
+        "readers": {"llama": entry},
+    }
+    write_report(tmp_path, metrics=metrics, predictions=[], diagnostics=[], config={})
+    for file in ("report.md", "report.html"):
+        text = (tmp_path / file).read_text()
+        assert f"{MINUS}0.512" in text
+        assert f"{MINUS}0.600 to {MINUS}0.400" in text
+        assert "+25.0" in text
+        assert "Going on with a text" in text
+        assert "60 paragraphs (prose.txt.xz)" in text
+        assert "3.250" in text
+        assert all(label in text for label in WAYS.values())
+    table = (tmp_path / "report.md").read_text().splitlines()
+    row = next(line for line in table if line.startswith("| Closed book |") and MINUS in line)
+    assert row.count("|") == 4
+    assert table[table.index(row) - 1].startswith("|---")

@@ -14,7 +14,8 @@ from latentwire_fast.files.run_folder import RunFolder
     [
         *(("config.json", True), ("diagnostics.jsonl", True), ("nonfinite.json", True)),
         *((".lock", True), ("model", True), ("model/model.safetensors", True)),
-        *(("checkpoints/step-00000001/state.json", True), ("teacher/x.bin", True)),
+        *(("validation.json", True), ("model_best/model.safetensors", True)),
+        *(("checkpoints/step-00000001/state.json", True), ("frozen_work/x.bin", True)),
         *(("tensorboard/events", True), ("eval/metrics.json", True), ("eval/report.md", True)),
         *(("eval", False), ("eval/mine.json", False), ("metrics.json", False), ("", False)),
         *(("modelling", False), ("../config.json", False), ("eval/../config.json", True)),

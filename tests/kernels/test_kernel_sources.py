@@ -16,7 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentwire_fast import ops
+from latentwire_fast import ops, reference
+from latentwire_fast.ops.dispatch import autocast_dtype
+from latentwire_fast.ops.linear_losses import _linear_losses
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted(
@@ -25,7 +27,7 @@ LAUNCHERS = sorted(
 KERNELS = [
     ROOT / "kernels" / f"{name}.py"
     for name in (
-        *("distillation", "quantization"),
+        *("cross_entropy", "distillation", "quantization"),
         *("projection", "projection_rows", "projection_halves", "projection_backward"),
     )
 ]
@@ -109,6 +111,11 @@ def test_autograd_reads_nothing(without_data: None, reduction: Any, dtype: torch
         results.append(
             ops.linear_kd_kl(leaf, other, head, teacher_weight=head.detach(), **settings)
         )
+        losses = ops.linear_cross_entropy_kd(
+            *(leaf, torch.empty(4, dtype=torch.int64), head),
+            **{"teacher_hidden": other, "kd_weights": where, "reduction": reduction},
+        )
+        results.append(losses.cross_entropy + losses.kd)  # one graph
     results.append(ops.fake_quantize(leaf, bits=4, group_size=16))
     for calibration in ops.CALIBRATIONS:
         results.append(ops.project_calibrate(leaf, head, target_rms=1.0, calibration=calibration))
@@ -120,10 +127,10 @@ def test_autograd_reads_nothing(without_data: None, reduction: Any, dtype: torch
 
 def test_launchers_read_nothing(without_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from latentwire_fast.kernels import distillation, linear_distillation, quantization
+    from latentwire_fast.kernels import cross_entropy, distillation, linear_losses, quantization
 
     kernels = {}
-    for module in (distillation, quantization):
+    for module in (cross_entropy, distillation, quantization):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernels[name] = Launches()
             monkeypatch.setattr(module, name, kernels[name])
@@ -133,18 +140,25 @@ def test_launchers_read_nothing(without_data: None, monkeypatch: pytest.MonkeyPa
     distillation.kd_kl(student, teacher, tau=2.0, mask=mask, weight=weight, grad=grad)
     distillation.scale_rows(grad, weight)
     head = torch.empty(9, 9)
+    settings = reference.LossSettings(
+        *(2.0, 0.5, 0.0, 0.1, 9, 2),
+        **dict.fromkeys(("label_gradient", "kd_gradient"), True),
+        **dict.fromkeys(("needs_hidden", "needs_weight", "needs_bias"), True),
+        dtype=None,
+    )
+    labels, bias = torch.empty(5, dtype=torch.int64), torch.empty(9)
     for teacher_head in (None, torch.empty(11, 9)):
-        linear_distillation.linear_kd_kl(
-            *(student, teacher, head, teacher_head, mask),
-            **{"tau": 2.0, "softcap": 0.0, "chunk_rows": 2, "unit": 1.0},
-            **{"needs_hidden": True, "needs_weight": True},
-        )
+        rows = reference.LossRows(student, labels, mask, teacher, mask)
+        heads = reference.Heads(head, bias, teacher_head, None)
+        factors = reference.row_factors(rows)
+        linear_losses.linear_losses(rows, heads, settings, factors, unit=1.0)
     codes, scales = quantization.quantize_pack(student, bits=4, group_size=16, code_bytes=5)
     quantization.unpack_dequantize(
         codes, scales, bits=4, group_size=16, values=9, dtype=torch.float32
     )
     quantization.fake_quantize(student, bits=4, group_size=16)
     assert {name: k.count for name, k in kernels.items()} == {
+        "_cross_entropy_kernel": 3 + 3,
         "_kl_kernel": 1 + 3 + 3,
         "_scale_rows_kernel": 1,
         "_quantize_pack_kernel": 1,
@@ -165,6 +179,37 @@ def test_a_product_on_a_gpu_is_fp32_and_goes_where_it_should(
     assert matmul_fp32(a, b).dtype == torch.float32
     out = torch.empty(4, 8, device="cuda")
     assert matmul_fp32(a, b, out=out) is out
+
+
+@pytest.mark.parametrize("hidden", [torch.bfloat16, torch.float32], ids=str)
+def test_F13_under_autocast_the_head_is_multiplied_in_its_dtype(
+    without_data: None, hidden: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of fp32 heads, and of the fp32 hidden states that a final norm leaves; both products
+    and the one back."""
+    pytest.importorskip("triton")
+    from latentwire_fast.kernels import cross_entropy, distillation, linear_losses
+
+    monkeypatch.setattr(distillation, "_kl_kernel", Launches())
+    monkeypatch.setattr(cross_entropy, "_cross_entropy_kernel", Launches())
+    factors: list[torch.dtype] = []
+    multiply = linear_losses.matmul_fp32
+
+    def watched(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        factors.extend((a.dtype, b.dtype))
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(linear_losses, "matmul_fp32", watched)
+    monkeypatch.setattr("latentwire_fast.ops.linear_losses.uses_triton", lambda *_, **__: True)
+    student, teacher = torch.empty(4, 8, dtype=hidden), torch.empty(4, 8)
+    labels, head = torch.empty(4, dtype=torch.int64), torch.empty(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        dtype = autocast_dtype(student)
+    settings = reference.LossSettings(
+        *(1.0, 1.0, 0.0, 0.0, 16, 4), *(True, True, True, False, False, dtype)
+    )
+    _linear_losses(student, labels, None, teacher, None, *(head, None, None, None), *settings)
+    assert factors == [torch.bfloat16] * 6
 
 
 class Computed(TorchDispatchMode):

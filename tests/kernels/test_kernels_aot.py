@@ -144,6 +144,32 @@ def distillation_cases() -> dict[str, Case]:
     return cases
 
 
+def cross_entropy_cases() -> dict[str, Case]:
+    """Launches of the cross-entropy kernel on fp32 logits: the student's, or as the KL has them."""
+    cases = {}
+    for vocabulary, grad, flags in (
+        (128_256, BF16, {}),
+        (128_256, FP32, {}),
+        (128_256, BF16, {"STACKED": True}),
+        (128_256, BF16, {"STACKED": True, "SMOOTH": True}),
+        (128_256, FP32, {"STACKED": True, "GRADIENT": False}),
+        (152_064, BF16, {"STACKED": True}),
+        (256_000, BF16, {"STACKED": True, "SOFTCAP": True, "SMOOTH": True}),
+        (50_257, BF16, {"STACKED": True}),
+    ):
+        constants = {"STACKED": False, "SOFTCAP": False, "SMOOTH": False, "GRADIENT": True}
+        constants |= {"VOCABULARY": vocabulary, "BLOCK": 2048, **flags}
+        arguments = (FP32, FP32, "*i64", FP32, FP32, grad, *["i32"] * 3, *["fp32"] * 3)
+        accesses = ("LDGSTS", *(("STG",) if constants["GRADIENT"] else ()))
+        wide = vocabulary % 16 == 0
+        words = ", ".join(word.lower() for word, set_ in flags.items() if set_)
+        cases[f"cross-entropy, V {vocabulary}, to {grad[1:]}{', ' if words else ''}{words}"] = Case(
+            *("cross_entropy", "_cross_entropy_kernel", arguments, constants),
+            *(8, 3, accesses if wide else (), (6, 7, 8) if wide else ()),
+        )
+    return cases
+
+
 def rows_case(
     mode: int,
     width: int,
@@ -319,7 +345,12 @@ def grouped_cases(flags: dict[str, bool]) -> dict[str, Case]:
     return cases
 
 
-CASES = {**quantization_cases(), **projection_cases(), **distillation_cases()}
+CASES = {
+    **quantization_cases(),
+    **projection_cases(),
+    **distillation_cases(),
+    **cross_entropy_cases(),
+}
 
 
 def compiled(case: Case) -> Any:

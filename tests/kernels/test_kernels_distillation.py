@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernel_device import DEVICE, INTERPRETED, assert_guards_hold, guard_outputs, needs_kernels
-from latentwire_fast import ops
+from latentwire_fast import ops, reference
 
 logger = logging.getLogger(__name__)
 # The interpreter computes lanes that a `where` then drops, and numpy warns of those.
@@ -461,20 +461,24 @@ def test_nothing_is_written_outside_or_read_unwritten(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every buffer is cut out of a poisoned one: the results are the same and the rims whole."""
-    from latentwire_fast.kernels import distillation, linear_distillation
+    from latentwire_fast.kernels import distillation, linear_losses
 
     shapes = ((3, 2101), (3, 2101), (2, 5, 8), (2101, 8))
     student, teacher, hidden, head = (torch.randn(s).to(DEVICE, dtype) for s in shapes)
+    labels, bias = torch.arange(5, device=DEVICE), torch.randn(2101, device=DEVICE)
     one, factors = torch.ones((), device=DEVICE), torch.tensor([0.0, 1.0, 2.0], device=DEVICE)
 
     def results() -> list[Tensor]:
         grad = student.new_empty((3, 2101), dtype=dtype)
         losses = distillation.kd_kl(student, teacher, tau=1.0, weight=one, grad=grad)
         distillation.scale_rows(grad, factors)
-        linear = linear_distillation.linear_kd_kl(
-            *(hidden[0], hidden[1], head, None, None),
-            **{"tau": 1.0, "softcap": 0.0, "chunk_rows": 2, "unit": 1.0},
-            **{"needs_hidden": True, "needs_weight": True},
+        settings = reference.LossSettings(
+            *(1.0, 1.0, 0.0, 0.1, 2101, 2), *(True, True, True, True, True, None)
+        )
+        rows = reference.LossRows(hidden[0], labels, None, hidden[1], None)
+        heads = reference.Heads(head, bias, None, None)
+        linear = linear_losses.linear_losses(
+            *(rows, heads, settings, reference.row_factors(rows)), unit=1.0
         )
         return [grad, losses, *linear]
 
@@ -482,8 +486,8 @@ def test_nothing_is_written_outside_or_read_unwritten(
     with monkeypatch.context() as patch:
         buffers = guard_outputs(patch)
         found = results()
-    # Gradient and losses; losses, gradient, logits and in half precision theirs.
-    assert len(buffers) == (5 if dtype == torch.float32 else 6)
+    # Gradient and losses; six results, logits, a term's gradient and in half precision the other's.
+    assert len(buffers) == (10 if dtype == torch.float32 else 11)
     assert_guards_hold(buffers)
     assert (found[0][0] == 0).all()
     for f, e in zip(found, expected, strict=True):

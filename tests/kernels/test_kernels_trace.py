@@ -33,14 +33,15 @@ pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore::RuntimeWarning"
 # Forward and backward of the projection to embeddings, or to keys and values.
 PROJECTION = {"project_calibrate", "project_calibrate_backward"}
 QUANTISED = {"fake_quantize"}
-DISTILLED = {"linear_kd_kl"}
+# Cross-entropy, distillation or both; the likelihoods of an evaluation, too.
+LOSSES = {"linear_losses"}
 ON_THE_WIRE = {"quantize_pack", "unpack_dequantize"}
 
 TESTBED = {
     "align": PROJECTION,
-    "answer": PROJECTION,
-    "quantized": PROJECTION | QUANTISED,
-    "evaluate": ON_THE_WIRE | {"project_calibrate"},
+    "answer": PROJECTION | LOSSES,
+    "quantized": PROJECTION | QUANTISED | LOSSES,
+    "evaluate": ON_THE_WIRE | LOSSES | {"project_calibrate"},
     "encode": ON_THE_WIRE,
     "generate": ON_THE_WIRE | {"project_calibrate"},
 }
@@ -49,28 +50,27 @@ EXPECTED = {
     "testbed_byte": TESTBED,
     # Its adapter is linear: a receiver projects the codes themselves.
     "testbed_smoke": {
-        "pretrain": PROJECTION,
-        "answer": PROJECTION | DISTILLED,
-        "quantized": PROJECTION | QUANTISED,
-        "evaluate": ON_THE_WIRE | {"dequantize_project_calibrate"},
+        "pretrain": PROJECTION | LOSSES,
+        "answer": PROJECTION | LOSSES,
+        "quantized": PROJECTION | QUANTISED | LOSSES,
+        "evaluate": ON_THE_WIRE | LOSSES | {"dequantize_project_calibrate"},
         "encode": ON_THE_WIRE,
         "generate": ON_THE_WIRE | {"dequantize_project_calibrate"},
     },
     "testbed_context": {
         "select": PROJECTION,
         "match": PROJECTION,
-        "answer": PROJECTION,
-        "quantized": PROJECTION | QUANTISED,
-        "evaluate": ON_THE_WIRE | {"project_calibrate"},
+        "answer": PROJECTION | LOSSES,
+        "quantized": PROJECTION | QUANTISED | LOSSES,
+        "evaluate": ON_THE_WIRE | LOSSES | {"project_calibrate"},
         "encode": ON_THE_WIRE,
         "generate": ON_THE_WIRE | {"project_calibrate"},
     },
     "squad_llama_qwen": {
-        "select": PROJECTION,
         "match": PROJECTION,
-        "answer": PROJECTION | DISTILLED,
-        "quantized": PROJECTION | QUANTISED | DISTILLED,
-        "evaluate": ON_THE_WIRE | {"project_calibrate"},
+        "answer": PROJECTION | LOSSES,
+        "quantized": PROJECTION | QUANTISED | LOSSES,
+        "evaluate": ON_THE_WIRE | LOSSES | {"project_calibrate"},
         "encode": ON_THE_WIRE,
         "generate": ON_THE_WIRE | {"project_calibrate"},
     },

@@ -43,12 +43,12 @@ def test_training_with_distillation_matches_the_reference(
             train(config, tmp_path / name)
         lines[name] = records(tmp_path / name)
 
-    from latentwire_fast.kernels import linear_distillation
+    from latentwire_fast.kernels import linear_losses
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("reached")
 
-    monkeypatch.setattr(linear_distillation, "linear_kd_kl", fail)
+    monkeypatch.setattr(linear_losses, "linear_losses", fail)
     with ops.backend("triton"), pytest.raises(AssertionError, match="reached"):
         train(config, tmp_path / "again")
 

@@ -266,8 +266,9 @@ def test_one_changed_weight_makes_another_reader(model: Interlingua, config: Run
     reader = load_readers(config.readers)["llama"]
     with torch.no_grad():
         reader.model.lm_head.weight[-1, -1] += 1e-6
+    other = Reader(reader.model, reader.tokenizer, name="llama")
     with pytest.raises(CheckpointError, match="other weights"):
-        model.check_reader(reader)
+        model.check_reader(other)
 
 
 # --- damage, and hostile files (S2) -------------------------------------------------------------
@@ -342,6 +343,7 @@ def test_every_value_of_the_configuration_counts(folder: Path, how: str) -> None
         old = owner.pop(key)
         if how == "changed":
             changes = {str: "other", int: 77, float: 0.77, bool: old is False, list: []}
+            changes |= {type(None): "other"}
             owner[key] = changes[type(old)]
         elif how == "of another type":
             owner[key] = [old]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentwire_fast import ops
 from latentwire_fast.models.attachments.soft import SoftPrompt
 from runs import soft
 
@@ -122,12 +123,20 @@ def test_dropout_only_in_training(latent: Tensor) -> None:
     assert torch.equal(module(latent), module(latent))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_autocast_leaves_the_projection_in_fp32(latent: Tensor) -> None:
-    module = adapter("linear")
+def test_F13_the_projection_multiplies_in_the_dtype_of_autocast(latent: Tensor, kind: str) -> None:
+    """As a Linear would; a fp32 sum or LayerNorm before it makes no difference. Calibrated in
+    fp32: the RMS is reached as exactly as bf16 can hold it."""
+    module = adapter(kind).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prefix = module(latent)
-    assert torch.equal(prefix, module(latent))
+        rows = module.adapter(latent).bfloat16()
+    assert prefix.dtype == torch.bfloat16
+    assert torch.equal(prefix, ops.project_calibrate(rows, **module._projection()))
+    torch.testing.assert_close(prefix.float(), module(latent), rtol=0.1, atol=0.1 * TARGET_RMS)
+    rms = prefix.float().square().mean(-1).sqrt()
+    torch.testing.assert_close(rms, torch.full_like(rms, TARGET_RMS), rtol=4e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,6 +21,7 @@ from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
 from latentwire_fast.objectives.prepared import Key, PreparedItem, total_counts
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.prompts.builder import Prompt, Turn, full_text
+from latentwire_fast.readers.output_head import OutputHead
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.registry import OBJECTIVES
 from latentwire_fast.training.builders import build_model
@@ -198,6 +199,35 @@ def test_kd_is_the_naive_kl_to_the_text_prompted_reader(
         assert losses.sums["kd", name].item() == pytest.approx(expected, rel=1e-4)
         total += 0.5 * expected / counts["kd", name]
     assert losses.total.item() == pytest.approx(total, rel=1e-4), "CE is reported, not added"
+
+
+def test_F20_answers_and_distillation_share_one_pass_over_the_head(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the losses and gradients that each has alone; what is only reported has no gradient."""
+    calls: list[dict[str, Any]] = []
+    scored_by = OutputHead.losses
+
+    def watched(head: OutputHead, *arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        return scored_by(head, *arguments, **options)
+
+    monkeypatch.setattr(OutputHead, "losses", watched)
+    parts = {
+        "answer": OBJECTIVES.config("answer", weight=0.0, tokens=1),
+        "kd": OBJECTIVES.config("kd", weight=0.5, tau=2.0, tokens=2),
+    }
+    both = gradients(setting, StageConfig("both", steps=1, objectives=tuple(parts.values())), 5)
+    assert len(calls) == len(NAMES)
+    assert [c["cross_entropy_gradient"] for c in calls] == [False] * len(NAMES)
+    alone = gradients(setting, StageConfig("kd", steps=1, objectives=(parts["kd"],)), 5)
+    assert both[0] == pytest.approx(alone[0], rel=1e-6)
+    for name, gradient in alone[1].items():
+        torch.testing.assert_close(both[1][name], gradient)
+    calls.clear()
+    trained = replace(parts["answer"], weight=1.0)
+    setting.compute(StageConfig("both", steps=1, objectives=(parts["kd"], trained)))
+    assert len(calls) == len(NAMES)
 
 
 @torch.no_grad()
@@ -411,3 +441,20 @@ def test_kd_with_the_teacher_cache(setting: Setting, tmp_path: Path) -> None:
         value = exact["kd", name].item()
         assert results[0]["kd", name].item() == pytest.approx(value, rel=5e-3)
         assert results[0]["answer", name] == exact["answer", name]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["sum", "sequential"])
+def test_an_encoder_that_is_held_gets_no_gradient(setting: Setting, backward: bool) -> None:
+    stage = replace(stage_of(answer=1.0, continuation=1.0), hold_encoder=True)
+    setting.model.zero_grad(set_to_none=True)
+    items, counts = setting.prepare(stage)
+    step = Tensor.backward if backward else None
+    losses = setting.objectives.compute(items, stage, counts, backward=step)
+    if not backward:
+        losses.total.backward()
+    free = setting.compute(replace(stage, hold_encoder=False))
+    torch.testing.assert_close(losses.total, free.total)
+    got = {name for name, p in setting.model.named_parameters() if p.grad is not None}
+    assert got
+    assert not any(name.startswith("encoder.") for name in got)
+    setting.model.zero_grad(set_to_none=True)

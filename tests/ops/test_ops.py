@@ -425,7 +425,11 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         "kd_kl": (student, teacher, mask, torch.tensor(0.5), 2.0),
         "kd_kl_in_place": (student, teacher, mask, torch.tensor(0.5), 2.0),
         "scale_rows": (student, torch.rand(4)),
-        "linear_kd_kl": (*hidden, torch.randn(9, 5), None, mask, 2.0, 0.0, 3, True, True),
+        "linear_losses": (
+            *(hidden[0], torch.tensor([1, -1, 7, 0]), None, hidden[1], mask),
+            *(torch.randn(9, 5), torch.randn(9), None, None),
+            *(2.0, 0.5, 3.0, 0.1, 8, 3, True, True, True, True, True, None),
+        ),
     }
 
 
@@ -439,7 +443,7 @@ def test_opcheck(name: str) -> None:
     "kind",
     [
         *("fake_quantize", "project", "project groups"),
-        *("kd_kl", "kd_kl scaled", "kd_kl in place", "linear_kd_kl"),
+        *("kd_kl", "kd_kl scaled", "kd_kl in place", "linear_kd_kl", "linear_cross_entropy_kd"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -468,6 +472,9 @@ def test_fullgraph_compile_equals_eager(kind: str) -> None:
         "kd_kl scaled": lambda x: 3 * ops.kd_kl(x, teacher, tau=2.0, mask=mask),
         "kd_kl in place": lambda x: ops.kd_kl(x * 1, teacher, tau=2.0, mask=mask, in_place=True),
         "linear_kd_kl": lambda x: ops.linear_kd_kl(x, teacher, head, tau=2.0, mask=mask),
+        "linear_cross_entropy_kd": lambda x: sum(
+            ops.linear_cross_entropy_kd(x, mask.long(), head, teacher_hidden=teacher)[:2]
+        ),
     }
     call = calls[kind]
     x = torch.randn(2, 3, 20, requires_grad=True)

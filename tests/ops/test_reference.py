@@ -261,18 +261,15 @@ def test_difference_stacking_keeps_the_gradient(kl: float) -> None:
     exact = student.double().requires_grad_()
     textbook_kl(exact @ head.T, teacher.double() @ head.T, 1.0).sum().backward()
     assert exact.grad is not None
-    _, ours, _ = reference.linear_kd_kl(
-        student,
-        teacher,
-        weight,
-        None,
-        None,
-        tau=1.0,
-        softcap=0.0,
-        chunk_rows=8,
-        needs_hidden=True,
-        needs_weight=False,
+    settings = reference.LossSettings(
+        *(1.0, 1.0, 0.0, 0.0, vocabulary, 8),
+        *(False, True, True, False, False, None),
     )
+    (ours,) = reference.linear_losses(
+        reference.LossRows(student, None, None, teacher, None),
+        reference.Heads(weight, None, None, None),
+        settings,
+    ).d_hidden
     s, t = student @ weight.T, teacher @ weight.T
     naive = ((s.float().softmax(-1) - t.float().softmax(-1)).bfloat16() @ weight).double()
     norm = exact.grad.norm()

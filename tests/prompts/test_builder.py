@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast
 
+from latentwire_fast.config.schema import PromptConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.testbed import COLOURS, JOBS, OBJECTS, SYLLABLES
 from latentwire_fast.errors import ConfigError
@@ -64,7 +65,7 @@ def test_an_anchor_that_ends_in_white_space_is_refused(
     llama_tokenizer: PreTrainedTokenizerFast, anchor: str
 ) -> None:
     with pytest.raises(ConfigError, match="ends in white space"):
-        PromptBuilder(llama_tokenizer, anchor=anchor)
+        PromptBuilder(llama_tokenizer, PromptConfig(anchor_text=anchor))
 
 
 def test_every_testbed_answer_tokenises_after_the_anchor_as_it_does_alone(
@@ -286,7 +287,9 @@ def test_an_encoders_context_can_be_cut(builder: PromptBuilder) -> None:
 def test_bos_comes_once_and_can_be_left_out(llama_tokenizer: PreTrainedTokenizerFast) -> None:
     bos = llama_tokenizer.bos_token_id
     opening = {
-        option: PromptBuilder(llama_tokenizer, bos=option).build([Turn("Q")], context=None).ids
+        option: PromptBuilder(llama_tokenizer, PromptConfig(bos=option))
+        .build([Turn("Q")], context=None)
+        .ids
         for option in (None, True, False)
     }
     assert opening[None].count(bos) == 1  # the template's own
@@ -301,14 +304,14 @@ def test_without_a_template_bos_comes_first_unless_refused(
     prompt = PromptBuilder(plain).build([Turn("Q", "a")], context="C")
     assert prompt.ids[0] == plain.bos_token_id
     assert plain.decode(prompt.ids[1:]) == f"Context: C\nQuestion: Q\n{ANCHOR} a</s>"
-    bare = PromptBuilder(plain, bos=False).build([Turn("Q", "a")], context="C")
+    bare = PromptBuilder(plain, PromptConfig(bos=False)).build([Turn("Q", "a")], context="C")
     assert bare.ids == prompt.ids[1:]
 
 
 def test_a_tokenizer_without_bos_is_left_without(qwen_tokenizer: PreTrainedTokenizerFast) -> None:
     plain = without_template(qwen_tokenizer)
     for option in (None, True, False):
-        prompt = PromptBuilder(plain, bos=option).build([Turn("Q")], context="C")
+        prompt = PromptBuilder(plain, PromptConfig(bos=option)).build([Turn("Q")], context="C")
         assert plain.decode(prompt.ids) == f"Context: C\nQuestion: Q\n{ANCHOR}"
 
 

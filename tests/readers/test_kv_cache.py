@@ -258,7 +258,9 @@ def accelerated(
     monkeypatch.setattr(kv_cache, "Placer", FakePlacer)
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, number=number: log.append(f"layer {number}"))
-    return CacheFiller.for_model(model), log
+    filler = CacheFiller.for_model(model)
+    log.clear()  # of the token that its geometry was measured on
+    return filler, log
 
 
 def filled(model: PreTrainedModel, filler: CacheFiller) -> Cache:

@@ -138,6 +138,57 @@ def test_a_reader_that_computes_nan_is_refused(folder: Path) -> None:
         Reader.load(folder, name="broken")
 
 
+# --- what libraries say (F33) -------------------------------------------------------------------
+
+
+def test_a_model_without_sdpa_keeps_the_hint(llama_tokenizer: PreTrainedTokenizerFast) -> None:
+    """transformers ends its long message with what to do: load with eager attention."""
+    with pytest.raises(ConfigError) as error:
+        load_weights(_NoSdpa, "testbed:llama", attn_implementation="sdpa")
+    message = str(error.value)
+    assert "does not support an attention implementation through" in message
+    assert 'attn_implementation="eager"' in message
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+class _NoSdpa:
+    """As transformers answers for an architecture without it."""
+
+    @staticmethod
+    def from_pretrained(*_: object, **__: object) -> None:
+        raise ValueError(
+            "OldForCausalLM does not support an attention implementation through "
+            "torch.nn.functional.scaled_dot_product_attention yet. Please request the support for "
+            "this architecture: https://github.com/huggingface/transformers/issues/28005. If you "
+            "believe this error is a bug, please open an issue.\nLoad the model with the argument "
+            '`attn_implementation="eager"` meanwhile. Example: `model = AutoModel.from_pretrained('
+            '"openai/whisper-tiny", attn_implementation="eager")`'
+        )
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_custom_code_is_refused_without_a_prompt(
+    folder: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    if part == "config":
+        edit_config(
+            folder,
+            model_type="own",
+            auto_map={
+                "AutoConfig": "own.OwnConfig",
+                "AutoModelForCausalLM": "own.OwnModel",
+            },
+        )
+    else:
+        path = folder / "tokenizer_config.json"
+        own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    with pytest.raises(ConfigError, match="brings its own Python code, which is not run"):
+        Reader.load(folder, name="own")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, about transformers
 def test_a_lora_adapter_is_a_reader(llama_folder: Path, tmp_path: Path) -> None:
     """What the optional dependency `lora` is for: its folder is loaded with the model under it."""

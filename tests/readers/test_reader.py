@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.batch import PaddingSide
 from latentwire_fast.prompts.builder import Prompt, Turn, full_text
+from latentwire_fast.readers import loading
 from latentwire_fast.readers.loading import resolve_source
 from latentwire_fast.readers.reader import Reader, load_readers
 from readers import tiny_model
@@ -180,12 +182,52 @@ def weakly_capped(vocab_size: int) -> PreTrainedModel:
     return Gemma2ForCausalLM(config)
 
 
-@pytest.mark.parametrize("build", [gemma2, granite, cohere, weakly_capped])
-def test_a_model_that_transforms_its_logits_is_refused(
-    llama_tokenizer: PreTrainedTokenizerFast, build: Callable[[int], PreTrainedModel]
+@pytest.mark.parametrize(
+    ("build", "scale", "softcap"),
+    [(gemma2, 1, 5.0), (granite, 0.125, 0), (cohere, 0.0625, 0), (weakly_capped, 1, 1e6)],
+)
+def test_logits_are_scaled_and_capped_as_the_model_does_it(
+    llama_tokenizer: PreTrainedTokenizerFast,
+    build: Callable[[int], PreTrainedModel],
+    scale: float,
+    softcap: float,
 ) -> None:
-    with pytest.raises(ConfigError, match="transforms its logits"):
-        Reader(build(len(llama_tokenizer)), llama_tokenizer, name="capped")
+    reader = Reader(build(len(llama_tokenizer)), llama_tokenizer, name="capped")
+    assert (reader.logit_scale, reader.logit_softcap) == (scale, softcap)
+    prompt = reader.prompts.build([Turn("Who?", "a baker")], context="Nulnak is a baker.")
+    batch = reader.collate([prompt])
+    expected = reader.model(input_ids=batch.ids_BT).logits
+    found = reader.logits(reader.target_hidden(batch))
+    torch.testing.assert_close(found, expected[batch.rows_N, batch.cols_N], rtol=1e-5, atol=1e-6)
+    scored = reader.score([prompt]).logprobs_NV
+    torch.testing.assert_close(scored, found.log_softmax(-1))
+
+
+@pytest.mark.parametrize("change", [lambda x: x.square(), lambda x: 3 * x, lambda x: x + 1])
+def test_a_model_that_changes_its_logits_in_another_way_is_refused(
+    llama_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    model = tiny_model("llama", llama_tokenizer)
+    plain = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        output = plain(**inputs)
+        output.logits = change(output.logits)
+        return output
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(ConfigError, match=r"reader 'odd' \(llama\) does something to its logits"):
+        Reader(model, llama_tokenizer, name="odd")
+
+
+def test_a_factor_that_a_model_does_not_use_is_left_out(
+    llama_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny_model("llama", llama_tokenizer)
+    model.config.logit_scale = 0.5
+    assert Reader(model, llama_tokenizer, name="llama").logit_scale == 1
 
 
 def test_a_capped_model_without_its_cap_is_accepted(
@@ -237,11 +279,6 @@ def test_the_fingerprint_tells_weights_apart(
     assert other.fingerprint != readers["llama"].fingerprint
 
 
-def test_the_embedding_rms_is_that_of_the_table(reader: Reader) -> None:
-    expected = reader.embedding.weight.double().square().mean().sqrt().item()
-    assert reader.embedding_rms == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_tokenizer_without_pad_pads_with_eos(llama_tokenizer: PreTrainedTokenizerFast) -> None:
     unpadded = copy.deepcopy(llama_tokenizer)
     unpadded.pad_token = None
@@ -258,5 +295,15 @@ def test_four_bit_readers_need_bitsandbytes(
     llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match="load_in_4bit needs"):
+    with pytest.raises(ConfigError, match=r"load_in_4bit needs .*run `pip install bitsandbytes`"):
         Reader.load(llama_folder, name="llama", load_in_4bit=True)
+
+
+def test_flash_attention_that_is_not_installed_is_said_before_weights_are_loaded(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr("latentwire_fast.readers.reader.load_weights", lambda *_, **__: 1 / 0)
+    wanted = "needs the package flash-attn and a GPU; run `pip install --no-build-isolation flash-"
+    with pytest.raises(ConfigError, match=wanted):
+        Reader.load(llama_folder, name="llama", attn_implementation="flash_attention_2")

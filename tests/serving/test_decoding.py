@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
@@ -260,3 +261,59 @@ def test_rows_of_the_output_embedding_without_a_token_are_never_picked(
     sampled = DecodeOptions(1, first_token_temperature=50.0, eos_ban_steps=1)
     drawn = receiver.generate(prompts[:1] * 200, options=sampled)
     assert max(ids[0] for ids in drawn) < tokens
+
+
+# --- the end of a table of positions (F19) ------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "mpt", "opt"])
+def test_each_row_ends_where_its_own_positions_do(
+    readers: dict[str, Reader], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A short prompt beside a long one gets the answer that it gets alone, also from models that
+    count columns (GPT-Neo, MPT)."""
+    tokenizer = readers["llama"].tokenizer
+    options = {
+        "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64},
+        "gpt_neo": {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 8,
+            "max_position_embeddings": 64,
+        },
+        "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 64},
+        "opt": {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "ffn_dim": 32,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": 64,
+        },
+    }[kind]
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **options)
+    model = AutoModelForCausalLM.from_config(config)
+    reader = Reader(model, tokenizer, name="gpt")
+    prompts = [
+        Prompt([20 + (7 * i + size) % 400 for i in range(size)], None, [False] * size)
+        for size in (62, 20)
+    ]
+    receiver = Receiver.for_text(reader)
+    ten = DecodeOptions(max_new_tokens=10, eos_ban_steps=10)
+    alone = [receiver.generate([prompt], options=ten)[0] for prompt in prompts]
+    assert [len(ids) for ids in alone] == [3, 10]
+    assert "an answer was cut: reader 'gpt' has a table of 64 positions" in caplog.text
+    first = receiver.prefill(prompts)
+    assert first.generate(ten) == alone
+    assert first.generate(ten) == alone, "decoding again starts from the prompts"
+
+
+def test_logits_that_are_no_numbers_are_no_answer(readers: dict[str, Reader]) -> None:
+    """F26: the likeliest token of NaN would be the first one."""
+    reader = readers["llama"]
+    prompt = reader.prompts.build([Turn("Who?")], context=None, latent="context")
+    nothing = [torch.full((2, reader.d_model), torch.inf)]
+    with pytest.raises(ConfigError, match=r"computes NaN from this prompt: .* smaller prefix gain"):
+        Receiver.for_text(reader).generate([prompt], embeddings=nothing)

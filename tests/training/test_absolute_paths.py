@@ -14,7 +14,7 @@ from latentwire_fast.config.schema import (
     RunConfig,
     StageConfig,
 )
-from latentwire_fast.data.sources import map_paths
+from latentwire_fast.data.source_names import map_paths
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.evaluation.pipeline import evaluate_run

@@ -22,7 +22,7 @@ from latentwire_fast.errors import CheckpointError, RunStopped
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
 from latentwire_fast.readers.reader import load_readers
-from latentwire_fast.training import session
+from latentwire_fast.training import frozen_work, session
 from latentwire_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from latentwire_fast.training.trainer import Trainer
 from runs import (
@@ -62,6 +62,8 @@ class Watch:
                 act()
             return compute(objectives, *args, **options)
 
+        # Before the first step, the size of a cache is estimated from prompts: no batch.
+        patch.setattr(frozen_work, "estimated_bytes", lambda *_: 0)
         patch.setattr(ObjectiveSet, "prepare", prepared)
         patch.setattr(ObjectiveSet, "compute", computed)
 

@@ -54,12 +54,14 @@ class DataSet(ABC):
 
     Attributes:
         is_built_in: it makes its examples itself: a run names it alone, and gives no path.
+        has_questions: its examples have questions, on which a run can be scored.
         is_endless: it makes training batches without end (`stream`), and has no list of all.
     """
 
     Config: ClassVar[type[DataSetConfig]]
     is_built_in: ClassVar[bool] = False
     is_endless: ClassVar[bool] = False
+    has_questions: ClassVar[bool] = True
 
     def __init__(self, config: DataSetConfig) -> None:
         self.config = config

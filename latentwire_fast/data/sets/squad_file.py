@@ -1,4 +1,4 @@
-"""A SQuAD v1.1 or v2.0 JSON file: what a bare path of a file is read as."""
+"""A SQuAD v1.1 or v2.0 JSON file, or some of its articles: what a bare path of a file is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ class SquadFile(DataSet):
 
     @dataclass(frozen=True)
     class Config(DataSetConfig):
-        """No settings."""
+        """`articles`: first and end of a slice of the articles in the order of their titles."""
+
+        articles: tuple[int | None, int | None] | None = None
+
+    config: Config
 
     def load(self, place: Path | None, *, split: Split, count: int | None, seed: int) -> Loaded:
         """Every question, shuffled.
@@ -27,5 +31,6 @@ class SquadFile(DataSet):
         """
         if place is None:
             raise DataError("a SQuAD file is not on the hub; give its path, or take hub:squad")
-        examples = load_squad(place)
+        articles = self.config.articles
+        examples = load_squad(place, articles=None if articles is None else slice(*articles))
         return Loaded(random.Random(seed).sample(examples, len(examples)), is_of_split=False)

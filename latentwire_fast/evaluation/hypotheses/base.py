@@ -10,7 +10,7 @@ measured* where a reader cannot do the task from text either: equal failures wou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -44,7 +44,7 @@ class Evidence:
         payload_sizes: per bit width, the bytes of each example's payload.
         utf8_sizes, brotli_sizes: bytes of each example's text.
         are_added_readers: the encoder was trained without any of these readers.
-        seed, resamples: of the bootstrap.
+        seed, resamples: of the bootstrap. clusters: what is resampled together, per example.
     """
 
     methods: Mapping[str, Mapping[str, MethodResult]]
@@ -57,14 +57,18 @@ class Evidence:
     are_added_readers: bool
     seed: int
     resamples: int
+    clusters: Sequence[Hashable] | None = None
 
     def difference(self, ours: Sequence[float], theirs: Sequence[float]) -> Interval:
         """The mean difference of two scores over the same examples."""
-        return paired_interval(ours, theirs, seed=self.seed, resamples=self.resamples)
+        return paired_interval(ours, theirs, **self._options())
 
     def ratio(self, ours: Sequence[float], theirs: Sequence[float]) -> Interval:
         """The ratio of two sums over the same examples."""
-        return ratio_interval(ours, theirs, seed=self.seed, resamples=self.resamples)
+        return ratio_interval(ours, theirs, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {"seed": self.seed, "resamples": self.resamples, "clusters": self.clusters}
 
     def latent_against(self, method: str) -> Interval:
         """The latent's F1 minus a method's, for the reader where it is worst."""

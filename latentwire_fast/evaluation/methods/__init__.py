@@ -9,7 +9,9 @@ PARTS = {
         "latentwire_fast.evaluation.methods.token_budget_question:TokenBudgetQuestion"
     ),
     "byte_budget": "latentwire_fast.evaluation.methods.byte_budget:ByteBudget",
+    "text_lora": "latentwire_fast.evaluation.methods.text_lora:TextLora",
     "closed_book": "latentwire_fast.evaluation.methods.closed_book:ClosedBook",
+    "closed_book_lora": "latentwire_fast.evaluation.methods.closed_book_lora:ClosedBookLora",
     "shuffled_latent": "latentwire_fast.evaluation.methods.shuffled_latent:ShuffledLatent",
     "zero_latent": "latentwire_fast.evaluation.methods.zero_latent:ZeroLatent",
     "embedding_replay": "latentwire_fast.evaluation.methods.embedding_replay:EmbeddingReplay",

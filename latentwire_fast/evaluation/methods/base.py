@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -145,6 +146,8 @@ class EvaluationMethod(ABC):
         is_control: it knows nothing of the example but the question, so it must not score above
             closed book.
         in_model_card: whether the model card shows its F1.
+        with_lora: whether a reader's low-rank updates (LoRA) are on while it reads text; with
+            payloads they always are. Such a method is measured only with readers that have them.
         by_bits: given for a method that is scored at every bit width, beside the run's own.
     """
 
@@ -157,6 +160,7 @@ class EvaluationMethod(ABC):
     is_timed: ClassVar[bool] = False
     is_control: ClassVar[bool] = False
     in_model_card: ClassVar[bool] = False
+    with_lora: ClassVar[bool] = False
     by_bits: ClassVar[ByBits | None] = None
 
     def __init__(self, config: MethodConfig) -> None:
@@ -165,6 +169,16 @@ class EvaluationMethod(ABC):
     def not_measured(self, case: EvaluationCase) -> str | None:
         """The reason why these examples cannot be used for the method; None where they can."""
         return None
+
+    def fits(self, case: EvaluationCase) -> bool:
+        """Whether it means anything with the case's reader."""
+        return case.reader.lora is not None or not self.with_lora
+
+    def reading(self, case: EvaluationCase, inputs: MethodInput) -> AbstractContextManager[None]:
+        """Inside the block the case's reader reads what this method has built: as it was loaded,
+        where that is text."""
+        adapted = self.with_lora or inputs.payloads is not None
+        return nullcontext() if adapted else case.reader.base()
 
     @abstractmethod
     def build(self, case: EvaluationCase, rows: range, *, bits: int) -> MethodInput:

@@ -53,7 +53,11 @@ def write_report(
     """
     extra = extra_scores(predictions)
     view = build_view(metrics, predictions, diagnostics, config, extra=extra)
-    drawn = {"accuracy": accuracy_figure(metrics), "learning": learning_figure(diagnostics)}
+    validations = (metrics.get("validation") or {}).get("validations") or []
+    drawn = {
+        "accuracy": accuracy_figure(metrics),
+        "learning": learning_figure(diagnostics, validations),
+    }
     figures = {name: png for name, png in drawn.items() if png is not None}
     (eval_dir / "figures").mkdir(parents=True, exist_ok=True)
     for name, png in figures.items():
@@ -94,6 +98,15 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
             else:
                 for metric, value in (scores or {}).items():
                     yield reader, method, metric, value
+    for reader, others in (metrics.get("latent_minus") or {}).items():
+        for other, scores in others.items():
+            for metric, value in scores.items():
+                yield reader, f"latent_minus_{other}", metric, value
+    for reader, entry in ((metrics.get("continuation") or {}).get("readers") or {}).items():
+        for way, value in entry["nll_per_token"].items():
+            yield reader, f"continuation_{way}", "nll_per_token", value
+        for way, value in entry["latent_minus"].items():
+            yield reader, f"continuation_latent_minus_{way}", "nll_per_token", value
     for metric, value in (metrics.get("joint") or {}).items():
         yield "joint", "", metric, value
     sizes = metrics.get("bytes") or {}

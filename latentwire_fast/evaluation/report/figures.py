@@ -179,8 +179,9 @@ def _dot(
 # --- learning curves ------------------------------------------------------------------------------
 
 
-def learning_figure(diagnostics: Records) -> bytes | None:
-    """Loss by objective, accuracy by reader and latent rank over the steps, stages marked.
+def learning_figure(diagnostics: Records, validations: Records = ()) -> bytes | None:
+    """Loss by objective, accuracy by reader, latent rank and validations over the steps, stages
+    marked.
 
     Returns:
         PNG bytes, or None when nothing was logged.
@@ -197,6 +198,8 @@ def learning_figure(diagnostics: Records) -> bytes | None:
             _curves((r["step"], r.get("accuracy") or {}) for r in diagnostics),
         ),
         ("Latents of a batch", "effective rank", _curves(ranks)),
+        ("Validation NLL", "nats per token", _validation_curves(validations, "nll")),
+        ("Validation F1", "share of 1", _validation_curves(validations, "f1")),
     ]
     panels = [panel for panel in panels if panel[2]]
     if not panels:
@@ -219,6 +222,14 @@ def learning_figure(diagnostics: Records) -> bytes | None:
         rows[-1].set_xlabel("step")
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         return _png(figure)
+
+
+def _validation_curves(validations: Records, score: str) -> dict[str, Curve]:
+    """One score of every reader over the steps that were validated."""
+    return _curves(
+        (entry["step"], {name: scores[score] for name, scores in entry["scores"].items()})
+        for entry in validations
+    )
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:

@@ -83,6 +83,9 @@ def _about_scores(
             "master the task, and being close to it proves little."
         )
     controls = {key: m.label for key, m in evaluation_methods().items() if m.is_control}
+    # Where low-rank updates were trained, they read payloads: what they know alone is no content.
+    trained = score("closed_book_lora")
+    closed = closed if trained is None else trained
     for method, label in controls.items():
         floor = score(method)
         if floor is not None and closed is not None and floor > closed + FLOOR_MARGIN:

@@ -12,8 +12,11 @@ from typing import Any
 from latentwire_fast.config.presets import PRESETS
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.config.serialization import to_json
+from latentwire_fast.evaluation.console import not_frozen
+from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
 from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
+from latentwire_fast.evaluation.report.differences import continuation, difference_rows
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
 from latentwire_fast.evaluation.report.formatting import (
     MISSING,
@@ -45,6 +48,9 @@ def build_view(
         "run": metrics.get("run") or {},
         "examples": metrics.get("examples") or 0,
         "base": config.get("base"),
+        "not_frozen": [
+            not_frozen(name, entry) for name, entry in (metrics.get("lora") or {}).items()
+        ],
         "is_pure": (metrics.get("run") or {}).get("mode") == "pure",
         "headline": headline(metrics),
         "tiles": list(_tiles(metrics)),
@@ -52,14 +58,20 @@ def build_view(
         "hypotheses": [hypothesis_row(metrics, key) for key in hypotheses()],
         "columns": [title for title, *_ in _COLUMNS],
         "readers": [
-            {"name": name, "rows": list(_method_rows(methods, metrics))}
+            {
+                "name": name,
+                "rows": list(_method_rows(methods, metrics)),
+                "differences": list(difference_rows(metrics, name)),
+            }
             for name, methods in _readers(metrics).items()
         ],
         "width_columns": _width_columns(metrics),
         "widths": list(_width_rows(metrics)),
         "joint": _joint(metrics),
+        "continuation": continuation(metrics),
         "extra_columns": list(EXTRA_SCORES.values()),
         "extra": list(_extra_rows(extra)),
+        "validation": _validation(metrics.get("validation") or {}),
         "shown_examples": choose_examples(predictions, metrics),
         "facts": list(_facts(metrics)),
         "commands": _commands(metrics.get("run") or {}, config),
@@ -82,7 +94,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
         for name, methods in readers.items()
     )
     subject = f"One payload of {size(payload)} bytes" + (f" at {bits} bits" if bits else "")
-    receivers = "1 frozen reader" if len(readers) == 1 else f"{len(readers)} frozen readers"
+    frozen = "" if metrics.get("lora") else "frozen "
+    receivers = f"1 {frozen}reader" if len(readers) == 1 else f"{len(readers)} {frozen}readers"
     return (
         f"{subject} stands in for {size(sizes.get('text_utf8_mean'))} bytes of text "
         f"({size(sizes.get('text_brotli_mean'))} after brotli) for {receivers}: {scores}."
@@ -146,10 +159,11 @@ def _method_rows(
     for key in (*known, *(k for k in methods if k not in known and k not in by_bits)):
         if key not in methods:
             continue
-        method = known.get(key)
+        method, reason = known.get(key), (metrics.get("not_measured") or {}).get(key)
+        note = method.note if method else ""
         yield {
             "label": method.label if method else key.replace("_", " "),
-            "note": method.note if method else "",
+            "note": note if methods[key] is not None or not fits_not(reason) else DOES_NOT_FIT,
             "kind": method.kind if method else "budget",
             "cells": [show((methods[key] or {}).get(score)) for _, score, show in _COLUMNS],
             "bytes": _bytes_of(method, metrics),
@@ -215,6 +229,33 @@ def _joint(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         for label, key, note in rows
         if joint.get(key) is not None
     ]
+
+
+def _validation(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scores of the last and of the best validation; None where there were none."""
+    if not found:
+        return None
+    rows = []
+    for which in ("last", "best"):
+        cells = []
+        for scores in found[which]["scores"].values():
+            cells += [number(scores["nll"], digits=3), percent(scores["f1"]).text]
+        note = " (this report's model)" if found["model"] == which else ""
+        rows.append({"label": which + note, "step": str(found[which]["step"]), "cells": cells})
+    metric = "NLL" if found["metric"] == "nll" else "F1"
+    note = (
+        f"On {found['examples']} examples that are neither trained on nor evaluated on. Best is "
+        f"the step with the best running mean of the {metric}, of which "
+        f"{number(100 * found['ema'], digits=0)}% stays at each validation."
+    )
+    if found["stopped_early"]:
+        note += " Training ended early: the last validations were not the best."
+    names = found["last"]["scores"]
+    return {
+        "columns": [f"{name} {score}" for name in names for score in ("NLL / token", "F1")],
+        "rows": rows,
+        "note": note,
+    }
 
 
 def _extra_rows(extra: Means) -> Iterator[dict[str, Any]]:

@@ -5,23 +5,27 @@ Shapes: B batch, M latents, d the latent's width, D the reader's; L layers, H ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypedDict
 
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import AttachmentConfig
+from latentwire_fast.config.schema import AttachmentConfig, Mode
 from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.reader import Reader
 
 
 class ReaderInputs(TypedDict):
     """A latent as one reader takes it in: keyword arguments of `Reader.collate` and `generate`.
 
     prefixes: soft tokens `[B, M, D]`, none of them (M = 0) where the prefix is deep only.
-    deep: keys and values `[L, 2, B, H, M, d_head]`, or None.
+    deep: keys and values `[L, 2, B, H, P, d_head]`, or None.
+    head: how many of a prompt's first ids the deep prefix holds already.
     """
 
     prefixes: Tensor
     deep: Tensor | None
+    head: int
 
 
 Place = Literal["prefixes", "deep"]
@@ -56,6 +60,18 @@ class Attachment(nn.Module):
     def positions(self) -> int:
         """How many of the reader's positions it takes."""
         raise NotImplementedError
+
+    @property
+    def head_positions(self) -> int:
+        """How many of these hold the first ids of a prompt (template and label), not the latent."""
+        return 0
+
+    def start(self, reader: Reader, *, mode: Mode, contexts: Sequence[str]) -> None:
+        """Take from the reader what a fresh attachment begins with.
+
+        Args:
+            contexts: a few texts of the training data.
+        """
 
     def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
         """The entry of the reader's inputs that `gives` names.

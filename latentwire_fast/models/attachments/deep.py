@@ -8,25 +8,30 @@ A soft token has to make its way through the reader's first layers; a deep prefi
 directly what it would have found there (prefix tuning, arXiv:2101.00190, with the prefix generated
 from a payload). `readers/kv_cache.py` puts it into a cache.
 
-Shapes: L layers, 2 keys and values, B batch, H key/value heads, P = M positions, D head width, W
-width of the generator.
+Shapes: L layers, 2 keys and values, B batch, H key/value heads, M latents, P positions (M, and in
+place those of the prompt's head), D head width, W width of the generator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from latentwire_fast import ops
 from latentwire_fast.config.base import require
-from latentwire_fast.config.schema import AttachmentConfig, Calibration
+from latentwire_fast.config.schema import AttachmentConfig, Calibration, Mode
 from latentwire_fast.models.attachments.base import Attachment, rms_of
 from latentwire_fast.models.layers import pre_norm_layer
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.kv_geometry import KVGeometry
+from latentwire_fast.readers.own_kv import head_keys_values, text_keys_values
+from latentwire_fast.readers.reader import Reader
+
+_SPREAD = 0.5  # of what a prefix makes at first, relative to the spread of the texts' own
 
 
 class DeepPrefix(Attachment):
@@ -54,6 +59,10 @@ class DeepPrefix(Attachment):
             width, layers, heads: of the transformer that makes them.
             expansion: inner width of its MLPs, as a multiple of its width.
             dropout: in it.
+            in_place: put the prefix where the text stood: behind the reader's own keys and values
+                of what comes before the text (template and label), which are kept with it. A
+                prefix that holds a text's own keys and values is then that text. Otherwise it
+                stands before the whole prompt, and what is before the text is read behind it.
             calibration: rescale the keys, and the values, of each layer by themselves to learned
                 gains (which start at the RMS of the reader's own), or only multiply by these.
         """
@@ -63,7 +72,13 @@ class DeepPrefix(Attachment):
         heads: int = 8
         expansion: int = 4
         dropout: float = 0.0
+        in_place: bool = False
         calibration: Calibration = "none"
+
+        @property
+        def starts_from_texts(self) -> bool:
+            """In place, unless it is calibrated to the reader's own sizes."""
+            return self.in_place and self.calibration == "none"
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -101,6 +116,9 @@ class DeepPrefix(Attachment):
         nn.init.normal_(self.project.weight, std=width**-0.5)
         nn.init.zeros_(self.project.bias)
         self.gain = nn.Parameter(torch.tensor(geometry.rms))
+        empty = torch.zeros(geometry.layers, 2, 1, geometry.heads, 0, geometry.head_width)
+        self.head: Tensor
+        self.register_buffer("head", empty, persistent=config.in_place)
 
     @classmethod
     def build(
@@ -112,11 +130,44 @@ class DeepPrefix(Attachment):
 
     @property
     def positions(self) -> int:
-        """One per latent."""
-        return self.latents
+        """One per latent, and those of the prompt's head."""
+        return self.latents + self.head_positions
+
+    @property
+    def head_positions(self) -> int:
+        """How many hold the first ids of a prompt."""
+        return self.head.shape[4]
+
+    @torch.no_grad()
+    def start(self, reader: Reader, *, mode: Mode, contexts: Sequence[str]) -> None:
+        """In place: keep the keys and values of a prompt's head, and start from the average key and
+        value of the texts in each channel. From the reader's RMS alone, a prefix is noise that
+        says more than nothing, and the wrong thing."""
+        if not self.config.in_place:
+            return
+        self.head = head_keys_values(reader, mode).to(self.head)
+        if contexts and self.config.starts_from_texts:
+            sides = [
+                text_keys_values(reader, context, slots=self.latents, first=self.head_positions)
+                for context in contexts
+            ]
+            self._start_from(torch.cat(sides, 3).to(self.gain))
+
+    def _start_from(self, sides_L2HPD: Tensor) -> None:
+        """Make the average of these the bias, and their spread that of what is made."""
+        gain_L2 = sides_L2HPD.square().mean((2, 3, 4)).sqrt()
+        mean, std = sides_L2HPD.mean(3), sides_L2HPD.std(3)  # [L, 2, H, D]
+        self.gain.copy_(gain_L2)
+        self.project.bias.copy_((mean / gain_L2[..., None, None]).flatten())
+        self.project.weight.mul_((_SPREAD * std / gain_L2[..., None, None]).flatten()[:, None])
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if (saved := state.get(f"{prefix}head")) is not None:  # its length is the reader's matter
+            self.head = torch.empty_like(saved, device=self.head.device)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
-        """Keys and values `[L, 2, B, H, M, D]`, in the generator's dtype.
+        """Keys and values `[L, 2, B, H, P, D]`, in the generator's dtype.
 
         Args:
             gain: multiplies the values (prefix gain); the keys, and so the attention, stay.
@@ -128,24 +179,21 @@ class DeepPrefix(Attachment):
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
         made = ops.project_calibrate(
-            _as_autocast(self.body(hidden_BMW)),
+            self.body(hidden_BMW),
             *(self.project.weight, self.project.bias),
             target_rms=1.0,
             gain=scale_L2.flatten(),
             calibration=self.config.calibration,
             groups=2 * g.layers,
         )
-        return made.unflatten(-1, (g.layers, 2, g.heads, g.head_width)).permute(2, 3, 0, 4, 1, 5)
+        made = made.unflatten(-1, (g.layers, 2, g.heads, g.head_width)).permute(2, 3, 0, 4, 1, 5)
+        if not self.head_positions:
+            return made
+        head = self.head.to(made.dtype).expand(-1, -1, len(latent_BMd), -1, -1, -1)
+        return torch.cat([head, made], 4)
 
     @torch.no_grad()
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:
         """RMS of keys and of values."""
-        keys, values = self(latent_BMd).unbind(1)
+        keys, values = self(latent_BMd)[..., self.head_positions :, :].unbind(1)
         return {"keys": rms_of(keys), "values": rms_of(values)}
-
-
-def _as_autocast(x: Tensor) -> Tensor:
-    """In the dtype that a Linear would multiply in: a LayerNorm leaves fp32, an op takes what it
-    gets."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from latentwire_fast import ops
-from latentwire_fast.config.base import require
+from latentwire_fast.config.parts import check_gain
 from latentwire_fast.config.schema import AdapterConfig, AttachmentConfig, Calibration, RunConfig
 from latentwire_fast.models.adapters.base import Adapter
 from latentwire_fast.models.attachments.base import Attachment, rms_of
@@ -53,7 +53,7 @@ class SoftPrompt(Attachment):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            require(self.gain > 0, f"gain={self.gain}, expected above 0")
+            check_gain("gain", self.gain)
 
         def check(self, run: RunConfig) -> None:
             """Its adapter checks itself."""

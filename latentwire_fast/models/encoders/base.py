@@ -59,6 +59,16 @@ class Encoder(nn.Module):
         """
         return cls(config)
 
+    @classmethod
+    def outline(cls, config: EncoderConfig) -> Encoder:
+        """An encoder on torch's meta device: the shapes of its weights without the weights.
+
+        Raises:
+            ConfigError: its shape is not known here.
+        """
+        with torch.device("meta"):
+            return cls.build(config, {})
+
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32. Texts beyond the limit are cut."""
         raise NotImplementedError
@@ -102,6 +112,17 @@ class Encoder(nn.Module):
                 f"the text has {length:,} {limit.unit}, the encoder reads {limit.length:,}; cut it "
                 "into several"
             )
+
+    def keep_states(self, folder: Path, *, rank: int) -> None:
+        """Keep on disk what a frozen part computes of a text, if there is such a part.
+
+        Args:
+            folder: made when there is something to keep; `rank` keeps the files of processes apart.
+        """
+
+    def kept_bytes(self, context: str) -> int:
+        """About how many bytes `keep_states` leads to for a text."""
+        return 0
 
     def save(self, folder: Path) -> list[str]:
         """Write what `load` needs besides the settings and the weights.

@@ -6,6 +6,7 @@ Shapes: B texts, M latents, D the LM's width.
 from __future__ import annotations
 
 import copy
+import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,16 +17,31 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from latentwire_fast.config.schema import EncoderConfig, PoolerConfig, RunConfig
+from latentwire_fast.config.schema import (
+    EncoderConfig,
+    PoolerConfig,
+    PromptConfig,
+    RunConfig,
+    TemplateConfig,
+)
 from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.files.tensor_cache import TensorCache
+from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
 from latentwire_fast.readers.checkpointing import checkpoint_activations
-from latentwire_fast.readers.checks import check_vocabulary, learns_positions
+from latentwire_fast.readers.checks import (
+    check_prompt_ids,
+    check_vocabulary,
+    learns_positions,
+    position_limit,
+)
 from latentwire_fast.readers.loading import load_tokenizer, load_weights
+from latentwire_fast.readers.logits import LogitTransform
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.shapes import model_config
 from latentwire_fast.registry import POOLERS
 
 FOLDER = "encoder"  # of a saved model: the LM's configuration and tokenizer
@@ -39,14 +55,16 @@ class LMEncoder(Encoder):
         tokenizer: its tokenizer. The text is laid out as a prompt of that LM, which is what it
             knows.
         shared: the core is a reader's own module, which nothing may change.
+        facts: of an LM without weights; otherwise they are read off it.
 
     Raises:
         ConfigError: the pooler cannot work with this LM.
     """
 
     @dataclass(frozen=True)
-    class Config(EncoderConfig):
-        """An encoder that starts from a pretrained causal LM.
+    class Config(EncoderConfig, TemplateConfig):
+        """An encoder that starts from a pretrained causal LM; `template` and `date` are of the
+        chat template that its text is laid out in.
 
         Attributes:
             source: the LM: a reader's source (its own weights are taken), a folder or a hub id.
@@ -71,6 +89,11 @@ class LMEncoder(Encoder):
             """Whether its pooler does."""
             return bool(POOLERS.part_of(self.pooler).selects_positions)
 
+        @property
+        def prompt(self) -> PromptConfig:
+            """How its text is laid out."""
+            return PromptConfig(template=self.template, date=self.date)
+
         def check(self, run: RunConfig) -> None:
             """Its pooler checks itself."""
             self.pooler.check(run)
@@ -91,15 +114,18 @@ class LMEncoder(Encoder):
         config: Config,
         *,
         shared: bool = False,
+        facts: LMFacts | None = None,
     ) -> None:
         super().__init__(config)
-        self.prompts = PromptBuilder(tokenizer)
+        self.prompts = PromptBuilder(tokenizer, config.prompt)
+        check_prompt_ids(self.prompts, core, name=f"encoder LM {config.source!r}")
         self.tokenizer = tokenizer
-        lm = LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
+        lm = facts or LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
         self.pooler: Pooler = POOLERS.part_of(config.pooler)(config.pooler, lm)
         self.core = core.requires_grad_(not config.frozen)
         self.norm = nn.LayerNorm(lm.width)
         self.project = nn.Linear(lm.width, config.d_z)
+        self.states_cache: TensorCache | None = None  # of a frozen LM, while it is trained
         if shared:
             self.register_load_state_dict_pre_hook(_refuse_other_core)
 
@@ -122,10 +148,29 @@ class LMEncoder(Encoder):
             backbone = reader.backbone if shared else copy.deepcopy(reader.backbone).float()
             core, tokenizer = cast(PreTrainedModel, backbone), reader.tokenizer
         if learns_positions(core):
-            config = _within_positions(config, core, PromptBuilder(tokenizer))
+            config = _within_positions(config, core, PromptBuilder(tokenizer, config.prompt))
         if config.gradient_checkpointing:
             checkpoint_activations(core)
         return cls(core, tokenizer, config, shared=shared).train()
+
+    @classmethod
+    def outline(cls, config: EncoderConfig) -> LMEncoder:
+        """An encoder whose LM has the shape of its source, and no weights. Its tokenizer is another
+        one, for texts cannot be read anyway."""
+        assert isinstance(config, LMEncoder.Config)
+        with torch.device("meta"):
+            core = AutoModel.from_config(model_config(config.source), dtype=torch.float32)
+            lm = LMFacts(
+                latents=config.latents,
+                width=core.config.hidden_size,
+                layers=core.config.num_hidden_layers,
+                anchor_D=torch.zeros(core.config.hidden_size),
+                embedding_std=1.0,
+                logits=LogitTransform(),
+                tied=bool(core.config.tie_word_embeddings),
+                source=config.source,
+            )
+            return cls(core, load_tokenizer("testbed:llama"), config, facts=lm)
 
     def train(self, mode: bool = True) -> LMEncoder:
         """A frozen LM stays in eval mode: it has nothing to learn from dropout, and may be a
@@ -176,7 +221,8 @@ class LMEncoder(Encoder):
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
 
     def _text(self, contexts: Texts, questions: Texts | None) -> LMText:
-        return LMText(self.core, self.prompts, self._prompts(contexts, questions))
+        cache = self.states_cache if self.config.frozen else None
+        return LMText(self.core, self.prompts, self._prompts(contexts, questions), cache=cache)
 
     def _prompts(self, contexts: Texts, questions: Texts | None) -> list[Prompt]:
         prompts = []
@@ -192,6 +238,19 @@ class LMEncoder(Encoder):
             prompts.append(prompt)
         return prompts
 
+    def keep_states(self, folder: Path, *, rank: int) -> None:
+        """Keep the states of a frozen LM."""
+        if self.config.frozen and self.pooler.states:
+            digest = parameter_digest(self.core.named_parameters())
+            self.states_cache = TensorCache(folder / f"encoder-{digest[:16]}-{rank}")
+
+    def kept_bytes(self, context: str) -> int:
+        """The states that the pooler reads, fp16."""
+        if not self.config.frozen:
+            return 0
+        (prompt,) = self._prompts([context], None)
+        return 2 * self.pooler.states * len(prompt.ids) * self.norm.normalized_shape[0]
+
     def save(self, folder: Path) -> list[str]:
         """Write the LM's configuration and its tokenizer."""
         self.core.config.save_pretrained(folder / FOLDER)
@@ -202,9 +261,9 @@ class LMEncoder(Encoder):
     def load(cls, folder: Path, config: EncoderConfig) -> LMEncoder:
         """The encoder that was saved in a folder, before its weights are loaded."""
         assert isinstance(config, LMEncoder.Config)
-        lm_config = AutoConfig.from_pretrained(folder / FOLDER)
+        lm_config = AutoConfig.from_pretrained(folder / FOLDER, trust_remote_code=False)
         # The configuration is the reader's, whose dtype may be shorter than what was trained.
-        core = AutoModel.from_config(lm_config, dtype=torch.float32)
+        core = AutoModel.from_config(lm_config, dtype=torch.float32, trust_remote_code=False)
         return cls(core, load_tokenizer(folder / FOLDER), config)
 
 
@@ -218,13 +277,14 @@ def _reader_of(source: str, readers: Mapping[str, Reader]) -> Reader | None:
 
 def _can_share(config: LMEncoder.Config, reader: Reader) -> bool:
     """Whether an encoder may use a reader's own module: nothing changes it, it computes in fp32 as
-    encoders do, and it is on one device."""
+    encoders do, and it is on one device. A reader that gets low-rank updates changes."""
     weights = list(reader.model.parameters())
     whole = {(weight.dtype, weight.device) for weight in weights} == {
         (torch.float32, reader.device)
     }
     placed = getattr(reader.model, "hf_device_map", None) is not None
-    return config.frozen and not config.gradient_checkpointing and whole and not placed
+    alone = not config.gradient_checkpointing and reader.lora_settings is None
+    return config.frozen and alone and whole and not placed
 
 
 def _within_positions(
@@ -234,7 +294,7 @@ def _within_positions(
     # all but the text: what a prompt of pure mode has besides it, and the queries
     frame = prompts.build([Turn("")], context="")
     others = len(frame.ids) - frame.content + config.latents
-    room = core.config.get_text_config().max_position_embeddings - others
+    room = (position_limit(core.config.get_text_config(decoder=True)) or sys.maxsize) - others
     if room < 1:
         raise ConfigError(
             f"encoder LM {config.source!r} has no position left for a text beside "

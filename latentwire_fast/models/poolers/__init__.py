@@ -3,5 +3,7 @@
 PARTS = {
     "queries": "latentwire_fast.models.poolers.queries:QueriesPooler",
     "spans": "latentwire_fast.models.poolers.spans:SpansPooler",
+    "cross_attention": "latentwire_fast.models.poolers.cross_attention:CrossAttentionPooler",
+    "layer_spans": "latentwire_fast.models.poolers.layer_spans:LayerSpansPooler",
     "selected": "latentwire_fast.models.poolers.selected:SelectedPooler",
 }

@@ -49,6 +49,12 @@ class Pooler(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def states(self) -> int:
+        """How many layers' states of the text alone it reads, which can be kept if the LM is
+        frozen; 0 if it runs the LM on more than the text."""
+        return 0
+
     def forward(self, text: LMText) -> Tensor:
         """States `[B, M, D]`."""
         raise NotImplementedError

@@ -17,6 +17,8 @@ from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler
+from latentwire_fast.readers.embeddings import expected_embedding
+from latentwire_fast.readers.logits import LogitTransform
 
 
 class QueriesPooler(Pooler):
@@ -54,7 +56,7 @@ class QueriesPooler(Pooler):
         # Queries that start as the anchor's last token already hold the LM's idea of an answer.
         noise_MD = torch.randn(lm.latents, lm.width) * (0.3 * lm.embedding_std)
         self.memory = nn.Parameter(lm.anchor_D + noise_MD)
-        self.rehearsals = config.rehearsals
+        self.rehearsals, self.logits = config.rehearsals, lm.logits
         if config.rehearsals:
             if not lm.tied:
                 raise ConfigError(
@@ -71,11 +73,17 @@ class QueriesPooler(Pooler):
         for _ in range(self.rehearsals):
             with torch.no_grad():
                 hidden_BMD = text.read_queries(queries_BMD)
-                expected_BMD = expected_embeddings(hidden_BMD[:, :-1], text.embedding.weight)
+                expected_BMD = expected_embeddings(hidden_BMD[:, :-1], text.embedding, self.logits)
             queries_BMD = torch.cat([queries_BMD[:, :1], expected_BMD], 1) + self.query_offsets
         return text.read_queries(queries_BMD)
 
 
-def expected_embeddings(hidden_BMD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Mean embedding `[B, M, D]` of the tokens that hidden states predict."""
-    return (hidden_BMD @ weight_VD.T).softmax(-1) @ weight_VD
+def expected_embeddings(
+    hidden_BMD: Tensor, embedding: nn.Embedding, logits: LogitTransform
+) -> Tensor:
+    """Mean embedding `[B, M, D]` of the tokens that hidden states predict.
+
+    The output embedding is the table itself; what an LM reads is what the module makes of it.
+    """
+    probs_BMV = logits(hidden_BMD @ embedding.weight.T).softmax(-1)
+    return expected_embedding(probs_BMV, embedding)

@@ -55,6 +55,11 @@ class SelectedPooler(Pooler):
             enable_nested_tensor=False,
         )
 
+    @property
+    def states(self) -> int:
+        """Those of all layers."""
+        return len(self.mixes)
+
     def forward(self, text: LMText) -> Tensor:
         """States `[B, M, D]` of the chosen positions."""
         return self.select(text).states_BMD

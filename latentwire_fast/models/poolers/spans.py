@@ -26,6 +26,11 @@ class SpansPooler(Pooler):
         super().__init__(config, lm)
         self.latents = lm.latents
 
+    @property
+    def states(self) -> int:
+        """The last layer's."""
+        return 1
+
     def forward(self, text: LMText) -> Tensor:
         """States `[B, M, D]`."""
         hidden_BTD, lengths_B = text.hidden()
@@ -38,10 +43,17 @@ def pool_spans(hidden_BTD: Tensor, lengths_B: Tensor, spans: int) -> Tensor:
 
     A row shorter than `spans` repeats positions rather than averaging nothing.
     """
-    edges = torch.arange(spans + 1, device=hidden_BTD.device) * lengths_B[:, None]
+    position = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+    return span_weights(position < lengths_B[:, None], spans).to(hidden_BTD) @ hidden_BTD
+
+
+def span_weights(inside_BT: Tensor, spans: int) -> Tensor:
+    """The weights `[B, spans, T]` of means over contiguous spans of the positions that are inside,
+    which follow one another."""
+    number_BT = inside_BT.long().cumsum(1) - 1  # of each position among those inside
+    edges = torch.arange(spans + 1, device=inside_BT.device) * inside_BT.sum(1)[:, None]
     start = edges[:, :-1] // spans
     stop = torch.maximum(edges[:, 1:] // spans, start + 1)
-    position = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
-    inside = (position >= start[..., None]) & (position < stop[..., None])
-    weights = inside.to(hidden_BTD) / inside.sum(-1, keepdim=True).clamp(min=1)
-    return weights @ hidden_BTD
+    number_B1T = number_BT[:, None]
+    chosen = (number_B1T >= start[..., None]) & (number_B1T < stop[..., None]) & inside_BT[:, None]
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=1)

@@ -1,0 +1,61 @@
+"""A model's input embeddings as the model itself sees them: what the module returns, not its table.
+
+Some families scale inside the module (Gemma by the square root of the width: on its 270M model the
+table has a root mean square of 0.0408, what the model reads 1.031), so the raw table says nothing
+of the size or the values that stand in `inputs_embeds`.
+
+Shapes: V vocabulary, v some of it, D embedding width, `...` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+CHUNK = 1 << 20  # values looked up at a time: 4 MiB in fp32, whatever the vocabulary
+
+
+class EmbeddingSize(NamedTuple):
+    """Root mean square and standard deviation over all values of the embeddings of all tokens."""
+
+    rms: float
+    std: float
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The module that turns token ids into `inputs_embeds` `[..., D]`."""
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+@torch.no_grad()
+def embedding_size(embedding: nn.Embedding) -> EmbeddingSize:
+    """How large the embeddings are that a model is given, over its whole vocabulary."""
+    count, total, squares = 0, 0.0, 0.0
+    for _, rows_vD in _in_chunks(embedding):
+        values = rows_vD.float()
+        count += values.numel()
+        total += values.sum(dtype=torch.float64).item()
+        squares += values.square().sum(dtype=torch.float64).item()
+    variance = (squares - total**2 / count) / max(1, count - 1)
+    return EmbeddingSize(rms=(squares / count) ** 0.5, std=max(0.0, variance) ** 0.5)
+
+
+def expected_embedding(probs: Tensor, embedding: nn.Embedding) -> Tensor:
+    """Mean embedding `[..., D]` of tokens drawn with probabilities `[..., V]`, in their dtype."""
+    if type(embedding) is nn.Embedding:  # what it returns is its table
+        return probs @ embedding.weight.to(probs.dtype)
+    parts = [probs[..., ids] @ rows.to(probs.dtype) for ids, rows in _in_chunks(embedding)]
+    return torch.stack(parts).sum(0)
+
+
+def _in_chunks(embedding: nn.Embedding) -> Iterator[tuple[slice, Tensor]]:
+    """The embeddings `[v, D]` of all tokens, and which tokens they are of."""
+    rows, width = embedding.weight.shape
+    step = max(1, CHUNK // width)
+    for start in range(0, rows, step):
+        ids = slice(start, min(start + step, rows))
+        yield ids, embedding(torch.arange(ids.start, ids.stop, device=embedding.weight.device))

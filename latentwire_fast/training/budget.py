@@ -1,0 +1,378 @@
+"""What a run takes, computed from its configuration alone: no weights are loaded.
+
+    print("\\n".join(budget(load_preset("squad_llama_qwen")).lines()))
+
+Parameter counts and payload sizes are exact: the model is built on torch's meta device. Memory and
+time are an analytic model:
+
+* A frozen reader multiplies 2 N operations per position forward (N weights of its layers) and 2 N
+  backward, to its inputs only. Recomputed activations are another 2 N. A trained LM has 6 N.
+* Activations that backward needs, per layer and position, in bytes: `e (2 D + 2 Q + 2 K + 3 I) + 16
+  D`, with e of an element, widths D of the model, Q and K of queries and keys, I inside the MLPs.
+  Measured of Llama, Qwen2 and Gemma 3 in fp32 and bf16: 0.69 to 1.29 times that. Recomputed
+  activations leave one state per layer, and one layer at a time.
+* Time is operations over the GPU's rate times MFU, the share of it that such runs reach.
+
+What it leaves out: the optimiser's own arithmetic, the evaluation, data on its way, and what the
+allocator keeps besides (count on a tenth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from latentwire_fast.config.parts import BITS
+from latentwire_fast.config.schema import ReaderConfig, RunConfig, StageConfig
+from latentwire_fast.data.sources import heldout_examples
+from latentwire_fast.errors import ConfigError, DataError
+from latentwire_fast.models.encoders.base import Encoder
+from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.readers.card import ReaderCard
+from latentwire_fast.readers.kv_geometry import KVGeometry
+from latentwire_fast.readers.shapes import Shape, shape_of
+from latentwire_fast.registry import BOTTLENECKS, ENCODERS
+from latentwire_fast.training.optimizers import build_optimizers
+
+GPU, GPU_FLOPS, GPU_BYTES, MFU = "H100 (bf16)", 989e12, 80e9, 0.35
+CHARACTERS_PER_TOKEN = 4.5  # of English, with vocabularies of pretrained LMs
+TEMPLATE_TOKENS = 20  # of a prompt: its template, labels and anchor
+SAMPLE = 100  # held-out examples whose lengths are measured
+LATENTS_READ = {"answer", "kd", "autoencode", "continuation"}  # a reader reads the latent, backward
+TEXT_READ = {"kd", "kv", "select", "attention"}  # a reader reads the text, forward only
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+LM = "core"  # the attribute of an encoder that holds its LM
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of an example, on average. Those of SQuAD, unless an example can be read."""
+
+    context: float = 165
+    question: float = 14
+    answer: float = 5
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Lengths:
+        """Of the held-out examples where they are at hand, by their characters."""
+        if "hub:" in config.data.source:
+            return cls()
+        try:
+            examples = heldout_examples(config.data, count=SAMPLE)
+        except (ConfigError, DataError, OSError):
+            return cls()
+        texts = zip(*((e.context, e.question, e.answers[0]) for e in examples), strict=True)
+        means = (sum(map(len, text)) / len(examples) / CHARACTERS_PER_TOKEN for text in texts)
+        return cls(*(max(1.0, mean) for mean in means))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run takes.
+
+    Attributes:
+        trained, frozen: parameters by part.
+        payload: bytes of an example by bits per value.
+        memory: bytes on the device by part.
+        flops: operations of the training by stage.
+        lengths: tokens of an example.
+    """
+
+    trained: Mapping[str, int]
+    frozen: Mapping[str, int]
+    payload: Mapping[int, int]
+    memory: Mapping[str, float]
+    flops: Mapping[str, float]
+    lengths: Lengths
+    notes: tuple[str, ...] = ()
+
+    @property
+    def hours(self) -> float:
+        """On `GPU`, at `MFU`."""
+        return sum(self.flops.values()) / (GPU_FLOPS * MFU) / 3600
+
+    def lines(self) -> list[str]:
+        """A table for the terminal."""
+        size = self.lengths
+        payload = ", ".join(f"{count:,} at {bits} bits" for bits, count in self.payload.items())
+        total = sum(self.memory.values())
+        fits = "fits" if 1.1 * total < GPU_BYTES else "does not fit"
+        return [
+            "dry run: nothing was loaded or trained",
+            *_section("trained parameters", self.trained, "{:,.0f}"),
+            *_section("frozen parameters", self.frozen, "{:,.0f}"),
+            f"payload of an example, bytes: {payload}",
+            f"an example: {size.context:.0f} tokens of context, {size.question:.0f} of a question, "
+            f"{size.answer:.0f} of an answer (estimated)",
+            *_section("memory, GB (estimated)", _scaled(self.memory, 1e-9), "{:,.3f}"),
+            f"  {fits} in {GPU_BYTES / 1e9:.0f} GB, with a tenth for what the allocator keeps",
+            *_section("training, PFLOP (estimated)", _scaled(self.flops, 1e-15), "{:,.3g}"),
+            f"{self.hours:.2f} hours on one {GPU}, at {MFU:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s",
+            *self.notes,
+        ]
+
+
+def _scaled(values: Mapping[str, float], factor: float) -> dict[str, float]:
+    return {name: factor * value for name, value in values.items()}
+
+
+def _section(title: str, values: Mapping[str, float], form: str) -> Iterable[str]:
+    yield f"{title}: {form.format(sum(values.values()))}"
+    width = max((len(name) for name in values), default=0)
+    for name, value in values.items():
+        yield f"  {name:<{width}}  {form.format(value)}"
+
+
+def budget(config: RunConfig) -> Budget:
+    """The budget of a run.
+
+    Raises:
+        ConfigError: the shape of a reader, or of the encoder's LM, is not known here.
+    """
+    shapes = {name: shape_of(r.source) for name, r in config.readers.items()}
+    model = _model(config, shapes)
+    core = getattr(model.encoder, LM, None)
+    lm = None if core is None else Shape.of(core.config)
+    lengths = Lengths.of(config)
+    notes = []
+    if config.base is not None:
+        model.encoder.requires_grad_(False)
+        notes.append("the encoder is the base's, and is not trained")
+    if lm is None:
+        notes.append("the activations of an encoder without an LM are not counted")
+    if any(o.kind == "kd" for stage in config.stages for o in stage.objectives):
+        each = lengths.answer * 2 * sum(shape.width for shape in shapes.values())
+        notes.append(
+            f"the teacher's cache takes {each:,.0f} bytes on disk per question (estimated)"
+        )
+    plan = _Plan(config, shapes, model, lm, lengths)
+    return Budget(
+        trained=_by_part(model, trained=True),
+        frozen=_by_part(model, trained=False)
+        | {f"reader {name}": shape.parameters for name, shape in shapes.items()},
+        payload=_payload(model),
+        memory=plan.memory(),
+        flops={stage.name: stage.steps * plan.step_flops(stage) for stage in config.stages},
+        lengths=lengths,
+        notes=tuple(notes),
+    )
+
+
+def _model(config: RunConfig, shapes: Mapping[str, Shape]) -> Interlingua:
+    """What is trained, on the meta device."""
+    cards = {name: _card(shape) for name, shape in shapes.items()}
+    encoder: Encoder = ENCODERS.part_of(config.encoder).outline(config.encoder)
+    with torch.device("meta"):
+        return Interlingua(
+            encoder,
+            cards,
+            bottleneck=config.bottleneck,
+            attachments=config.attachments,
+            mode=config.mode,
+        )
+
+
+def _card(shape: Shape) -> ReaderCard:
+    """The card of a reader of which only the shape is known."""
+    rms = ((1.0, 1.0),) * shape.layers
+    geometry = KVGeometry(shape.layers, shape.kv_heads, shape.head_width, rms)
+    return ReaderCard(shape.width, 1.0, "", geometry)
+
+
+def _by_part(model: Interlingua, *, trained: bool) -> dict[str, int]:
+    """Parameters of the model by part, those that are trained or the others."""
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad is not trained:
+            continue
+        steps = name.split(".")
+        part = "encoder"
+        if steps[0] == "encoder" and steps[1] == LM:
+            part = "encoder's LM"
+        elif steps[0] == "attachments":
+            part = f"{steps[2]} of {steps[1]}"
+        elif steps[0] == "task_tokens":
+            part = f"task tokens of {steps[1]}"
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+def _payload(model: Interlingua) -> dict[int, int]:
+    """Bytes of an example at each width, as the bottleneck packs them."""
+    settings = model.encoder_config
+    latent = torch.zeros(1, settings.latents, settings.d_z)
+    bottleneck = BOTTLENECKS.part_of(model.bottleneck_config)(model.bottleneck_config)
+    return {
+        bits: len(bottleneck.pack(latent, bits=bits, fingerprint=0)[0]) for bits in sorted(BITS)
+    }
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The arithmetic of a run's steps."""
+
+    config: RunConfig
+    shapes: Mapping[str, Shape]
+    model: Interlingua
+    lm: Shape | None
+    lengths: Lengths
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    @property
+    def questions(self) -> int:
+        """Asked of one example in a step."""
+        return self.config.data.questions_per_context if self.config.mode == "context" else 1
+
+    @property
+    def with_latent(self) -> float:
+        """Positions of a prompt that has the latent in the place of text."""
+        asked = self.lengths.question if self.config.mode == "context" else 0
+        return self.model.positions + asked + self.lengths.answer + TEMPLATE_TOKENS
+
+    @property
+    def with_text(self) -> float:
+        """Positions of a prompt that has the text."""
+        size = self.lengths
+        return size.context + size.question + size.answer + TEMPLATE_TOKENS
+
+    @property
+    def encoded(self) -> float:
+        """Positions that the encoder's LM reads of an example."""
+        asked = self.lengths.question if self.config.mode == "pure" else 0
+        length = self.lengths.context + asked + TEMPLATE_TOKENS
+        longest = getattr(self.config.encoder, "max_tokens", length)
+        return min(length, longest) + self.config.encoder.latents
+
+    # --- operations -------------------------------------------------------------------------------
+
+    def step_flops(self, stage: StageConfig) -> float:
+        """Operations of one optimiser step."""
+        kinds = {objective.kind for objective in stage.objectives if objective.weight}
+        unknown = kinds - LATENTS_READ - TEXT_READ - {"embed"}
+        per_example = self._encoder_flops()
+        share = 1 / len(self.shapes) if self.config.optim.readers == "alternate" else 1.0
+        for name, shape in self.shapes.items():
+            own = 6.0 * self.config.encoder.latents * self._attachment_parameters(name)
+            if kinds & LATENTS_READ or unknown:
+                passes = 6 if self.config.optim.gradient_checkpointing else 4
+                own += self.questions * passes / 2 * self._forward(shape, self.with_latent)
+                own += self.questions * 6 * self.lengths.answer * shape.width * shape.vocabulary
+            if kinds & TEXT_READ or unknown:
+                prompts = self.questions if kinds & {"kd", "select"} else 1
+                own += prompts * self._forward(shape, self.with_text)
+            per_example += share * own
+        return per_example * self.config.optim.batch_size
+
+    @staticmethod
+    def _forward(shape: Shape, positions: float) -> float:
+        return 2 * shape.matmul * positions + shape.attention_flops(round(positions))
+
+    def _encoder_flops(self) -> float:
+        """Of one example. Learned queries go through the LM, and so does their gradient."""
+        trained = sum(p.numel() for p in self.model.encoder.parameters() if p.requires_grad)
+        if self.lm is None:
+            return 6.0 * trained * self.encoded
+        passes = 1.0
+        if self._trains_lm:
+            passes = 3.0
+        elif getattr(self.config.encoder, "pooler", None) and self._reads_queries:
+            passes = 2.0
+        others = 0 if self._trains_lm else 6.0 * trained * self.config.encoder.latents
+        return passes * self._forward(self.lm, self.encoded) + others
+
+    @property
+    def _trains_lm(self) -> bool:
+        core = getattr(self.model.encoder, LM, None)
+        return core is not None and any(p.requires_grad for p in core.parameters())
+
+    @property
+    def _reads_queries(self) -> bool:
+        return bool(self.config.encoder.pooler.kind == "queries")  # type: ignore[attr-defined]
+
+    def _attachment_parameters(self, reader: str) -> int:
+        return sum(
+            p.numel() for part in self.model.parts(reader).values() for p in part.parameters()
+        )
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, float]:
+        """Bytes by part."""
+        weights = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        parts = {f"reader {n}": self._reader_bytes(n, r) for n, r in self._loaded().items()}
+        parts["model, fp32"] = 4.0 * weights
+        parts["gradients"] = 4.0 * trained
+        parts["optimiser"] = 4.0 * self._optimiser_values()
+        parts["activations of the encoder"] = self._micro * self._encoder_activations()
+        parts["deep prefixes"] = self._micro * sum(map(self._prefix_bytes, self.shapes.values()))
+        readers = [self._micro * self._reader_activations(name) for name in self.shapes]
+        together = self.config.optim.readers == "sum"
+        parts["activations of readers"] = sum(readers) if together else max(readers)
+        return parts
+
+    def _loaded(self) -> dict[str, ReaderConfig]:
+        """Readers of one source and the same options are in memory once."""
+        first: dict[ReaderConfig, str] = {}
+        for name, reader in self.config.readers.items():
+            first.setdefault(reader, name)
+        return {name: reader for reader, name in first.items()}
+
+    def _reader_bytes(self, name: str, reader: ReaderConfig) -> float:
+        element = ELEMENT[reader.compute_dtype or reader.dtype]
+        return self.shapes[name].weight_bytes(element=element, in_4bit=reader.load_in_4bit)
+
+    @property
+    def _micro(self) -> int:
+        optim = self.config.optim
+        return optim.micro_batch or optim.batch_size
+
+    def _optimiser_values(self) -> int:
+        """AdamW keeps two values of each parameter, Muon one."""
+        values = 0
+        for optimizer in build_optimizers(self.model, self.config.optim):
+            kept = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+            values += kept * sum(p.numel() for g in optimizer.param_groups for p in g["params"])
+        return values
+
+    def _prefix_bytes(self, shape: Shape) -> float:
+        """Of one example: keys and values in fp32, and their gradient."""
+        deep = self.config.encoder.latents if self.config.gives("deep") else 0
+        return 8.0 * deep * 2 * shape.layers * shape.kv_heads * shape.head_width
+
+    def _encoder_activations(self) -> float:
+        """Bytes of one example."""
+        element = 2 if self.config.optim.mixed_precision == "bf16" else 4
+        if self.lm is None:
+            return 0.0
+        kept = self._trains_lm or self._reads_queries
+        again = getattr(self.config.encoder, "gradient_checkpointing", False)
+        states = self.encoded * self.lm.width * element
+        if not kept:  # the hidden states that a pooler reads
+            return (self.lm.layers + 1) * states
+        return activation_bytes(self.lm, self.encoded, element=element, recomputed=again)
+
+    def _reader_activations(self, name: str) -> float:
+        """Bytes of one example's questions, and their logits in fp32 with their gradient."""
+        shape, reader = self.shapes[name], self.config.readers[name]
+        element = ELEMENT[reader.compute_dtype or reader.dtype]
+        again = self.config.optim.gradient_checkpointing
+        kept = activation_bytes(shape, self.with_latent, element=element, recomputed=again)
+        return self.questions * (kept + 8 * self.lengths.answer * shape.vocabulary)
+
+
+def activation_bytes(shape: Shape, positions: float, *, element: int, recomputed: bool) -> float:
+    """Bytes that the backward pass through a decoder with frozen weights needs of a prompt.
+
+    Args:
+        recomputed: the layers' activations are computed again in backward.
+    """
+    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    layer = element * (2 * shape.width + 2 * queries + 2 * keys + 3 * shape.inner)
+    layer += 16 * shape.width
+    if not recomputed:
+        return positions * shape.layers * layer
+    return positions * (shape.layers * shape.width * element + layer)

@@ -1,0 +1,24 @@
+"""A run's time limit: which step is the next, so that the schedule ends when the time does."""
+
+from __future__ import annotations
+
+from latentwire_fast.config.schema import RunConfig
+
+
+def next_step(config: RunConfig, step: int, seconds: float) -> int:
+    """The step behind `step`, after so many seconds of training.
+
+    Steps are left out where the run is behind its time: at half of `config.minutes` half of the
+    steps are done or left out. So every stage gets its share of the time, and the learning rate
+    comes to its end. A run that is ahead of its time leaves out none.
+    """
+    if config.minutes is None:
+        return step + 1
+    due = int(config.total_steps * seconds / (60 * config.minutes))
+    return min(max(step + 1, due), config.total_steps)
+
+
+def passes(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in `before + 1` to `after`: what is done every so many
+    steps is done then, also where steps are left out."""
+    return after // every > before // every
