@@ -11,6 +11,8 @@
 #   SQUAD_TRAIN, SQUAD_EVAL   for real: SQuAD files to train on and to be scored on, as of --data
 #   TEXT         for real: a text file whose paragraphs are scored beside the questions (none)
 #   REAL, MINUTES             for real: the run folder (runs/real), and minutes of training at most (60)
+#   CONTEXTS     for real: train on so many contexts of SQUAD_TRAIN (600): a CPU needs a second or two to get
+#                ready what is kept of each; none for all
 #   FILES        what gpu-real-files writes and gpu-real reads (runs/gpu-real-files)
 #   OUT          where gpu-kernels and gpu-prefill write (runs/gpu-kernels, runs/gpu-prefill)
 
@@ -25,6 +27,7 @@ SQUAD_EVAL ?=
 TEXT ?=
 REAL ?= runs/real
 MINUTES ?= 60
+CONTEXTS ?= 600
 FILES ?= runs/gpu-real-files
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,7 +55,8 @@ demo: $(VENV)/.installed  ## train and evaluate on the built-in testbed into run
 	$(BIN)/python -m latentwire_fast.train testbed --run runs/demo
 
 real: $(VENV)/.readers  ## train and evaluate on SQuAD with two pretrained readers, into REAL (resumes)
-	$(NEED_DATA)$(BIN)/python -m latentwire_fast.train squad_small --run $(REAL) --minutes $(MINUTES) $(REAL_DATA)
+	$(NEED_DATA)$(BIN)/python -m latentwire_fast.train squad_small --run $(REAL) --minutes $(MINUTES) \
+	    --set data.train_contexts=$(CONTEXTS) $(REAL_DATA)
 
 test: $(VENV)/.installed  ## run every test (those marked gpu are skipped without one)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable

@@ -1,4 +1,4 @@
-"""Distillation KL on logits with the student's gradient; `linear_distillation` has the head.
+"""Distillation KL on logits with the student's gradient; `linear_losses` has the head.
 
 Per row, with Delta = (s - t)/tau, p = softmax(t/tau), q = softmax(s/tau), and x = Delta - c for
 some centre c:

@@ -9,8 +9,11 @@ G = W'W, c = W'b. With P = (W | b | 0) `[D, K]` all three lie in P'P `[K, K]`, a
     rows     X = [s x, s, 1, 0 ...] `[N, K]`      one kernel: unpack, LayerNorm, G, s
     output   X (gamma * P)' + beta                 one matmul, beta its bias
 
-Traffic N*D*e + D*K*e + 2*N*(d + K)*e bytes, arithmetic 2*N*D*K and about N*d^2 (times three for
-fp32's accuracy). At d = 256 the arithmetic is the floor: 2*D*d / F = 2.7 ns per row at D = 4096 and
+Half precision rows take r2 from (W | b) = Q R instead where the parameters are frozen: see
+`projection_halves`.
+
+Traffic N*D*e + D*K*e + 2*N*(d + K)*e bytes, arithmetic 2*N*D*K and 2*N*d^2 (for fp32 rows N*d^2
+times three). At d = 256 the arithmetic is the floor: 2*D*d / F = 2.7 ns per row at D = 4096 and
 790 TFLOP/s, against 1.9 ns to write it at 4.3 TB/s. G pays while 3*d^2 / F < 2*D*e / BW, what
 writing y and reading it back would cost: d < 1000 for D = 4096 if its tiles ran at the peak rate;
 they are small and at half of it the bound is 700. G of `[D, D]` (the MLP adapter) would cost as
@@ -37,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latentwire_fast.kernels.matmul import matmul_fp32
+from latentwire_fast.kernels.projection_halves import Factor, factor_of
 from latentwire_fast.kernels.projection_rows import (
     Calibration,
     Norm,
@@ -57,12 +61,14 @@ class Folded:
     """What the folded form needs of the parameters, whatever the rows.
 
     plain: P = (W | b | 0) `[D, K]` in W's dtype; scaled: gamma * P in the rows' dtype; gram: P'P
-    `[K, K]` fp32. K is d + 2 rounded up to 8, so that rows are whole 16-byte pieces.
+    `[K, K]` fp32. K is d + 2 rounded up to 8, so that rows are whole 16-byte pieces. factor: in the
+    place of G for half precision rows, of parameters that stay as they are.
     """
 
     plain: Tensor
     scaled: Tensor
     gram: Tensor
+    factor: Factor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,14 @@ def _fold_kernel(
 
 
 def fold(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, *, dtype: torch.dtype
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    frozen: bool = False,
 ) -> Folded:
-    """Two launches. `dtype` is the rows'."""
+    """Two launches. `dtype` is the rows'; `frozen`: with the factor, which takes milliseconds."""
     weight = weight.contiguous()
     bias, gamma = (None if t is None else t.contiguous() for t in (bias, gamma))
     outputs, width = weight.shape
@@ -130,7 +141,9 @@ def fold(
         BLOCK=triton.next_power_of_2(padded),
         num_warps=4,
     )
-    return Folded(plain, scaled, matmul_fp32(plain.T, plain))
+    half = dtype != torch.float32
+    factor = factor_of(plain, width, dtype) if frozen and half else None
+    return Folded(plain, scaled, matmul_fp32(plain.T, plain), factor)
 
 
 def project_calibrate(
@@ -156,7 +169,10 @@ def project_calibrate(
             calibration=p.calibration,
             tanh=p.tanh,
         ).forward()
-    rows, squares = scaled_rows(source, p.norm, p.calibration, p.folded.gram, outputs)
+    folded = p.folded
+    rows, squares = scaled_rows(
+        *(source, p.norm, p.calibration, folded.gram, folded.factor, outputs)
+    )
     if beta is None:
-        return rows @ p.folded.scaled.T, squares
-    return torch.addmm(beta.to(rows.dtype), rows, p.folded.scaled.T), squares
+        return rows @ folded.scaled.T, squares
+    return torch.addmm(beta.to(rows.dtype), rows, folded.scaled.T), squares

@@ -10,7 +10,7 @@ TILE_VALUES = 4096
 
 
 @triton.jit
-def _load_rows(
+def load_rows(
     x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups,
     WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def row_moments(
     for start in range(0, WIDTH, STEP):
         column = start + tl.arange(0, STEP)
         live = live_row[:, None] & (column < WIDTH)[None, :]
-        x = _load_rows(
+        x = load_rows(
             x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups, WIDTH, BITS, GROUP
         )
         mean += tl.sum(x, 1)
@@ -66,7 +66,7 @@ def row_moments(
     for start in range(0, WIDTH, STEP):
         column = start + tl.arange(0, STEP)
         live = live_row[:, None] & (column < WIDTH)[None, :]
-        x = _load_rows(
+        x = load_rows(
             x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups, WIDTH, BITS, GROUP
         )
         centred = tl.where((column < WIDTH)[None, :], x - mean[:, None], 0.0)
@@ -75,7 +75,7 @@ def row_moments(
 
 
 @triton.jit
-def _normalise(
+def normalise(
     x, mean, rstd, norm_weight_ptr, norm_bias_ptr, column,
     WIDTH: tl.constexpr, HAS_NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -98,10 +98,10 @@ def row_tile(
 ):  # fmt: skip
     """Some columns of normalised rows."""
     live = live_row[:, None] & (column < WIDTH)[None, :]
-    x = _load_rows(
+    x = load_rows(
         x_ptr, scales_ptr, row, column, live, latents, code_bytes, groups, WIDTH, BITS, GROUP
     )
-    return _normalise(
+    return normalise(
         x, mean, rstd, norm_weight_ptr, norm_bias_ptr, column, WIDTH, HAS_NORM, HAS_NORM_BIAS
     )
 

@@ -2,8 +2,11 @@
 
 Names: x `[N, d]` the rows after LayerNorm; D outputs; K = d + 2 rounded up to 8, the padded width.
 
-`_rows_kernel` reads the rows, or unpacks a payload's codes; normalises them; finds s; and writes
+A kernel reads the rows, or unpacks a payload's codes; normalises them; finds s; and writes
 [s x, s, 1, 0 ...] `[N, K]` for the one matmul left, or x itself for `projection_tiles`.
+
+Half precision rows of up to 512 values go to `projection_halves` for the same. Here fp32 rows are
+computed as exactly as fp32 is.
 
 r2 = (x'Gx + 2 c'x + b'b) / D needs G `[d, d]`, which is tiled in both directions: held whole it
 does not fit the registers. G is symmetric, so only the tiles on and above its diagonal are read,
@@ -15,13 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from latentwire_fast.kernels.projection_halves import (
+    STAGES,
+    WIDEST,
+    Factor,
+    _half_rows_kernel,
+    half_tiling,
+    most_rows,
+)
 from latentwire_fast.kernels.projection_pieces import (
     plain_tiling,
     row_moments,
@@ -190,12 +200,11 @@ def _rows_kernel(
             store_tail(out_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
 
 
-def gram_precision(dtype: torch.dtype) -> str:
-    """Of products with G. Three of bf16 are off by 1e-5, far less than half precision rows; fp32
-    rows take three of TF32, at half the speed. The interpreter has no bf16x3, and rounds nothing.
-    """
-    exact = dtype == torch.float32 or triton.knobs.runtime.interpret
-    return "tf32x3" if exact else "bf16x3"
+def is_half(source: Tensor | Packed, norm: Norm) -> bool:
+    """Whether `projection_halves` takes these rows: not a payload's that may be beyond fp16."""
+    bounded = isinstance(source, Tensor) or norm.weight is not None
+    fits = source.dtype == torch.bfloat16 or (source.dtype == torch.float16 and bounded)
+    return fits and source.shape[1] <= WIDEST
 
 
 @dataclass(frozen=True)
@@ -207,13 +216,13 @@ class Tiling:
     span: int
 
     @classmethod
-    def of(cls, rows: int, group_rows: int, *, packed: bool) -> Tiling:
-        """A mean square's rows, if they fit one tile."""
-        few = 1 < group_rows <= LARGEST_TILE
+    def of(cls, rows: int, group_rows: int, *, packed: bool, most: int = LARGEST_TILE) -> Tiling:
+        """A mean square's rows, if they fit one tile of at most so many."""
+        few = 1 < group_rows <= most
         if few:
             tile_rows = max(16, triton.next_power_of_2(group_rows))
         else:
-            tile_rows = 16 if rows <= FEW_ROWS else LARGEST_TILE
+            tile_rows = 16 if rows <= FEW_ROWS else most
         columns = PACKED_VALUES // tile_rows if packed else TILE
         return cls(tile_rows, columns, group_rows if few else tile_rows)
 
@@ -223,46 +232,66 @@ class Tiling:
         return 8 if self.rows == LARGEST_TILE else 4
 
 
-def _run(
-    source: Tensor | Packed,
-    norm: Norm,
-    calibration: Calibration,
-    mode: int,
-    out: Tensor,
-    *,
-    tiling: Tiling,
-    gram: Tensor | None = None,
-    outputs: int = 1,
-    squares: Tensor | None = None,
-    moments: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """One launch of `_rows_kernel`. For an absent tensor `out` is passed, and not touched."""
-    packed = source if isinstance(source, Packed) else None
-    x = source.codes if isinstance(source, Packed) else source
-    rows, width = source.shape
-    scales = packed.scales if packed else None
-    tensors = (scales, norm.weight, norm.bias, gram, calibration.gain, squares)
-    _rows_kernel[(triton.cdiv(rows, tiling.span),)](
-        *(x, *(out if t is None else t for t in tensors)),
-        *(out, *(moments or (out, out)), rows, tiling.span),
-        max(calibration.group_rows, 1),
-        *((packed.latents, x.shape[1], packed.scales.shape[1]) if packed else (1, 1, 1)),
-        *(calibration.target_rms, calibration.eps, norm.eps),
-        MODE=mode,
-        WIDTH=width,
-        PADDED=out.shape[1],
-        OUTPUTS=outputs,
-        BITS=packed.bits if packed else 0,
-        GROUP=packed.group_size if packed else 1,
-        HAS_NORM=norm.weight is not None,
-        HAS_NORM_BIAS=norm.bias is not None,
-        HAS_GAIN=calibration.gain is not None,
-        PRECISION=gram_precision(out.dtype),
-        TILE_ROWS=tiling.rows,
-        TILE=tiling.columns,
-        TILE_K=TILE_K,
-        num_warps=tiling.warps(packed=packed is not None),
-    )
+@dataclass(frozen=True)
+class _Launch:
+    """What the launches of one call share. For an absent tensor `out` is passed, and not touched.
+
+    gram: of `scaled_rows`; factor: in its place for half precision rows.
+    """
+
+    source: Tensor | Packed
+    norm: Norm
+    calibration: Calibration
+    tiling: Tiling
+    out: Tensor
+    gram: Tensor | None = None
+    factor: Factor | None = None
+    outputs: int = 1
+
+    def run(
+        self,
+        mode: int,
+        *,
+        squares: Tensor | None = None,
+        moments: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        out, (rows, width) = self.out, self.source.shape
+        packed = self.source if isinstance(self.source, Packed) else None
+        x = self.source.codes if isinstance(self.source, Packed) else self.source
+        half = is_half(self.source, self.norm)
+        factor = (self.factor.matrix, self.factor.constants) if self.factor else (None, None)
+        tensors = (
+            *(packed.scales if packed else None, self.norm.weight, self.norm.bias, self.gram),
+            *(*(factor if half else ()), self.calibration.gain, squares),
+        )
+        constants = {
+            "MODE": mode,
+            "WIDTH": width,
+            "PADDED": out.shape[1],
+            "OUTPUTS": self.outputs,
+            "BITS": packed.bits if packed else 0,
+            "GROUP": packed.group_size if packed else 1,
+            "HAS_NORM": self.norm.weight is not None,
+            "HAS_NORM_BIAS": self.norm.bias is not None,
+            "HAS_GAIN": self.calibration.gain is not None,
+            "TILE_ROWS": self.tiling.rows,
+        }
+        if half:
+            given = self.factor is not None
+            tile, warps = half_tiling(self.tiling.rows, width, factor=given)
+            constants |= {"HAS_FACTOR": given, **tile, "num_stages": STAGES}
+        else:
+            warps = self.tiling.warps(packed=packed is not None)
+            constants |= {"PRECISION": "tf32x3", "TILE": self.tiling.columns, "TILE_K": TILE_K}
+        (_half_rows_kernel if half else _rows_kernel)[(triton.cdiv(rows, self.tiling.span),)](
+            *(x, *(out if t is None else t for t in tensors)),
+            *(out, *(moments or (out, out)), rows, self.tiling.span),
+            max(self.calibration.group_rows, 1),
+            *((packed.latents, x.shape[1], packed.scales.shape[1]) if packed else (1, 1, 1)),
+            *(self.calibration.target_rms, self.calibration.eps, self.norm.eps),
+            **constants,
+            num_warps=warps,
+        )
 
 
 def normalised_rows(source: Tensor | Packed, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,11 +306,9 @@ def normalised_rows(source: Tensor | Packed, norm: Norm) -> tuple[Tensor, Tensor
         return source, mean, rstd
     out = source.new_empty((rows, width), dtype=source.dtype)
     tile_rows, columns = plain_tiling(width)
-    _run(
-        *(source, norm, Calibration(None, 1.0, 0.0, 0), PLAIN, out),
-        tiling=Tiling(tile_rows, columns, tile_rows),
-        moments=(mean, rstd),
-    )
+    tiling = Tiling(tile_rows, columns, tile_rows)
+    launch = _Launch(source, norm, Calibration(None, 1.0, 0.0, 0), tiling, out)
+    launch.run(PLAIN, moments=(mean, rstd))
     return out, mean, rstd
 
 
@@ -290,6 +317,7 @@ def scaled_rows(
     norm: Norm,
     calibration: Calibration,
     gram: Tensor,
+    factor: Factor | None,
     outputs: int,
 ) -> tuple[Tensor, Tensor]:
     """`[s x, s, 1, 0 ...]` `[N, K]` in the source's dtype, and the mean squares r2 in fp32.
@@ -297,21 +325,22 @@ def scaled_rows(
     One launch where a program holds all rows of a mean square, else two and their mean between.
 
     Args:
-        gram: `[K, K]` fp32 of (W | b | 0); outputs: D.
+        gram: `[K, K]` fp32 of (W | b | 0); factor: used in its place if given; outputs: D.
     """
-    rows, group_rows = source.shape[0], calibration.group_rows
-    tiling = Tiling.of(rows, group_rows, packed=isinstance(source, Packed))
+    (rows, width), group_rows = source.shape, calibration.group_rows
+    most = most_rows(width) if is_half(source, norm) else LARGEST_TILE
+    tiling = Tiling.of(rows, group_rows, packed=isinstance(source, Packed), most=most)
     out = source.new_empty((rows, gram.shape[0]), dtype=source.dtype)
-    run = partial(_run, source, norm, calibration, tiling=tiling, gram=gram)
+    launch = _Launch(source, norm, calibration, tiling, out, gram, factor, outputs)
     groups = rows // group_rows if group_rows else 0
     squares = source.new_empty(groups, dtype=torch.float32)
     if not group_rows:
-        run(CONSTANT, out)
+        launch.run(CONSTANT)
     elif group_rows in (1, tiling.span):
-        run(ROW if group_rows == 1 else PROGRAM, out, squares=squares, outputs=outputs)
+        launch.run(ROW if group_rows == 1 else PROGRAM, squares=squares)
     else:
         per_row = source.new_empty(rows, dtype=torch.float32)
-        run(SQUARES, out, squares=per_row, outputs=outputs)
+        launch.run(SQUARES, squares=per_row)
         squares = per_row.view(groups, group_rows).mean(1)
-        run(GIVEN, out, squares=squares)
+        launch.run(GIVEN, squares=squares)
     return out, squares

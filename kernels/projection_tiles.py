@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentwire_fast.kernels.activations import tanh
+from latentwire_fast.kernels.activations import tanh, tanh_approximate
 from latentwire_fast.kernels.projection_rows import Calibration
 
 RECOMPUTED = 256
@@ -30,9 +30,13 @@ RECOMPUTED = 256
 # of whose products is three of TF32, spill with more than half of that.
 TILE_ROWS, TILE_COLUMNS, TILE_K = 128, 128, 64
 NUM_WARPS, NUM_STAGES = 8, 3
+# Of up to 32 rows with their products stored: nothing is multiplied, and taller tiles are empty.
+FEW_ROWS, FEW_WARPS = 32, 4
 # Row tiles that run next to each other, so that they share the columns' W in L2.
 BAND = 8
 SQUARES, WRITE, DOTS, GRADIENT = range(4)
+# What f is.
+IDENTITY, TANH, TANH_APPROXIMATE = range(3)
 
 
 @triton.jit
@@ -65,17 +69,38 @@ def _column_values(ptr, column, live_column):
     return tl.load(ptr + column, mask=live_column, other=0.0).to(tl.float32)[None, :]
 
 
+@triton.jit
+def _mean_squares(
+    parts_ptr, rows, row, tile, group_width: tl.constexpr, group_tiles: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of the rows `[R]`, from their sums by tiles of outputs, from number `tile` on."""
+    sums = tl.zeros((TILE_ROWS,), tl.float32)
+    for part in range(group_tiles):
+        place = (tile + part) * rows.to(tl.int64) + row
+        sums += tl.load(parts_ptr + place, mask=row < rows, other=0.0)
+    if GROUP_ROWS > 1:
+        of_groups = tl.sum(tl.reshape(sums, (TILE_ROWS // GROUP_ROWS, GROUP_ROWS)), 1)
+        spread = tl.broadcast_to(of_groups[:, None], (TILE_ROWS // GROUP_ROWS, GROUP_ROWS))
+        sums = tl.reshape(spread, (TILE_ROWS,))
+    return sums / (GROUP_ROWS * group_width)
+
+
 @triton.jit(do_not_specialize=["rows", "rows_per_group"])
 def _tiles_kernel(
     x_ptr, weight_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, gain_ptr, squares_ptr, dots_ptr,
     grad_ptr, out_ptr, columns_ptr, rows, rows_per_group, target_rms, eps,
     MODE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, HAS_Y: tl.constexpr,
     CALIBRATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr,
-    HAS_BETA: tl.constexpr, HAS_GAIN: tl.constexpr, TANH: tl.constexpr, GROUPS: tl.constexpr,
-    BAND: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_GAIN: tl.constexpr, ACTIVATION: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP_ROWS: tl.constexpr, BAND: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """Modes SQUARES 0, WRITE 1, DOTS 2, GRADIENT 3 of the module's docstring."""
+    """Modes SQUARES 0, WRITE 1, DOTS 2, GRADIENT 3 of the module's docstring.
+
+    GROUP_ROWS: in mode WRITE, rows that share a mean square, if `dots` holds the tiles' sums of
+    squares still: then a program adds up those of its rows, and stores the mean squares.
+    """
     row_tiles = tl.cdiv(rows, TILE_ROWS)
     group_width: tl.constexpr = WIDTH // GROUPS
     group_tiles: tl.constexpr = (group_width + TILE_COLUMNS - 1) // TILE_COLUMNS
@@ -106,8 +131,10 @@ def _tiles_kernel(
         )  # fmt: skip
     if HAS_BIAS:
         y += _column_values(bias_ptr, column, live_column)
-    if TANH:
+    if ACTIVATION == 1:
         y = tanh(y)
+    elif ACTIVATION == 2:
+        y = tanh_approximate(y)
     if MODE == 0:
         sums = tl.sum(tl.where(live_column[None, :], y * y, 0.0), 1)
         tl.store(out_ptr + column_tile.to(tl.int64) * rows + row, sums, mask=row < rows)
@@ -127,7 +154,16 @@ def _tiles_kernel(
         s *= tl.load(gain_ptr + column_group).to(tl.float32)
     damped = tl.full((TILE_ROWS,), 1.0, tl.float32)
     if CALIBRATED:
-        damped = tl.load(squares_ptr + group, mask=row < rows, other=1.0) + eps
+        if GROUP_ROWS > 0:
+            square = _mean_squares(
+                dots_ptr, rows, row, column_group * group_tiles, group_width, group_tiles,
+                GROUP_ROWS, TILE_ROWS,
+            )  # fmt: skip
+            first = (column_tile % group_tiles == 0) & (row % GROUP_ROWS == 0) & (row < rows)
+            tl.store(squares_ptr + group, square, mask=first)
+        else:
+            square = tl.load(squares_ptr + group, mask=row < rows, other=1.0)
+        damped = square + eps
         s /= tl.sqrt(damped)
     if MODE == 1:
         out = y * s[:, None] * gamma
@@ -140,7 +176,7 @@ def _tiles_kernel(
             along = tl.load(dots_ptr + group, mask=row < rows, other=0.0)
             count = 1.0 * rows_per_group * group_width
             dy -= y * (s * along / (count * damped))[:, None]
-        if TANH:
+        if ACTIVATION != 0:
             dy *= 1.0 - y * y
         tl.store(out_ptr + place, dy.to(out_ptr.dtype.element_ty), mask=live)
         sums = tl.sum(dout * y * s[:, None], 0)
@@ -153,6 +189,14 @@ def tile_columns(dtype: torch.dtype, *, width: int, groups: int) -> int:
     if groups == 1:
         return most
     return min(most, max(16, triton.next_power_of_2(width // groups)))
+
+
+def activation(dtype: torch.dtype, *, tanh: bool) -> int:
+    """Of rows of this dtype; the interpreter has the exact one alone."""
+    if not tanh:
+        return IDENTITY
+    exact = dtype == torch.float32 or triton.knobs.runtime.interpret
+    return TANH if exact else TANH_APPROXIMATE
 
 
 class Tiles:
@@ -178,11 +222,13 @@ class Tiles:
         self.calibration = calibration
         self.tanh = tanh
         self.rows, self.width = x.shape[0], weight.shape[0]
-        self.row_tiles = triton.cdiv(self.rows, TILE_ROWS)
+        wide = x.shape[1] > RECOMPUTED
+        few = wide and self.rows <= FEW_ROWS
+        self.tile_rows, self.warps = (FEW_ROWS, FEW_WARPS) if few else (TILE_ROWS, NUM_WARPS)
+        self.row_tiles = triton.cdiv(self.rows, self.tile_rows)
         groups = calibration.groups
         self.columns = tile_columns(x.dtype, width=self.width, groups=groups)
         self.column_tiles = groups * triton.cdiv(self.width // groups, self.columns)
-        wide = x.shape[1] > RECOMPUTED
         self.product = x @ self.weight.to(x.dtype).T if wide else None
 
     def _run(
@@ -194,6 +240,7 @@ class Tiles:
         dots: Tensor | None = None,
         grad: Tensor | None = None,
         columns: Tensor | None = None,
+        group_rows: int = 0,
     ) -> None:
         """One launch. For an absent tensor x is passed, and not touched."""
         c, absent = self.calibration, self.x
@@ -211,21 +258,25 @@ class Tiles:
             HAS_GAMMA=self.gamma is not None,
             HAS_BETA=self.beta is not None,
             HAS_GAIN=c.gain is not None,
-            TANH=self.tanh,
+            ACTIVATION=activation(self.x.dtype, tanh=self.tanh),
             GROUPS=c.groups,
+            GROUP_ROWS=group_rows,
             BAND=BAND,
-            TILE_ROWS=TILE_ROWS,
+            TILE_ROWS=self.tile_rows,
             TILE_COLUMNS=self.columns,
             TILE_K=TILE_K,
-            num_warps=NUM_WARPS,
+            num_warps=self.warps,
             num_stages=NUM_STAGES,
         )
 
-    def _group_sums(self, mode: int, *, grad: Tensor | None = None) -> Tensor:
-        """Per group of rows and, within it, of outputs, the sum over its values that mode SQUARES
-        or DOTS makes."""
+    def _parts(self, mode: int, *, grad: Tensor | None = None) -> Tensor:
+        """Each tile's row sums `[tiles, N]`, which mode SQUARES or DOTS makes."""
         parts = self.x.new_empty((self.column_tiles, self.rows), dtype=torch.float32)
         self._run(mode, parts, grad=grad)
+        return parts
+
+    def _group_sums(self, parts: Tensor) -> Tensor:
+        """Their sums per group of rows and, within it, of outputs."""
         groups, group_rows = self.calibration.groups, max(self.calibration.group_rows, 1)
         sums = parts.view(groups, -1, self.rows // group_rows, group_rows).sum((1, 3))
         return sums.T.contiguous().view(-1)
@@ -239,16 +290,22 @@ class Tiles:
     def forward(self) -> tuple[Tensor, Tensor]:
         """gamma * s * y + beta `[N, D]` in x's dtype, and the mean squares (none uncalibrated)."""
         squares = self.x.new_empty(0, dtype=torch.float32)
-        if self.calibration.group_rows:
-            values = self.calibration.group_rows * self.width // self.calibration.groups
-            squares = self._group_sums(SQUARES) / values
+        c, parts, added = self.calibration, None, 0
+        if c.group_rows:
+            parts = self._parts(SQUARES)
+            if self.tile_rows % c.group_rows == 0:  # the writing program has all it needs
+                added = c.group_rows
+                count = self.rows // c.group_rows * c.groups
+                squares = self.x.new_empty(count, dtype=torch.float32)
+            else:
+                squares = self._group_sums(parts) / (c.group_rows * self.width // c.groups)
         out = self._result()
-        self._run(WRITE, out, squares=squares)
+        self._run(WRITE, out, squares=squares, dots=parts if added else None, group_rows=added)
         return out, squares
 
     def dots(self, grad: Tensor) -> Tensor:
         """<gamma * grad, y> summed over the values that share a mean square (per row without)."""
-        return self._group_sums(DOTS, grad=grad)
+        return self._group_sums(self._parts(DOTS, grad=grad))
 
     def backward(self, grad: Tensor, squares: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gradient of W x `[N, D]` in x's dtype, and gamma's `[D]` in fp32."""

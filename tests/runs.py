@@ -25,7 +25,7 @@ from latentwire_fast.registry import ADAPTERS, ATTACHMENTS
 from latentwire_fast.training.optimizer_state import optimizer_state, rng_state
 from latentwire_fast.training.trainer import Trainer
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "cache_seconds", "tokens_per_second")
 
 
 def soft(adapter: str = "mlp", **options: Any) -> AttachmentConfig:

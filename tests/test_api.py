@@ -79,7 +79,7 @@ SIGNATURES = {
         "(source: 'str', dtype: \"Literal['float32', 'bfloat16', 'float16']\" = 'float32', "
         "attn_implementation: 'str' = 'sdpa', device_map: 'str | None' = None, "
         "load_in_4bit: 'bool' = False, max_memory: 'str | None' = None, compute_dtype: "
-        "\"Literal['float32', 'bfloat16', 'float16'] | None\" = None, lora: "
+        "\"Literal['float32', 'bfloat16', 'float16', 'auto'] | None\" = None, lora: "
         "'LoraSettings | None' = None, *, "
         "template: 'str | None' = None, date: 'str' = '2024-07-26', "
         "anchor: \"Literal['text', 'chat', 'none']\" = 'text', anchor_text: "

@@ -155,8 +155,8 @@ def design(
     product = 2 * n * width * k
     gram = Stage(weights + 4 * k * k, 2 * width * k * k)
     forward = (
-        # fp32 products of bf16 are three of the matrix units' own.
-        Stage((n * d * element if source is None else source) + rows, 3 * n * d * d),
+        # The factor of (W | b), or its Gram matrix.
+        Stage((n * d * element if source is None else source) + rows, 2 * n * d * d),
         Stage(rows + weights + output, product),
     )
     if not backward:
@@ -183,7 +183,7 @@ def tanh_design(shape: tuple[int, int, int], element: int, *, backward: bool) ->
     product = 2 * n * width * d
     norm, sums = Stage(2 * rows), Stage(0.0, launches=2)
     forward = (
-        *(norm, Stage(rows + weights, product), sums),
+        *(norm, Stage(rows + weights, product)),
         Stage(rows + weights + output, product),
     )
     if not backward:

@@ -160,23 +160,28 @@ def squad_small() -> RunConfig:
         preset="squad_small",
         mode="context",
         readers={
-            "smollm2": ReaderConfig("package:smollm2"),
-            "gemma3": ReaderConfig("package:gemma3"),
+            "smollm2": ReaderConfig("package:smollm2", compute_dtype="auto"),
+            "gemma3": ReaderConfig("package:gemma3", compute_dtype="auto"),
         },
         encoder=ENCODERS.config(
             "lm",
             source="package:smollm2",
             latents=32,
-            d_z=128,
+            d_z=32,
             pooler=POOLERS.config("layer_spans"),
             frozen=True,
             max_tokens=320,
         ),
         attachments=(ATTACHMENTS.config("deep", in_place=True, width=384, expansion=2),),
+        # All questions on a context together: what is kept of it is computed once.
         data=DataConfig(
-            source="hub:squad", max_context_tokens=300, text_share=0.5, eval_examples=400
+            source="hub:squad",
+            max_context_tokens=300,
+            text_share=0.5,
+            questions_per_context=8,
+            eval_examples=200,
         ),
-        stages=_attention_recipe(match=3000, answer=500, quantized=200, batch_size=4),
+        stages=_attention_recipe(held=100, match=3000, answer=500, quantized=200, batch_size=3),
         optim=OptimConfig(
             muon_lr=None,
             adamw_lr=1e-3,
@@ -185,9 +190,9 @@ def squad_small() -> RunConfig:
             batch_size=16,
             mixed_precision="bf16",
         ),
-        evaluation=EvalConfig(batch_size=8, max_new_tokens=16, timing_examples=8, bits=(16, 6, 4)),
+        evaluation=EvalConfig(batch_size=16, max_new_tokens=16, timing_examples=8, bits=(16, 6, 4)),
         log_every=20,
-        save_every=100,
+        save_every=250,
     )
 
 
@@ -212,7 +217,7 @@ def squad_llama_qwen() -> RunConfig:
         ),
         attachments=(ATTACHMENTS.config("deep", in_place=True, width=512, expansion=2),),
         data=DataConfig(source="hub:squad", eval_examples=1000),
-        stages=_attention_recipe(match=8000, answer=12000, quantized=4000, kd=0.5),
+        stages=_attention_recipe(held=400, match=7600, answer=12000, quantized=4000, kd=0.5),
         optim=OptimConfig(
             muon_lr=None,
             adamw_lr=1e-4,
@@ -229,16 +234,22 @@ def squad_llama_qwen() -> RunConfig:
 
 
 def _attention_recipe(
-    *, match: int, answer: int, quantized: int, batch_size: int | None = None, kd: float = 0.0
+    *,
+    held: int,
+    match: int,
+    answer: int,
+    quantized: int,
+    batch_size: int | None = None,
+    kd: float = 0.0,
 ) -> tuple[StageConfig, ...]:
-    """What holds on real text: a deep prefix learns what attention gets from the whole text, then
-    the answers too, then both at the width that is sent.
+    """What holds on real text: a deep prefix learns what attention gets from the whole text, first
+    from an encoder that stays as it is; then the answers too, then both at the width that is sent.
 
     Answers alone teach the form of an answer and not the text: the payload of another example is
     then worth as much, from the start and after `match` alike.
 
     Args:
-        match, answer, quantized: steps.
+        held, match, answer, quantized: steps.
         batch_size: of the stages that read answers: those go backward through the readers.
         kd: weight of distillation in them; 0 leaves it out.
     """
@@ -247,8 +258,10 @@ def _attention_recipe(
         "batch_size": batch_size,
         "objectives": weighted(answer=1.0, attention=0.5, **({"kd": kd} if kd else {})),
     }
+    attention = weighted(attention=1.0)
     return (
-        StageConfig("match", steps=match, objectives=weighted(attention=1.0)),
+        StageConfig("held", steps=held, objectives=attention, hold_encoder=True),
+        StageConfig("match", steps=match, objectives=attention),
         StageConfig("answer", steps=answer, **answers),
         StageConfig("quantized", steps=quantized, quantize=6, **answers),
     )

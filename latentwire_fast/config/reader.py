@@ -36,7 +36,8 @@ class ReaderConfig(PromptConfig):
     Attributes:
         source: a local folder, a .gguf file, `package:NAME`, a hub id or `testbed:NAME`.
         dtype: that the weights are loaded in; the reader is known by them.
-        compute_dtype: that the weights are cast to afterwards; None leaves them.
+        compute_dtype: that the weights are cast to afterwards; `auto` is bfloat16 where the device
+            is fast at it; None leaves them.
         attn_implementation: `sdpa`, `eager`, or `flash_attention_2` (package flash-attn).
         device_map: of transformers: `auto` spreads the reader over the GPUs.
         max_memory: with a device map, what the reader may take: `20GiB` of each GPU, or named by
@@ -52,7 +53,7 @@ class ReaderConfig(PromptConfig):
     device_map: str | None = None
     load_in_4bit: bool = False
     max_memory: str | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    compute_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     lora: LoraSettings | None = None
 
     @property

@@ -71,6 +71,8 @@ class DataConfig(Settings):
         text_share: share of the batches that are paragraphs without questions, in stages that can
             use them; None: their share of the data.
         max_context_tokens: examples with a longer context, in any reader's tokens, are left out.
+        train_contexts: train on at most so many contexts, drawn by `seed`; None: all. What frozen
+            models make of a context is computed once: fewer are seen more often in the same time.
         facts: testbed: facts per passage at the end of the curriculum.
         similar: testbed: share of training passages with only two kinds of facts, which have to
             be told apart.
@@ -82,6 +84,7 @@ class DataConfig(Settings):
     eval_source: str | None = None
     text_share: float | None = None
     max_context_tokens: int | None = None
+    train_contexts: int | None = None
     facts: int = 4
     similar: float = 0.0
     questions_per_context: int = 4
@@ -92,7 +95,9 @@ class DataConfig(Settings):
         super().__post_init__()
         require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
-        self.at_least_one("questions_per_context", "eval_examples", "max_context_tokens")
+        self.at_least_one(
+            "questions_per_context", "eval_examples", "max_context_tokens", "train_contexts"
+        )
         share = self.text_share
         require(share is None or 0 <= share <= 1, f"text_share={share}, expected 0 to 1, or none")
 
@@ -173,6 +178,7 @@ class OptimConfig(Settings):
         readers: `sum` adds the losses of all readers and goes backward once. `sequential` goes
             backward after each reader: the same gradients with one reader's activations in memory
             at a time. `alternate` trains one reader per step, in turn.
+        mixed_precision: `bf16` is fp32 on a CPU that would have to emulate it.
     """
 
     muon_lr: float | None = 0.01

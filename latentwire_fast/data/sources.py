@@ -143,6 +143,15 @@ def split_validation(
     return rest, [e for e in examples if e.context in chosen][:count]
 
 
+def draw_contexts(examples: Sequence[Example], count: int | None, *, seed: int) -> list[Example]:
+    """The examples on `count` contexts drawn at random, in their order; all where it is None."""
+    contexts = list(dict.fromkeys(example.context for example in examples))
+    if count is None or count >= len(contexts):
+        return list(examples)
+    chosen = set(random.Random(f"contexts:{seed}").sample(contexts, count))
+    return [example for example in examples if example.context in chosen]
+
+
 def _validation_order(context: str) -> bytes:
     return hashlib.sha256(f"validation: {context}".encode()).digest()
 

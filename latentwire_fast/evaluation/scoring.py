@@ -6,8 +6,8 @@ by batch, so that never more than one batch of prefixes is held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from latentwire_fast.data.examples import Example
 from latentwire_fast.evaluation.method_result import MethodResult
@@ -58,9 +58,20 @@ def batches(count: int, size: int) -> Iterator[range]:
     return (range(i, min(i + size, count)) for i in range(0, count, size))
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What a reader makes of a batch: its answers, and what the gold answers are worth to it."""
+
+    answers: list[str]
+    scores: TargetScores | None
+
+
 @dataclass
 class Scorer:
     """Scores methods on the examples of one case.
+
+    A batch of text prompts that another method asked before is not read again: a byte budget above
+    a text's size is the whole text.
 
     Attributes:
         progress: called after every batch.
@@ -71,6 +82,7 @@ class Scorer:
     options: DecodeOptions
     batch_size: int
     progress: Callable[[], object] = lambda: None
+    _known: dict[Hashable, _Reading] = field(default_factory=dict, init=False)
 
     def score(self, method: EvaluationMethod, *, bits: int) -> MethodResult:
         """Everything that is known of a method: its answers, and the gold answers' likelihoods."""
@@ -86,18 +98,39 @@ class Scorer:
         for rows in batches(len(self.case.examples), self.batch_size):
             inputs = method.build(self.case, rows, bits=bits)
             likelihoods.positions += inputs.positions
-            with method.reading(self.case, inputs):
-                answers += self._answers(inputs, rows)
-                if with_likelihoods and inputs.answers is None:
-                    add_likelihoods(likelihoods, self._target_scores(inputs))
+            if inputs.answers is None:
+                reading = self._read(method, inputs, rows, with_likelihoods=with_likelihoods)
+                answers += reading.answers
+                if with_likelihoods:
+                    assert reading.scores is not None
+                    add_likelihoods(likelihoods, reading.scores)
+            else:
+                answers += inputs.answers
             self.progress()
         judged = judge_answers(answers, self.case.examples)
         likelihoods.predictions, likelihoods.em, likelihoods.f1 = answers, judged.em, judged.f1
         return likelihoods
 
+    def _read(
+        self, method: EvaluationMethod, inputs: MethodInput, rows: range, *, with_likelihoods: bool
+    ) -> _Reading:
+        """What the reader makes of a batch, or made of it before."""
+        key: Hashable = None
+        if inputs.payloads is None and inputs.embeddings is None:
+            key = method.with_lora, rows, tuple(tuple(prompt.ids) for prompt in inputs.prompts)
+            found = self._known.get(key)
+            if found is not None and not (with_likelihoods and found.scores is None):
+                return found
+        with method.reading(self.case, inputs):
+            reading = _Reading(
+                self._answers(inputs, rows),
+                self._target_scores(inputs) if with_likelihoods else None,
+            )
+        if key is not None:
+            self._known[key] = reading
+        return reading
+
     def _answers(self, inputs: MethodInput, rows: range) -> list[str]:
-        if inputs.answers is not None:
-            return inputs.answers
         ids = self.receiver.generate(
             [unanswered(prompt) for prompt in inputs.prompts],
             payloads=inputs.payloads,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+_seconds = 0.0  # see `seconds_computing`
 
 Entry = tuple[int, tuple[int, ...], int]  # offset in bytes, shape, CRC-32 of the values
 
@@ -92,12 +95,20 @@ def find_all(
     Args:
         compute: the tensors of the keys with these numbers, which the cache lacks.
     """
+    global _seconds
     found = [cache.find(key) for key in keys]
     missing = [i for i, tensor in enumerate(found) if tensor is None]
     if missing:
+        start = time.perf_counter()
         for i, tensor in zip(missing, compute(missing), strict=True):
             found[i] = cache.keep(keys[i], tensor)
+        _seconds += time.perf_counter() - start
     return [tensor.float() for tensor in found if tensor is not None]
+
+
+def seconds_computing() -> float:
+    """How long this process has computed so far what its caches did not have."""
+    return _seconds
 
 
 def digest_of(values: object) -> str:

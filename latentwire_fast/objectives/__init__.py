@@ -12,4 +12,5 @@ PARTS: dict[str, str] = {
     "select": "latentwire_fast.objectives.select:Select",
     "kv": "latentwire_fast.objectives.kv:KV",
     "attention": "latentwire_fast.objectives.attention:Attention",
+    "attention_continued": "latentwire_fast.objectives.attention_continued:AttentionContinued",
 }

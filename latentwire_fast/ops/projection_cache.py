@@ -40,7 +40,7 @@ def folded(
     found = _folds.get(weight)
     if found is not None and found[0] == state and _same(found[1], (bias, gamma)):
         return found[2]
-    result = kernels.fold(weight, bias, gamma, dtype=dtype)
+    result = kernels.fold(weight, bias, gamma, dtype=dtype, frozen=True)
     _folds[weight] = (state, others, result)
     return result
 

@@ -295,6 +295,13 @@ class PromptBuilder:
         prompt.add([*self.text_ids("\n"), *context_ids[first : first + tokens]])
         return prompt
 
+    def build_continued(self, first: str, rest: str) -> Prompt:
+        """A text, and what follows it. `content` counts as in `build_again`."""
+        prompt = self.build_context(first)
+        prompt.content -= len(self.label_ids)
+        prompt.add(self.text_ids(f" {rest}"))
+        return prompt
+
     def build_rebuild(self, target: str) -> Prompt:
         """The context's place taken by a latent, then `target` itself as what is to be written.
 

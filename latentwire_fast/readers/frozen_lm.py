@@ -33,7 +33,7 @@ from latentwire_fast.readers.output_head import OutputHead, without_gaps
 from latentwire_fast.readers.probe import Subject
 from latentwire_fast.readers.probe_cache import probed_abilities
 from latentwire_fast.readers.rotary import Turner
-from latentwire_fast.readers.weights import is_offloaded, weights_digest
+from latentwire_fast.readers.weights import cast_weights, is_offloaded, weights_digest
 
 
 class FrozenLM:
@@ -89,7 +89,7 @@ class FrozenLM:
                 "CPU's memory, which stay in their dtype; leave --dtype away"
             )
         assert self.fingerprint  # computed now, and kept
-        self.model.to(dtype)
+        cast_weights(self.model, dtype)
         self.logit_transform = self._check_logits()
         self.__dict__.pop("abilities", None)
 

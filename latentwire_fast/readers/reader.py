@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from latentwire_fast.config.schema import LoraSettings, PromptConfig, ReaderConfig
 from latentwire_fast.errors import ConfigError, DataError
+from latentwire_fast.ops.bf16 import is_fast_at_bf16
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.decoding_cache import decoding_cache
@@ -152,8 +153,11 @@ class Reader(FrozenLM):
             max_memory=config.max_memory,
             prompt=config,
         )
-        if config.compute_dtype not in (None, config.dtype):
-            reader.compute_in(getattr(torch, cast(str, config.compute_dtype)))
+        wanted = config.compute_dtype
+        if wanted == "auto":
+            wanted = "bfloat16" if is_fast_at_bf16(reader.device.type) else None
+        if wanted not in (None, config.dtype):
+            reader.compute_in(getattr(torch, cast(str, wanted)))
         reader.lora_settings = config.lora
         return reader
 

@@ -41,6 +41,19 @@ def keep_ends_in_memory(model: PreTrainedModel) -> None:
         last.weight = first.weight
 
 
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model's weights another dtype. What it computes from its configuration stays as it is:
+    rotary frequencies in bfloat16 put positions behind the first hundred elsewhere."""
+    computed = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, value in computed:
+        module._buffers[name] = value
+
+
 def use_plain_nf4(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in their first forward pass on a CPU that has
     AVX-512 BF16: gradients do not flow through its kernel for them, to no prefix and without a

@@ -20,6 +20,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.data.source_names import map_paths
 from latentwire_fast.data.sources import (
     check_apart,
+    draw_contexts,
     endless_stream,
     load_examples,
     split_validation,
@@ -200,6 +201,7 @@ def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
     if config.validation is not None:
         examples, validation = split_validation(examples, config.validation.examples)
     _check_evaluation(examples, config)
+    examples = draw_contexts(examples, data.train_contexts, seed=config.seed)
     stream = ExampleStream(examples, data, mode=config.mode, seed=config.seed)
     for stage in config.stages:
         if not (stream.items or stage.takes_texts):

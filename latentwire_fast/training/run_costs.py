@@ -30,8 +30,9 @@ CHARACTERS_PER_TOKEN = 4.5  # of English, with vocabularies of pretrained LMs
 TEMPLATE_TOKENS = 20  # of a prompt: its template, labels and anchor
 SAMPLE = 100  # held-out examples whose lengths are measured
 LATENTS_READ = {"answer", "kd", "autoencode", "continuation"}  # a reader reads the latent, backward
-TEXT_READ = {"kd", "kv", "select", "attention"}  # a reader reads the text, forward only
-ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A reader reads the text, forward only.
+TEXT_READ = {"kd", "kv", "select", "attention", "attention_continued"}
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 LM = "core"  # the attribute of an encoder that holds its LM
 
 

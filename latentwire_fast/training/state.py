@@ -49,6 +49,7 @@ class TrainingState:
     Attributes:
         micro_batch: examples per forward pass that fit in memory.
         step: steps done. previous: the one that was done last. seconds: what they took.
+        cache_seconds: how many of these went into what is kept on disk, which is computed once.
         spikes: the guard's running means.
         validations: the results so far (see `validation.py`).
     """
@@ -59,6 +60,7 @@ class TrainingState:
     step: int = 0
     previous: int = -1
     seconds: float = 0.0
+    cache_seconds: float = 0.0
     spikes: SpikeGuard = field(default_factory=SpikeGuard)
     validations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -106,6 +108,7 @@ class TrainingState:
                 "spikes": self.spikes.state,
                 "validations": self.validations,
                 "seconds": self.seconds,
+                "cache_seconds": self.cache_seconds,
                 "micro_batch": self.micro_batch,
                 "model_digest": parameter_digest(model.items()),
                 "trained_parameters": sum(p.numel() for p in self.parameters),
@@ -147,6 +150,7 @@ class TrainingState:
         self.spikes.state = checkpoint.state["spikes"]
         self.validations = checkpoint.state.get("validations", [])
         self.seconds = checkpoint.state["seconds"]
+        self.cache_seconds = checkpoint.state.get("cache_seconds", 0.0)
         self.micro_batch = checkpoint.state["micro_batch"]
         self.step, self.previous = checkpoint.step, checkpoint.step - 1
         return True

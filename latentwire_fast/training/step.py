@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentwire_fast.config.schema import RunConfig, StageConfig
+from latentwire_fast.files.tensor_cache import seconds_computing
 from latentwire_fast.objectives.prepared import Key, PreparedItem, total_counts
 from latentwire_fast.schedules.base import build_schedule
 from latentwire_fast.training.accumulation import Accumulated, MicroLoss, run_accumulated
@@ -66,6 +67,7 @@ class StepResult:
             **session.describe(self.latent_BMd),
             "tokens_per_second": self.tokens / self.seconds,
             "seconds": session.state.seconds,
+            "cache_seconds": session.state.cache_seconds,
         }
 
 
@@ -105,7 +107,8 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     Raises:
         TrainingError: non-finite values, or one example alone does not fit into memory.
     """
-    config, state, start = session.config, session.state, time.perf_counter()
+    config, state = session.config, session.state
+    start, cache_start = time.perf_counter(), seconds_computing()
     stage, _ = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
     batch = session.stream.batch(
@@ -139,6 +142,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
         optimizer.step()
     elapsed = time.perf_counter() - start
     state.seconds += elapsed
+    state.cache_seconds += seconds_computing() - cache_start
     return StepResult(
         step=state.step,
         stage=stage,

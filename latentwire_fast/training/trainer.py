@@ -29,6 +29,7 @@ from latentwire_fast.errors import CheckpointError, RunStopped
 from latentwire_fast.files.atomic import replace_folder, write_atomically
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.files.run_folder import RunFolder
+from latentwire_fast.ops.bf16 import is_fast_at_bf16
 from latentwire_fast.training.builders import absolute_paths, check_stored_config
 from latentwire_fast.training.distributed import Reducer
 from latentwire_fast.training.optimizer_state import rng_state
@@ -80,6 +81,8 @@ class Trainer:
         on_cpu = not torch.accelerator.is_available() or (device and device.type == "cpu")
         if device and device.index is not None and device.type != "cpu":
             torch.accelerator.set_device_index(device.index)  # accelerate takes the current one
+        if on_cpu and not is_fast_at_bf16("cpu"):
+            precision = "no"
         self.accelerator = Accelerator(mixed_precision=precision, cpu=bool(on_cpu))
         self.reducer = Reducer(self.accelerator)
         self.progress = progress and self.accelerator.is_main_process
@@ -173,9 +176,8 @@ class Trainer:
             self._validate(tracker)  # one that a signal cut short
             while state.step < config.total_steps and not self._has_stalled():
                 record = self._train_step()
-                # The main process's clock decides for all of them.
-                seconds = self.reducer.each(state.seconds)[0] if config.minutes else 0.0
-                state.previous, state.step = state.step, next_step(config, state.step, seconds)
+                following = next_step(config, state.step, *self._times())
+                state.previous, state.step = state.step, following
                 bar.update(state.step - state.previous)
                 if record is not None:
                     if tracker is not None:
@@ -187,6 +189,13 @@ class Trainer:
                 is_last = state.step == config.total_steps or self._has_stalled()
                 if is_last or passes(state.previous, state.step, config.save_every):
                     self.save()
+
+    def _times(self) -> tuple[float, float]:
+        """Seconds of training, and those that went into caches: the main process's, for all."""
+        state = self.session.state
+        if self.config.minutes is None:
+            return state.seconds, state.cache_seconds
+        return self.reducer.each((state.seconds, state.cache_seconds))[0]
 
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step; returns its record on logged steps."""

@@ -233,6 +233,26 @@ def test_long_contexts_are_left_out_and_counted(
         stream_of(tiny_config(llama_folder), readers, replace(data, max_context_tokens=1))
 
 
+def test_training_on_some_of_the_contexts(
+    llama_folder: Path, readers: dict[str, Reader], tmp_path: Path
+) -> None:
+    """All questions on as many contexts as asked for, the same for the same seed."""
+    path = articles(tmp_path / "squad.json", *TITLES)
+    config = tiny_config(llama_folder)
+
+    def contexts(count: int | None, *, seed: int = 0) -> set[str]:
+        data = DataConfig(f"{path}[:3]", eval_source=f"{path}[3:]", train_contexts=count)
+        stream = stream_of(replace(config, seed=seed), readers, data)
+        assert isinstance(stream, ExampleStream)
+        return {item.context for item in stream.items}
+
+    everything = contexts(None)
+    assert len(contexts(4)) == 4
+    assert contexts(4) == contexts(4) < everything
+    assert contexts(4) != contexts(4, seed=1)
+    assert contexts(99) == everything
+
+
 # --- plain texts ----------------------------------------------------------------------------------
 
 LONG_LINE = " ".join(f"Sentence {i} has five words." for i in range(60))
@@ -355,7 +375,7 @@ def test_data_without_questions_trains_no_answers(
 
 
 def test_data_settings_are_checked_and_stored(llama_folder: Path) -> None:
-    for wrong in ({"text_share": 1.5}, {"max_context_tokens": 0}):
+    for wrong in ({"text_share": 1.5}, {"max_context_tokens": 0}, {"train_contexts": 0}):
         with pytest.raises(ConfigError):
             DataConfig(**wrong)  # type: ignore[arg-type]
     data = DataConfig("a.json[:2]", eval_source="a.json[2:]", text_share=0.5, max_context_tokens=9)

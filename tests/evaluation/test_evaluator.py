@@ -36,9 +36,12 @@ from latentwire_fast.evaluation.metrics import exact_match, f1, normalize_answer
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.pipeline import evaluate_run, stored_metrics
 from latentwire_fast.evaluation.report import write_report
+from latentwire_fast.evaluation.scoring import Scorer
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import PromptBuilder, Turn, full_text
+from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import Receiver
 from latentwire_fast.serving.prefixes import TrainedParts
 from readers import METHODS, tiny_interlingua, tiny_model
 
@@ -425,6 +428,32 @@ def test_fewer_bytes_hold_a_shorter_text(model: Interlingua, readers: dict[str, 
     )
     (whole,) = methods["text"].build(case, range(1), bits=8).positions
     assert short < own < whole
+
+
+def test_a_text_that_was_read_is_not_read_again(
+    model: Interlingua, readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget above the text's size is the whole text: the same scores, and no second reading."""
+    examples = make_examples(4, seed=3)
+    case = EvaluationCase(model, readers["llama"], examples, {8: [bytes(9000)] * 4})
+    methods, read = evaluation_methods(), []
+    receiver = Receiver.of(model, readers["llama"])
+    generate = receiver.generate
+
+    def counted(prompts: Any, **options: Any) -> Any:
+        read.append(len(prompts))
+        return generate(prompts, **options)
+
+    monkeypatch.setattr(receiver, "generate", counted)
+    scorer = Scorer(case, receiver, DecodeOptions(max_new_tokens=4), batch_size=3)
+    decoded = scorer.decode(methods["text"], bits=8)
+    text = scorer.score(methods["text"], bits=8)  # its likelihoods were not known yet
+    assert (read, text.predictions) == ([3, 1, 3, 1], decoded.predictions)
+    assert scorer.score(methods["byte_budget"], bits=8) == text
+    assert scorer.decode(methods["byte_budget"], bits=8).f1 == text.f1
+    assert read == [3, 1, 3, 1]
+    scorer.score(methods["closed_book"], bits=8)
+    assert read == [3, 1, 3, 1, 3, 1]
 
 
 # --- joint rescoring ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ KERNELS = [
     ROOT / "kernels" / f"{name}.py"
     for name in (
         *("cross_entropy", "distillation", "quantization"),
-        *("projection", "projection_rows", "projection_backward"),
+        *("projection", "projection_rows", "projection_halves", "projection_backward"),
     )
 ]
 WAITING = {
@@ -234,8 +234,9 @@ PROJECTIONS: dict[str, tuple[int, bool, int, dict[str, int], list[str]]] = {
     "example": (32, False, 1, {"_rows_kernel": 1}, ["addmm"]),
     "none": (0, False, 1, {"_rows_kernel": 1}, ["addmm"]),
     "batch": (128, False, 1, {"_rows_kernel": 2}, ["mean", "addmm"]),
-    "tanh": (1, True, 1, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "div"]),
-    "groups": (1, False, 3, {"_rows_kernel": 1, "_tiles_kernel": 2}, ["sum", "clone", "div"]),
+    "tanh": (1, True, 1, {"_rows_kernel": 1, "_tiles_kernel": 2}, []),
+    "groups": (1, False, 3, {"_rows_kernel": 1, "_tiles_kernel": 2}, []),
+    "groups, example": (32, False, 3, {"_rows_kernel": 1, "_tiles_kernel": 2}, []),
     "groups, none": (0, False, 3, {"_rows_kernel": 1, "_tiles_kernel": 1}, []),
 }
 

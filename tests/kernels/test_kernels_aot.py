@@ -6,7 +6,6 @@ streams tensors it must do so 16 bytes at a time. Prints a table of what was fou
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bench.kernels import sass
 from kernel_device import INTERPRETED, SM90_TABLE
 
 triton = pytest.importorskip("triton")
@@ -51,6 +51,13 @@ def quantization_cases() -> dict[str, Case]:
             cases |= quantization_trio(name, dtype, bits, group, whole=True)
         cases |= quantization_trio(f"{bits} bits, groups of 32, a short one", BF16, bits, 32)
         cases |= quantization_trio(f"{bits} bits, groups of 64, a short one, fp32", FP32, bits, 64)
+        # Few values: programs of one warp, some of whose codes are less than 16 bytes a thread.
+        wide = {"pack": ("LDG",), "unpack": ("STG",), "fake": ("LDG", "STG")}
+        trio = quantization_trio(f"{bits} bits, groups of 32", BF16, bits, 32, whole=True)
+        for name, case in trio.items():
+            constants = {**case.constants, "GROUPS": 512 // 32}
+            few = replace(case, constants=constants, warps=1, wide=wide[name.split(",")[0]])
+            cases[f"{name}, few"] = few
     return cases
 
 
@@ -59,7 +66,7 @@ def quantization_trio(
 ) -> dict[str, Case]:
     """Packing, unpacking and both, for whole groups or a last short one."""
     shape = {"BITS": bits, "GROUP": group, "GROUPS": 4096 // group}
-    clip, warps = {"CLIP": bits == 4}, 4 if whole else 8
+    clip, warps = {"CLIP": bits == 4, "INTERPRETED": False}, 4 if whole else 8
     # A group's codes are 16 bytes or more; of 6 bits the shorter of their two planes.
     long = group * (2 if bits == 6 else bits) // 8 >= 16
     both = ("LDG", "STG") if whole and long else ()
@@ -74,10 +81,10 @@ def quantization_trio(
             *({**shape, "WHOLE": whole}, warps, 3, both or ("STG",) * whole, aligned),
         ),
     }
-    if whole:  # to it all groups are alike
+    if whole:
         cases[f"fake, {name}"] = Case(
             *("quantization", "_fake_quantize_kernel", (dtype, dtype, "i32")),
-            *({**shape, **clip}, 4, 3, ("LDG", "STG"), (2,)),
+            *({**shape, **clip, "WHOLE": True}, 4, 3, ("LDG", "STG"), (2,)),
         )
     return cases
 
@@ -173,27 +180,38 @@ def rows_case(
     norm: bool = True,
     norm_bias: bool = True,
     gain: bool = False,
+    factor: bool = True,
 ) -> Case:
-    """A launch of the row kernel: 0 plain, 1 without calibration, 2 per row, 3 per program, 4 mean
-    squares alone, 5 by those. The gain is a number, as adapters give it, or a tensor."""
-    columns = (2048 // tile_rows if bits else 64) if mode else 4096 // tile_rows
+    """A launch of a row kernel: 0 plain, 1 without calibration, 2 per row, 3 per program, 4 mean
+    squares alone, 5 by those. The gain is a number, as adapters give it, or a tensor. factor: half
+    precision rows have one, in the place of the Gram matrix."""
     constants = {"MODE": mode, "WIDTH": width, "OUTPUTS": 4096, "BITS": bits}
     constants |= {"PADDED": width + 8 if mode else width, "GROUP": 32 if bits else 1}
     constants |= {"HAS_NORM": norm, "HAS_NORM_BIAS": norm and norm_bias, "HAS_GAIN": gain}
-    constants |= {"PRECISION": "tf32x3" if dtype == FP32 else "bf16x3", "TILE_K": 32}
-    constants |= {"TILE_ROWS": tile_rows, "TILE": columns}
+    constants |= {"TILE_ROWS": tile_rows}
     source = (BYTE, FP16) if bits else (dtype, dtype)
-    pointers = (*source, dtype, dtype, FP32, dtype, FP32, dtype, FP32, FP32)
-    return Case(
-        *("projection_rows", "_rows_kernel", (*pointers, *["i32"] * 6, *["fp32"] * 3), constants),
-        *(8 if bits or tile_rows == 64 else 4, 3),
+    rest = (dtype, FP32, dtype, FP32, FP32, *["i32"] * 6, *["fp32"] * 3)
+    squares = 2 <= mode <= 4
+    stored = ("STG",) if mode != 4 or (dtype != FP32 and not factor) else ()
+    if dtype == FP32 or width > 512:
+        columns = (2048 // tile_rows if bits else 64) if mode else 4096 // tile_rows
+        constants |= {"PRECISION": "tf32x3", "TILE_K": 32, "TILE": columns}
+        warps = 8 if bits or tile_rows == 64 else 4
+        kernel = ("projection_rows", "_rows_kernel", (*source, dtype, dtype, FP32, *rest))
         # Of a payload it reads bytes; the Gram matrix comes by asynchronous copies.
-        (
-            *(() if bits else ("LDG",)),
-            *(("STG",) if mode != 4 else ()),
-            *(("LDGSTS",) if 2 <= mode <= 4 else ()),
-        ),
-    )
+        wide = (*(() if bits else ("LDG",)), *stored, *(("LDGSTS",) if squares else ()))
+        return Case(*kernel, constants, warps, 3, wide)
+    from latentwire_fast.kernels.projection_halves import STAGES, half_tiling
+
+    tile, warps = half_tiling(tile_rows, width, factor=factor)
+    constants |= {"HAS_FACTOR": factor, **tile}
+    pointers = (*source, dtype, dtype, FP32, dtype, FP32, *rest)
+    kernel = ("projection_halves", "_half_rows_kernel", pointers)
+    # Codes of 6 bits lie in planes of 16 and 8 bytes a group.
+    read = () if bits == 6 or (bits and tile_rows < 64) else ("LDG",)
+    # One step is no loop, whose next step asynchronous copies would fetch.
+    wide = (*read, *stored, *(("LDGSTS",) if squares and width > tile["TILE"] else ()))
+    return Case(*kernel, constants, warps, STAGES, wide)
 
 
 def rows_cases() -> dict[str, Case]:
@@ -202,19 +220,27 @@ def rows_cases() -> dict[str, Case]:
         "rows 4096, LayerNorm": rows_case(0, 4096, 1),
         "rows 256, 4 bits, LayerNorm": rows_case(0, 256, 16, bits=4),
         "rows 256, uncalibrated": rows_case(1, 256, 64),
-        "rows 256, tile 16, bf16, Gram, gain": rows_case(2, 256, 16, gain=True),
+        "rows 256, tile 16, bf16, factor, gain": rows_case(2, 256, 16, gain=True),
+        "rows 256, tile 64, bf16, by mean squares": rows_case(5, 256, 64, bits=6),
     }
+    for tile_rows, width in ((16, 256), (64, 256), (16, 512), (32, 512), (64, 48)):
+        for factor in (True, False):
+            name = f"rows {width}, tile {tile_rows}, bf16, {'factor' if factor else 'Gram'}"
+            cases[name] = rows_case(2, width, tile_rows, factor=factor)
     for tile_rows, width in ((16, 256), (64, 256), (16, 512), (64, 512), (16, 48)):
-        for dtype in (BF16, FP32):
-            name = f"rows {width}, tile {tile_rows}, {dtype[1:]}, Gram"
-            cases[name] = rows_case(2, width, tile_rows, dtype=dtype)
+        cases[f"rows {width}, tile {tile_rows}, fp32, Gram"] = rows_case(
+            2, width, tile_rows, dtype=FP32
+        )
     for bits in (8, 6, 4):
         for tile_rows in (16, 32, 64):
-            name = f"rows 256, tile {tile_rows}, {bits} bits, Gram"
-            cases[name] = rows_case(3, 256, tile_rows, bits=bits)
-        for tile_rows in (16, 64):
-            name = f"rows 256, tile {tile_rows}, {bits} bits, mean squares"
-            cases[name] = rows_case(4, 256, tile_rows, bits=bits)
+            name = f"rows 256, tile {tile_rows}, {bits} bits"
+            cases[f"{name}, factor"] = rows_case(3, 256, tile_rows, bits=bits)
+        for factor in (True, False):
+            name = f"rows 256, tile 64, {bits} bits, mean squares"
+            cases[f"{name}, {'factor' if factor else 'Gram'}"] = rows_case(
+                4, 256, 64, bits=bits, factor=factor
+            )
+    cases["rows 512, tile 32, 4 bits, factor"] = rows_case(3, 512, 32, bits=4)
     # The parts that unpacking, LayerNorm and the product leave fewest registers in.
     few: list[tuple[int, int, int, int, str, dict[str, bool]]] = [
         (2, 256, 16, 6, BF16, {"norm_bias": False}),
@@ -225,6 +251,7 @@ def rows_cases() -> dict[str, Case]:
         (4, 256, 16, 8, FP32, {}),
         (4, 256, 64, 0, FP32, {}),
         (5, 256, 64, 6, FP32, {}),
+        (3, 256, 64, 4, FP32, {}),
     ]
     for mode, width, tile_rows, bits, dtype, parts in few:
         name = f"rows {width}, tile {tile_rows}, {bits or 32} bits, {dtype[1:]}, mode {mode}"
@@ -263,7 +290,10 @@ def tiles_cases() -> dict[str, Case]:
             (256, 4096, True, FP32),
         ):
             out = FP32 if mode in (0, 2) else dtype
-            shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "TANH": tanh, "GROUPS": 1}
+            # 2: the approximate tanh, for half precision.
+            f = (1 if dtype == FP32 else 2) if tanh else 0
+            shape = {"MODE": mode, "INNER": inner, "WIDTH": width, "ACTIVATION": f, "GROUPS": 1}
+            shape["GROUP_ROWS"] = int(name == "write")
             tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_K": 64}
             tile["TILE_COLUMNS"] = 64 if dtype == FP32 else 128
             stored, wide = inner > 256, ", fp32" if dtype == FP32 else ""
@@ -296,7 +326,8 @@ def grouped_cases(flags: dict[str, bool]) -> dict[str, Case]:
             out = FP32 if mode in (0, 2) else dtype
             shape = {"MODE": mode, "INNER": inner, "WIDTH": groups * width, "GROUPS": groups}
             tile = {"BAND": 8, "TILE_ROWS": 128, "TILE_K": 64, "TILE_COLUMNS": columns}
-            absent = {"HAS_GAMMA": False, "HAS_BETA": False, "TANH": False}
+            shape["GROUP_ROWS"] = 32 if name == "write" else 0
+            absent = {"HAS_GAMMA": False, "HAS_BETA": False, "ACTIVATION": 0}
             stored = inner > 256
             wide = ", fp32" if dtype == FP32 else ""
             cases[f"tiles {inner} to {groups} groups of {width}{wide}, {name}"] = Case(
@@ -306,6 +337,11 @@ def grouped_cases(flags: dict[str, bool]) -> dict[str, Case]:
                 # One step of 64 is no loop, whose next step asynchronous copies would fetch.
                 *(8, 3, ("LDG",) if stored or inner <= 64 else ("LDGSTS",)),
             )
+        # One example of 32 rows.
+        few = cases[f"tiles 512 to 64 groups of 1024, {name}"]
+        cases[f"tiles 512 to 64 groups of 1024, 32 rows, {name}"] = replace(
+            few, constants={**few.constants, "TILE_ROWS": 32}, warps=4
+        )
     return cases
 
 
@@ -347,27 +383,22 @@ def compiled(case: Case) -> Any:
 
 def tool(name: str) -> str:
     """One of the CUDA tools that Triton brings along."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not os.access(path, os.X_OK):
+    path = sass.tool(name)
+    if path is None:
         pytest.skip(f"this Triton has no {name}")
-    return str(path)
+    return path
 
 
 def run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-# Loads, asynchronous copies to shared memory, stores, atomics; what follows may tell their width.
-ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|ATOMG|RED)((?:\.\w+)+)")
-WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-
-
 def global_accesses(assembly: str) -> Counter[tuple[str, int]]:
     """How many instructions of each kind and width, in bytes per thread."""
     found: Counter[tuple[str, int]] = Counter()
-    for kind, suffixes in ACCESS.findall(assembly):
-        widths = [WIDTHS[part] for part in suffixes.split(".") if part in WIDTHS]
-        found[kind, widths[-1] if widths else 4] += 1
+    for line in assembly.splitlines():
+        if access := sass.width(re.sub(r"^\s*/\*[0-9a-f]+\*/\s+", "", line)):
+            found[access] += 1
     return found
 
 

@@ -59,7 +59,8 @@ def test_rounding_is_half_to_even() -> None:
     assert codes[:8] == [127, 0, 2, 2, 0, -2, -2, 64]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter's Inf * 0
 def test_non_finite_values(bad: float) -> None:
     z = torch.randn(2, 1, 64)
     z[1, 0, 20] = bad
@@ -69,6 +70,39 @@ def test_non_finite_values(bad: float) -> None:
         out = ops.fake_quantize(z.to(DEVICE), bits=4, group_size=16)
     expected = ops.fake_quantize(z, bits=4, group_size=16)
     assert torch.equal(out.cpu().isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("bits", ops.CODE_BITS)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_group_that_is_not_finite_has_codes_of_0(bits: int, bad: float) -> None:
+    """The wire refuses it by its scale; what is stored is the same everywhere all the same."""
+    from latentwire_fast.kernels import quantization
+
+    z = torch.randn(2, 64)
+    z[1, 20] = bad
+    code = {"bits": bits, "group_size": 16}
+    length = reference.code_bytes(64, **code)
+    codes, scales = quantization.quantize_pack(z.to(DEVICE), **code, code_bytes=length)
+    z[1, 16:32] = 0
+    expected, scale = reference.quantize_pack(z, **code)
+    assert torch.equal(codes.cpu(), expected)
+    assert scales[1, 1].isnan()
+    scales[1, 1] = 0
+    assert torch.equal(scales.cpu(), scale)
+
+
+def test_every_scale_and_ties_beside_it_give_the_codes_of_a_division() -> None:
+    """Groups for every 61st fp16 scale: halves between codes, and their neighbours in fp32."""
+    steps = torch.arange(1, 0x7C00, 61, dtype=torch.int16).view(torch.float16).float()
+    ties = torch.arange(-61.5, 62) * steps[:, None]
+    away = ties.nextafter(ties * 2), ties.nextafter(torch.tensor(0.0))
+    z = torch.cat([ties, *away], -1).view(-1, 31, 1)
+    z = torch.cat([(127 * steps).repeat_interleave(len(z) // len(steps))[:, None, None], z], 1)
+    with ops.backend("triton"):
+        found = ops.quantize_pack(z.to(DEVICE), bits=8, group_size=32)
+    for f, e in zip(found, ops.quantize_pack(z, bits=8, group_size=32), strict=True):
+        assert torch.equal(f.cpu(), e)
 
 
 @pytest.mark.parametrize(("bits", "group"), CODES)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.objectives.attention import attention_errors
+from latentwire_fast.objectives.attention_matching import attention_errors
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.readers.attention_targets import AttentionQuestion, attention_targets
@@ -93,6 +93,24 @@ def test_fewer_slots_turn_the_queries_not_the_scores(reader: Reader) -> None:
         ]
     )
     outputs, masses = attention_errors(moved[:, :, None], attention_targets(reader, [few]))
+    assert outputs.item() < 1e-8
+    assert masses.item() < 1e-8
+
+
+def test_a_text_and_what_follows_it(reader: Reader) -> None:
+    """The first half's own keys and values are a perfect prefix for the queries of the rest."""
+    prompt = reader.prompts.build_continued("Nulnak lives", "in Paris.")
+    start = reader.prompts.content_start + len(reader.prompts.label_ids)
+    stop = start + prompt.content
+    assert reader.tokenizer.decode(prompt.ids[start:stop]).strip() == "Nulnak lives"
+    assert reader.tokenizer.decode(prompt.ids[stop:]).strip() == "in Paris."
+    assert not any(prompt.is_target)
+    places = tuple(range(stop, len(prompt.ids)))
+    targets = attention_targets(
+        reader, [AttentionQuestion(prompt, start, stop, places, prompt.content)]
+    )
+    prefix = text_keys_values(reader, "Nulnak lives", slots=prompt.content, first=start)
+    outputs, masses = attention_errors(prefix[:, :, None], targets)
     assert outputs.item() < 1e-8
     assert masses.item() < 1e-8
 

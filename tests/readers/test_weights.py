@@ -95,6 +95,22 @@ def test_an_offloaded_reader_keeps_its_dtype(offloaded: Reader) -> None:
         offloaded.compute_in(torch.bfloat16)
 
 
+def test_computing_in_bf16_is_as_loading_in_it(llama_folder: Path) -> None:
+    """Rotary frequencies stay fp32: rounded, keys far into a text stand elsewhere."""
+    loaded = Reader.load(llama_folder, name="loaded", dtype=torch.bfloat16)
+    cast = Reader.load(llama_folder, name="cast")
+    cast.compute_in(torch.bfloat16)
+    assert {w.dtype for w in cast.model.parameters()} == {torch.bfloat16}
+    buffers = dict(cast.model.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    for name, value in loaded.model.named_buffers():
+        assert buffers[name].dtype == value.dtype == torch.float32
+        assert torch.equal(buffers[name], value)
+    (ids,) = [loaded.prompts.text_ids("Nulnak works as a baker. " * 30)]
+    logits = [reader.model(torch.tensor([ids])).logits for reader in (loaded, cast)]
+    assert torch.equal(*logits)
+
+
 def test_an_untied_head_on_a_disk_comes_back(
     tmp_path: Path, llama_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentwire_fast.config.presets import PRESETS, load_preset
+from latentwire_fast.training import trainer as trainer_module
 from latentwire_fast.training.trainer import Trainer
 from runs import changed, tiny_config
 
@@ -31,17 +32,24 @@ class Dtypes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(("precision", "fast"), [("no", True), ("bf16", True), ("bf16", False)])
 def test_a_run_is_in_fp32(
-    llama_folder: Path, qwen_folder: Path, tmp_path: Path, precision: str
+    llama_folder: Path,
+    qwen_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    fast: bool,
 ) -> None:
-    """The smoke preset with both optimisers. Asked for bf16, it is seen to use it."""
+    """The smoke preset with both optimisers. Asked for bf16, it is seen to use it, unless the CPU
+    would have to emulate it."""
+    monkeypatch.setattr(trainer_module, "is_fast_at_bf16", lambda device_type: fast)
     config = tiny_config(llama_folder, qwen_folder)
     config = changed(config, optim={"mixed_precision": precision})
     with Dtypes() as dtypes:
         Trainer(config, tmp_path / "run", progress=False).run()
     assert torch.float32 in dtypes.found
-    assert (torch.bfloat16 in dtypes.found) == (precision == "bf16")
+    assert (torch.bfloat16 in dtypes.found) == (precision == "bf16" and fast)
     assert torch.float16 not in dtypes.found
 
 

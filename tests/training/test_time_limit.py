@@ -36,6 +36,9 @@ def test_steps_are_left_out_where_time_is_short(llama_folder: Path) -> None:
     assert next_step(config, 0, 70.0) == 3
     assert next_step(config, 3, 61.0) == 4
     assert next_step(config, 1, 1e9) == 6  # never behind the end
+    assert next_step(config, 0, 60.0, 59.0) == 1  # nearly all of it was work that is done once
+    assert next_step(config, 0, 90.0, 60.0) == 3  # half of the minute that is left
+    assert next_step(config, 0, 130.0, 125.0) == 6  # no time is left
 
 
 @pytest.mark.parametrize(
