@@ -13,14 +13,15 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.prompts.builder import PromptBuilder
 from latentwire_fast.readers.abilities import ReaderAbilities
 from latentwire_fast.readers.checkpointing import checkpoint_activations
 from latentwire_fast.readers.checks import (
     backbone_of,
     check_logits,
+    check_prompt_ids,
     check_vocabulary,
     learns_positions,
     position_limit,
@@ -41,12 +42,13 @@ class FrozenLM:
     Args:
         model: any Hugging Face causal LM whose logits are its output embedding applied to the last
             hidden state, perhaps scaled or capped (checked). It is put into eval mode and frozen.
-        tokenizer: its tokenizer.
+        prompts: the builder of its prompts, with its tokenizer.
         name: what messages call it.
-        eos_id: the token that ends an answer.
 
     Attributes:
+        tokenizer: its tokenizer.
         pad_id: stands at padding.
+        logit_transform: what it does to its logits behind the output embedding.
         learns_positions: whether it has a table of positions, beyond which it cannot read.
 
     Raises:
@@ -54,18 +56,17 @@ class FrozenLM:
             model does not know.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, *, name: str, eos_id: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: PromptBuilder, *, name: str) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.tokenizer = tokenizer = prompts.tokenizer
         self.name = name
-        self.eos_id = eos_id
+        check_prompt_ids(prompts, model, name=f"reader {name!r}")
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None or self.pad_id >= len(self.embedding.weight):
-            self.pad_id = eos_id
+            self.pad_id = prompts.eos_id
         check_vocabulary(tokenizer, model, name=f"reader {name!r}")
-        self._transform = self._check_logits()
+        self.logit_transform = self._check_logits()
         self.learns_positions = learns_positions(model)
 
     def compute_in(self, dtype: torch.dtype) -> None:
@@ -89,11 +90,11 @@ class FrozenLM:
             )
         assert self.fingerprint  # computed now, and kept
         cast_weights(self.model, dtype)
-        self._transform = self._check_logits()
+        self.logit_transform = self._check_logits()
         self.__dict__.pop("abilities", None)
 
     def _check_logits(self) -> LogitTransform:
-        ids = torch.tensor([[self.eos_id, 0]], device=self.device)
+        ids = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
         return check_logits(self.model, ids, name=f"reader {self.name!r}")
 
     @property
@@ -123,23 +124,13 @@ class FrozenLM:
             self.head,
             self.vocabulary,
             gaps=self._gaps,
-            scale=self.logit_scale,
-            softcap=self.logit_softcap or None,
+            scale=self.logit_transform.scale,
+            softcap=self.logit_transform.softcap or None,
         )
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor on what the output embedding gives; 1 where the model has none."""
-        return self._transform.scale
-
-    @property
-    def logit_softcap(self) -> float:
-        """Cap on the logits, behind that factor (`cap * tanh(logits / cap)`); 0 for none."""
-        return self._transform.softcap
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits `[..., V]` of last hidden states `[..., D]`, in the head's dtype."""
-        return self._transform(self.head(hidden))
+        return self.logit_transform(self.head(hidden))
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -153,7 +144,7 @@ class FrozenLM:
         declares beside it (chat models often end a turn with another token).
         """
         declared = getattr(self.model.generation_config, "eos_token_id", None)
-        found = [self.eos_id, *token_ids([self.tokenizer.eos_token_id, declared])]
+        found = [self.prompts.eos_id, *token_ids([self.tokenizer.eos_token_id, declared])]
         return [i for i in dict.fromkeys(found) if i < self.vocabulary]
 
     @cached_property

@@ -30,7 +30,6 @@ from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.ops.bf16 import is_fast_at_bf16
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
-from latentwire_fast.readers.checks import check_prompt_ids
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
 from latentwire_fast.readers.frozen_lm import FrozenLM
@@ -53,7 +52,8 @@ class Reader(FrozenLM):
     """A frozen causal LM that is asked through prompts, with a prefix among them or without.
 
     Args:
-        model, tokenizer: as in `FrozenLM`.
+        model: as in `FrozenLM`.
+        tokenizer: its tokenizer.
         name: the key of this reader in adapters, metrics and reports.
         prompt: how it is asked; passed to `PromptBuilder`.
 
@@ -74,10 +74,8 @@ class Reader(FrozenLM):
         source: str = "",
         prompt: PromptConfig | None = None,
     ) -> None:
+        super().__init__(model, PromptBuilder(tokenizer, prompt), name=name)
         self.source = source
-        self.prompts = PromptBuilder(tokenizer, prompt)
-        check_prompt_ids(self.prompts, model, name=f"reader {name!r}")
-        super().__init__(model, tokenizer, name=name, eos_id=self.prompts.eos_id)
         self.lora_settings: LoraSettings | None = None
         self.lora: ReaderLora | None = None
         self._warned: set[str] = set()

@@ -28,6 +28,7 @@ from latentwire_fast.prompts.batch import PaddingSide
 from latentwire_fast.prompts.builder import Prompt, Turn, full_text
 from latentwire_fast.readers import loading
 from latentwire_fast.readers.loading import resolve_source
+from latentwire_fast.readers.logits import LogitTransform
 from latentwire_fast.readers.reader import Reader, load_readers
 from readers import tiny_model
 from reading import inputs, latent_prompts, random_prefixes, row_embeds, text_prompts
@@ -193,7 +194,7 @@ def test_logits_are_scaled_and_capped_as_the_model_does_it(
     softcap: float,
 ) -> None:
     reader = Reader(build(len(llama_tokenizer)), llama_tokenizer, name="capped")
-    assert (reader.logit_scale, reader.logit_softcap) == (scale, softcap)
+    assert reader.logit_transform == LogitTransform(scale, softcap)
     prompt = reader.prompts.build([Turn("Who?", "a baker")], context="Nulnak is a baker.")
     batch = reader.collate([prompt])
     expected = reader.model(input_ids=batch.ids_BT).logits
@@ -227,7 +228,7 @@ def test_a_factor_that_a_model_does_not_use_is_left_out(
 ) -> None:
     model = tiny_model("llama", llama_tokenizer)
     model.config.logit_scale = 0.5
-    assert Reader(model, llama_tokenizer, name="llama").logit_scale == 1
+    assert Reader(model, llama_tokenizer, name="llama").logit_transform == LogitTransform()
 
 
 def test_a_capped_model_without_its_cap_is_accepted(
