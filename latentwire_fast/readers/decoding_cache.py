@@ -19,6 +19,8 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from latentwire_fast.readers.arriving_layer import ArrivingLayer
+
 
 def decoding_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache to decode with, of layers that keep every position.
@@ -37,7 +39,7 @@ def decoding_cache(model: PreTrainedModel) -> DynamicCache:
 def keeps_states(cache: Cache) -> bool:
     """Whether some layer keeps a state that takes in each token, and cannot go back to what it was
     before (linear attention, convolutions, state spaces)."""
-    plain = (DynamicLayer, DummyLayer, StaticLayer)
+    plain = (DynamicLayer, ArrivingLayer, DummyLayer, StaticLayer)
     return any(type(layer) not in plain for layer in cache.layers)
 
 

@@ -31,6 +31,7 @@ from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.abilities import ReaderAbilities
+from latentwire_fast.readers.arriving_layer import training_cache
 from latentwire_fast.readers.checkpointing import checkpoint_activations
 from latentwire_fast.readers.checks import (
     backbone_of,
@@ -44,7 +45,7 @@ from latentwire_fast.readers.decoding import token_ids
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
 from latentwire_fast.readers.embeddings import embedding_size, input_embedding
-from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
+from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import (
     check_attention,
@@ -394,7 +395,7 @@ class Reader:
 
     @cached_property
     def filler(self) -> CacheFiller:
-        """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
+        """Puts deep prefixes into caches."""
         return CacheFiller.for_model(self.model, geometry=self.kv_geometry)
 
     @cached_property

@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from latentwire_fast.models.attachments.base import Attachment
+from latentwire_fast.readers.arriving_layer import settle
 from latentwire_fast.readers.attention import causal_mask, mask_free
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.reader import Reader
@@ -150,12 +151,13 @@ class ForwardPass:
                 embeds_BTD = put_soft(embeds_BTD, soft_RMD.flatten(0, 1), inputs["source"])
             if deep_L2RHPd is not None:
                 first = deep_L2RHPd.shape[4]
-                self.reader.filler.fill(target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT))
+                self.reader.filler.fill(
+                    target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT), stable=True
+                )
             self.mark("placement")
         positions_1T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
         hidden_BTD = self._backbone(
             compiled=embeddings is None,
-            waits=first > 0,
             inputs_embeds=embeds_BTD,
             attention_mask=attention_mask,
             position_ids=positions_1T,
@@ -168,17 +170,15 @@ class ForwardPass:
         self.mark("reader")
         return logits_BV
 
-    def _backbone(self, *, compiled: bool, waits: bool, **arguments: Any) -> Tensor:
+    def _backbone(self, *, compiled: bool, **arguments: Any) -> Tensor:
         """Last hidden states `[B, T, D]`.
 
         Args:
             compiled: whether a compiled backbone may run.
-            waits: whether a deep prefix may be on its way.
         """
         if self._compiled is None or not compiled:
             return self.reader.backbone(**arguments).last_hidden_state
-        if waits:
-            self.reader.filler.wait()  # its hooks are not for compiled code
+        settle(arguments["past_key_values"])
         # By default, what would be compiled once too often runs uncompiled, and nobody knows.
         strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
         with strict, mask_free(self.reader.model):

@@ -289,6 +289,9 @@ CPP_TESTS = [
     "static_cache",
     "layout_stays",
     "host_pool",
+    "parts",
+    "two_streams",
+    "a_prefix_that_is_written_again",
     "a_missing_wait_shows",
     "consumer_on_another_stream",
 ]
@@ -318,9 +321,12 @@ def test_cpp(cpp_tests: Path, name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_missing_extension_is_one_warning_and_works() -> None:
+@pytest.mark.parametrize("found", ["None", "type('Older', (), {'plan': None})"])
+def test_a_missing_or_older_extension_is_one_warning_and_works(found: str) -> None:
     code = (
-        "import sys; sys.modules['latentwire_fast._C'] = None\n"
+        "import sys, latentwire_fast\n"
+        f"latentwire_fast._C = sys.modules['latentwire_fast._C'] = {found}\n"
+        "if latentwire_fast._C is None: del latentwire_fast._C\n"
         "import torch\n"
         "from latentwire_fast.readers import kv_placement\n"
         "assert not kv_placement.has_extension()\n"
