@@ -43,6 +43,12 @@ def keeps_states(cache: Cache) -> bool:
     return any(type(layer) not in plain for layer in cache.layers)
 
 
+def tensors_of(cache: Cache) -> list[torch.Tensor]:
+    """All that its layers hold, also where it is no keys and values; nothing is waited for."""
+    values = (value for layer in cache.layers for value in vars(layer).values())
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
 def has_window(model: PreTrainedModel) -> bool:
     """Whether some layer attends to its last positions only."""
     layers = DynamicCache(config=model.config).layers

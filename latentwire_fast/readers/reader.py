@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +84,8 @@ class Reader:
     Attributes:
         lora_settings: of low-rank updates that a run is to train; None for none.
         lora: the low-rank updates that it reads with, if it has any (`ReaderLora.attach`).
+        lock: held by receivers while they read with it, and inside `base`: both change how the
+            model computes, for every thread.
 
     Raises:
         ConfigError: the model makes its logits in another way, or the tokenizer lacks an EOS or
@@ -112,6 +115,7 @@ class Reader:
         self.learns_positions = learns_positions(model)
         self.lora_settings: LoraSettings | None = None
         self.lora: ReaderLora | None = None
+        self.lock = threading.RLock()
         self._warned: set[str] = set()
 
     @classmethod
@@ -416,13 +420,15 @@ class Reader:
         change)."""
         return weights_digest(self.model)
 
-    def base(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def base(self) -> Iterator[None]:
         """Inside the block the reader reads as it was loaded, without low-rank updates.
 
         Raises:
             ConfigError: they were merged into its weights.
         """
-        return nullcontext() if self.lora is None else self.lora.disabled()
+        with self.lock, nullcontext() if self.lora is None else self.lora.disabled():
+            yield
 
     def collate(
         self,

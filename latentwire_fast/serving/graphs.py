@@ -154,6 +154,7 @@ class CapturedPass:
         self.cache = cache
         self.serial = 0
         self._memory = memory
+        self._readers: list[torch.cuda.Stream] = []
         self._inputs = InputBuffer(batch.fields, device=memory.stream.device)
         memory.acquire()
         self._inputs.fill(batch.values())
@@ -170,9 +171,21 @@ class CapturedPass:
             self._logits_BV = forward(self._inputs.tensors)
         memory.release()
 
+    def lend(self) -> None:
+        """The current stream is going to read the cache: the next `fill` waits for what it has
+        queued by then."""
+        stream = torch.cuda.current_stream(self._memory.stream.device)
+        if stream not in self._readers:
+            self._readers.append(stream)
+
     def fill(self, values: Mapping[str, np.ndarray]) -> None:
         """Send new inputs off, behind whatever another stream still does with the memory."""
         self._memory.acquire()
+        current = torch.cuda.current_stream()
+        for stream in self._readers:
+            if stream != current:
+                current.wait_stream(stream)
+        self._readers.clear()
         self._inputs.fill(values)
 
     def replay(self) -> Tensor:

@@ -21,11 +21,13 @@ from latentwire_fast.readers.decoding import DecodeOptions, pick_tokens
 from latentwire_fast.readers.decoding_cache import (
     keeps_states,
     move_right,
+    tensors_of,
     without_first,
     without_limit,
 )
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.graphs import CapturedPass, set_length
+from latentwire_fast.serving.streams import Finished
 
 
 class Prefilled:
@@ -60,6 +62,7 @@ class Prefilled:
         self._cache = cache
         self._lengths_B = lengths_B
         self._captured = captured
+        self._finished = Finished([logits_BV, *tensors_of(cache)])
         self._serial = captured.serial if captured else 0
         self._padded_right = isinstance(cache, StaticCache)
         self._padding_B = positions - lengths_B
@@ -69,14 +72,24 @@ class Prefilled:
     def cache(self) -> Cache:
         """The keys and values of the prompts, and of nothing after them.
 
+        The current streams wait for the prefill, and the next one that uses the same memory waits
+        for what they do with it until then.
+
         Raises:
             ConfigError: a later prefill of the same shape took the memory.
         """
+        with self._reader.lock:
+            return self._own_cache()
+
+    def _own_cache(self) -> Cache:
         if self._captured is not None and self._captured.serial != self._serial:
             raise ConfigError(
                 "a later prefill of the same shape has overwritten this one's keys and values; "
                 "decode each prefill before the next, or use one receiver for each"
             )
+        if self._captured is not None:
+            self._captured.lend()
+        self._finished.hand_over([self.logits_BV, *tensors_of(self._cache)])
         if not self._moved:  # only now: a first token does not need it
             move_right(cast(DynamicCache, self._cache), self._padding_B.tolist())
             self._moved = True
@@ -106,7 +119,12 @@ class Prefilled:
         Raises:
             ConfigError: see `cache`; not one number for each row; or logits that are no numbers.
         """
-        reader, options = self._reader, options or DecodeOptions()
+        with self._reader.lock:  # or another thread's prefill takes the cache away
+            return self._decode(options or DecodeOptions(), numbers)
+
+    def _decode(self, options: DecodeOptions, numbers: Sequence[int] | None) -> list[list[int]]:
+        reader = self._reader
+        cache = self._roomy_cache(options.max_new_tokens - 1)  # the last token is not fed back
         if bool(self.logits_BV.isnan().any()):  # the likeliest token of these would be number 0
             raise ConfigError(
                 f"reader {reader.name!r} computes NaN from this prompt: in {reader.model.dtype} "
@@ -116,7 +134,7 @@ class Prefilled:
         numbers = row_numbers(numbers, rows=rows)
         feed = _Decoder(
             reader,
-            self._roomy_cache(options.max_new_tokens - 1),  # the last token is not fed back
+            cache,
             lengths_B=self._lengths_B,
             columns=self.positions,
             padded_right=self._padded_right,

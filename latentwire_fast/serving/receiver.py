@@ -48,6 +48,10 @@ WIDTH_STEP = 8
 class Receiver:
     """Reads prompts with one reader.
 
+    Any thread may call it. Receivers of one reader take turns (`Reader.lock`): a `generate` is one
+    turn, so its cache is its own until its answers are there. Requests that come together are
+    faster as one batch.
+
     Args:
         reader: on a device, frozen.
         adapter: latent `[R, M, d]` to soft tokens `[R, M, D]`, or as many as its `positions` says;
@@ -147,6 +151,15 @@ class Receiver:
                 reader has not.
             DataError: more positions than the reader's table has.
         """
+        with self.reader.lock:
+            return self._prefill(prompts, payloads, embeddings)
+
+    def _prefill(
+        self,
+        prompts: Sequence[Prompt],
+        payloads: Sequence[bytes] | None,
+        embeddings: Sequence[Tensor] | None,
+    ) -> Prefilled:
         batch = self._batch(prompts, payloads, embeddings)
         if len(prompts) > 1 and self.reader.abilities.together and not batch.is_even:
             return self._apart(prompts, payloads, embeddings)
@@ -189,8 +202,9 @@ class Receiver:
     ) -> list[list[int]]:
         """New token ids of each prompt: `prefill`, then `Prefilled.generate`. Theirs are the
         arguments and errors."""
-        first = self.prefill(prompts, payloads=payloads, embeddings=embeddings)
-        return first.generate(options, numbers=numbers)
+        with self.reader.lock:  # one request: no other comes between its two steps
+            first = self.prefill(prompts, payloads=payloads, embeddings=embeddings)
+            return first.generate(options, numbers=numbers)
 
     @torch.no_grad()
     def score(
@@ -204,7 +218,10 @@ class Receiver:
 
         Arguments and errors as of `prefill`; it always runs op by op.
         """
-        batch = self._batch(prompts, payloads, embeddings)
+        with self.reader.lock:
+            return self._score(prompts, self._batch(prompts, payloads, embeddings))
+
+    def _score(self, prompts: Sequence[Prompt], batch: Batch) -> TargetScores:
         if batch.parcel is None:
             return self.reader.score(prompts, prefixes=batch.embeddings)
         soft_RMD, deep_L2RHPd = self._pass.prefixes(batch)

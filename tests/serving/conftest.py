@@ -25,6 +25,9 @@ class UncapturedPass:
         self._inputs.fill(batch.values())
         forward(self._inputs.tensors)
 
+    def lend(self) -> None:
+        """There is one stream."""
+
     def fill(self, values: dict[str, np.ndarray]) -> None:
         self._inputs.fill(values)
 

@@ -66,7 +66,7 @@ class FakeCuda:
             "Stream": lambda device: FakeStream("capture", cuda),
             "Event": Event,
             "graph_pool_handle": lambda: POOL,
-            "current_stream": lambda: cuda.current,
+            "current_stream": lambda device=None: cuda.current,
             "set_stream": lambda stream: setattr(cuda, "current", stream),
             "stream": self.on,
             "graph": self.graph,
@@ -124,6 +124,24 @@ def test_replays_of_all_shapes_are_ordered_across_streams(cuda: FakeCuda) -> Non
             ("wait", stream, used), ("replay", stream, None), ("record", stream, None),
         ]  # fmt: skip
         used = stream
+
+
+def test_a_replay_waits_for_whoever_reads_the_cache_of_the_one_before(cuda: FakeCuda) -> None:
+    """The cache is handed out on other streams than the one that replays. Before, the next replay
+    of the shape wrote into it while they read."""
+    captured = make_pass(GraphMemory(torch.device("cpu")))
+    captured.replay()
+    streams = {name: FakeStream(name, cuda) for name in ("one", "two")}
+    for name in ("one", "two", "one"):
+        cuda.current = streams[name]
+        captured.lend()
+    cuda.log.clear()
+    captured.fill({"ids": np.arange(3)})
+    assert cuda.log == [("wait", "one", "default"), ("wait", "one", "two")]
+    captured.replay()
+    cuda.log.clear()
+    captured.fill({"ids": np.arange(3)})
+    assert cuda.log == [("wait", "one", "one")], "what was read is read"
 
 
 def test_a_capture_waits_for_the_replay_before_it(cuda: FakeCuda) -> None:
