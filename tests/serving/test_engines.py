@@ -360,6 +360,26 @@ def test_adapters_run_in_the_readers_dtype(llama_folder: Any, prefix: str) -> No
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prefix", "kind"), [("soft", "linear"), ("both", "mlp")])
+def test_adapters_run_in_the_readers_dtype_under_autocast_too(
+    llama_folder: Any, prefix: str, kind: str, dtype: torch.dtype
+) -> None:
+    """From codes (`linear`) and from latents. Before, autocast chose another one."""
+    reader = Reader.load(llama_folder, name="llama", dtype=dtype)
+    model = make_model(reader, prefix, kind=kind)
+    receiver = Receiver.of(model, reader)
+    batch = receiver._batch(asking(reader, ["Who?"] * 3), random_payloads(model), None)
+    expected = receiver._pass.prefixes(batch)
+    with torch.autocast("cpu", torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        found = receiver._pass.prefixes(batch)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert one.dtype == other.dtype == dtype
+            assert torch.equal(one, other)
+
+
 def test_a_prompt_beyond_computed_positions_is_read_and_said_once(
     llama_folder: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
