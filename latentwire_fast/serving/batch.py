@@ -20,7 +20,7 @@ class Shape:
 
     Attributes:
         payloads: 0 for text, 1 for one that all rows read, or B.
-        rows, width: B and T.
+        rows, width: B and T, see `buckets.py`.
         bits, group_size: of the payloads; 0 for text.
     """
 
@@ -90,6 +90,13 @@ class Batch:
         source_BT = np.where(layout.slots_BT < 0, -1, layout.slots_BT + before_B[:, None])
         values |= {"source": source_BT}
         return values if self.parcel is None else {**values, **self.parcel.values()}
+
+    def with_rows(self, rows: int) -> Batch:
+        """A batch of so many rows, the added ones like the last."""
+        if rows == len(self.layout.ids_BT):
+            return self
+        parcel = None if self.parcel is None else self.parcel.with_rows(rows)
+        return Batch(self.layout.with_rows(rows), parcel)
 
     def verify(self) -> None:
         """Check the values of the payloads.

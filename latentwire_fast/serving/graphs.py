@@ -1,4 +1,4 @@
-"""Prefills as CUDA graphs: one for each shape of batch, a bounded number of them.
+"""Prefills as CUDA graphs: one for each shape of batch, in a bounded amount of memory.
 
 A captured pass reads its inputs from one fixed block, writes keys and values straight into a
 `StaticCache` of its own, and leaves its logits in one place; replaying it is one launch.
@@ -9,10 +9,12 @@ Shapes: L layers, B rows, H key/value heads, T new positions, N cache length, V 
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from copy import copy
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
+from latentwire_fast.readers.decoding_cache import tensors_of
 from latentwire_fast.serving.batch import Batch, Shape
 from latentwire_fast.serving.input_buffer import InputBuffer
 
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Passes before the capture: kernels are compiled and libraries set up, which a capture forbids.
 WARM_UPS = 2
+# What the driver keeps of one graph of a thousand kernels. An assumption: not yet measured.
+GRAPH_BYTES = 16 << 20
 
 
 class WriteThroughLayer(CacheLayerMixin):
@@ -83,6 +88,18 @@ def set_length(cache: StaticCache, length: int) -> None:
     counters = [layer.cumulative_length for layer in _layers(cache)]
     torch._foreach_zero_(counters)
     torch._foreach_add_(counters, length)
+
+
+def first_rows(cache: StaticCache, rows: int) -> StaticCache:
+    """A cache of the first rows of another one, whose memory it shares."""
+    shorter = copy(cache)
+    shorter.layers = []
+    for whole in _layers(cache):
+        layer = copy(whole)
+        layer.keys, layer.values = whole.keys[:rows], whole.values[:rows]
+        layer.batch_size = rows
+        shorter.layers.append(layer)
+    return shorter
 
 
 def _layers(cache: StaticCache) -> list[Any]:
@@ -171,6 +188,12 @@ class CapturedPass:
             self._logits_BV = forward(self._inputs.tensors)
         memory.release()
 
+    @property
+    def bytes(self) -> int:
+        """Of its own memory: cache, logits, and the graph itself."""
+        own = [self._logits_BV, *tensors_of(self.cache), *self._inputs.tensors.values()]
+        return GRAPH_BYTES + sum(tensor.nbytes for tensor in own)
+
     def lend(self) -> None:
         """The current stream is going to read the cache: the next `fill` waits for what it has
         queued by then."""
@@ -197,30 +220,64 @@ class CapturedPass:
         return logits_BV
 
 
-class PassCache:
-    """The captured passes of one receiver: the last used ones, at most `limit`.
+class Kept(Protocol):
+    """A captured pass, as far as it is kept."""
+
+    @property
+    def bytes(self) -> int:
+        """Device memory that is freed with it."""
+        ...
+
+
+P = TypeVar("P", bound=Kept)
+
+
+class PassCache(Generic[P]):
+    """The captured passes of one receiver: the last used ones that fit into so many bytes, and
+    always the newest.
 
     A pass that is dropped stays in memory for as long as a result of it is in use.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: float) -> None:
         self.captures = 0
         self._limit = limit
-        self._passes: OrderedDict[Shape, CapturedPass] = OrderedDict()
+        self._passes: OrderedDict[Shape, P] = OrderedDict()
 
-    def get(self, shape: Shape, capture: Callable[[], CapturedPass]) -> CapturedPass:
+    def get(self, shape: Shape, capture: Callable[[], P]) -> P:
         """The pass for a shape, captured now if it is not there."""
         found = self._passes.pop(shape, None)
         if found is None:
-            while len(self._passes) >= self._limit:
-                dropped, _ = self._passes.popitem(last=False)
-                logger.info("dropped the graph for %s to make room for %s", dropped, shape)
-            found = capture()
-            self.captures += 1
+            found = self._captured(capture)
         self._passes[shape] = found
+        while len(self._passes) > 1 and self.bytes > self._limit:
+            dropped, _ = self._passes.popitem(last=False)
+            logger.info("dropped the graph for %s to make room for %s", dropped, shape)
         return found
+
+    def _captured(self, capture: Callable[[], P]) -> P:
+        try:
+            found = capture()
+        except torch.OutOfMemoryError:
+            if not self._passes:
+                raise
+            logger.info("no memory for one more graph: dropped all %d", len(self._passes))
+            self._passes.clear()
+            found = capture()
+        self.captures += 1
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(kept.bytes for kept in self._passes.values())
 
     @property
     def shapes(self) -> Sequence[Shape]:
         """The captured shapes, least recently used first."""
         return list(self._passes)
+
+
+def memory_for_graphs(device: torch.device) -> float:
+    """A quarter of what is free now, in bytes; on a CPU, which has no graphs, no limit."""
+    return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else math.inf

@@ -29,9 +29,16 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.serving.batch import Batch
+from latentwire_fast.serving.buckets import row_bucket, width_bucket
 from latentwire_fast.serving.engines import choose_engine
 from latentwire_fast.serving.forward_pass import ForwardPass
-from latentwire_fast.serving.graphs import CapturedPass, GraphMemory, PassCache
+from latentwire_fast.serving.graphs import (
+    CapturedPass,
+    GraphMemory,
+    PassCache,
+    first_rows,
+    memory_for_graphs,
+)
 from latentwire_fast.serving.input_buffer import lay_out
 from latentwire_fast.serving.options import Engine, ReceiverOptions
 from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
@@ -40,9 +47,6 @@ from latentwire_fast.serving.prefilled_apart import PrefilledApart
 from latentwire_fast.serving.prefixes import TrainedParts
 
 logger = logging.getLogger(__name__)
-
-# A graph serves prompts of up to so many different lengths: on average half of it is padding.
-WIDTH_STEP = 8
 
 
 class Receiver:
@@ -92,9 +96,12 @@ class Receiver:
         self._pass = ForwardPass(
             reader, parts, compiled=self.engine == "compile", mark=options.mark
         )
+        limit: float = options.graph_bytes or 0
         if self.engine == "graph":
             self._memory = GraphMemory(reader.device)
-        self.passes = PassCache(options.max_graphs)
+            if options.graph_bytes is None:
+                limit = memory_for_graphs(reader.device)
+        self.passes: PassCache[CapturedPass] = PassCache(limit)
 
     @classmethod
     def of(
@@ -231,6 +238,45 @@ class Receiver:
         head = self._pass.head_positions
         return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd, head=head)
 
+    @torch.no_grad()
+    def capture(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        payloads: Sequence[bytes] | None = None,
+        rows: Sequence[int] = (1,),
+        shared: bool = False,
+    ) -> int:
+        """Capture graphs before the first request comes. Later, what none of them serves is
+        captured when it comes, and has to wait for that.
+
+        Args:
+            prompts: examples of what will be read: of each length that will come, and so of
+                whatever kind.
+            payloads: of the precision that will come, one per prompt or one for all of these; None
+                for text.
+            rows: the sizes of batch that will come.
+            shared: whether all prompts of a batch will ask about one payload.
+
+        Returns:
+            How many were captured. 0 where all are there, or where this receiver captures none.
+
+        Raises:
+            As `prefill`.
+        """
+        before = self.passes.captures
+        with self.reader.lock:
+            for number, prompt in enumerate(prompts):
+                own = [] if payloads is None else [payloads[number if len(payloads) > 1 else 0]]
+                for count in sorted({row_bucket(size) for size in rows}):
+                    given = own if shared else own * count
+                    batch = self._batch([prompt] * count, given or None, None)
+                    batch.verify()
+                    if self.engine == "graph":
+                        with torch.cuda.device(self.reader.device):
+                            self._captured(batch)
+        return self.passes.captures - before
+
     # --- what is read -----------------------------------------------------------------------------
 
     def _batch(
@@ -256,7 +302,7 @@ class Receiver:
             prompts,
             soft_tokens=soft,
             pad_id=self.reader.pad_id,
-            multiple=1 if self.engine == "eager" or embeddings is not None else WIDTH_STEP,
+            width_of=None if self.engine == "eager" or embeddings is not None else width_bucket,
             most=most,
         )
         largest, vocabulary = int(layout.ids_BT.max()), self.reader.embedding.num_embeddings
@@ -307,15 +353,18 @@ class Receiver:
         return self._outcome(batch, logits_BV, cache=cache, captured=None)
 
     def _replay(self, batch: Batch) -> Prefilled:
+        rows = len(batch.layout.ids_BT)
+        padded = batch.with_rows(row_bucket(rows))
         with torch.cuda.device(self.reader.device):
-            captured = self._captured(batch)
+            captured = self._captured(padded)
             if captured is None:
                 return self._read(batch)
-            captured.fill(batch.values())
+            captured.fill(padded.values())
             self.options.mark("parse")
-            logits_BV = captured.replay()
+            logits_BV = captured.replay()[:rows]
             batch.verify()  # while the GPU works; nothing is handed out before
-        return self._outcome(batch, logits_BV, cache=captured.cache, captured=captured)
+        cache = captured.cache if padded is batch else first_rows(captured.cache, rows)
+        return self._outcome(batch, logits_BV, cache=cache, captured=captured)
 
     def _captured(self, batch: Batch) -> CapturedPass | None:
         """The graph for a batch; None where the engine was left to the receiver, and it fails."""

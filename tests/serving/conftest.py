@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentwire_fast.readers.decoding_cache import tensors_of
 from latentwire_fast.serving import forward_pass, receiver
 from latentwire_fast.serving.input_buffer import InputBuffer
 
@@ -24,6 +25,10 @@ class UncapturedPass:
         self._inputs = InputBuffer(batch.fields, device=torch.device("cpu"))
         self._inputs.fill(batch.values())
         forward(self._inputs.tensors)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in tensors_of(self.cache))
 
     def lend(self) -> None:
         """There is one stream."""

@@ -302,7 +302,7 @@ def test_a_capture_that_fails_leaves_the_prompts_to_the_eager_engine(
     [
         ("engine", "fast"),
         ("new_tokens", 0),
-        ("max_graphs", 0),
+        ("graph_bytes", 0),
         ("prefix_gain", 0.0),
         ("prefix_gain", -1.0),
         ("prefix_gain", 1e30),
