@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from latentwire_fast.serving.batch import Shape
 from latentwire_fast.serving.buckets import row_bucket, width_bucket
-from latentwire_fast.serving.graphs import GRAPH_BYTES, PassCache
+from latentwire_fast.serving.graphs import GRAPH_BYTES
+from latentwire_fast.serving.pass_cache import PassCache
 
 KV_BYTES = 32 * 2 * 8 * 128 * 2  # of one position: layers, keys and values, heads, width, bf16
 FREE = 64 << 30

@@ -228,7 +228,7 @@ def _fill_dynamic(cache: Cache, placement: Placement) -> None:
     while len(cache.layers) < len(placement.keys):
         cache.layers.append(DynamicLayer())
     for number, (keys, values) in enumerate(zip(placement.keys, placement.values, strict=True)):
-        layer, under_way = cache.layers[number], placement.is_under_way(number)
+        layer, under_way = _layers(cache)[number], placement.is_under_way(number)
         if under_way and not isinstance(layer, ArrivingLayer):
             layer = cache.layers[number] = ArrivingLayer()
         if isinstance(layer, ArrivingLayer):

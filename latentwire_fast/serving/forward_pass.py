@@ -21,11 +21,12 @@ from latentwire_fast.readers.attention import causal_mask, mask_free
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.batch import Batch
-from latentwire_fast.serving.graphs import CapturedPass, GraphMemory, write_through
+from latentwire_fast.serving.graphs import CapturedPass, GraphMemory
 from latentwire_fast.serving.input_buffer import InputBuffer
 from latentwire_fast.serving.options import Mark
 from latentwire_fast.serving.payload_batch import Parcel
 from latentwire_fast.serving.prefixes import TrainedParts, put_soft
+from latentwire_fast.serving.static_cache import write_through
 from latentwire_fast.wire import Header
 
 

@@ -6,7 +6,7 @@ cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
@@ -26,7 +26,8 @@ from latentwire_fast.readers.decoding_cache import (
     without_limit,
 )
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving.graphs import CapturedPass, set_length
+from latentwire_fast.serving.graphs import CapturedPass, CapturedStep
+from latentwire_fast.serving.static_cache import set_length
 from latentwire_fast.serving.streams import Finished
 
 
@@ -44,6 +45,7 @@ class Prefilled:
         lengths_B: real positions of each row, the deep ones included.
         positions: see above.
         captured: the graph that made it, if one did, and that owns the cache.
+        step: makes and starts the graph that decodes from that cache, where there is one.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Prefilled:
         lengths_B: np.ndarray,
         positions: int,
         captured: CapturedPass | None,
+        step: Callable[[], CapturedStep | None] | None = None,
     ) -> None:
         self.logits_BV = logits_BV
         self.positions = positions
@@ -62,6 +65,7 @@ class Prefilled:
         self._cache = cache
         self._lengths_B = lengths_B
         self._captured = captured
+        self._step = step
         self._finished = Finished([logits_BV, *tensors_of(cache)])
         self._serial = captured.serial if captured else 0
         self._padded_right = isinstance(cache, StaticCache)
@@ -132,13 +136,7 @@ class Prefilled:
             )
         rows = len(self._lengths_B)
         numbers = row_numbers(numbers, rows=rows)
-        feed = _Decoder(
-            reader,
-            cache,
-            lengths_B=self._lengths_B,
-            columns=self.positions,
-            padded_right=self._padded_right,
-        )
+        feed = self._feeder(cache)
         stops, logits_BV = reader.stop_ids, self.logits_BV
         stop_ids = torch.tensor(stops, device=logits_BV.device)
         done_B = torch.zeros(rows, dtype=torch.bool, device=logits_BV.device)
@@ -161,6 +159,21 @@ class Prefilled:
                 break
             logits_BV = feed(token_B, step)
         return _until(torch.stack(new_ids, 1).tolist(), stop=stops[0])
+
+    def _feeder(self, cache: Cache) -> Callable[[Tensor, int], Tensor]:
+        """What reads a token of each row and gives the next one's logits: a graph where there is
+        one of this cache."""
+        if self._step is not None and isinstance(cache, StaticCache):
+            step = self._step()
+            if step is not None:
+                return lambda token_B, _number: step.run(token_B)
+        return _Decoder(
+            self._reader,
+            cache,
+            lengths_B=self._lengths_B,
+            columns=self.positions,
+            padded_right=self._padded_right,
+        )
 
     def _roomy_cache(self, new_tokens: int) -> Cache:
         """`cache`, or one that grows where a static one has no room for so many tokens."""

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -32,15 +34,11 @@ from latentwire_fast.serving.batch import Batch
 from latentwire_fast.serving.buckets import row_bucket, width_bucket
 from latentwire_fast.serving.engines import choose_engine
 from latentwire_fast.serving.forward_pass import ForwardPass
-from latentwire_fast.serving.graphs import (
-    CapturedPass,
-    GraphMemory,
-    PassCache,
-    first_rows,
-    memory_for_graphs,
-)
+from latentwire_fast.serving.graph_engine import GraphEngine
+from latentwire_fast.serving.graphs import CapturedPass
 from latentwire_fast.serving.input_buffer import lay_out
 from latentwire_fast.serving.options import Engine, ReceiverOptions
+from latentwire_fast.serving.pass_cache import PassCache
 from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
 from latentwire_fast.serving.prefilled_apart import PrefilledApart
@@ -96,12 +94,10 @@ class Receiver:
         self._pass = ForwardPass(
             reader, parts, compiled=self.engine == "compile", mark=options.mark
         )
-        limit: float = options.graph_bytes or 0
-        if self.engine == "graph":
-            self._memory = GraphMemory(reader.device)
-            if options.graph_bytes is None:
-                limit = memory_for_graphs(reader.device)
-        self.passes: PassCache[CapturedPass] = PassCache(limit)
+        self._graphs = GraphEngine(self._pass, options) if self.engine == "graph" else None
+        self.passes = PassCache[CapturedPass](0) if self._graphs is None else self._graphs.passes
+        if self._graphs is not None and self._graphs.fault:
+            self._leave_graphs()
 
     @classmethod
     def of(
@@ -170,8 +166,8 @@ class Receiver:
         batch = self._batch(prompts, payloads, embeddings)
         if len(prompts) > 1 and self.reader.abilities.together and not batch.is_even:
             return self._apart(prompts, payloads, embeddings)
-        if self.engine == "graph" and embeddings is None:
-            return self._replay(batch)
+        if self._graphs is not None and embeddings is None:
+            return self._with_graphs(batch) or self._read(batch)
         return self._read(batch)
 
     def _apart(
@@ -272,10 +268,15 @@ class Receiver:
                     given = own if shared else own * count
                     batch = self._batch([prompt] * count, given or None, None)
                     batch.verify()
-                    if self.engine == "graph":
-                        with torch.cuda.device(self.reader.device):
-                            self._captured(batch)
+                    self._capture(batch)
         return self.passes.captures - before
+
+    def _capture(self, batch: Batch) -> None:
+        if self._graphs is None:
+            return
+        lengths_B, positions = self._places(batch)
+        if not self._graphs.capture(batch, lengths_B=lengths_B, positions=positions):
+            self._leave_graphs()
 
     # --- what is read -----------------------------------------------------------------------------
 
@@ -352,50 +353,40 @@ class Receiver:
         logits_BV, cache = self._pass.run(batch)
         return self._outcome(batch, logits_BV, cache=cache, captured=None)
 
-    def _replay(self, batch: Batch) -> Prefilled:
-        rows = len(batch.layout.ids_BT)
-        padded = batch.with_rows(row_bucket(rows))
-        with torch.cuda.device(self.reader.device):
-            captured = self._captured(padded)
-            if captured is None:
-                return self._read(batch)
-            captured.fill(padded.values())
-            self.options.mark("parse")
-            logits_BV = captured.replay()[:rows]
-            batch.verify()  # while the GPU works; nothing is handed out before
-        cache = captured.cache if padded is batch else first_rows(captured.cache, rows)
+    def _with_graphs(self, batch: Batch) -> Prefilled | None:
+        """None where the engine was left to the receiver, and a capture fails."""
+        assert self._graphs is not None
+        found = self._graphs.read(batch)
+        if found is None:
+            self._leave_graphs()
+            return None
+        logits_BV, cache, captured = found
         return self._outcome(batch, logits_BV, cache=cache, captured=captured)
 
-    def _captured(self, batch: Batch) -> CapturedPass | None:
-        """The graph for a batch; None where the engine was left to the receiver, and it fails."""
-        options = self.options
-        try:
-            return self.passes.get(
-                batch.shape,
-                lambda: self._pass.capture(
-                    batch, new_tokens=options.new_tokens, memory=self._memory
-                ),
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a capture fails in all kinds of ways
-            if options.engine != "auto":
-                raise
-            self.engine, self.reason = "eager", f"a capture failed: {error}"
-            logger.warning(
-                "reader %r is read op by op from now on: %s", self.reader.name, self.reason
-            )
-            return None
+    def _leave_graphs(self) -> None:
+        """Read op by op from now on."""
+        assert self._graphs is not None
+        self.engine, self.reason, self._graphs = "eager", self._graphs.fault, None
+        logger.warning("reader %r is read op by op from now on: %s", self.reader.name, self.reason)
 
     def _outcome(
         self, batch: Batch, logits_BV: Tensor, *, cache: Cache, captured: CapturedPass | None
     ) -> Prefilled:
-        deep = self._pass.deep_positions(batch.parcel)
+        lengths_B, positions = self._places(batch)
+        step = None
+        if captured is not None and self._graphs is not None:
+            step = partial(self._graphs.step, captured, lengths_B=lengths_B, positions=positions)
         return Prefilled(
             self.reader,
             logits_BV,
             cache=cache,
-            lengths_B=batch.layout.lengths_B + deep,
-            positions=deep + batch.layout.width,
+            lengths_B=lengths_B,
+            positions=positions,
             captured=captured,
+            step=step,
         )
+
+    def _places(self, batch: Batch) -> tuple[np.ndarray, int]:
+        """Real positions of each row, and columns of the cache, deep ones included."""
+        deep = self._pass.deep_positions(batch.parcel)
+        return batch.layout.lengths_B + deep, deep + batch.layout.width

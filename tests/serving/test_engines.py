@@ -34,13 +34,14 @@ from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers import attention
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving import Receiver, ReceiverOptions, engines
-from latentwire_fast.serving.engines import why_no_graph, why_not_mask_free
+from latentwire_fast.serving import Receiver, ReceiverOptions, engines, graph_engine, prefilled
+from latentwire_fast.serving.engines import why_no_graph, why_no_step, why_not_mask_free
 from reading import decode_slowly, text_prompts
 
 NEW_TOKENS = 12
 AT_MOST = DecodeOptions(max_new_tokens=NEW_TOKENS, eos_ban_steps=NEW_TOKENS)
 WINDOW = 8
+decoder_init = prefilled._Decoder.__init__
 
 
 def shape(tokenizer: Any) -> dict[str, Any]:
@@ -281,17 +282,70 @@ def test_a_capture_that_fails_leaves_the_prompts_to_the_eager_engine(
     prompts = asking(reader, ["Who?", "Where does he live?", "What is it?"])
     captured = Receiver.of(model, reader)
     expected = captured.generate(prompts, payloads=payloads, options=AT_MOST)
-    monkeypatch.setattr("latentwire_fast.serving.forward_pass.CapturedPass", fails)
     receiver = Receiver.of(model, reader)
+    asked = Receiver.of(model, reader, options=ReceiverOptions(engine="graph"))
     assert receiver.engine == "graph"
+    monkeypatch.setattr("latentwire_fast.serving.forward_pass.CapturedPass", fails)
     with caplog.at_level(logging.WARNING):
         found = [receiver.generate(prompts, payloads=payloads, options=AT_MOST) for _ in range(2)]
     assert found == [expected] * 2
     assert (receiver.engine, receiver.reason) == ("eager", "a capture failed: no such stream")
     assert [r.levelname for r in caplog.records] == ["WARNING"]
-    asked = Receiver.of(model, reader, options=ReceiverOptions(engine="graph"))
     with pytest.raises(RuntimeError, match="no such stream"):
         asked.prefill(prompts, payloads=payloads)
+    decided = Receiver.of(model, reader)
+    assert (decided.engine, decided.reason) == ("eager", "a capture failed: no such stream")
+    with pytest.raises(RuntimeError, match="no such stream"):
+        Receiver.of(model, reader, options=ReceiverOptions(engine="graph"))
+
+
+@pytest.mark.usefixtures("uncaptured")
+def test_tokens_are_decoded_by_a_graph_too(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind a graph, unless a trial or the capture fails: then op by op, with the same answers."""
+    model = make_model(reader, "both")
+    payloads = random_payloads(model)
+    prompts = asking(reader, ["Who?", "Where does he live?", "What is it?"])
+    answers, ran = {}, []
+    monkeypatch.setattr(
+        prefilled._Decoder, "__init__", lambda *a, **k: ran.append(how) or decoder_init(*a, **k)
+    )
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such stream")
+
+    for how in ("graph", "refused", "failed"):
+        with monkeypatch.context() as patch:
+            if how == "refused":
+                patch.setattr(graph_engine, "why_no_step", lambda reader: "a trial failed")
+            if how == "failed":
+                patch.setattr(graph_engine, "CapturedStep", fails)
+            receiver = Receiver.of(model, reader)
+            options = {"payloads": payloads, "options": AT_MOST}
+            answers[how] = [receiver.generate(prompts, **options) for _ in range(2)]
+            assert receiver.engine == "graph"
+    assert ran == ["refused"] * 2 + ["failed"] * 2
+    assert answers["graph"][0] == answers["graph"][1]
+    assert answers["graph"] == answers["refused"] == answers["failed"]
+    assert "decodes op by op: a capture failed: no such stream" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_a_reader_that_takes_no_full_mask_decodes_op_by_op(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why_no_step(reader) is None
+    forward = reader.backbone.forward
+
+    def takes_masks_of_two_dimensions(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError("a mask has two dimensions")
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(reader.backbone, "forward", takes_masks_of_two_dimensions)
+    assert why_no_step(reader) == "a trial failed: ValueError: a mask has two dimensions"
+    assert why_not_mask_free(reader) is None
 
 
 # --- options ------------------------------------------------------------------------------------

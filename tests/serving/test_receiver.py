@@ -36,8 +36,9 @@ from latentwire_fast.serving import (
     ReceiverOptions,
 )
 from latentwire_fast.serving.buckets import row_bucket, width_bucket
-from latentwire_fast.serving.graphs import PassCache, set_length, write_through
 from latentwire_fast.serving.input_buffer import InputBuffer, lay_out
+from latentwire_fast.serving.pass_cache import PassCache
+from latentwire_fast.serving.static_cache import set_length, write_through
 from readers import tiny_model
 from receiving import D_Z, LATENTS, asking, at_most, gpt2_reader, make_model, random_payloads
 
