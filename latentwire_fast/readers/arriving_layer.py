@@ -57,7 +57,7 @@ class ArrivingLayer(DynamicLayer):
     # transformers reads and replaces these two as plain attributes.
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         """`[B, H, P, D]`, once they are there for the current stream."""
         self.settle()
         return self._keys
@@ -67,7 +67,7 @@ class ArrivingLayer(DynamicLayer):
         self._keys = keys
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         """Likewise."""
         self.settle()
         return self._values

@@ -26,6 +26,7 @@ from latentwire_fast.serving.input_buffer import InputBuffer
 from latentwire_fast.serving.options import Mark
 from latentwire_fast.serving.payload_batch import Parcel
 from latentwire_fast.serving.prefixes import TrainedParts, put_soft
+from latentwire_fast.serving.prompt_head import Head
 from latentwire_fast.serving.static_cache import write_through
 from latentwire_fast.wire import Header
 
@@ -51,8 +52,10 @@ class ForwardPass:
         assert self.parts is not None
         return _positions(self.parts.adapter, parcel.header)
 
-    def deep_positions(self, parcel: Parcel | None) -> int:
-        """P, how many positions payloads take before the prompt."""
+    def deep_positions(self, parcel: Parcel | None, head: Head | None) -> int:
+        """P, how many positions payloads, or what is kept of the prompts, take before these."""
+        if head is not None:
+            return len(head.ids)
         if parcel is None or self.parts is None:
             return 0
         return _positions(self.parts.deep_prefix, parcel.header)
@@ -85,7 +88,12 @@ class ForwardPass:
         self.mark("parse")
         cache = decoding_cache(self.reader.model)
         logits_BV = self._forward(
-            inputs, batch.header, target=cache, cache=lambda: cache, embeddings=batch.embeddings
+            inputs,
+            batch.header,
+            target=cache,
+            cache=lambda: cache,
+            head=batch.head,
+            embeddings=batch.embeddings,
         )
         return logits_BV, cache
 
@@ -93,7 +101,7 @@ class ForwardPass:
         """The pass as a graph for batches of this shape, with a cache of its own that has room for
         `new_tokens` behind the prompts."""
         model = self.reader.model
-        deep = self.deep_positions(batch.parcel)
+        deep = self.deep_positions(batch.parcel, batch.head)
         rows, width = batch.layout.ids_BT.shape
         static = StaticCache(config=model.config, max_cache_len=deep + width + new_tokens)
         if not deep:  # otherwise the filler sets it up, as one block
@@ -106,6 +114,7 @@ class ForwardPass:
             forward = partial(
                 self._forward,
                 header=batch.header,
+                head=batch.head,
                 target=static,
                 cache=lambda: write_through(static, length=deep),
                 attention_mask=None
@@ -130,13 +139,14 @@ class ForwardPass:
         *,
         target: Cache,
         cache: Callable[[], Cache],
+        head: Head | None = None,
         attention_mask: Tensor | None = None,
         embeddings: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Logits `[B, V]` of the next token.
 
         Args:
-            target: takes the deep prefix; cache: makes what the reader then works with.
+            target: takes the deep prefix or the head; cache: makes what the reader then works with.
             attention_mask: only where transformers cannot make its own.
         """
         ids_BT = inputs["ids"]
@@ -150,6 +160,8 @@ class ForwardPass:
             soft_RMD, deep_L2RHPd = self.parts(inputs, header, mark=self.mark)
             if soft_RMD is not None:
                 embeds_BTD = put_soft(embeds_BTD, soft_RMD.flatten(0, 1), inputs["source"])
+            if head is not None:  # then no deep prefix is trained
+                deep_L2RHPd = head.deep_L21HPD
             if deep_L2RHPd is not None:
                 first = deep_L2RHPd.shape[4]
                 self.reader.filler.fill(

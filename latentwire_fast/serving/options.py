@@ -30,6 +30,9 @@ class ReceiverOptions:
         graph_bytes: of the device's memory for the graphs of all shapes of batch that are kept
             captured, beside what they share; None for a quarter of what is free when the receiver
             is made.
+        keep_head: keep the reader's keys and values of what prompts with a payload have before it
+            (the template), and read that once, not with each request. Only where no deep prefix is
+            trained; not for readers that take none.
         merge_lora: add a reader's low-rank updates (LoRA) to its weights, for good: it is then read
             as fast as without them, and by any engine.
         prefix_gain: factor on the calibrated size of soft tokens, and on the values (not the keys)
@@ -46,6 +49,7 @@ class ReceiverOptions:
     new_tokens: int = 32
     graph_bytes: int | None = None
     prefix_gain: float = 1.0
+    keep_head: bool = False
     merge_lora: bool = False
     mark: Mark = unmarked
 

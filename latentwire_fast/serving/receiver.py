@@ -43,6 +43,7 @@ from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
 from latentwire_fast.serving.prefilled_apart import PrefilledApart
 from latentwire_fast.serving.prefixes import TrainedParts
+from latentwire_fast.serving.prompt_head import Head, PromptHeads
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,9 @@ class Receiver:
         self._pass = ForwardPass(
             reader, parts, compiled=self.engine == "compile", mark=options.mark
         )
+        self._heads = None
+        if options.keep_head and deep_prefix is None and not reader.abilities.deep:
+            self._heads = PromptHeads(reader)
         self._graphs = GraphEngine(self._pass, options) if self.engine == "graph" else None
         self.passes = PassCache[CapturedPass](0) if self._graphs is None else self._graphs.passes
         if self._graphs is not None and self._graphs.fault:
@@ -291,12 +295,14 @@ class Receiver:
         if embeddings is not None:
             self._check_embeddings(embeddings, len(prompts))
         soft: int | list[int] | None = None
+        head = self._head(prompts) if parcel is not None else None
         if parcel is not None:
             soft = self._pass.soft_tokens(parcel)
-            prompts = [prompt.behind(self._pass.head_positions) for prompt in prompts]
+            before = self._pass.head_positions if head is None else len(head.ids)
+            prompts = [prompt.behind(before) for prompt in prompts]
         elif embeddings is not None:
             soft = [len(embedding) for embedding in embeddings]
-        deep = self._pass.deep_positions(parcel)
+        deep = self._pass.deep_positions(parcel, head)
         # Padding has positions too: a table of them has no more rows.
         most = self.reader.max_positions - deep if self.reader.learns_positions else None
         layout = lay_out(
@@ -313,7 +319,14 @@ class Receiver:
                 "of them; build it with that reader's `prompts`"
             )
         self.reader.check_positions(deep + int(layout.lengths_B.max()))
-        return Batch(layout, parcel, embeddings)
+        return Batch(layout, parcel, head, embeddings)
+
+    def _head(self, prompts: Sequence[Prompt]) -> Head | None:
+        """What is kept of these prompts, if anything."""
+        lora = self.reader.lora
+        if self._heads is None or (lora is not None and not lora.merged):
+            return None
+        return self._heads.of(prompts)
 
     def _open(
         self, payloads: Sequence[bytes] | None, prompts: int, *, with_embeddings: bool
@@ -388,5 +401,5 @@ class Receiver:
 
     def _places(self, batch: Batch) -> tuple[np.ndarray, int]:
         """Real positions of each row, and columns of the cache, deep ones included."""
-        deep = self._pass.deep_positions(batch.parcel)
+        deep = self._pass.deep_positions(batch.parcel, batch.head)
         return batch.layout.lengths_B + deep, deep + batch.layout.width
