@@ -6,6 +6,7 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from latentwire_fast.serving.engines import why_no_step
 from latentwire_fast.serving.forward_pass import ForwardPass
 from latentwire_fast.serving.graphs import CapturedPass, CapturedStep, GraphMemory
 from latentwire_fast.serving.input_buffer import lay_out
-from latentwire_fast.serving.options import ReceiverOptions
+from latentwire_fast.serving.options import ReceiverOptions, unmarked
 from latentwire_fast.serving.pass_cache import PassCache, memory_for_graphs
 from latentwire_fast.serving.static_cache import first_rows
 
@@ -57,9 +58,10 @@ class GraphEngine:
         reader = self._pass.reader
         ids = [(7 * number + 3) % reader.vocabulary for number in range(width_bucket(1))]
         layout = lay_out([Prompt(ids)], soft_tokens=None, pad_id=reader.pad_id)
+        trial = ForwardPass(reader, None, compiled=False, mark=unmarked)
         with torch.cuda.device(self._device):
             try:
-                captured = self._pass.capture(Batch(layout), new_tokens=1, memory=self._memory)
+                captured = trial.capture(Batch(layout), new_tokens=1, memory=self._memory)
             except Exception as error:
                 self.fault = self._reason(error)
                 return
@@ -99,8 +101,9 @@ class GraphEngine:
 
     def step(
         self, captured: CapturedPass, *, lengths_B: np.ndarray, positions: int
-    ) -> CapturedStep | None:
-        """The decoding step behind a pass, started; None where tokens are decoded op by op.
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The decoding step behind a pass, started: tokens `[B]` to the logits `[B, V]` of those
+        after them. None where tokens are decoded op by op.
 
         Args:
             lengths_B: positions of each row, the deep ones included.
@@ -120,7 +123,13 @@ class GraphEngine:
                     logger.warning("reader %r decodes op by op: %s", name, self.no_step)
                     return None
             captured.step.start(lengths_B, columns=positions)
-        return captured.step
+        run = captured.step.run
+
+        def read(token_B: Tensor) -> Tensor:
+            with torch.cuda.device(self._device):
+                return run(token_B)
+
+        return read
 
     def _captured(self, batch: Batch) -> CapturedPass | None:
         options = self._options

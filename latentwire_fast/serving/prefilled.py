@@ -26,7 +26,7 @@ from latentwire_fast.readers.decoding_cache import (
     without_limit,
 )
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving.graphs import CapturedPass, CapturedStep
+from latentwire_fast.serving.graphs import CapturedPass
 from latentwire_fast.serving.static_cache import set_length
 from latentwire_fast.serving.streams import Finished
 
@@ -45,7 +45,8 @@ class Prefilled:
         lengths_B: real positions of each row, the deep ones included.
         positions: see above.
         captured: the graph that made it, if one did, and that owns the cache.
-        step: makes and starts the graph that decodes from that cache, where there is one.
+        step: starts the graph that decodes from that cache, and gives what reads a token of each
+            row with it, where there is one.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Prefilled:
         lengths_B: np.ndarray,
         positions: int,
         captured: CapturedPass | None,
-        step: Callable[[], CapturedStep | None] | None = None,
+        step: Callable[[], Callable[[Tensor], Tensor] | None] | None = None,
     ) -> None:
         self.logits_BV = logits_BV
         self.positions = positions
@@ -164,9 +165,9 @@ class Prefilled:
         """What reads a token of each row and gives the next one's logits: a graph where there is
         one of this cache."""
         if self._step is not None and isinstance(cache, StaticCache):
-            step = self._step()
-            if step is not None:
-                return lambda token_B, _number: step.run(token_B)
+            read = self._step()
+            if read is not None:
+                return lambda token_B, _number: read(token_B)
         return _Decoder(
             self._reader,
             cache,

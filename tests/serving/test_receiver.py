@@ -154,16 +154,16 @@ def test_codes_go_straight_to_soft_tokens_where_nothing_else_wants_the_latent(
     receiver = Receiver.of(model, reader, options=ReceiverOptions(mark=phases.append))
     payloads, prompts = random_payloads(model, 3, bits), asking(reader, QUESTIONS)
     calls: list[str] = []
-    for name in ("project_calibrate", "dequantize_project_calibrate"):
-        op = getattr(ops, name)
-        monkeypatch.setattr(
-            ops, name, lambda *a, name=name, op=op, **k: calls.append(name) or op(*a, **k)
-        )
-    first = receiver.prefill(prompts, payloads=payloads)
+    with monkeypatch.context() as patch:
+        for name in ("project_calibrate", "dequantize_project_calibrate"):
+            op = getattr(ops, name)
+            patch.setattr(
+                ops, name, lambda *a, name=name, op=op, **k: calls.append(name) or op(*a, **k)
+            )
+        first = receiver.prefill(prompts, payloads=payloads)
     fused = prefix == "soft" and kind == "linear" and bits != 16
     assert set(calls) == {"dequantize_project_calibrate" if fused else "project_calibrate"}
     assert ("dequantise" in phases) == (not fused)
-    monkeypatch.undo()
     assert_plain(first, model, payloads, prompts)
 
 
