@@ -40,8 +40,12 @@ def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
         return ("graph" if engine == "auto" else engine), "the reader can be captured"
     if engine == "auto":
         return "eager", fault
-    what = "run as a CUDA graph" if engine == "graph" else "be compiled"
-    raise ConfigError(
+    raise refusal(reader, "run as a CUDA graph" if engine == "graph" else "be compiled", fault)
+
+
+def refusal(reader: Reader, what: str, fault: str) -> ConfigError:
+    """The error for an engine that was asked for."""
+    return ConfigError(
         f"reader {reader.name!r} cannot {what}: {fault}; the engine 'auto' reads with it op by op"
     )
 
@@ -75,6 +79,8 @@ def why_not_mask_free(reader: Reader) -> str | None:
         return "a layer attends to a sliding window, which needs a mask"
     if not getattr(model, "_supports_attention_backend", False):
         return f"a {type(model).__name__} has attention of its own that cannot be replaced"
+    if reader.abilities.deep:
+        return f"a static cache does not hold its past: {reader.abilities.deep}"
     if len(_devices(reader)) > 1:
         return None  # no graph, and a compiled backbone keeps its past elsewhere than the trial
     return _fault_of_trial(reader, as_step=False)

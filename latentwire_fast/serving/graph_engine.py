@@ -17,7 +17,7 @@ from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.serving.batch import Batch
 from latentwire_fast.serving.buckets import row_bucket, width_bucket
 from latentwire_fast.serving.decode_step import DecodeStep
-from latentwire_fast.serving.engines import why_no_step
+from latentwire_fast.serving.engines import refusal, why_no_step
 from latentwire_fast.serving.forward_pass import ForwardPass
 from latentwire_fast.serving.graphs import CapturedPass, CapturedStep, GraphMemory
 from latentwire_fast.serving.input_buffer import lay_out
@@ -32,7 +32,7 @@ class GraphEngine:
     """Captures passes and their decoding steps when they are first asked for, and replays them.
 
     Raises:
-        Whatever a capture raises, where graphs were asked for and none can be made.
+        ConfigError: graphs were asked for, and none can be made.
 
     Attributes:
         passes: the prefills that were captured.
@@ -62,8 +62,12 @@ class GraphEngine:
         with torch.cuda.device(self._device):
             try:
                 captured = trial.capture(Batch(layout), new_tokens=1, memory=self._memory)
-            except Exception as error:
-                self.fault = self._reason(error)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a capture fails in all kinds of ways
+                self.fault = f"a capture failed: {error}"
+                if self._options.engine != "auto":
+                    raise refusal(reader, "run as a CUDA graph", self.fault) from error
                 return
         self.step(captured, lengths_B=layout.lengths_B, positions=layout.width)
 
@@ -117,8 +121,10 @@ class GraphEngine:
                 step.start(lengths_B, columns=positions)
                 try:
                     captured.step = CapturedStep(step, memory=self._memory)
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception as error:
-                    self.no_step = self._reason(error)
+                    self.no_step = f"a capture failed: {error}"
                     name = self._pass.reader.name
                     logger.warning("reader %r decodes op by op: %s", name, self.no_step)
                     return None
@@ -140,13 +146,10 @@ class GraphEngine:
                     batch, new_tokens=options.new_tokens, memory=self._memory
                 ),
             )
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            self.fault = self._reason(error)
+            if options.engine != "auto":
+                raise
+            self.fault = f"a capture failed: {error}"
             return None
-
-    def _reason(self, error: Exception) -> str:
-        """Of a capture that failed, which it does in all kinds of ways; where it may not, the error
-        is raised."""
-        if isinstance(error, torch.OutOfMemoryError) or self._options.engine != "auto":
-            raise error
-        return f"a capture failed: {error}"

@@ -24,26 +24,25 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.serving.batch import Batch
-from latentwire_fast.serving.buckets import row_bucket, width_bucket
+from latentwire_fast.serving.buckets import row_bucket
 from latentwire_fast.serving.engines import choose_engine
 from latentwire_fast.serving.forward_pass import ForwardPass
 from latentwire_fast.serving.graph_engine import GraphEngine
 from latentwire_fast.serving.graphs import CapturedPass
-from latentwire_fast.serving.input_buffer import lay_out
+from latentwire_fast.serving.intake import Intake
 from latentwire_fast.serving.options import Engine, ReceiverOptions
 from latentwire_fast.serving.pass_cache import PassCache
-from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
+from latentwire_fast.serving.payload_batch import PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
 from latentwire_fast.serving.prefilled_apart import PrefilledApart
 from latentwire_fast.serving.prefixes import TrainedParts
-from latentwire_fast.serving.prompt_head import Head, PromptHeads
+from latentwire_fast.serving.prompt_head import PromptHeads
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,6 @@ class Receiver:
     ) -> None:
         self.reader = reader
         self.options = options = options or ReceiverOptions()
-        self._kind = payload_kind
         self.engine: Engine
         self.engine, self.reason = choose_engine(options.engine, reader)
         parts = None
@@ -95,9 +93,10 @@ class Receiver:
         self._pass = ForwardPass(
             reader, parts, compiled=self.engine == "compile", mark=options.mark
         )
-        self._heads = None
+        heads = None
         if options.keep_head and deep_prefix is None and not reader.abilities.deep:
-            self._heads = PromptHeads(reader)
+            heads = PromptHeads(reader)
+        self._intake = Intake(self._pass, payload_kind, heads)
         self._graphs = GraphEngine(self._pass, options) if self.engine == "graph" else None
         self.passes = PassCache[CapturedPass](0) if self._graphs is None else self._graphs.passes
         if self._graphs is not None and self._graphs.fault:
@@ -282,83 +281,13 @@ class Receiver:
         if not self._graphs.capture(batch, lengths_B=lengths_B, positions=positions):
             self._leave_graphs()
 
-    # --- what is read -----------------------------------------------------------------------------
-
     def _batch(
         self,
         prompts: Sequence[Prompt],
         payloads: Sequence[bytes] | None,
         embeddings: Sequence[Tensor] | None,
     ) -> Batch:
-        """Everything checked that can be without the values of the payloads."""
-        parcel = self._open(payloads, len(prompts), with_embeddings=embeddings is not None)
-        if embeddings is not None:
-            self._check_embeddings(embeddings, len(prompts))
-        soft: int | list[int] | None = None
-        head = self._head(prompts) if parcel is not None else None
-        if parcel is not None:
-            soft = self._pass.soft_tokens(parcel)
-            before = self._pass.head_positions if head is None else len(head.ids)
-            prompts = [prompt.behind(before) for prompt in prompts]
-        elif embeddings is not None:
-            soft = [len(embedding) for embedding in embeddings]
-        deep = self._pass.deep_positions(parcel, head)
-        # Padding has positions too: a table of them has no more rows.
-        most = self.reader.max_positions - deep if self.reader.learns_positions else None
-        layout = lay_out(
-            prompts,
-            soft_tokens=soft,
-            pad_id=self.reader.pad_id,
-            width_of=None if self.engine == "eager" or embeddings is not None else width_bucket,
-            most=most,
-        )
-        largest, vocabulary = int(layout.ids_BT.max()), self.reader.embedding.num_embeddings
-        if largest >= vocabulary:  # on a GPU the error would come too late to say where from
-            raise ConfigError(
-                f"a prompt has token {largest}, and reader {self.reader.name!r} knows {vocabulary} "
-                "of them; build it with that reader's `prompts`"
-            )
-        self.reader.check_positions(deep + int(layout.lengths_B.max()))
-        return Batch(layout, parcel, head, embeddings)
-
-    def _head(self, prompts: Sequence[Prompt]) -> Head | None:
-        """What is kept of these prompts, if anything."""
-        lora = self.reader.lora
-        if self._heads is None or (lora is not None and not lora.merged):
-            return None
-        return self._heads.of(prompts)
-
-    def _open(
-        self, payloads: Sequence[bytes] | None, prompts: int, *, with_embeddings: bool
-    ) -> Parcel | None:
-        if payloads is None:
-            return None
-        if with_embeddings:
-            raise ConfigError("both payloads and embeddings are given; give one of them")
-        if self._kind is None:
-            raise ConfigError(
-                f"this receiver of reader {self.reader.name!r} reads text only; make one with "
-                "`Receiver.of(model, reader)` for payloads"
-            )
-        parcel = self._kind.open(payloads)
-        if len(payloads) not in (1, prompts):
-            raise ConfigError(
-                f"{len(payloads)} payloads for {prompts} prompts; give one for each, or one for "
-                "all of them"
-            )
-        return parcel
-
-    def _check_embeddings(self, embeddings: Sequence[Tensor], prompts: int) -> None:
-        if len(embeddings) != prompts:
-            raise ConfigError(
-                f"{len(embeddings)} embeddings for {prompts} prompts; give one for each"
-            )
-        for number, embedding in enumerate(embeddings):
-            if embedding.dim() != 2 or embedding.shape[1] != self.reader.d_model:
-                raise ConfigError(
-                    f"embedding {number} is {list(embedding.shape)}, and reader "
-                    f"{self.reader.name!r} takes [M, {self.reader.d_model}]"
-                )
+        return self._intake.batch(prompts, payloads, embeddings, padded=self.engine != "eager")
 
     # --- engines ----------------------------------------------------------------------------------
 

@@ -8,23 +8,8 @@ from bench.prefill import time_to_tokens
 
 
 def test_a_table_of_the_engines(capsys: pytest.CaptureFixture[str]) -> None:
-    time_to_tokens.main(
-        [
-            "--reader",
-            "llama-tiny",
-            "--batch",
-            "2",
-            "--text-tokens",
-            "20",
-            "--tokens",
-            "1",
-            "3",
-            "--warm-ups",
-            "0",
-            "--runs",
-            "2",
-        ]
-    )
+    sizes = ["--batch", "2", "--text-tokens", "20", "--tokens", "1", "3"]
+    time_to_tokens.main(["--reader", "llama-tiny", *sizes, "--warm-ups", "0", "--runs", "2"])
     name, heads, _, *rows = capsys.readouterr().out.splitlines()
     assert name.startswith("llama-tiny, batch 2, 20 tokens of text, on ")
     assert heads == "| engine | 1 tokens, ms | 3 tokens, ms |"

@@ -105,6 +105,11 @@ class TestPlace:
         assert placed.keys[3].data_ptr() == prefix[3, 0].data_ptr()
         assert placed.values[4].data_ptr() == prefix[4, 1].data_ptr()
 
+    def test_on_one_device_nothing_is_under_way(self) -> None:
+        placed = make_placer(torch.bfloat16).place(make_prefix(), batch_size=2, stable=True)
+        assert not any(placed.is_under_way(layer) for layer in range(LAYERS))
+        placed.wait_for_layer(LAYERS - 1)
+
     def test_broadcasting_takes_no_memory(self) -> None:
         placed = make_placer().place(make_prefix(batch=1), batch_size=8)
         assert placed.keys[0].shape[0] == 8
@@ -279,6 +284,24 @@ def test_across_devices(source: str, devices: list[str]) -> None:
         assert torch.equal(placed.values[layer].cpu(), values[layer])
     assert placed.copies.prepare <= 2
     assert placed.copies.link == len(set(devices) - {source})
+
+
+@needs_extension
+@pytest.mark.gpu
+def test_a_large_prefix_comes_in_parts() -> None:
+    """32 MB in four parts; each layer is read as soon as it is there."""
+    prefix = torch.randn(8, 2, 1, 8, 1024, 128).bfloat16()
+    placer = Placer(["cuda:0"] * 8, dtype=torch.bfloat16)
+    for stable in (False, True):
+        held = prefix.pin_memory()
+        placed = placer.place(held, batch_size=1, stable=stable)
+        if not stable:
+            held.zero_()
+        assert placed.copies == Copies(prepare=int(not stable), link=4, scatter=0)
+        for layer in range(8):
+            assert placed.is_under_way(layer)
+            placed.wait_for_layer(layer)
+            assert torch.equal(placed.values[layer].cpu(), prefix[layer, 1])
 
 
 CPP_TESTS = [

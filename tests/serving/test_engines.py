@@ -27,6 +27,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from families import OTHERS
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.interlingua import Interlingua
@@ -219,6 +220,22 @@ def test_what_cannot_be_captured_is_known_before_the_first_prompt(
     assert "engine='eager'" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Falcon, one key head", "attention of its own that cannot be replaced"),
+        ("DeepSeek-V3", "a static cache does not hold its past: its keys are 1 heads of width 16"),
+    ],
+)
+def test_families_that_no_graph_reads_are_known_too(
+    readers: dict[str, Reader], name: str, reason: str
+) -> None:
+    tokenizer = readers["llama"].tokenizer
+    family = next(family for family, _ in OTHERS if family.name == name)
+    reader = Reader(family.model(tokenizer).eval(), tokenizer, name=name)  # type: ignore[arg-type]
+    assert reason in str(why_not_mask_free(reader))
+
+
 def test_a_soft_cap_is_found_by_the_trial(
     readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +312,7 @@ def test_a_capture_that_fails_leaves_the_prompts_to_the_eager_engine(
         asked.prefill(prompts, payloads=payloads)
     decided = Receiver.of(model, reader)
     assert (decided.engine, decided.reason) == ("eager", "a capture failed: no such stream")
-    with pytest.raises(RuntimeError, match="no such stream"):
+    with pytest.raises(ConfigError, match="as a CUDA graph: a capture failed: no such stream; the"):
         Receiver.of(model, reader, options=ReceiverOptions(engine="graph"))
 
 
