@@ -824,6 +824,24 @@ def test_graph_equals_eager(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_captured_ahead_and_decoded_by_graphs(on_gpu: Callable[..., Reader], prefix: str) -> None:
+    """Nothing is captured any more once requests come, for batches that fill no bucket either."""
+    reader = on_gpu("llama")
+    model, eager, graph = eager_and_graph(reader, prefix)
+    prompts = asking(reader, [*QUESTIONS, *QUESTIONS])
+    example = max(prompts, key=lambda prompt: len(prompt.ids))
+    assert graph.capture([example], payloads=random_payloads(model, 1), rows=(1, 3, 5)) == 3
+    assert graph._graphs is not None
+    assert graph._graphs.no_step is None
+    for rows in (5, 1, 3, 6, 5):
+        asked, payloads = [*prompts[: rows - 1], example], random_payloads(model, rows)
+        found, expected = (r.prefill(asked, payloads=payloads) for r in (graph, eager))
+        assert_same(found, expected)
+    assert graph.passes.captures == 3
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_graph_with_flash_attention_2(on_gpu: Callable[..., Reader], prefix: str) -> None:
