@@ -30,6 +30,9 @@ std::vector<std::pair<std::string, Runs>> plan(const std::vector<std::string>& l
 PYBIND11_MODULE(_C, m) {
   m.doc() = "K/V prefix placement (see csrc/placement.h); use it through latentwire_fast.readers.kv_placement.";
 
+  // Raised with every change of what Python calls here: an extension from before it is not used.
+  m.attr("INTERFACE") = 2;
+
   m.def("plan", torch::wrap_pybind_function(plan), py::arg("layer_devices"));
 
   py::class_<Copies>(m, "Copies")
@@ -37,11 +40,14 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("link", &Copies::link)
       .def_readonly("scatter", &Copies::scatter);
 
-  // The GIL is released while tensors are copied, and while views are made.
+  // The GIL is released while tensors are copied, and while views are made. It is held in what changes a
+  // placement's own lists and is short: two threads may wait for one placement.
   py::class_<Placement>(m, "Placement")
       .def("layers", torch::wrap_pybind_function_no_gil(&Placement::layers))
       .def("scatter", torch::wrap_pybind_function_no_gil(&Placement::scatter))
-      .def("wait", torch::wrap_pybind_function_no_gil(&Placement::wait))
+      .def("wait", torch::wrap_pybind_function(&Placement::wait))
+      .def("wait_for_layer", torch::wrap_pybind_function(&Placement::wait_for_layer))
+      .def("is_under_way", torch::wrap_pybind_function(&Placement::is_under_way))
       .def_property_readonly("copies", &Placement::copies);
 
   py::class_<Placer>(m, "Placer")

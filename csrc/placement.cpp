@@ -36,6 +36,8 @@ c10::Device parse_device(const std::string& name, size_t layer) {
   return *device;
 }
 
+constexpr int64_t kMostParts = 8;
+
 // Waits on `stream` for everything that was sent to `earlier` so far.
 void order_after(const c10::Stream& stream, const c10::Stream& earlier) {
   c10::Event event(earlier.device_type());
@@ -68,6 +70,26 @@ std::vector<at::Tensor> runs_of(const at::Tensor& prefix, const std::vector<Devi
     }
   }
   return runs;
+}
+
+// Makes the current stream of the slab's device wait for so many of its parts, unless it does already.
+void wait_for_parts(Slab& slab, size_t count) {
+  if (count == 0) {
+    return;
+  }
+  const c10::Stream consumer = VirtualGuardImpl(slab.device.type()).getStream(slab.device);
+  auto known = std::find_if(slab.waiting.begin(), slab.waiting.end(), [&](const auto& entry) {
+    return entry.first == consumer;
+  });
+  if (known == slab.waiting.end()) {
+    keep_alive_on(slab.data, consumer);
+    slab.waiting.emplace_back(consumer, 0);
+    known = std::prev(slab.waiting.end());
+  }
+  if (known->second < count) {
+    slab.parts[count - 1].ready.block(consumer);
+    known->second = count;
+  }
 }
 
 std::vector<int64_t> layers_of(const DeviceRuns& entry) {
@@ -127,6 +149,17 @@ std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>> Placement::layers() 
   return {std::move(keys), std::move(values)};
 }
 
+std::pair<size_t, int64_t> Placement::find(int64_t layer) const {
+  for (size_t index = 0; index < slabs_.size(); ++index) {
+    const auto& layers = slabs_[index].layers;
+    const auto found = std::find(layers.begin(), layers.end(), layer);
+    if (found != layers.end()) {
+      return {index, found - layers.begin()};
+    }
+  }
+  TORCH_CHECK_VALUE(false, "there is no layer number ", layer);
+}
+
 void Placement::scatter(size_t index, const at::Tensor& target) {
   TORCH_CHECK_VALUE(index < slabs_.size(), "there is no device number ", index);
   Slab& slab = slabs_[index];
@@ -152,25 +185,37 @@ void Placement::scatter(size_t index, const at::Tensor& target) {
   keep_alive_on(target, *slab.side);
   const c10::StreamGuard guard(*slab.side);
   part.copy_(slab.data);
-  slab.ready->record(*slab.side);
+  slab.parts.erase(slab.parts.begin(), std::prev(slab.parts.end()));  // one event for all of it now
+  slab.parts.back().ready.record(*slab.side);
+  slab.waiting.clear();
 }
 
 void Placement::wait(size_t index) {
   TORCH_CHECK_VALUE(index < slabs_.size(), "there is no device number ", index);
-  const Slab& slab = slabs_[index];
-  if (!slab.ready) {
-    return;
-  }
-  const c10::Stream consumer = VirtualGuardImpl(slab.device.type()).getStream(slab.device);
-  slab.ready->block(consumer);
-  keep_alive_on(slab.data, consumer);
+  wait_for_parts(slabs_[index], slabs_[index].parts.size());
 }
 
-Placer::Placer(const std::vector<std::string>& layer_devices, at::ScalarType dtype)
+void Placement::wait_for_layer(int64_t layer) {
+  const auto [index, row] = find(layer);
+  Slab& slab = slabs_[index];
+  size_t parts = 0;
+  while (parts < slab.parts.size() && (parts == 0 || slab.parts[parts - 1].end <= row)) {
+    ++parts;
+  }
+  wait_for_parts(slab, parts);
+}
+
+bool Placement::is_under_way(int64_t layer) const {
+  return !slabs_[find(layer).first].parts.empty();
+}
+
+Placer::Placer(
+    const std::vector<std::string>& layer_devices, at::ScalarType dtype, int64_t part_bytes)
     : devices_(plan(layer_devices)),
       pool_(std::make_shared<HostPool>()),
       layers_(static_cast<int64_t>(layer_devices.size())),
-      dtype_(dtype) {
+      dtype_(dtype),
+      part_bytes_(part_bytes) {
   TORCH_CHECK_VALUE(at::isFloatingType(dtype), "the cache's dtype is ", dtype, ", not a float");
   for (const auto& entry : devices_) {
     const c10::Device device = entry.device;
@@ -220,14 +265,15 @@ bool Placer::keeps_layout(const at::Tensor& prefix) const {
   return stays_in_place(prefix) && has_flat_layers(prefix) && prefix.is_non_overlapping_and_dense();
 }
 
-at::Tensor Placer::prepare(const at::Tensor& prefix, Copies& copies) const {
+at::Tensor Placer::prepare(const at::Tensor& prefix, bool stable, Copies& copies) const {
   // A copy from pageable memory is staged by the driver at a fraction of the link's speed.
   const bool pinned = prefix.is_cpu() &&
       std::any_of(devices_.begin(), devices_.end(), [](const DeviceRuns& entry) {
         const auto type = entry.device.type();
         return type != c10::kCPU && at::getHostAllocator(type) != nullptr;
       });
-  if (is_ready(prefix) && (!pinned || prefix.is_pinned())) {
+  const bool may_be_read_later = stable || stays_in_place(prefix);
+  if (is_ready(prefix) && may_be_read_later && (!pinned || prefix.is_pinned())) {
     return prefix;
   }
   ++copies.prepare;
@@ -259,7 +305,7 @@ at::Tensor Placer::prepare_with_gradients(const at::Tensor& prefix, Copies& copi
       dtype_, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
 }
 
-void Placer::send(Slab& slab) const {
+void Placer::send(Slab& slab, Copies& copies) const {
   const at::Tensor source = slab.data;
   const c10::Device from = source.device();
   std::vector<c10::Stream> streams{*slab.side};
@@ -272,12 +318,23 @@ void Placer::send(Slab& slab) const {
     streams.push_back(out);
   }
   const c10::MultiStreamGuard guard(streams);
-  slab.data = source.to(slab.device, dtype_, /*non_blocking=*/true);
-  slab.ready.emplace(slab.device.type());
-  slab.ready->record(*slab.side);
+  slab.data = at::empty(source.sizes(), at::TensorOptions(slab.device).dtype(dtype_));
+  const int64_t rows = source.size(0);
+  const auto bytes = static_cast<int64_t>(source.nbytes());
+  const int64_t parts = std::clamp(bytes / part_bytes_, int64_t{1}, std::min(rows, kMostParts));
+  int64_t first = 0;
+  for (int64_t part = 1; part <= parts; ++part) {
+    const int64_t end = rows * part / parts;
+    slab.data.narrow(0, first, end - first)
+        .copy_(source.narrow(0, first, end - first), /*non_blocking=*/true);
+    slab.parts.push_back({end, c10::Event(slab.device.type())});
+    slab.parts.back().ready.record(*slab.side);
+    ++copies.link;
+    first = end;
+  }
 }
 
-Placement Placer::place(const at::Tensor& given, int64_t batch) const {
+Placement Placer::place(const at::Tensor& given, int64_t batch, bool stable) const {
   check(given, batch);
   const bool training = c10::GradMode::is_enabled() && given.requires_grad();
   // One row that the caller broadcast already is still one row to copy; gradients go to all of them.
@@ -285,22 +342,22 @@ Placement Placer::place(const at::Tensor& given, int64_t batch) const {
   const at::Tensor prefix = one_row ? given.narrow(2, 0, 1) : given;
   Copies copies;
   const at::Tensor source =
-      training ? prepare_with_gradients(prefix, copies) : prepare(prefix, copies);
+      training ? prepare_with_gradients(prefix, copies) : prepare(prefix, stable, copies);
   std::vector<Slab> slabs;
   int64_t first = 0;
   for (size_t i = 0; i < devices_.size(); ++i) {
     const c10::Device device = devices_[i].device;
     auto layers = layers_of(devices_[i]);
     const auto count = static_cast<int64_t>(layers.size());
-    Slab slab{device, std::move(layers), source.narrow(0, first, count), {}, {}};
+    Slab slab{device, std::move(layers), source.narrow(0, first, count), {}, {}, {}};
     first += count;
     if (device != source.device()) {
-      ++copies.link;
       if (training || device.is_cpu()) {
         slab.data = slab.data.to(device);
+        ++copies.link;
       } else {
         slab.side = sides_[i];
-        send(slab);
+        send(slab, copies);
       }
     }
     slabs.push_back(std::move(slab));

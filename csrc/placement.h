@@ -42,20 +42,28 @@ struct DeviceRuns {
 std::vector<DeviceRuns> plan(const std::vector<std::string>& layer_devices);
 
 // How often K/V data was copied: while it was made ready where it was produced (gathered by device, cast,
-// pinned: one pass for all), over a link, and into a static cache.
+// pinned: one pass for all), over a link (one copy for each part), and into a static cache.
 struct Copies {
   int64_t prepare = 0;
   int64_t link = 0;
   int64_t scatter = 0;
 };
 
-// One device's part of a placed prefix. After a copy on a side stream `ready` says when it has arrived.
+// Layers of a slab that cross a link in one copy. Their event says when they have arrived.
+struct Part {
+  int64_t end;  // it holds the slab's rows up to this one, behind the part before it
+  c10::Event ready;
+};
+
+// What one device holds of a placed prefix. Only what comes on a side stream has parts: they arrive in
+// their order, and a stream that waits for one of them waits for those before it as well.
 struct Slab {
   c10::Device device;
   std::vector<int64_t> layers;
   at::Tensor data;
   std::optional<c10::Stream> side;
-  std::optional<c10::Event> ready;
+  std::vector<Part> parts;
+  std::vector<std::pair<c10::Stream, size_t>> waiting;  // streams, and how many parts each waits for
 };
 
 // A prefix on its way to its devices. Slabs are numbered as the devices of the plan.
@@ -71,44 +79,62 @@ class Placement {
   // the slab arrives on, after what the current stream still does with the target.
   void scatter(size_t index, const at::Tensor& target);
 
-  // Makes the current stream of the slab's device wait until the slab (and its scatter) is there.
+  // Makes the current stream of the slab's device wait until the slab (and its scatter) is there. For each
+  // stream the first call counts: a stream that waited has to do so only once, and does it for no other.
   void wait(size_t index);
+
+  // The same for the part that holds one layer.
+  void wait_for_layer(int64_t layer);
+
+  // Whether a layer comes on a side stream, so that its readers have to wait.
+  bool is_under_way(int64_t layer) const;
 
   Copies copies() const {
     return copies_;
   }
 
  private:
+  std::pair<size_t, int64_t> find(int64_t layer) const;  // its slab, and its row there
+
   std::vector<Slab> slabs_;
   int64_t batch_;
   Copies copies_;
 };
 
+// What crosses a link in one copy, unless it is more than twice as large: the first layers can then start
+// before the last have arrived. 8 MB take about 150 us over PCIe 5, 30 times what a launch costs.
+constexpr int64_t kPartBytes = int64_t{8} << 20;
+
 // Places prefixes for one reader: its layer -> device map, and the dtype of its cache.
 class Placer {
  public:
-  Placer(const std::vector<std::string>& layer_devices, at::ScalarType dtype);
+  Placer(
+      const std::vector<std::string>& layer_devices, at::ScalarType dtype,
+      int64_t part_bytes = kPartBytes);
 
   // Sends a prefix off: gathered by device if the map is odd, cast before the link, then one copy for each
   // device that it is not on, on a side stream. Slabs on the prefix's own device are views of it; where it
   // is cast there, its layout stays if it can: a transposition would cost three times what a cast does.
   // With gradients (grad mode, and a prefix that requires them) everything runs on the current streams.
-  Placement place(const at::Tensor& given, int64_t batch) const;
+  // A copy on a side stream reads its source later than this call. So it reads a copy of the prefix, unless
+  // the prefix is `stable`: the caller promises not to write to it again.
+  Placement place(const at::Tensor& given, int64_t batch, bool stable) const;
 
  private:
   void check(const at::Tensor& prefix, int64_t batch) const;
   bool stays_in_place(const at::Tensor& prefix) const;
   bool is_ready(const at::Tensor& prefix) const;
   bool keeps_layout(const at::Tensor& prefix) const;
-  at::Tensor prepare(const at::Tensor& prefix, Copies& copies) const;
+  at::Tensor prepare(const at::Tensor& prefix, bool stable, Copies& copies) const;
   at::Tensor prepare_with_gradients(const at::Tensor& prefix, Copies& copies) const;
-  void send(Slab& slab) const;
+  void send(Slab& slab, Copies& copies) const;
 
   std::vector<DeviceRuns> devices_;
   std::vector<std::optional<c10::Stream>> sides_;  // one for each accelerator in devices_
   std::shared_ptr<HostPool> pool_;
   int64_t layers_;
   at::ScalarType dtype_;
+  int64_t part_bytes_;
 };
 
 }  // namespace latentwire

@@ -18,6 +18,7 @@ from bench.kernels.harness import DEVICE, Absent, Case, Row, grid, report_row
 from bench.kernels.records import Errors
 from bench.placement import placement as rows
 from latentwire_fast.readers import kv_placement
+from latentwire_fast.readers.arriving_layer import settle
 from latentwire_fast.readers.kv_cache import CacheFiller
 
 # Where the prefix comes from.
@@ -51,7 +52,8 @@ def make_case(name: str, placed: rows.Case, *, gpu: bool) -> Case:
 
         def fill(inputs: Inputs) -> Cache:
             cache = DynamicCache()
-            filler.fill(cache, prefix_L2BHPD=inputs[0], batch_size=placed.batch)
+            filler.fill(cache, prefix_L2BHPD=inputs[0], batch_size=placed.batch, stable=True)
+            settle(cache)  # what is measured ends when the prefix is there
             return cache
 
         return fill

@@ -256,7 +256,7 @@ def _kv_reuse(bench: Bench, row: Row, workload: Workload) -> Case:
         last_B = torch.from_numpy(layout.lengths_B - 1).to(reader.device)
         clock.mark("parse")
         cache = DynamicCache(config=reader.model.config)
-        reader.filler.fill(cache, prefix_L2BHPD=held, batch_size=row.batch)
+        reader.filler.fill(cache, prefix_L2BHPD=held, batch_size=row.batch, stable=True)
         clock.mark("placement")
         positions = torch.arange(past, past + layout.width, device=reader.device)[None]
         hidden_BTD = reader.backbone(

@@ -67,6 +67,8 @@ struct Scenario {
   bool waits = true;
   bool into_static_cache = false;
   bool positions_first = false;  // the prefix's layout in memory, as its generator makes it
+  int64_t part_bytes = latentwire::kPartBytes;
+  bool by_layer = false;  // each layer waits for itself, not the device for all of its layers
 };
 
 // What a consumer read, and what it should have.
@@ -125,7 +127,7 @@ at::Tensor used_cache(const latentwire::DeviceRuns& entry, std::vector<Reading>&
 
 latentwire::Copies send_all(
     const Scenario& scenario, const at::Tensor& values, std::vector<Reading>& readings) {
-  const Placer placer(scenario.layer_devices, at::kBFloat16);
+  const Placer placer(scenario.layer_devices, at::kBFloat16, scenario.part_bytes);
   const auto plan = latentwire::plan(scenario.layer_devices);
   std::vector<at::Tensor> caches;
   for (size_t i = 0; scenario.into_static_cache && i < plan.size(); ++i) {
@@ -133,18 +135,21 @@ latentwire::Copies send_all(
   }
   // The prefix is freed when it has been placed, and the placement at the end of this function: both
   // while all of the work is still to run.
-  Placement placement = placer.place(produce(values, scenario), 1);
+  Placement placement = placer.place(produce(values, scenario), 1, false);
   const auto keys = placement.layers().first;
   for (size_t i = 0; i < plan.size(); ++i) {
     if (scenario.into_static_cache) {
       placement.scatter(i, caches[i]);
     }
-    if (scenario.waits) {
+    if (scenario.waits && !scenario.by_layer) {
       placement.wait(i);
     }
     int64_t row = 0;
     for (const auto& run : plan[i].runs) {
       for (int64_t layer = run.first; layer < run.first + run.count; ++layer, ++row) {
+        if (scenario.by_layer) {
+          placement.wait_for_layer(layer);
+        }
         const at::Tensor placed = scenario.into_static_cache
             ? caches[i].select(0, row).select(0, 0).narrow(2, 0, kPositions)
             : keys[layer];
@@ -204,7 +209,7 @@ void test_layout_stays() {
   check_all_orders({kTwoDevices, kFirst, true, false, true}, 1, 1, 0);
   const Scenario scenario{one_device, kFirst, true, false, true};
   const at::Tensor prefix = produce(prefix_values(3, 0), scenario);
-  const auto keys = Placer(one_device, at::kBFloat16).place(prefix, 1).layers().first;
+  const auto keys = Placer(one_device, at::kBFloat16).place(prefix, 1, false).layers().first;
   fake::drain(0);
   check(keys[1].stride(2) == prefix.stride(4) && keys[1].stride(1) == kWidth, "the layout changed");
 }
@@ -220,6 +225,98 @@ void test_host_pool() {
   check(make(49).data_ptr() != first, "what needs less leaves it");
   const at::Tensor large = make(100), small = make(60);
   check(large.data_ptr() == first && small.data_ptr() != first, "a block is given out once");
+}
+
+// A slab in parts, each layer waiting for the part that holds it.
+void test_parts() {
+  const auto case_of = [](c10::Device producer, bool into_static_cache, bool by_layer) {
+    const int64_t one_layer = 2 * kHeads * kPositions * kWidth * 2;
+    return Scenario{kTwoDevices, producer, true, into_static_cache, false, one_layer, by_layer};
+  };
+  for (const bool by_layer : {false, true}) {
+    check_all_orders(case_of(kFirst, false, by_layer), 1, 3, 0);
+    check_all_orders(case_of(kHost, false, by_layer), 1, 5, 0);
+    check_all_orders(case_of(kHost, true, by_layer), 1, 5, 2);
+  }
+}
+
+// Whether two prefixes A and B that one thread places are read right, A on stream 1 and B on stream 2 of
+// the second device: fill A, fill B, read B, read A. What read B waits for is for both, as it was when
+// the filler kept one list of placements for all caches; read A waits only if `each_waits`.
+bool reads_right_on_two_streams(bool each_waits, unsigned seed) {
+  const c10::Device second(fake::kType, 1);
+  const std::vector<std::string> layers(2, "fake:1");
+  const Scenario scenario{layers, kFirst};
+  const Placer placer(layers, at::kBFloat16);
+  const std::vector<at::Tensor> values{prefix_values(2, seed), prefix_values(2, seed + 100)};
+  const std::vector<c10::Stream> streams{
+      fake::Guard().getStreamFromGlobalPool(second, false),
+      fake::Guard().getStreamFromGlobalPool(second, false)};
+  std::vector<Placement> placements;
+  std::vector<Reading> readings;
+  for (size_t i = 0; i < 2; ++i) {
+    const c10::StreamGuard guard(streams[i]);
+    placements.push_back(placer.place(produce(values[i], scenario), 1, false));
+  }
+  for (const size_t i : {1, 0}) {
+    const c10::StreamGuard guard(streams[i]);
+    if (each_waits) {
+      placements[i].wait_for_layer(1);
+    } else if (i == 1) {
+      placements[0].wait(0);
+      placements[1].wait(0);
+    }
+    readings.push_back(
+        read_later(placements[i].layers().first[1], values[i].select(0, 1).select(0, 0)));
+  }
+  fake::drain(seed);
+  return std::all_of(readings.begin(), readings.end(), [](const Reading& reading) {
+    return at::equal(reading.seen, reading.expected);
+  });
+}
+
+void test_two_streams() {
+  unsigned wrong = 0;
+  for (unsigned seed = 0; seed < kOrders; ++seed) {
+    check(reads_right_on_two_streams(true, seed), "wrong in order " + std::to_string(seed));
+    wrong += !reads_right_on_two_streams(false, seed);
+  }
+  check(wrong > 0, "no order was wrong where another stream waited");
+  std::cout << "without a wait of its own: wrong in " << wrong << " of " << kOrders << " orders\n";
+}
+
+// A prefix that needs no cast, and that its owner writes to as soon as it has been placed.
+bool survives_its_owner(c10::Device producer, bool stable, unsigned seed) {
+  const std::vector<std::string> layers(2, "fake:1");
+  const at::Tensor values = prefix_values(2, seed);
+  const at::Tensor prefix = produce(values, {layers, producer});
+  const Placer placer(layers, at::kFloat);
+  Placement placement = placer.place(prefix, 1, stable);
+  if (producer.is_cpu()) {
+    prefix.fill_(-1);
+  } else {
+    fake::send(fake::current_stream(producer.index()), [memory = fake::memory_of(prefix)] {
+      memory.fill_(-1);
+    });
+  }
+  placement.wait(0);
+  const Reading reading =
+      read_later(placement.layers().first[1], values.select(0, 1).select(0, 0));
+  fake::drain(seed);
+  return at::equal(reading.seen, reading.expected);
+}
+
+void test_a_prefix_that_is_written_again() {
+  for (const c10::Device producer : {kHost, kFirst}) {
+    unsigned wrong = 0;
+    for (unsigned seed = 0; seed < kOrders; ++seed) {
+      check(survives_its_owner(producer, false, seed), "wrong in order " + std::to_string(seed));
+      wrong += !survives_its_owner(producer, true, seed);
+    }
+    check(wrong > 0, "no order was wrong where a stable prefix was written to");
+    std::cout << "a stable prefix that was written to: wrong in " << wrong << " of " << kOrders
+              << " orders\n";
+  }
 }
 
 // The control: these tests are able to see a missing wait.
@@ -250,6 +347,9 @@ int main(int argc, char** argv) {
       {"static_cache", test_static_cache},
       {"layout_stays", test_layout_stays},
       {"host_pool", test_host_pool},
+      {"parts", test_parts},
+      {"two_streams", test_two_streams},
+      {"a_prefix_that_is_written_again", test_a_prefix_that_is_written_again},
       {"a_missing_wait_shows", test_a_missing_wait_shows},
       {"consumer_on_another_stream", test_consumer_on_another_stream},
   };

@@ -19,6 +19,8 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from latentwire_fast.readers.arriving_layer import ArrivingLayer
+
 
 def decoding_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache to decode with, of layers that keep every position.
@@ -37,8 +39,14 @@ def decoding_cache(model: PreTrainedModel) -> DynamicCache:
 def keeps_states(cache: Cache) -> bool:
     """Whether some layer keeps a state that takes in each token, and cannot go back to what it was
     before (linear attention, convolutions, state spaces)."""
-    plain = (DynamicLayer, DummyLayer, StaticLayer)
+    plain = (DynamicLayer, ArrivingLayer, DummyLayer, StaticLayer)
     return any(type(layer) not in plain for layer in cache.layers)
+
+
+def tensors_of(cache: Cache) -> list[torch.Tensor]:
+    """All that its layers hold, also where it is no keys and values; nothing is waited for."""
+    values = (value for layer in cache.layers for value in vars(layer).values())
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def has_window(model: PreTrainedModel) -> bool:

@@ -14,7 +14,9 @@ Shapes: see `kv_placement.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.readers.arriving_layer import ArrivingLayer, ReadOnlyLayer
 from latentwire_fast.readers.checks import backbone_of
 from latentwire_fast.readers.kv_geometry import KVGeometry, measured_geometry
 from latentwire_fast.readers.kv_placement import Copies, Placement, Placer, plan
@@ -68,30 +71,6 @@ def key_value_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-class ReadOnlyLayer(DynamicLayer):
-    """A cache layer that puts its prefix before new keys and values and keeps none of them.
-
-    What training needs: where activations are checkpointed, backward runs a layer a second time,
-    which must not find what the first run left.
-    """
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[B, H, P + T, D]` for these T positions."""
-        assert self.keys is not None  # filled before any layer runs
-        assert self.values is not None
-        return (
-            torch.cat([self.keys, key_states], dim=-2),
-            torch.cat([self.values, value_states], dim=-2),
-        )
-
-
-def training_cache(layers: int) -> Cache:
-    """An empty cache of so many read-only layers, for `CacheFiller.fill`."""
-    return Cache(layers=[ReadOnlyLayer() for _ in range(layers)])
-
-
 class CacheFiller:
     """Fills the caches of one reader with prefixes.
 
@@ -112,17 +91,13 @@ class CacheFiller:
         self._shape = (len(layer_devices), heads, head_width)
         # Blocks of static caches that this object initialised, by device.
         self._blocks: WeakKeyDictionary[Cache, list[torch.Tensor]] = WeakKeyDictionary()
-        # For each device whose first layer waits by itself: what was sent there and not waited for.
-        self._pending: dict[int, list[Placement]] = {}
-        self._hooks: list[Any] = []
+        self._lock = threading.Lock()
 
     @classmethod
     def for_model(
         cls, model: PreTrainedModel, *, geometry: KVGeometry | None = None
     ) -> CacheFiller:
-        """A filler for `model`, whose layers wait for their part of a prefix when they need it.
-
-        The wait is a pre-forward hook on the first layer of each accelerator; `close` removes it.
+        """A filler for `model`.
 
         Args:
             geometry: of its keys and values; measured on one token unless given.
@@ -134,16 +109,16 @@ class CacheFiller:
         plan(devices)  # raises before anything runs
         geometry = geometry or measured_geometry(model, DynamicCache(), layers=len(layers))
         heads, width = geometry.heads, geometry.head_width
-        filler = cls(devices, dtype=model.dtype, heads=heads, head_width=width)
-        for number, group in enumerate(filler._placer.plan):
-            if group.device != "cpu":
-                filler._pending[number] = []
-                hook = layers[group.layers[0]].register_forward_pre_hook(filler._waiter(number))
-                filler._hooks.append(hook)
-        return filler
+        return cls(devices, dtype=model.dtype, heads=heads, head_width=width)
 
-    def fill(self, cache: Cache, *, prefix_L2BHPD: torch.Tensor, batch_size: int) -> Copies:
-        """Put a prefix at positions 0..P-1 of a cache.
+    def fill(
+        self, cache: Cache, *, prefix_L2BHPD: torch.Tensor, batch_size: int, stable: bool = False
+    ) -> Copies:
+        """Put a prefix at positions 0..P-1 of a cache. Any thread may, in a cache of its own.
+
+        Layers of a `DynamicCache` whose part is still on its way become `ArrivingLayer`s: what
+        reads them waits, on its own stream. A `StaticCache` is there for what the streams that are
+        current now do next.
 
         Args:
             cache: an empty `DynamicCache`; or a `StaticCache`, whose sequence is then the prefix
@@ -152,6 +127,7 @@ class CacheFiller:
             prefix_L2BHPD: floating-point, on any device; see `Placer.place`. Gradients flow back to
                 it from a `DynamicCache`.
             batch_size: the reader's batch; B is that, or 1 and then broadcast.
+            stable: see `Placer.place`.
 
         Returns:
             How often K/V data was copied.
@@ -160,48 +136,16 @@ class CacheFiller:
             ConfigError: a prefix or a cache that does not fit the reader, or one another.
         """
         self._check(cache, prefix_L2BHPD)
-        placement = self._placer.place(prefix_L2BHPD, batch_size=batch_size)
-        if cache.is_compileable:
-            own_copies = self._fill_static(cache, placement)
-        else:
-            own_copies = 0
+        placement = self._placer.place(prefix_L2BHPD, batch_size=batch_size, stable=stable)
+        if not cache.is_compileable:
             _fill_dynamic(cache, placement)
+            return placement.copies
+        with self._lock:
+            own_copies = self._fill_static(cache, placement)
         for number in range(len(self._placer.plan)):
-            if number in self._pending:
-                self._pending[number].append(placement)
-            else:
-                placement.wait(number)
+            placement.wait(number)
         copies = placement.copies
         return copies._replace(scatter=copies.scatter + own_copies)
-
-    def wait(self) -> None:
-        """Make the current stream of every device wait for what was placed so far.
-
-        The model's hooks do this device by device. Call it before a forward pass that is captured
-        in a CUDA graph or compiled, where they do not run.
-        """
-        for number in self._pending:
-            self._wait_for(number)
-
-    def close(self) -> None:
-        """Remove the hooks from the model, and wait for what is still under way."""
-        self.wait()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._pending.clear()
-
-    def _waiter(self, number: int) -> Callable[[nn.Module, Any], None]:
-        def wait_before_forward(_module: nn.Module, _inputs: Any) -> None:
-            if self._pending.get(number):
-                self._wait_for(number)
-
-        return wait_before_forward
-
-    def _wait_for(self, number: int) -> None:
-        for placement in self._pending[number]:
-            placement.wait(number)
-        self._pending[number].clear()
 
     def _check(self, cache: Cache, prefix_L2BHPD: torch.Tensor) -> None:
         layers, heads, width = self._shape
@@ -216,7 +160,7 @@ class CacheFiller:
         if cache.offloading:
             raise ConfigError("an offloaded cache moves its layers itself; use one that does not")
         for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, ReadOnlyLayer, StaticLayer):
+            if type(layer) not in (DynamicLayer, ArrivingLayer, ReadOnlyLayer, StaticLayer):
                 raise ConfigError(
                     f"a cache layer is a {type(layer).__name__}; a prefix goes into a DynamicCache "
                     "or a StaticCache with full attention in every layer"
@@ -283,7 +227,14 @@ def _fill_dynamic(cache: Cache, placement: Placement) -> None:
     cache.layer_class_to_replicate = None
     while len(cache.layers) < len(placement.keys):
         cache.layers.append(DynamicLayer())
-    for layer, keys, values in zip(_layers(cache), placement.keys, placement.values, strict=True):
+    for number, (keys, values) in enumerate(zip(placement.keys, placement.values, strict=True)):
+        layer, under_way = _layers(cache)[number], placement.is_under_way(number)
+        if under_way and not isinstance(layer, ArrivingLayer):
+            layer = cache.layers[number] = ArrivingLayer()
+        if isinstance(layer, ArrivingLayer):
+            wait = partial(placement.wait_for_layer, number) if under_way else None
+            layer.expect(keys, values, wait=wait)
+            continue
         layer.dtype, layer.device = keys.dtype, keys.device
         layer.keys, layer.values = keys, values
         layer.is_initialized = True

@@ -26,14 +26,22 @@ from latentwire_fast.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+INTERFACE = 2  # of the extension that this file calls
+
 try:
     from latentwire_fast import _C
 except ImportError as _error:
     _C = None  # type: ignore[assignment]
+    _fault: object = _error
+else:
+    _fault = None
+    if getattr(_C, "INTERFACE", 1) != INTERFACE:
+        _C, _fault = None, "it was built from older source"  # type: ignore[assignment]
+if _fault is not None:
     logger.warning(
         "the C++ extension is not built (%s): placement uses its torch path, with the same results "
         "and no overlap; build it with `pip install --no-build-isolation -e .`",
-        _error,
+        _fault,
     )
 
 
@@ -55,7 +63,8 @@ class Copies(NamedTuple):
     Attributes:
         prepare: where it was produced: gathered by device, cast, pinned. 1 for all of that; with
             gradients, 2 where an odd map is cast as well.
-        link: to another device. 1 for each device that the prefix is not on.
+        link: to another device. 1 for each device that the prefix is not on; where more than 16 MB
+            cross on a side stream, 1 for each part of 8 MB or more, 8 at most.
         scatter: into a static cache. 1 for each device.
     """
 
@@ -109,6 +118,14 @@ class Placement:
         """Make the current stream of a device wait until its part has arrived."""
         self._native.wait(device)
 
+    def wait_for_layer(self, layer: int) -> None:
+        """Make the current stream of a layer's device wait until that layer has arrived."""
+        self._native.wait_for_layer(layer)
+
+    def is_under_way(self, layer: int) -> bool:
+        """Whether a layer comes on a side stream, so that its readers must wait for it."""
+        return self._native.is_under_way(layer)
+
     def scatter(self, device: int, *, target: torch.Tensor) -> None:
         """Write a device's part into positions 0..P-1 of `target` `[l, 2, B, H, N, D]`: one copy.
 
@@ -143,7 +160,9 @@ class Placer:
         with _config_error():
             self._native = make(list(layer_devices), dtype)
 
-    def place(self, prefix_L2BHPD: torch.Tensor, *, batch_size: int) -> Placement:
+    def place(
+        self, prefix_L2BHPD: torch.Tensor, *, batch_size: int, stable: bool = False
+    ) -> Placement:
         """Send a prefix off.
 
         Args:
@@ -151,6 +170,9 @@ class Placer:
                 what is placed are views of it: do not write to it afterwards. Where it is cast on
                 the CPU, into memory that an earlier placement had and that nothing refers to now.
             batch_size: B, or any number when B is 1.
+            stable: a promise that nothing writes to the prefix again. One that needs no cast then
+                crosses links from where it is, and is read after this call has returned. Without
+                the promise what crosses is a copy.
 
         With gradients (grad mode, and a prefix that requires them) everything runs on the current
         streams, and gradients flow back. Otherwise what crosses a link comes on a side stream: see
@@ -160,7 +182,7 @@ class Placer:
             ConfigError: a prefix of another shape or layout, or one that does not fit the plan.
         """
         with _config_error():
-            return Placement(self._native.place(prefix_L2BHPD, batch_size))
+            return Placement(self._native.place(prefix_L2BHPD, batch_size, stable))
 
 
 # --- The torch path: the meaning of csrc/placement.cpp, without streams -------------------------
@@ -249,6 +271,12 @@ class _TorchPlacement:
     def wait(self, device: int) -> None:
         """Nothing to wait for: the copies were made on the current streams."""
 
+    def wait_for_layer(self, layer: int) -> None:
+        """Likewise."""
+
+    def is_under_way(self, layer: int) -> bool:
+        return False
+
 
 class _TorchPlacer:
     def __init__(self, layer_devices: list[str], dtype: torch.dtype) -> None:
@@ -263,7 +291,8 @@ class _TorchPlacer:
                     "this build of torch"
                 )
 
-    def place(self, prefix: torch.Tensor, batch_size: int) -> _TorchPlacement:
+    def place(self, prefix: torch.Tensor, batch_size: int, stable: bool) -> _TorchPlacement:
+        """`stable` changes nothing: copies from the host have ended when this returns."""
         self.check(prefix, batch_size)
         if prefix.stride(2) == 0 and not _in_training(prefix):
             prefix = prefix.narrow(2, 0, 1)  # one row, which the caller broadcast already

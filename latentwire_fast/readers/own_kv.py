@@ -6,6 +6,7 @@ Shapes: L layers, 2 keys and values, H key/value heads, T positions, D head widt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,13 @@ def head_keys_values(reader: Reader, mode: Mode) -> Tensor:
     prompt = reader.prompts.build([Turn("")], context="", latent=mode)
     head = prompt.ids[: prompt.latent_at]
     # Where there is nothing before it, nothing of a token that stands for it.
-    sides = _read(reader, head or [reader.prompts.eos_id])
-    return torch.stack([side[:, None, :, : len(head)] for side in sides])
+    return keys_values(reader, head or [reader.prompts.eos_id])[:, :, :, :, : len(head)]
+
+
+@torch.no_grad()
+def keys_values(reader: Reader, ids: Sequence[int]) -> Tensor:
+    """Keys and values `[L, 2, 1, H, T, D]` of tokens at the start of a prompt."""
+    return torch.stack([side[:, None] for side in _read(reader, ids)])
 
 
 @torch.no_grad()
@@ -50,11 +56,13 @@ def text_keys_values(reader: Reader, context: str, *, slots: int, first: int) ->
     return torch.stack(sides)
 
 
-def _read(reader: Reader, ids: list[int]) -> list[Tensor]:
+def _read(reader: Reader, ids: Sequence[int]) -> list[Tensor]:
     """Keys and values `[2, H, T, D]` of each layer, on the reader's device."""
     cache: Any = DynamicCache()  # without a configuration: windows drop no keys
     reader.backbone(
-        input_ids=torch.tensor([ids], device=reader.device), past_key_values=cache, use_cache=True
+        input_ids=torch.tensor([[*ids]], device=reader.device),
+        past_key_values=cache,
+        use_cache=True,
     )
     layers = (torch.cat([layer.keys, layer.values]) for layer in cache.layers)
     return [layer.to(reader.device) for layer in layers]

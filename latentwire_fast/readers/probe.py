@@ -25,10 +25,11 @@ from latentwire_fast.errors import LatentWireError
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.abilities import ReaderAbilities
+from latentwire_fast.readers.arriving_layer import training_cache
 from latentwire_fast.readers.checks import backbone_of
 from latentwire_fast.readers.decoding_cache import decoding_cache, keeps_states, move_right
 from latentwire_fast.readers.embeddings import input_embedding
-from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
+from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers
 from latentwire_fast.readers.kv_geometry import KVGeometry
 
 # Of the trials: tokens of their two rows, and by what hidden states may differ, relative to their
@@ -177,11 +178,8 @@ class _Trials:
         geometry = KVGeometry.of_cache(cache, layers=len(decoder_layers(subject.model)))
         filled = training_cache(geometry.layers)
         filler = CacheFiller.for_model(subject.model, geometry=geometry)
-        try:
-            filler.fill(filled, prefix_L2BHPD=kept(cache), batch_size=1)
-            hidden_1TD = self._read(row[half:], filled, after=half, keep=False)
-        finally:
-            filler.close()
+        filler.fill(filled, prefix_L2BHPD=kept(cache), batch_size=1)
+        hidden_1TD = self._read(row[half:], filled, after=half, keep=False)
         return self._most([hidden_1TD[0]], [self.alone[0][half:]])
 
     def _decoded(self) -> float:

@@ -13,8 +13,9 @@ Answers are decoded by `latentwire_fast.serving.Receiver`, which takes payloads 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +31,11 @@ from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.ops.bf16 import is_fast_at_bf16
 from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
+from latentwire_fast.readers.arriving_layer import training_cache
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
 from latentwire_fast.readers.frozen_lm import FrozenLM
-from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers, training_cache
+from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.loading import (
     check_attention,
@@ -60,6 +62,8 @@ class Reader(FrozenLM):
     Attributes:
         lora_settings: of low-rank updates that a run is to train; None for none.
         lora: the low-rank updates that it reads with, if it has any (`ReaderLora.attach`).
+        lock: held by receivers while they read with it, and inside `base`: both change how the
+            model computes, for every thread.
 
     Raises:
         ConfigError: as `FrozenLM` and `PromptBuilder`.
@@ -78,6 +82,7 @@ class Reader(FrozenLM):
         self.source = source
         self.lora_settings: LoraSettings | None = None
         self.lora: ReaderLora | None = None
+        self.lock = threading.RLock()
         self._warned: set[str] = set()
 
     @classmethod
@@ -185,16 +190,18 @@ class Reader(FrozenLM):
 
     @cached_property
     def filler(self) -> CacheFiller:
-        """Puts deep prefixes into caches; one for all of them, because it hooks into the model."""
+        """Puts deep prefixes into caches."""
         return CacheFiller.for_model(self.model, geometry=self.kv_geometry)
 
-    def base(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def base(self) -> Iterator[None]:
         """Inside the block the reader reads as it was loaded, without low-rank updates.
 
         Raises:
             ConfigError: they were merged into its weights.
         """
-        return nullcontext() if self.lora is None else self.lora.disabled()
+        with self.lock, nullcontext() if self.lora is None else self.lora.disabled():
+            yield
 
     def collate(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentwire_fast.serving.input_buffer import Fields, Layout
 from latentwire_fast.serving.payload_batch import Parcel
+from latentwire_fast.serving.prompt_head import Head
 from latentwire_fast.wire import Header
 
 
@@ -20,8 +21,9 @@ class Shape:
 
     Attributes:
         payloads: 0 for text, 1 for one that all rows read, or B.
-        rows, width: B and T.
+        rows, width: B and T, see `buckets.py`.
         bits, group_size: of the payloads; 0 for text.
+        head: ids whose keys and values the graph holds.
     """
 
     payloads: int
@@ -29,6 +31,7 @@ class Shape:
     width: int
     bits: int = 0
     group_size: int = 0
+    head: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Batch:
     Attributes:
         layout: the prompts.
         parcel: the payloads that they are about, or None.
+        head: what stands before the prompts, and is not read again.
         embeddings: ready soft tokens `[M_i, D]` of each prompt, or None. Neither: text.
     """
 
     layout: Layout
     parcel: Parcel | None = None
+    head: Head | None = None
     embeddings: Sequence[Tensor] | None = None
 
     @property
@@ -62,7 +67,8 @@ class Batch:
         if self.parcel is None:
             return Shape(0, rows, width)
         header = self.parcel.header
-        return Shape(len(self.parcel.payloads), rows, width, header.bits, header.group_size)
+        head = () if self.head is None else self.head.ids
+        return Shape(len(self.parcel.payloads), rows, width, header.bits, header.group_size, head)
 
     @property
     def fields(self) -> Fields:
@@ -90,6 +96,13 @@ class Batch:
         source_BT = np.where(layout.slots_BT < 0, -1, layout.slots_BT + before_B[:, None])
         values |= {"source": source_BT}
         return values if self.parcel is None else {**values, **self.parcel.values()}
+
+    def with_rows(self, rows: int) -> Batch:
+        """A batch of so many rows, the added ones like the last."""
+        if rows == len(self.layout.ids_BT):
+            return self
+        parcel = None if self.parcel is None else self.parcel.with_rows(rows)
+        return Batch(self.layout.with_rows(rows), parcel, self.head)
 
     def verify(self) -> None:
         """Check the values of the payloads.

@@ -7,6 +7,7 @@ few tokens.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import StaticCache
@@ -19,8 +20,9 @@ from latentwire_fast.readers.kv_placement import plan
 from latentwire_fast.readers.probe import LENGTHS, tolerance
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.weights import is_offloaded
-from latentwire_fast.serving.graphs import set_length, write_through
+from latentwire_fast.serving.decode_step import DecodeStep
 from latentwire_fast.serving.options import Engine
+from latentwire_fast.serving.static_cache import set_length, write_through
 
 
 def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
@@ -38,8 +40,12 @@ def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
         return ("graph" if engine == "auto" else engine), "the reader can be captured"
     if engine == "auto":
         return "eager", fault
-    what = "run as a CUDA graph" if engine == "graph" else "be compiled"
-    raise ConfigError(
+    raise refusal(reader, "run as a CUDA graph" if engine == "graph" else "be compiled", fault)
+
+
+def refusal(reader: Reader, what: str, fault: str) -> ConfigError:
+    """The error for an engine that was asked for."""
+    return ConfigError(
         f"reader {reader.name!r} cannot {what}: {fault}; the engine 'auto' reads with it op by op"
     )
 
@@ -73,15 +79,27 @@ def why_not_mask_free(reader: Reader) -> str | None:
         return "a layer attends to a sliding window, which needs a mask"
     if not getattr(model, "_supports_attention_backend", False):
         return f"a {type(model).__name__} has attention of its own that cannot be replaced"
+    if reader.abilities.deep:
+        return f"a static cache does not hold its past: {reader.abilities.deep}"
     if len(_devices(reader)) > 1:
         return None  # no graph, and a compiled backbone keeps its past elsewhere than the trial
+    return _fault_of_trial(reader, as_step=False)
+
+
+def why_no_step(reader: Reader) -> str | None:
+    """What keeps a reader that can be captured from decoding in a graph; None where nothing does.
+    Then it decodes op by op behind its graphs."""
+    return _fault_of_trial(reader, as_step=True)
+
+
+def _fault_of_trial(reader: Reader, *, as_step: bool) -> str | None:
     try:
-        difference = _trial(reader)
+        difference = _trial(reader, as_step=as_step)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # models raise of all kinds on a cache or a mask they do not know
         return f"a trial failed: {type(error).__name__}: {error}"
-    if not difference <= tolerance(model.dtype):  # NaN is not either
+    if not difference <= tolerance(reader.model.dtype):  # NaN is not either
         return (
             f"in a trial its hidden states were {difference:.2g} (relative to their size) from "
             "those of the model's own attention"
@@ -90,9 +108,13 @@ def why_not_mask_free(reader: Reader) -> str | None:
 
 
 @torch.no_grad()
-def _trial(reader: Reader) -> float:
+def _trial(reader: Reader, *, as_step: bool) -> float:
     """The largest relative difference of last hidden states between two padded rows in a static
-    cache without a mask, one decoded token included, and each row read alone."""
+    cache without a mask, one decoded token included, and each row read alone.
+
+    Args:
+        as_step: whether the token is decoded as a graph would.
+    """
     lengths, width = LENGTHS, max(LENGTHS)
     model, device = reader.model, reader.device
     ids_BT = torch.arange(len(lengths) * (width + 1), device=device).view(len(lengths), -1)
@@ -113,16 +135,23 @@ def _trial(reader: Reader) -> float:
             past_key_values=write_through(static, length=0),
             use_cache=True,
         ).last_hidden_state
-    set_length(static, width)
-    columns = torch.arange(width + 4, device=device)
-    decoded_B1D = reader.backbone(
-        input_ids=ids_BT[rows, last_B + 1][:, None],
-        attention_mask=((columns <= last_B[:, None]) | (columns == width)).long(),
-        position_ids=(last_B + 1)[:, None],
-        past_key_values=static,
-        use_cache=True,
-    ).last_hidden_state
-    found = [prefilled_BTD[rows, last_B], decoded_B1D[:, -1]]
+    next_B = ids_BT[rows, last_B + 1]
+    if as_step:
+        step = DecodeStep(reader, static)
+        step.start(np.array(lengths), columns=width)
+        step.token_B.copy_(next_B)
+        decoded_BD = step.hidden()
+    else:
+        set_length(static, width)
+        columns = torch.arange(width + 4, device=device)
+        decoded_BD = reader.backbone(
+            input_ids=next_B[:, None],
+            attention_mask=((columns <= last_B[:, None]) | (columns == width)).long(),
+            position_ids=(last_B + 1)[:, None],
+            past_key_values=static,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+    found = [prefilled_BTD[rows, last_B], decoded_BD]
     differences = []
     for row, length in enumerate(lengths):
         alone_TD = reader.backbone(

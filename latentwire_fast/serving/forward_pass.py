@@ -16,15 +16,18 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from latentwire_fast.models.attachments.base import Attachment
+from latentwire_fast.readers.arriving_layer import settle
 from latentwire_fast.readers.attention import causal_mask, mask_free
 from latentwire_fast.readers.decoding_cache import decoding_cache
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.batch import Batch
-from latentwire_fast.serving.graphs import CapturedPass, GraphMemory, write_through
+from latentwire_fast.serving.graphs import CapturedPass, GraphMemory
 from latentwire_fast.serving.input_buffer import InputBuffer
 from latentwire_fast.serving.options import Mark
 from latentwire_fast.serving.payload_batch import Parcel
 from latentwire_fast.serving.prefixes import TrainedParts, put_soft
+from latentwire_fast.serving.prompt_head import Head
+from latentwire_fast.serving.static_cache import write_through
 from latentwire_fast.wire import Header
 
 
@@ -49,8 +52,10 @@ class ForwardPass:
         assert self.parts is not None
         return _positions(self.parts.adapter, parcel.header)
 
-    def deep_positions(self, parcel: Parcel | None) -> int:
-        """P, how many positions payloads take before the prompt."""
+    def deep_positions(self, parcel: Parcel | None, head: Head | None) -> int:
+        """P, how many positions payloads, or what is kept of the prompts, take before these."""
+        if head is not None:
+            return len(head.ids)
         if parcel is None or self.parts is None:
             return 0
         return _positions(self.parts.deep_prefix, parcel.header)
@@ -83,7 +88,12 @@ class ForwardPass:
         self.mark("parse")
         cache = decoding_cache(self.reader.model)
         logits_BV = self._forward(
-            inputs, batch.header, target=cache, cache=lambda: cache, embeddings=batch.embeddings
+            inputs,
+            batch.header,
+            target=cache,
+            cache=lambda: cache,
+            head=batch.head,
+            embeddings=batch.embeddings,
         )
         return logits_BV, cache
 
@@ -91,7 +101,7 @@ class ForwardPass:
         """The pass as a graph for batches of this shape, with a cache of its own that has room for
         `new_tokens` behind the prompts."""
         model = self.reader.model
-        deep = self.deep_positions(batch.parcel)
+        deep = self.deep_positions(batch.parcel, batch.head)
         rows, width = batch.layout.ids_BT.shape
         static = StaticCache(config=model.config, max_cache_len=deep + width + new_tokens)
         if not deep:  # otherwise the filler sets it up, as one block
@@ -104,6 +114,7 @@ class ForwardPass:
             forward = partial(
                 self._forward,
                 header=batch.header,
+                head=batch.head,
                 target=static,
                 cache=lambda: write_through(static, length=deep),
                 attention_mask=None
@@ -128,13 +139,14 @@ class ForwardPass:
         *,
         target: Cache,
         cache: Callable[[], Cache],
+        head: Head | None = None,
         attention_mask: Tensor | None = None,
         embeddings: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Logits `[B, V]` of the next token.
 
         Args:
-            target: takes the deep prefix; cache: makes what the reader then works with.
+            target: takes the deep prefix or the head; cache: makes what the reader then works with.
             attention_mask: only where transformers cannot make its own.
         """
         ids_BT = inputs["ids"]
@@ -148,14 +160,17 @@ class ForwardPass:
             soft_RMD, deep_L2RHPd = self.parts(inputs, header, mark=self.mark)
             if soft_RMD is not None:
                 embeds_BTD = put_soft(embeds_BTD, soft_RMD.flatten(0, 1), inputs["source"])
+            if head is not None:  # then no deep prefix is trained
+                deep_L2RHPd = head.deep_L21HPD
             if deep_L2RHPd is not None:
                 first = deep_L2RHPd.shape[4]
-                self.reader.filler.fill(target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT))
+                self.reader.filler.fill(
+                    target, prefix_L2BHPD=deep_L2RHPd, batch_size=len(ids_BT), stable=True
+                )
             self.mark("placement")
         positions_1T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
         hidden_BTD = self._backbone(
             compiled=embeddings is None,
-            waits=first > 0,
             inputs_embeds=embeds_BTD,
             attention_mask=attention_mask,
             position_ids=positions_1T,
@@ -168,17 +183,15 @@ class ForwardPass:
         self.mark("reader")
         return logits_BV
 
-    def _backbone(self, *, compiled: bool, waits: bool, **arguments: Any) -> Tensor:
+    def _backbone(self, *, compiled: bool, **arguments: Any) -> Tensor:
         """Last hidden states `[B, T, D]`.
 
         Args:
             compiled: whether a compiled backbone may run.
-            waits: whether a deep prefix may be on its way.
         """
         if self._compiled is None or not compiled:
             return self.reader.backbone(**arguments).last_hidden_state
-        if waits:
-            self.reader.filler.wait()  # its hooks are not for compiled code
+        settle(arguments["past_key_values"])
         # By default, what would be compiled once too often runs uncompiled, and nobody knows.
         strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
         with strict, mask_free(self.reader.model):

@@ -1,93 +1,31 @@
-"""Prefills as CUDA graphs: one for each shape of batch, a bounded number of them.
+"""Prefills and decoding steps as CUDA graphs.
 
 A captured pass reads its inputs from one fixed block, writes keys and values straight into a
-`StaticCache` of its own, and leaves its logits in one place; replaying it is one launch.
+`StaticCache` of its own, and leaves its logits in one place; replaying it is one launch. A captured
+step reads one token more of each row of that cache.
 
-Shapes: L layers, B rows, H key/value heads, T new positions, N cache length, V vocabulary.
+Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
-from latentwire_fast.serving.batch import Batch, Shape
+from latentwire_fast.readers.decoding_cache import tensors_of
+from latentwire_fast.serving.batch import Batch
+from latentwire_fast.serving.decode_step import DecodeStep
 from latentwire_fast.serving.input_buffer import InputBuffer
-
-logger = logging.getLogger(__name__)
 
 # Passes before the capture: kernels are compiled and libraries set up, which a capture forbids.
 WARM_UPS = 2
-
-
-class WriteThroughLayer(CacheLayerMixin):
-    """Writes new keys and values into a static layer and hands back the part that is filled.
-
-    The static layer's own `update` hands back all N positions, most of them empty, which needs a
-    mask; a `DynamicCache` would have to be copied once more.
-
-    Args:
-        target: an initialised layer that holds `length` positions already.
-    """
-
-    def __init__(self, target: StaticLayer, *, length: int) -> None:
-        super().__init__()
-        self._target: Any = target
-        self._length = length
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The target has its memory."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, length, d_head]` with these T positions at their end."""
-        start, self._length = self._length, self._length + key_states.shape[2]
-        keys, values = (
-            whole[:, :, : self._length] for whole in (self._target.keys, self._target.values)
-        )
-        keys[:, :, start:].copy_(key_states)
-        values[:, :, start:].copy_(value_states)
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that `query_length` new positions see."""
-        return self._length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Positions held."""
-        return self._length
-
-    def get_max_length(self) -> int:
-        """Positions that fit."""
-        return self._target.max_cache_len
-
-
-def write_through(cache: StaticCache, *, length: int) -> Cache:
-    """A cache for one forward pass that writes into `cache` behind its first `length` positions."""
-    return Cache(layers=[WriteThroughLayer(layer, length=length) for layer in _layers(cache)])
-
-
-def set_length(cache: StaticCache, length: int) -> None:
-    """Make a static cache hold its first `length` positions, whatever it held."""
-    counters = [layer.cumulative_length for layer in _layers(cache)]
-    torch._foreach_zero_(counters)
-    torch._foreach_add_(counters, length)
-
-
-def _layers(cache: StaticCache) -> list[Any]:
-    """Its layers, which are all static ones."""
-    return cache.layers
+# What the driver keeps of one graph of a thousand kernels. An assumption: not yet measured.
+GRAPH_BYTES = 16 << 20
 
 
 class GraphMemory:
@@ -133,14 +71,46 @@ def recover_from_failed_capture(memory: GraphMemory) -> Iterator[None]:
         raise
 
 
+def record(
+    run: Callable[[], Tensor],
+    *,
+    memory: GraphMemory,
+    prepare: Callable[[], None] = lambda: None,
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Some work as a graph; and its result, which each replay overwrites. The caller has acquired
+    the memory.
+
+    Args:
+        prepare: done before each of the `WARM_UPS`.
+    """
+    memory.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(memory.stream):
+        for _ in range(WARM_UPS):
+            prepare()
+            run()
+    torch.cuda.current_stream().wait_stream(memory.stream)
+    graph = torch.cuda.CUDAGraph()
+    with (
+        recover_from_failed_capture(memory),
+        torch.cuda.graph(graph, pool=memory.pool, stream=memory.stream),
+    ):
+        result = run()
+    return graph, result
+
+
 class CapturedPass:
-    """One forward pass as a graph, with everything that it reads and writes.
+    """A prefill as a graph, with everything that it reads and writes.
 
     Args:
         forward: the pass; given input tensors, it writes into `cache` and returns logits `[B, V]`.
         batch: one of those that it will serve, to warm up with.
         cache: not yet used.
         memory: see `GraphMemory`.
+
+    Attributes:
+        cache: behind the prompts of the last replay.
+        serial: of the last replay.
+        step: decodes from the cache; None until someone does.
     """
 
     def __init__(
@@ -153,26 +123,37 @@ class CapturedPass:
     ) -> None:
         self.cache = cache
         self.serial = 0
+        self.step: CapturedStep | None = None
         self._memory = memory
+        self._readers: list[torch.cuda.Stream] = []
         self._inputs = InputBuffer(batch.fields, device=memory.stream.device)
         memory.acquire()
         self._inputs.fill(batch.values())
-        memory.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory.stream):
-            for _ in range(WARM_UPS):
-                forward(self._inputs.tensors)
-        torch.cuda.current_stream().wait_stream(memory.stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with (
-            recover_from_failed_capture(memory),
-            torch.cuda.graph(self._graph, pool=memory.pool, stream=memory.stream),
-        ):
-            self._logits_BV = forward(self._inputs.tensors)
+        self._graph, self._logits_BV = record(lambda: forward(self._inputs.tensors), memory=memory)
         memory.release()
+
+    @property
+    def bytes(self) -> int:
+        """Of its own memory: cache, logits, and the graph itself."""
+        own = [self._logits_BV, *tensors_of(self.cache), *self._inputs.tensors.values()]
+        step = 0 if self.step is None else self.step.bytes
+        return GRAPH_BYTES + step + sum(tensor.nbytes for tensor in own)
+
+    def lend(self) -> None:
+        """The current stream is going to read the cache: the next `fill` waits for what it has
+        queued by then."""
+        stream = torch.cuda.current_stream(self._memory.stream.device)
+        if stream not in self._readers:
+            self._readers.append(stream)
 
     def fill(self, values: Mapping[str, np.ndarray]) -> None:
         """Send new inputs off, behind whatever another stream still does with the memory."""
         self._memory.acquire()
+        current = torch.cuda.current_stream()
+        for stream in self._readers:
+            if stream != current:
+                current.wait_stream(stream)
+        self._readers.clear()
         self._inputs.fill(values)
 
     def replay(self) -> Tensor:
@@ -184,30 +165,36 @@ class CapturedPass:
         return logits_BV
 
 
-class PassCache:
-    """The captured passes of one receiver: the last used ones, at most `limit`.
+class CapturedStep:
+    """One token of each row of a captured pass as a graph.
 
-    A pass that is dropped stays in memory for as long as a result of it is in use.
+    Args:
+        step: of the pass's cache, started.
+        memory: see `GraphMemory`.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.captures = 0
-        self._limit = limit
-        self._passes: OrderedDict[Shape, CapturedPass] = OrderedDict()
-
-    def get(self, shape: Shape, capture: Callable[[], CapturedPass]) -> CapturedPass:
-        """The pass for a shape, captured now if it is not there."""
-        found = self._passes.pop(shape, None)
-        if found is None:
-            while len(self._passes) >= self._limit:
-                dropped, _ = self._passes.popitem(last=False)
-                logger.info("dropped the graph for %s to make room for %s", dropped, shape)
-            found = capture()
-            self.captures += 1
-        self._passes[shape] = found
-        return found
+    def __init__(self, step: DecodeStep, *, memory: GraphMemory) -> None:
+        self._step, self._memory = step, memory
+        memory.acquire()
+        self._graph, self._logits_BV = record(step.logits, memory=memory, prepare=step.restart)
+        memory.release()
 
     @property
-    def shapes(self) -> Sequence[Shape]:
-        """The captured shapes, least recently used first."""
-        return list(self._passes)
+    def bytes(self) -> int:
+        """Of its own memory."""
+        return GRAPH_BYTES + self._logits_BV.nbytes + self._step.bytes
+
+    def start(self, lengths_B: np.ndarray, *, columns: int) -> None:
+        """See `DecodeStep.start`."""
+        self._memory.acquire()
+        self._step.start(lengths_B, columns=columns)
+        self._memory.release()
+
+    def run(self, token_B: Tensor) -> Tensor:
+        """Logits `[B, V]` of the tokens after these, a copy."""
+        self._memory.acquire()
+        self._step.token_B[: len(token_B)].copy_(token_B)
+        self._graph.replay()
+        logits_BV = self._logits_BV[: len(token_B)].clone()
+        self._memory.release()
+        return logits_BV

@@ -6,7 +6,7 @@ Shapes: B rows, T columns, R payloads, M soft tokens of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,13 +41,24 @@ class Layout:
         """T."""
         return self.ids_BT.shape[1]
 
+    def with_rows(self, rows: int) -> Layout:
+        """With so many rows: the last one again in those that are added."""
+        added = (0, rows - len(self.ids_BT))
+        ids_BT, slots_BT = (
+            np.pad(part, (added, (0, 0)), mode="edge") for part in (self.ids_BT, self.slots_BT)
+        )
+        lengths_B, soft_B = (
+            np.pad(part, added, mode="edge") for part in (self.lengths_B, self.soft_B)
+        )
+        return Layout(ids_BT, slots_BT, lengths_B, soft_B)
+
 
 def lay_out(
     prompts: Sequence[Prompt],
     *,
     soft_tokens: int | Sequence[int] | None,
     pad_id: int,
-    multiple: int = 1,
+    width_of: Callable[[int], int] | None = None,
     most: int | None = None,
 ) -> Layout:
     """Lay prompts out for a prefill.
@@ -57,8 +68,8 @@ def lay_out(
 
     Args:
         soft_tokens: M for prompts with a latent, of all or of each; None for text prompts.
-        multiple: T is rounded up to a multiple of this.
-        most: but not above this, unless a prompt is longer.
+        width_of: makes T, at least as large, of the longest prompt's positions; none: T is these.
+        most: T is not above this, unless a prompt is longer.
 
     Raises:
         ConfigError: no prompts, an empty one, one whose latent is outside it, or one with a latent
@@ -73,7 +84,7 @@ def lay_out(
     if not lengths.all():
         raise ConfigError(f"prompt {int(lengths.argmin())} is empty; it needs at least one token")
     longest = int(lengths.max())
-    width = -(-longest // multiple) * multiple
+    width = longest if width_of is None else width_of(longest)
     if most is not None:
         width = max(longest, min(width, most))
     ids_BT = np.full((len(prompts), width), pad_id, np.int64)

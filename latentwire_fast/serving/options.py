@@ -27,7 +27,12 @@ class ReceiverOptions:
             more often than torch allows.
         new_tokens: how many tokens the fixed memory of a graph has room for behind the prompt.
             Longer answers are decoded too, in memory that grows.
-        max_graphs: how many shapes of batch are kept captured.
+        graph_bytes: of the device's memory for the graphs of all shapes of batch that are kept
+            captured, beside what they share; None for a quarter of what is free when the receiver
+            is made.
+        keep_head: keep the reader's keys and values of what prompts with a payload have before it
+            (the template), and read that once, not with each request. Only where no deep prefix is
+            trained; not for readers that take none.
         merge_lora: add a reader's low-rank updates (LoRA) to its weights, for good: it is then read
             as fast as without them, and by any engine.
         prefix_gain: factor on the calibrated size of soft tokens, and on the values (not the keys)
@@ -42,15 +47,17 @@ class ReceiverOptions:
 
     engine: Engine = "auto"
     new_tokens: int = 32
-    max_graphs: int = 8
+    graph_bytes: int | None = None
     prefix_gain: float = 1.0
+    keep_head: bool = False
     merge_lora: bool = False
     mark: Mark = unmarked
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(Engine):
             raise ConfigError(f"engine={self.engine!r}, expected one of {get_args(Engine)}")
-        for name in ("new_tokens", "max_graphs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}, expected at least 1")
+        for name in ("new_tokens", "graph_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}, expected at least 1")
         check_gain("prefix_gain", self.prefix_gain)

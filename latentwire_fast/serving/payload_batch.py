@@ -55,6 +55,17 @@ class Parcel:
         codes_Rc, scales_RG = split_bodies(self.payloads, self.header)
         return {"codes": codes_Rc, "scales": scales_RG}
 
+    def with_rows(self, rows: int) -> Parcel:
+        """With so many payloads: the last one again in the place of those that are added. One that
+        all prompts read stays one."""
+        if len(self.payloads) == 1:
+            return self
+        added = rows - len(self.payloads)
+        payloads, latent_RMd = [*self.payloads, *[self.payloads[-1]] * added], self.latent_RMd
+        if latent_RMd is not None:
+            latent_RMd = torch.cat([latent_RMd, latent_RMd[-1:].expand(added, -1, -1)])
+        return Parcel(self.header, payloads, latent_RMd)
+
     def verify(self) -> None:
         """Check every value, as unpacking on the host does.
 

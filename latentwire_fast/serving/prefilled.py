@@ -6,7 +6,7 @@ cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
@@ -21,11 +21,14 @@ from latentwire_fast.readers.decoding import DecodeOptions, pick_tokens
 from latentwire_fast.readers.decoding_cache import (
     keeps_states,
     move_right,
+    tensors_of,
     without_first,
     without_limit,
 )
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving.graphs import CapturedPass, set_length
+from latentwire_fast.serving.graphs import CapturedPass
+from latentwire_fast.serving.static_cache import set_length
+from latentwire_fast.serving.streams import Finished
 
 
 class Prefilled:
@@ -42,6 +45,8 @@ class Prefilled:
         lengths_B: real positions of each row, the deep ones included.
         positions: see above.
         captured: the graph that made it, if one did, and that owns the cache.
+        step: starts the graph that decodes from that cache, and gives what reads a token of each
+            row with it, where there is one.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Prefilled:
         lengths_B: np.ndarray,
         positions: int,
         captured: CapturedPass | None,
+        step: Callable[[], Callable[[Tensor], Tensor] | None] | None = None,
     ) -> None:
         self.logits_BV = logits_BV
         self.positions = positions
@@ -60,6 +66,8 @@ class Prefilled:
         self._cache = cache
         self._lengths_B = lengths_B
         self._captured = captured
+        self._step = step
+        self._finished = Finished([logits_BV, *tensors_of(cache)])
         self._serial = captured.serial if captured else 0
         self._padded_right = isinstance(cache, StaticCache)
         self._padding_B = positions - lengths_B
@@ -69,14 +77,24 @@ class Prefilled:
     def cache(self) -> Cache:
         """The keys and values of the prompts, and of nothing after them.
 
+        The current streams wait for the prefill, and the next one that uses the same memory waits
+        for what they do with it until then.
+
         Raises:
             ConfigError: a later prefill of the same shape took the memory.
         """
+        with self._reader.lock:
+            return self._own_cache()
+
+    def _own_cache(self) -> Cache:
         if self._captured is not None and self._captured.serial != self._serial:
             raise ConfigError(
                 "a later prefill of the same shape has overwritten this one's keys and values; "
                 "decode each prefill before the next, or use one receiver for each"
             )
+        if self._captured is not None:
+            self._captured.lend()
+        self._finished.hand_over([self.logits_BV, *tensors_of(self._cache)])
         if not self._moved:  # only now: a first token does not need it
             move_right(cast(DynamicCache, self._cache), self._padding_B.tolist())
             self._moved = True
@@ -106,7 +124,12 @@ class Prefilled:
         Raises:
             ConfigError: see `cache`; not one number for each row; or logits that are no numbers.
         """
-        reader, options = self._reader, options or DecodeOptions()
+        with self._reader.lock:  # or another thread's prefill takes the cache away
+            return self._decode(options or DecodeOptions(), numbers)
+
+    def _decode(self, options: DecodeOptions, numbers: Sequence[int] | None) -> list[list[int]]:
+        reader = self._reader
+        cache = self._roomy_cache(options.max_new_tokens - 1)  # the last token is not fed back
         if bool(self.logits_BV.isnan().any()):  # the likeliest token of these would be number 0
             raise ConfigError(
                 f"reader {reader.name!r} computes NaN from this prompt: in {reader.model.dtype} "
@@ -114,13 +137,7 @@ class Prefilled:
             )
         rows = len(self._lengths_B)
         numbers = row_numbers(numbers, rows=rows)
-        feed = _Decoder(
-            reader,
-            self._roomy_cache(options.max_new_tokens - 1),  # the last token is not fed back
-            lengths_B=self._lengths_B,
-            columns=self.positions,
-            padded_right=self._padded_right,
-        )
+        feed = self._feeder(cache)
         stops, logits_BV = reader.stop_ids, self.logits_BV
         stop_ids = torch.tensor(stops, device=logits_BV.device)
         done_B = torch.zeros(rows, dtype=torch.bool, device=logits_BV.device)
@@ -143,6 +160,21 @@ class Prefilled:
                 break
             logits_BV = feed(token_B, step)
         return _until(torch.stack(new_ids, 1).tolist(), stop=stops[0])
+
+    def _feeder(self, cache: Cache) -> Callable[[Tensor, int], Tensor]:
+        """What reads a token of each row and gives the next one's logits: a graph where there is
+        one of this cache."""
+        if self._step is not None and isinstance(cache, StaticCache):
+            read = self._step()
+            if read is not None:
+                return lambda token_B, _number: read(token_B)
+        return _Decoder(
+            self._reader,
+            cache,
+            lengths_B=self._lengths_B,
+            columns=self.positions,
+            padded_right=self._padded_right,
+        )
 
     def _roomy_cache(self, new_tokens: int) -> Cache:
         """`cache`, or one that grows where a static one has no room for so many tokens."""

@@ -54,6 +54,7 @@ class TrainedParts:
         if deep_prefix is not None:
             reader.require("deep")
         self._dtype = reader.embedding.weight.dtype
+        self._device_type = reader.device.type
         self._gain = gain
         self.adapter = _in_dtype(adapter, self._dtype)
         self.deep_prefix = _in_dtype(deep_prefix, self._dtype)
@@ -72,8 +73,15 @@ class TrainedParts:
 
         Phases: `dequantise` and `adapter`; both are `adapter` where they are one operation, for a
         linear adapter without a deep prefix and codes of less than 16 bits. Of latents that came
-        unpacked, `dequantise` is the change of dtype alone.
+        unpacked, `dequantise` is the change of dtype alone. A caller's `torch.autocast` changes
+        nothing here.
         """
+        with torch.autocast(self._device_type, enabled=False):
+            return self._make(inputs, header, mark=mark)
+
+    def _make(
+        self, inputs: Mapping[str, Tensor], header: Header, *, mark: Callable[[str], None]
+    ) -> tuple[Tensor | None, Tensor | None]:
         unpacked_RMd = inputs.get("latent")
         if self._reads_codes and header.bits != 16 and unpacked_RMd is None:
             assert isinstance(self.adapter, Attachment)

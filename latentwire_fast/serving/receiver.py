@@ -17,36 +17,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.serving.batch import Batch
+from latentwire_fast.serving.buckets import row_bucket
 from latentwire_fast.serving.engines import choose_engine
 from latentwire_fast.serving.forward_pass import ForwardPass
-from latentwire_fast.serving.graphs import CapturedPass, GraphMemory, PassCache
-from latentwire_fast.serving.input_buffer import lay_out
+from latentwire_fast.serving.graph_engine import GraphEngine
+from latentwire_fast.serving.graphs import CapturedPass
+from latentwire_fast.serving.intake import Intake
 from latentwire_fast.serving.options import Engine, ReceiverOptions
-from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
+from latentwire_fast.serving.pass_cache import PassCache
+from latentwire_fast.serving.payload_batch import PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
 from latentwire_fast.serving.prefilled_apart import PrefilledApart
 from latentwire_fast.serving.prefixes import TrainedParts
+from latentwire_fast.serving.prompt_head import PromptHeads
 
 logger = logging.getLogger(__name__)
-
-# A graph serves prompts of up to so many different lengths: on average half of it is padding.
-WIDTH_STEP = 8
 
 
 class Receiver:
     """Reads prompts with one reader.
+
+    Any thread may call it. Receivers of one reader take turns (`Reader.lock`): a `generate` is one
+    turn, so its cache is its own until its answers are there. Requests that come together are
+    faster as one batch.
 
     Args:
         reader: on a device, frozen.
@@ -79,7 +85,6 @@ class Receiver:
     ) -> None:
         self.reader = reader
         self.options = options = options or ReceiverOptions()
-        self._kind = payload_kind
         self.engine: Engine
         self.engine, self.reason = choose_engine(options.engine, reader)
         parts = None
@@ -88,9 +93,14 @@ class Receiver:
         self._pass = ForwardPass(
             reader, parts, compiled=self.engine == "compile", mark=options.mark
         )
-        if self.engine == "graph":
-            self._memory = GraphMemory(reader.device)
-        self.passes = PassCache(options.max_graphs)
+        heads = None
+        if options.keep_head and deep_prefix is None and not reader.abilities.deep:
+            heads = PromptHeads(reader)
+        self._intake = Intake(self._pass, payload_kind, heads)
+        self._graphs = GraphEngine(self._pass, options) if self.engine == "graph" else None
+        self.passes = PassCache[CapturedPass](0) if self._graphs is None else self._graphs.passes
+        if self._graphs is not None and self._graphs.fault:
+            self._leave_graphs()
 
     @classmethod
     def of(
@@ -147,11 +157,20 @@ class Receiver:
                 reader has not.
             DataError: more positions than the reader's table has.
         """
+        with self.reader.lock:
+            return self._prefill(prompts, payloads, embeddings)
+
+    def _prefill(
+        self,
+        prompts: Sequence[Prompt],
+        payloads: Sequence[bytes] | None,
+        embeddings: Sequence[Tensor] | None,
+    ) -> Prefilled:
         batch = self._batch(prompts, payloads, embeddings)
         if len(prompts) > 1 and self.reader.abilities.together and not batch.is_even:
             return self._apart(prompts, payloads, embeddings)
-        if self.engine == "graph" and embeddings is None:
-            return self._replay(batch)
+        if self._graphs is not None and embeddings is None:
+            return self._with_graphs(batch) or self._read(batch)
         return self._read(batch)
 
     def _apart(
@@ -189,8 +208,9 @@ class Receiver:
     ) -> list[list[int]]:
         """New token ids of each prompt: `prefill`, then `Prefilled.generate`. Theirs are the
         arguments and errors."""
-        first = self.prefill(prompts, payloads=payloads, embeddings=embeddings)
-        return first.generate(options, numbers=numbers)
+        with self.reader.lock:  # one request: no other comes between its two steps
+            first = self.prefill(prompts, payloads=payloads, embeddings=embeddings)
+            return first.generate(options, numbers=numbers)
 
     @torch.no_grad()
     def score(
@@ -204,7 +224,10 @@ class Receiver:
 
         Arguments and errors as of `prefill`; it always runs op by op.
         """
-        batch = self._batch(prompts, payloads, embeddings)
+        with self.reader.lock:
+            return self._score(prompts, self._batch(prompts, payloads, embeddings))
+
+    def _score(self, prompts: Sequence[Prompt], batch: Batch) -> TargetScores:
         if batch.parcel is None:
             return self.reader.score(prompts, prefixes=batch.embeddings)
         soft_RMD, deep_L2RHPd = self._pass.prefixes(batch)
@@ -214,7 +237,49 @@ class Receiver:
         head = self._pass.head_positions
         return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd, head=head)
 
-    # --- what is read -----------------------------------------------------------------------------
+    @torch.no_grad()
+    def capture(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        payloads: Sequence[bytes] | None = None,
+        rows: Sequence[int] = (1,),
+        shared: bool = False,
+    ) -> int:
+        """Capture graphs before the first request comes. Later, what none of them serves is
+        captured when it comes, and has to wait for that.
+
+        Args:
+            prompts: examples of what will be read: of each length that will come, and so of
+                whatever kind.
+            payloads: of the precision that will come, one per prompt or one for all of these; None
+                for text.
+            rows: the sizes of batch that will come.
+            shared: whether all prompts of a batch will ask about one payload.
+
+        Returns:
+            How many were captured. 0 where all are there, or where this receiver captures none.
+
+        Raises:
+            As `prefill`.
+        """
+        before = self.passes.captures
+        with self.reader.lock:
+            for number, prompt in enumerate(prompts):
+                own = [] if payloads is None else [payloads[number if len(payloads) > 1 else 0]]
+                for count in sorted({row_bucket(size) for size in rows}):
+                    given = own if shared else own * count
+                    batch = self._batch([prompt] * count, given or None, None)
+                    batch.verify()
+                    self._capture(batch)
+        return self.passes.captures - before
+
+    def _capture(self, batch: Batch) -> None:
+        if self._graphs is None:
+            return
+        lengths_B, positions = self._places(batch)
+        if not self._graphs.capture(batch, lengths_B=lengths_B, positions=positions):
+            self._leave_graphs()
 
     def _batch(
         self,
@@ -222,66 +287,7 @@ class Receiver:
         payloads: Sequence[bytes] | None,
         embeddings: Sequence[Tensor] | None,
     ) -> Batch:
-        """Everything checked that can be without the values of the payloads."""
-        parcel = self._open(payloads, len(prompts), with_embeddings=embeddings is not None)
-        if embeddings is not None:
-            self._check_embeddings(embeddings, len(prompts))
-        soft: int | list[int] | None = None
-        if parcel is not None:
-            soft = self._pass.soft_tokens(parcel)
-            prompts = [prompt.behind(self._pass.head_positions) for prompt in prompts]
-        elif embeddings is not None:
-            soft = [len(embedding) for embedding in embeddings]
-        deep = self._pass.deep_positions(parcel)
-        # Padding has positions too: a table of them has no more rows.
-        most = self.reader.max_positions - deep if self.reader.learns_positions else None
-        layout = lay_out(
-            prompts,
-            soft_tokens=soft,
-            pad_id=self.reader.pad_id,
-            multiple=1 if self.engine == "eager" or embeddings is not None else WIDTH_STEP,
-            most=most,
-        )
-        largest, vocabulary = int(layout.ids_BT.max()), self.reader.embedding.num_embeddings
-        if largest >= vocabulary:  # on a GPU the error would come too late to say where from
-            raise ConfigError(
-                f"a prompt has token {largest}, and reader {self.reader.name!r} knows {vocabulary} "
-                "of them; build it with that reader's `prompts`"
-            )
-        self.reader.check_positions(deep + int(layout.lengths_B.max()))
-        return Batch(layout, parcel, embeddings)
-
-    def _open(
-        self, payloads: Sequence[bytes] | None, prompts: int, *, with_embeddings: bool
-    ) -> Parcel | None:
-        if payloads is None:
-            return None
-        if with_embeddings:
-            raise ConfigError("both payloads and embeddings are given; give one of them")
-        if self._kind is None:
-            raise ConfigError(
-                f"this receiver of reader {self.reader.name!r} reads text only; make one with "
-                "`Receiver.of(model, reader)` for payloads"
-            )
-        parcel = self._kind.open(payloads)
-        if len(payloads) not in (1, prompts):
-            raise ConfigError(
-                f"{len(payloads)} payloads for {prompts} prompts; give one for each, or one for "
-                "all of them"
-            )
-        return parcel
-
-    def _check_embeddings(self, embeddings: Sequence[Tensor], prompts: int) -> None:
-        if len(embeddings) != prompts:
-            raise ConfigError(
-                f"{len(embeddings)} embeddings for {prompts} prompts; give one for each"
-            )
-        for number, embedding in enumerate(embeddings):
-            if embedding.dim() != 2 or embedding.shape[1] != self.reader.d_model:
-                raise ConfigError(
-                    f"embedding {number} is {list(embedding.shape)}, and reader "
-                    f"{self.reader.name!r} takes [M, {self.reader.d_model}]"
-                )
+        return self._intake.batch(prompts, payloads, embeddings, padded=self.engine != "eager")
 
     # --- engines ----------------------------------------------------------------------------------
 
@@ -289,47 +295,40 @@ class Receiver:
         logits_BV, cache = self._pass.run(batch)
         return self._outcome(batch, logits_BV, cache=cache, captured=None)
 
-    def _replay(self, batch: Batch) -> Prefilled:
-        with torch.cuda.device(self.reader.device):
-            captured = self._captured(batch)
-            if captured is None:
-                return self._read(batch)
-            captured.fill(batch.values())
-            self.options.mark("parse")
-            logits_BV = captured.replay()
-            batch.verify()  # while the GPU works; nothing is handed out before
-        return self._outcome(batch, logits_BV, cache=captured.cache, captured=captured)
-
-    def _captured(self, batch: Batch) -> CapturedPass | None:
-        """The graph for a batch; None where the engine was left to the receiver, and it fails."""
-        options = self.options
-        try:
-            return self.passes.get(
-                batch.shape,
-                lambda: self._pass.capture(
-                    batch, new_tokens=options.new_tokens, memory=self._memory
-                ),
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a capture fails in all kinds of ways
-            if options.engine != "auto":
-                raise
-            self.engine, self.reason = "eager", f"a capture failed: {error}"
-            logger.warning(
-                "reader %r is read op by op from now on: %s", self.reader.name, self.reason
-            )
+    def _with_graphs(self, batch: Batch) -> Prefilled | None:
+        """None where the engine was left to the receiver, and a capture fails."""
+        assert self._graphs is not None
+        found = self._graphs.read(batch)
+        if found is None:
+            self._leave_graphs()
             return None
+        logits_BV, cache, captured = found
+        return self._outcome(batch, logits_BV, cache=cache, captured=captured)
+
+    def _leave_graphs(self) -> None:
+        """Read op by op from now on."""
+        assert self._graphs is not None
+        self.engine, self.reason, self._graphs = "eager", self._graphs.fault, None
+        logger.warning("reader %r is read op by op from now on: %s", self.reader.name, self.reason)
 
     def _outcome(
         self, batch: Batch, logits_BV: Tensor, *, cache: Cache, captured: CapturedPass | None
     ) -> Prefilled:
-        deep = self._pass.deep_positions(batch.parcel)
+        lengths_B, positions = self._places(batch)
+        step = None
+        if captured is not None and self._graphs is not None:
+            step = partial(self._graphs.step, captured, lengths_B=lengths_B, positions=positions)
         return Prefilled(
             self.reader,
             logits_BV,
             cache=cache,
-            lengths_B=batch.layout.lengths_B + deep,
-            positions=deep + batch.layout.width,
+            lengths_B=lengths_B,
+            positions=positions,
             captured=captured,
+            step=step,
         )
+
+    def _places(self, batch: Batch) -> tuple[np.ndarray, int]:
+        """Real positions of each row, and columns of the cache, deep ones included."""
+        deep = self._pass.deep_positions(batch.parcel, batch.head)
+        return batch.layout.lengths_B + deep, deep + batch.layout.width

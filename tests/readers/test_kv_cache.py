@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from transformers import (
     Qwen2ForCausalLM,
     StaticCache,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.readers import kv_cache, kv_placement
+from latentwire_fast.readers.arriving_layer import settle
 from latentwire_fast.readers.kv_cache import CacheFiller, layer_devices
 from latentwire_fast.readers.kv_placement import Copies, DeviceRuns
 
@@ -227,40 +229,52 @@ class TestRefusals:
 
 
 class FakePlacement:
-    """A placement that notes what was sent to two accelerators, and who waited for it."""
+    """A placement that notes what was sent to two accelerators, and which stream waited for it."""
 
-    def __init__(self, log: list[Any], sent: int) -> None:
-        self.log, self.sent = log, sent
+    def __init__(self, log: list[Any], sent: int, stream: list[int]) -> None:
+        self.log, self.sent, self.stream = log, sent, stream
         self.copies = Copies(prepare=0, link=2, scatter=0)
         self.keys = self.values = (torch.zeros(1, 2, PREFIX, 8),) * 3
+        self.waited: set[tuple[int, int]] = set()
+
+    def is_under_way(self, layer: int) -> bool:
+        return layer > 0
+
+    def wait_for_layer(self, layer: int) -> None:
+        """As the extension: for each stream the first call counts."""
+        if (layer, self.stream[0]) not in self.waited:
+            self.waited.add((layer, self.stream[0]))
+            self.log.append((f"stream {self.stream[0]}", "waits for", "AB"[self.sent], layer))
 
     def wait(self, number: int) -> None:
-        self.log.append((self.sent, number))
+        self.wait_for_layer(number)
 
 
 @pytest.fixture
 def accelerated(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> tuple[CacheFiller, list[Any]]:
-    """A filler of a model whose first layer is on the CPU, the others on two accelerators."""
+) -> tuple[CacheFiller, list[Any], list[int]]:
+    """A filler of a model whose first layer is on the CPU, the others on two accelerators; a log of
+    layers and waits; and the number of the stream that is current."""
 
     class FakePlacer:
         def __init__(self, devices: list[str], *, dtype: torch.dtype) -> None:
             self.plan = [DeviceRuns(f"accelerator:{n}", [(n, 1)]) for n in range(3)]
             self.plan[0] = DeviceRuns("cpu", [(0, 1)])
 
-        def place(self, prefix: torch.Tensor, *, batch_size: int) -> FakePlacement:
+        def place(self, prefix: torch.Tensor, *, batch_size: int, stable: bool) -> FakePlacement:
             sent.append(len(sent))
-            return FakePlacement(log, sent[-1])
+            return FakePlacement(log, sent[-1], stream)
 
     log: list[Any] = []
     sent: list[int] = []
+    stream = [1]
     monkeypatch.setattr(kv_cache, "Placer", FakePlacer)
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, number=number: log.append(f"layer {number}"))
     filler = CacheFiller.for_model(model)
     log.clear()  # of the token that its geometry was measured on
-    return filler, log
+    return filler, log, stream
 
 
 def filled(model: PreTrainedModel, filler: CacheFiller) -> Cache:
@@ -270,37 +284,72 @@ def filled(model: PreTrainedModel, filler: CacheFiller) -> Cache:
 
 
 @torch.no_grad()
-def test_each_accelerator_waits_before_its_first_layer_and_once(
-    model: PreTrainedModel, accelerated: tuple[CacheFiller, list[Any]]
+def test_each_layer_waits_for_its_part_and_once(
+    model: PreTrainedModel, accelerated: tuple[CacheFiller, list[Any], list[int]]
 ) -> None:
-    filler, log = accelerated
+    filler, log, _ = accelerated
     cache = filled(model, filler)
-    assert log == [(0, 0)], "the CPU's part is waited for at once"
-    log.clear()
+    assert log == [], "nothing waits before something is read"
     model(input_ids=tokens(1)[:, :2], past_key_values=cache)
-    # The test's own hooks are older than the filler's, and run before them.
-    assert log == ["layer 0", "layer 1", (0, 1), "layer 2", (0, 2)]
+    one, two = (("stream 1", "waits for", "A", layer) for layer in (1, 2))
+    assert log == ["layer 0", "layer 1", one, "layer 2", two]
     log.clear()
     model(input_ids=tokens(1)[:, :2], past_key_values=cache)
     assert log == ["layer 0", "layer 1", "layer 2"], "nothing is waited for twice"
 
 
 @torch.no_grad()
-def test_waiting_by_hand_and_the_end_wait_for_everything(
-    model: PreTrainedModel, accelerated: tuple[CacheFiller, list[Any]]
+def test_a_forward_waits_for_its_own_cache_on_its_own_stream(
+    model: PreTrainedModel, accelerated: tuple[CacheFiller, list[Any], list[int]]
 ) -> None:
-    filler, log = accelerated
-    for _ in range(2):
-        filled(model, filler)
-    filler.wait()
-    assert sorted(log) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    """Fill A, fill B and read B on stream 2, then read A on stream 1. When the filler kept one list
+    of placements, stream 2 waited for both, and stream 1 read A without any wait."""
+    filler, log, stream = accelerated
+    a = filled(model, filler)
+    stream[0] = 2
+    b = filled(model, filler)
+    model(input_ids=tokens(1)[:, :2], past_key_values=b)
+    stream[0] = 1
+    model(input_ids=tokens(1)[:, :2], past_key_values=a)
+    assert log == [
+        *("layer 0", "layer 1", ("stream 2", "waits for", "B", 1)),
+        *("layer 2", ("stream 2", "waits for", "B", 2)),
+        *("layer 0", "layer 1", ("stream 1", "waits for", "A", 1)),
+        *("layer 2", ("stream 1", "waits for", "A", 2)),
+    ]
+
+
+@torch.no_grad()
+def test_whoever_reads_a_cache_waits_for_it(
+    model: PreTrainedModel, accelerated: tuple[CacheFiller, list[Any], list[int]]
+) -> None:
+    filler, log, stream = accelerated
     cache = filled(model, filler)
+    assert cache.layers[2].keys is not None
+    assert log == [("stream 1", "waits for", "A", 2)]
+    stream[0] = 2
     log.clear()
-    filler.close()
-    assert log == [(2, 1), (2, 2)]
+    copied = deepcopy(cache)
+    assert sorted(log) == [("stream 2", "waits for", "A", layer) for layer in (1, 2)]
     log.clear()
-    model(input_ids=tokens(1)[:, :2], past_key_values=cache)
-    assert log == ["layer 0", "layer 1", "layer 2"], "the hooks are gone"
+    assert copied.get_seq_length() == PREFIX
+    settle(copied)
+    assert log == [], "a copy was made after the wait"
+    stream[0] = 3
+    settle(cache)
+    assert sorted(log) == [("stream 3", "waits for", "A", layer) for layer in (1, 2)]
+    assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+
+
+@torch.no_grad()
+def test_a_static_cache_is_there_for_the_stream_that_filled_it(
+    model: PreTrainedModel, accelerated: tuple[CacheFiller, list[Any], list[int]]
+) -> None:
+    filler, log, _ = accelerated
+    cache = StaticCache(config=model.config, max_cache_len=PREFIX + REST)
+    cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
+    filler.fill(cache, prefix_L2BHPD=torch.zeros(3, 2, 1, 2, PREFIX, 8), batch_size=1)
+    assert log == [("stream 1", "waits for", "A", number) for number in range(3)]
 
 
 def test_readers_without_grouped_heads_or_with_other_names() -> None:
@@ -316,6 +365,41 @@ def test_readers_without_grouped_heads_or_with_other_names() -> None:
         cache = DynamicCache(config=model.config)
         filler.fill(cache, prefix_L2BHPD=torch.zeros(2, 2, 1, 4, 5, 8), batch_size=1)
         assert cache.get_seq_length() == 5
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_two_streams_on_a_gpu(model: PreTrainedModel) -> None:
+    """Fill A on one stream, fill and read B on another, read A: each comes late, from the host, and
+    is overwritten there as soon as it has been placed."""
+    ids = tokens().cuda()
+    model.cuda()
+    positions = torch.arange(PREFIX, PREFIX + REST, device="cuda").expand(2, -1)
+    filler = CacheFiller.for_model(model)
+    both = [ids, ids.flip(0)]
+    expected = [model(input_ids=one).logits[:, PREFIX:] for one in both]
+    wholes = [prefix_of(model, one[:, :PREFIX]).cpu() for one in both]
+    for _ in range(5):
+        streams = [torch.cuda.Stream() for _ in both]
+        caches, found = [], {}
+        torch.cuda.synchronize()
+        for whole, stream in zip(wholes, streams, strict=True):
+            with torch.cuda.stream(stream):
+                held, cache = whole.clone().pin_memory(), new_cache(model, "dynamic")
+                torch.cuda._sleep(5_000_000)
+                filler.fill(cache, prefix_L2BHPD=held, batch_size=2)
+                held.fill_(float("nan"))
+                caches.append(cache)
+        for number in (1, 0):
+            with torch.cuda.stream(streams[number]):
+                found[number] = model(
+                    input_ids=both[number][:, PREFIX:],
+                    past_key_values=caches[number],
+                    position_ids=positions,
+                ).logits
+        torch.cuda.synchronize()
+        for number, logits in found.items():
+            torch.testing.assert_close(logits, expected[number], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -105,6 +105,11 @@ class TestPlace:
         assert placed.keys[3].data_ptr() == prefix[3, 0].data_ptr()
         assert placed.values[4].data_ptr() == prefix[4, 1].data_ptr()
 
+    def test_on_one_device_nothing_is_under_way(self) -> None:
+        placed = make_placer(torch.bfloat16).place(make_prefix(), batch_size=2, stable=True)
+        assert not any(placed.is_under_way(layer) for layer in range(LAYERS))
+        placed.wait_for_layer(LAYERS - 1)
+
     def test_broadcasting_takes_no_memory(self) -> None:
         placed = make_placer().place(make_prefix(batch=1), batch_size=8)
         assert placed.keys[0].shape[0] == 8
@@ -281,6 +286,24 @@ def test_across_devices(source: str, devices: list[str]) -> None:
     assert placed.copies.link == len(set(devices) - {source})
 
 
+@needs_extension
+@pytest.mark.gpu
+def test_a_large_prefix_comes_in_parts() -> None:
+    """32 MB in four parts; each layer is read as soon as it is there."""
+    prefix = torch.randn(8, 2, 1, 8, 1024, 128).bfloat16()
+    placer = Placer(["cuda:0"] * 8, dtype=torch.bfloat16)
+    for stable in (False, True):
+        held = prefix.pin_memory()
+        placed = placer.place(held, batch_size=1, stable=stable)
+        if not stable:
+            held.zero_()
+        assert placed.copies == Copies(prepare=int(not stable), link=4, scatter=0)
+        for layer in range(8):
+            assert placed.is_under_way(layer)
+            placed.wait_for_layer(layer)
+            assert torch.equal(placed.values[layer].cpu(), prefix[layer, 1])
+
+
 CPP_TESTS = [
     "plan",
     "from_another_device",
@@ -289,6 +312,9 @@ CPP_TESTS = [
     "static_cache",
     "layout_stays",
     "host_pool",
+    "parts",
+    "two_streams",
+    "a_prefix_that_is_written_again",
     "a_missing_wait_shows",
     "consumer_on_another_stream",
 ]
@@ -318,9 +344,12 @@ def test_cpp(cpp_tests: Path, name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_missing_extension_is_one_warning_and_works() -> None:
+@pytest.mark.parametrize("found", ["None", "type('Older', (), {'plan': None})"])
+def test_a_missing_or_older_extension_is_one_warning_and_works(found: str) -> None:
     code = (
-        "import sys; sys.modules['latentwire_fast._C'] = None\n"
+        "import sys, latentwire_fast\n"
+        f"latentwire_fast._C = sys.modules['latentwire_fast._C'] = {found}\n"
+        "if latentwire_fast._C is None: del latentwire_fast._C\n"
         "import torch\n"
         "from latentwire_fast.readers import kv_placement\n"
         "assert not kv_placement.has_extension()\n"

@@ -27,6 +27,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from families import OTHERS
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.interlingua import Interlingua
@@ -34,13 +35,14 @@ from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers import attention
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving import Receiver, ReceiverOptions, engines
-from latentwire_fast.serving.engines import why_no_graph, why_not_mask_free
+from latentwire_fast.serving import Receiver, ReceiverOptions, engines, graph_engine, prefilled
+from latentwire_fast.serving.engines import why_no_graph, why_no_step, why_not_mask_free
 from reading import decode_slowly, text_prompts
 
 NEW_TOKENS = 12
 AT_MOST = DecodeOptions(max_new_tokens=NEW_TOKENS, eos_ban_steps=NEW_TOKENS)
 WINDOW = 8
+decoder_init = prefilled._Decoder.__init__
 
 
 def shape(tokenizer: Any) -> dict[str, Any]:
@@ -218,10 +220,27 @@ def test_what_cannot_be_captured_is_known_before_the_first_prompt(
     assert "engine='eager'" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Falcon, one key head", "attention of its own that cannot be replaced"),
+        ("DeepSeek-V3", "a static cache does not hold its past: its keys are 1 heads of width 16"),
+    ],
+)
+def test_families_that_no_graph_reads_are_known_too(
+    readers: dict[str, Reader], name: str, reason: str
+) -> None:
+    tokenizer = readers["llama"].tokenizer
+    family = next(family for family, _ in OTHERS if family.name == name)
+    reader = Reader(family.model(tokenizer).eval(), tokenizer, name=name)  # type: ignore[arg-type]
+    assert reason in str(why_not_mask_free(reader))
+
+
 def test_a_soft_cap_is_found_by_the_trial(
     readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = windowed(gemma2, readers["llama"])
+    assert not reader.abilities.deep  # probed with its own attention, as when it is loaded
     reader.model.config._attn_implementation = "sdpa"
     monkeypatch.setattr(engines, "has_window", lambda model: False)
     reason = str(why_not_mask_free(reader))
@@ -281,17 +300,70 @@ def test_a_capture_that_fails_leaves_the_prompts_to_the_eager_engine(
     prompts = asking(reader, ["Who?", "Where does he live?", "What is it?"])
     captured = Receiver.of(model, reader)
     expected = captured.generate(prompts, payloads=payloads, options=AT_MOST)
-    monkeypatch.setattr("latentwire_fast.serving.forward_pass.CapturedPass", fails)
     receiver = Receiver.of(model, reader)
+    asked = Receiver.of(model, reader, options=ReceiverOptions(engine="graph"))
     assert receiver.engine == "graph"
+    monkeypatch.setattr("latentwire_fast.serving.forward_pass.CapturedPass", fails)
     with caplog.at_level(logging.WARNING):
         found = [receiver.generate(prompts, payloads=payloads, options=AT_MOST) for _ in range(2)]
     assert found == [expected] * 2
     assert (receiver.engine, receiver.reason) == ("eager", "a capture failed: no such stream")
     assert [r.levelname for r in caplog.records] == ["WARNING"]
-    asked = Receiver.of(model, reader, options=ReceiverOptions(engine="graph"))
     with pytest.raises(RuntimeError, match="no such stream"):
         asked.prefill(prompts, payloads=payloads)
+    decided = Receiver.of(model, reader)
+    assert (decided.engine, decided.reason) == ("eager", "a capture failed: no such stream")
+    with pytest.raises(ConfigError, match="as a CUDA graph: a capture failed: no such stream; the"):
+        Receiver.of(model, reader, options=ReceiverOptions(engine="graph"))
+
+
+@pytest.mark.usefixtures("uncaptured")
+def test_tokens_are_decoded_by_a_graph_too(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind a graph, unless a trial or the capture fails: then op by op, with the same answers."""
+    model = make_model(reader, "both")
+    payloads = random_payloads(model)
+    prompts = asking(reader, ["Who?", "Where does he live?", "What is it?"])
+    answers, ran = {}, []
+    monkeypatch.setattr(
+        prefilled._Decoder, "__init__", lambda *a, **k: ran.append(how) or decoder_init(*a, **k)
+    )
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such stream")
+
+    for how in ("graph", "refused", "failed"):
+        with monkeypatch.context() as patch:
+            if how == "refused":
+                patch.setattr(graph_engine, "why_no_step", lambda reader: "a trial failed")
+            if how == "failed":
+                patch.setattr(graph_engine, "CapturedStep", fails)
+            receiver = Receiver.of(model, reader)
+            options = {"payloads": payloads, "options": AT_MOST}
+            answers[how] = [receiver.generate(prompts, **options) for _ in range(2)]
+            assert receiver.engine == "graph"
+    assert ran == ["refused"] * 2 + ["failed"] * 2
+    assert answers["graph"][0] == answers["graph"][1]
+    assert answers["graph"] == answers["refused"] == answers["failed"]
+    assert "decodes op by op: a capture failed: no such stream" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_a_reader_that_takes_no_full_mask_decodes_op_by_op(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why_no_step(reader) is None
+    forward = reader.backbone.forward
+
+    def takes_masks_of_two_dimensions(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError("a mask has two dimensions")
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(reader.backbone, "forward", takes_masks_of_two_dimensions)
+    assert why_no_step(reader) == "a trial failed: ValueError: a mask has two dimensions"
+    assert why_not_mask_free(reader) is None
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -302,7 +374,7 @@ def test_a_capture_that_fails_leaves_the_prompts_to_the_eager_engine(
     [
         ("engine", "fast"),
         ("new_tokens", 0),
-        ("max_graphs", 0),
+        ("graph_bytes", 0),
         ("prefix_gain", 0.0),
         ("prefix_gain", -1.0),
         ("prefix_gain", 1e30),
@@ -358,6 +430,26 @@ def test_adapters_run_in_the_readers_dtype(llama_folder: Any, prefix: str) -> No
     again.load_state_dict(model.state_dict())
     expected = Receiver.of(again, exact).prefill(prompts, payloads=payloads).logits_BV
     assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prefix", "kind"), [("soft", "linear"), ("both", "mlp")])
+def test_adapters_run_in_the_readers_dtype_under_autocast_too(
+    llama_folder: Any, prefix: str, kind: str, dtype: torch.dtype
+) -> None:
+    """From codes (`linear`) and from latents. Before, autocast chose another one."""
+    reader = Reader.load(llama_folder, name="llama", dtype=dtype)
+    model = make_model(reader, prefix, kind=kind)
+    receiver = Receiver.of(model, reader)
+    batch = receiver._batch(asking(reader, ["Who?"] * 3), random_payloads(model), None)
+    expected = receiver._pass.prefixes(batch)
+    with torch.autocast("cpu", torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        found = receiver._pass.prefixes(batch)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert one.dtype == other.dtype == dtype
+            assert torch.equal(one, other)
 
 
 def test_a_prompt_beyond_computed_positions_is_read_and_said_once(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentwire_fast.serving.graphs import CapturedPass, GraphMemory
+from latentwire_fast.serving.graphs import CapturedPass, CapturedStep, GraphMemory
 
 POOL = (0, 7)
 
@@ -66,7 +66,7 @@ class FakeCuda:
             "Stream": lambda device: FakeStream("capture", cuda),
             "Event": Event,
             "graph_pool_handle": lambda: POOL,
-            "current_stream": lambda: cuda.current,
+            "current_stream": lambda device=None: cuda.current,
             "set_stream": lambda stream: setattr(cuda, "current", stream),
             "stream": self.on,
             "graph": self.graph,
@@ -124,6 +124,52 @@ def test_replays_of_all_shapes_are_ordered_across_streams(cuda: FakeCuda) -> Non
             ("wait", stream, used), ("replay", stream, None), ("record", stream, None),
         ]  # fmt: skip
         used = stream
+
+
+def test_decoding_steps_are_ordered_with_the_other_graphs(cuda: FakeCuda) -> None:
+    """A step's warm-ups go back to where it started; a run reads its rows' tokens alone."""
+    memory = GraphMemory(torch.device("cpu"))
+    calls: list[str] = []
+
+    def logits() -> torch.Tensor:
+        calls.append("logits")
+        return torch.arange(4)
+
+    step: Any = SimpleNamespace(
+        token_B=torch.zeros(4, dtype=torch.long), logits=logits, bytes=8,
+        restart=lambda: calls.append("restart"),
+        start=lambda lengths_B, *, columns: calls.append(f"start at {columns}"),
+    )  # fmt: skip
+    captured = CapturedStep(step, memory=memory)
+    assert calls == ["restart", "logits"] * 2 + ["logits"]
+    cuda.log.clear()
+    cuda.current = FakeStream("two", cuda)
+    captured.start(np.array([3, 2]), columns=3)
+    assert captured.run(torch.tensor([7, 8])).tolist() == [0, 1]
+    assert step.token_B.tolist() == [7, 8, 0, 0]
+    assert calls[-1] == "start at 3"
+    assert cuda.log == [
+        *(("wait", "two", "default"), ("record", "two", None)),
+        *(("wait", "two", "two"), ("replay", "two", None), ("record", "two", None)),
+    ]
+
+
+def test_a_replay_waits_for_whoever_reads_the_cache_of_the_one_before(cuda: FakeCuda) -> None:
+    """The cache is handed out on other streams than the one that replays. Before, the next replay
+    of the shape wrote into it while they read."""
+    captured = make_pass(GraphMemory(torch.device("cpu")))
+    captured.replay()
+    streams = {name: FakeStream(name, cuda) for name in ("one", "two")}
+    for name in ("one", "two", "one"):
+        cuda.current = streams[name]
+        captured.lend()
+    cuda.log.clear()
+    captured.fill({"ids": np.arange(3)})
+    assert cuda.log == [("wait", "one", "default"), ("wait", "one", "two")]
+    captured.replay()
+    cuda.log.clear()
+    captured.fill({"ids": np.arange(3)})
+    assert cuda.log == [("wait", "one", "one")], "what was read is read"
 
 
 def test_a_capture_waits_for_the_replay_before_it(cuda: FakeCuda) -> None:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,10 @@ from latentwire_fast.serving import (
     Receiver,
     ReceiverOptions,
 )
-from latentwire_fast.serving.graphs import PassCache, set_length, write_through
+from latentwire_fast.serving.buckets import row_bucket, width_bucket
 from latentwire_fast.serving.input_buffer import InputBuffer, lay_out
+from latentwire_fast.serving.pass_cache import PassCache
+from latentwire_fast.serving.static_cache import set_length, write_through
 from readers import tiny_model
 from receiving import D_Z, LATENTS, asking, at_most, gpt2_reader, make_model, random_payloads
 
@@ -78,18 +81,22 @@ def plain_path(
 
 
 def assert_plain(
-    first: Prefilled, model: Interlingua, payloads: Sequence[bytes], prompts: Sequence[Prompt]
+    first: Prefilled,
+    model: Interlingua,
+    payloads: Sequence[bytes],
+    prompts: Sequence[Prompt],
+    tokens: int = NEW,
 ) -> None:
     """Each row has the logits and the tokens that it has alone."""
     reader = first._reader
     expected = [
-        plain_path(model, reader, payload, prompt)
+        plain_path(model, reader, payload, prompt, new_tokens=tokens)
         for payload, prompt in zip(payloads, prompts, strict=True)
     ]
     logits = torch.stack([row for row, _ in expected])
     largest = float(logits.abs().max())
     torch.testing.assert_close(first.logits_BV, logits, rtol=1e-5, atol=1e-5 * largest)
-    assert first.generate(at_most(NEW)) == [ids for _, ids in expected]
+    assert first.generate(at_most(tokens)) == [ids for _, ids in expected]
 
 
 @pytest.fixture(params=ATTENTION)
@@ -147,16 +154,16 @@ def test_codes_go_straight_to_soft_tokens_where_nothing_else_wants_the_latent(
     receiver = Receiver.of(model, reader, options=ReceiverOptions(mark=phases.append))
     payloads, prompts = random_payloads(model, 3, bits), asking(reader, QUESTIONS)
     calls: list[str] = []
-    for name in ("project_calibrate", "dequantize_project_calibrate"):
-        op = getattr(ops, name)
-        monkeypatch.setattr(
-            ops, name, lambda *a, name=name, op=op, **k: calls.append(name) or op(*a, **k)
-        )
-    first = receiver.prefill(prompts, payloads=payloads)
+    with monkeypatch.context() as patch:
+        for name in ("project_calibrate", "dequantize_project_calibrate"):
+            op = getattr(ops, name)
+            patch.setattr(
+                ops, name, lambda *a, name=name, op=op, **k: calls.append(name) or op(*a, **k)
+            )
+        first = receiver.prefill(prompts, payloads=payloads)
     fused = prefix == "soft" and kind == "linear" and bits != 16
     assert set(calls) == {"dequantize_project_calibrate" if fused else "project_calibrate"}
     assert ("dequantise" in phases) == (not fused)
-    monkeypatch.undo()
     assert_plain(first, model, payloads, prompts)
 
 
@@ -548,25 +555,108 @@ def test_parts_and_layers_in_the_wrong_place_are_refused(readers: dict[str, Read
 @pytest.mark.usefixtures("uncaptured")
 def test_a_steady_stream_of_requests_captures_once_per_shape(reader: Reader) -> None:
     model = make_model(reader)
-    receiver = Receiver.of(model, reader, options=ReceiverOptions(max_graphs=2))
+    receiver = Receiver.of(model, reader)
     batches = [asking(reader, QUESTIONS[:rows]) for rows in (1, 3)]
     for _ in range(3):
         for prompts in batches:
             payloads = random_payloads(model, len(prompts))
             assert_plain(receiver.prefill(prompts, payloads=payloads), model, payloads, prompts)
     assert receiver.passes.captures == 2
+    receiver.passes._limit = receiver.passes.bytes
     receiver.prefill(batches[0], payloads=random_payloads(model, 1, bits=8))
     assert receiver.passes.captures == 3
     assert [shape.rows for shape in receiver.passes.shapes] == [3, 1]
 
 
+@pytest.mark.usefixtures("uncaptured")
+def test_batches_of_several_sizes_share_a_graph(reader: Reader) -> None:
+    """Five prompts and six are read by one graph, whose cache has a row too many for the five."""
+    model = make_model(reader, "both")
+    receiver = Receiver.of(model, reader)
+    for rows in (5, 6):
+        prompts = asking(reader, [*QUESTIONS, "Who?", "Where?", "Who lives in Bakrim?"][:rows])
+        payloads = random_payloads(model, rows)
+        first = receiver.prefill(prompts, payloads=payloads)
+        assert_plain(first, model, payloads, prompts, tokens=4)
+        assert first.cache.layers[0].keys.shape[0] == rows  # type: ignore[union-attr]
+        shared = receiver.prefill(prompts, payloads=payloads[:1])
+        assert_plain(shared, model, payloads[:1] * rows, prompts, tokens=4)
+        receiver.prefill(prompts, payloads=payloads[:1])
+        with pytest.raises(ConfigError, match="overwritten"):
+            shared.generate(at_most(2))
+    assert receiver.passes.captures == 2
+    assert {(shape.payloads, shape.rows) for shape in receiver.passes.shapes} == {(6, 6), (1, 6)}
+
+
+@pytest.mark.usefixtures("uncaptured")
+def test_graphs_are_captured_ahead(reader: Reader) -> None:
+    model = make_model(reader)
+    receiver, prompts = Receiver.of(model, reader), asking(reader, QUESTIONS)
+    payloads = random_payloads(model)
+    assert receiver.capture(prompts[:1], payloads=payloads[:1], rows=(1, 3, 5, 6)) == 3
+    assert receiver.capture(prompts[:1], payloads=payloads[:1], rows=(3,), shared=True) == 1
+    assert receiver.capture(prompts[:1], payloads=payloads[:1], rows=(2, 6)) == 1
+    for rows in (1, 2, 3, 5):
+        own = random_payloads(model, rows)
+        assert_plain(
+            receiver.prefill(prompts[:1] * rows, payloads=own),
+            *(model, own, prompts[:1] * rows),
+            tokens=2,
+        )
+    assert receiver.passes.captures == 5
+    with pytest.raises(PayloadError):
+        receiver.capture(prompts[:1], payloads=[payloads[0][:-1]])
+
+
+def test_a_receiver_without_graphs_captures_none(reader: Reader) -> None:
+    model = make_model(reader)
+    prompts, payloads = asking(reader, QUESTIONS), random_payloads(model)
+    assert Receiver.of(model, reader).capture(prompts, payloads=payloads, rows=(1, 4)) == 0
+
+
+@pytest.mark.parametrize("rows", range(1, 65))
+def test_a_third_of_the_rows_at_most_is_padding(rows: int) -> None:
+    assert rows <= row_bucket(rows) <= max(rows * 1.5 - 0.5, rows)
+    assert row_bucket(row_bucket(rows)) == row_bucket(rows)
+
+
+def test_widths_come_in_few_sizes() -> None:
+    widths = [width_bucket(width) for width in range(1, 4097)]
+    assert all(1 <= width <= bucket for width, bucket in enumerate(widths, 1))
+    assert all(bucket < width + max(8, width / 16) for width, bucket in enumerate(widths, 1))
+    assert [width_bucket(width) for width in (1, 33, 256, 257, 1000)] == [8, 40, 256, 272, 1024]
+    assert len(set(widths)) == 96
+
+
+def test_without_memory_for_one_more_graph_the_others_go() -> None:
+    passes: PassCache[Any] = PassCache(10)
+    small: Any = SimpleNamespace(bytes=1)
+
+    def capture() -> Any:
+        if passes.shapes:
+            raise torch.OutOfMemoryError
+        return small
+
+    shapes: list[Any] = ["a", "b"]
+    for shape in shapes:
+        assert passes.get(shape, capture) is small
+        assert passes.shapes == [shape]
+
+    def never() -> Any:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        passes.get(shapes[0], never)
+    assert passes.captures == 2
+
+
 def test_the_pass_cache_drops_what_was_not_used_for_longest() -> None:
     made: list[Any] = []
 
-    def get(cache: PassCache, shape: Any) -> Any:
-        return cache.get(shape, lambda: made.append(shape) or object())  # type: ignore[return-value]
+    def get(cache: PassCache[Any], shape: Any, size: int = 1) -> Any:
+        return cache.get(shape, lambda: made.append(shape) or SimpleNamespace(bytes=size))
 
-    cache = PassCache(2)
+    cache: PassCache[Any] = PassCache(2)
     a = get(cache, "a")
     get(cache, "b")
     assert get(cache, "a") is a
@@ -575,6 +665,9 @@ def test_the_pass_cache_drops_what_was_not_used_for_longest() -> None:
     assert get(cache, "a") is a
     get(cache, "b")
     assert made == ["a", "b", "c", "b"]
+    large = get(cache, "large", size=3)
+    assert list(cache.shapes) == ["large"]
+    assert get(cache, "large") is large
 
 
 @torch.no_grad()
@@ -614,7 +707,7 @@ def test_a_layout_is_what_collate_makes(reader: Reader) -> None:
     rows, columns = batch.places_P2.unbind(1)
     assert np.array_equal(np.argwhere(layout.slots_BT >= 0), batch.places_P2.numpy())
     assert layout.slots_BT[rows, columns].tolist() == [*range(LATENTS)] * 3
-    wider = lay_out(prompts, soft_tokens=LATENTS, pad_id=reader.pad_id, multiple=64)
+    wider = lay_out(prompts, soft_tokens=LATENTS, pad_id=reader.pad_id, width_of=lambda longest: 64)
     assert wider.width == 64
     assert (wider.ids_BT[:, layout.width :] == reader.pad_id).all()
 
@@ -728,6 +821,24 @@ def test_graph_equals_eager(
         one, other = (r.prefill(prompts[:rows], payloads=payloads) for r in (graph, eager))
         assert_same(one, other, tokens=4)
     assert graph.passes.captures <= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_captured_ahead_and_decoded_by_graphs(on_gpu: Callable[..., Reader], prefix: str) -> None:
+    """Nothing is captured any more once requests come, for batches that fill no bucket either."""
+    reader = on_gpu("llama")
+    model, eager, graph = eager_and_graph(reader, prefix)
+    prompts = asking(reader, [*QUESTIONS, *QUESTIONS])
+    example = max(prompts, key=lambda prompt: len(prompt.ids))
+    assert graph.capture([example], payloads=random_payloads(model, 1), rows=(1, 3, 5)) == 3
+    assert graph._graphs is not None
+    assert graph._graphs.no_step is None
+    for rows in (5, 1, 3, 6, 5):
+        asked, payloads = [*prompts[: rows - 1], example], random_payloads(model, rows)
+        found, expected = (r.prefill(asked, payloads=payloads) for r in (graph, eager))
+        assert_same(found, expected)
+    assert graph.passes.captures == 3
 
 
 @pytest.mark.gpu

@@ -1,0 +1,88 @@
+"""Time until the first token and until n tokens are on the host, by engine.
+
+    python -m bench.prefill.time_to_tokens --reader llama-160m --batch 8 --tokens 1 8 32
+
+A prefill, then n - 1 decoding steps: with the engine `graph` each step is one graph as well. Rows
+never end early. On a machine without a CUDA device there is the engine `eager` alone. Medians of
+runs in which all rows take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from bench.prefill.shapes import build_reader, synthetic_workload, text_prompts
+from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.readers.decoding import DecodeOptions
+from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving import Receiver, ReceiverOptions
+
+
+def engines(reader: Reader, *, tokens: int) -> dict[str, Receiver]:
+    """A receiver of each engine that this machine has; a graph has room for so many tokens."""
+    names = ("eager", "graph") if reader.device.type == "cuda" else ("eager",)
+    return {
+        name: Receiver.for_text(
+            reader,
+            options=ReceiverOptions(engine=name, new_tokens=tokens),  # type: ignore[arg-type]
+        )
+        for name in names
+    }
+
+
+def milliseconds(receiver: Receiver, prompts: Sequence[Prompt], tokens: int) -> float:
+    """Of one request, until its last token is on the host."""
+    options = DecodeOptions(max_new_tokens=tokens, eos_ban_steps=tokens)
+    started = time.perf_counter()
+    rows = receiver.generate(prompts, options=options)
+    assert all(len(ids) == tokens for ids in rows)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def table(
+    reader: Reader, prompts: Sequence[Prompt], *, tokens: Sequence[int], warm_ups: int, runs: int
+) -> str:
+    """Medians: a row for each engine, a column for each number of tokens."""
+    receivers = engines(reader, tokens=max(tokens))
+    cells = [*itertools.product(receivers, tokens)]
+    times: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
+    for run in range(warm_ups + runs):
+        for name, count in cells:
+            spent = milliseconds(receivers[name], prompts, count)
+            if run >= warm_ups:
+                times[name, count].append(spent)
+    heads = " | ".join(f"{count} tokens, ms" for count in tokens)
+    lines = [f"| engine | {heads} |", "|---" * (1 + len(tokens)) + "|"]
+    for name in receivers:
+        values = " | ".join(f"{median(times[name, count]):.4g}" for count in tokens)
+        lines.append(f"| {name} | {values} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--reader", default="llama-160m", help="a shape, a folder or a hub id")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--text-tokens", type=int, default=250)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--warm-ups", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=10)
+    args = parser.parse_args(arguments)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device != "cpu" else torch.float32
+    reader = build_reader(args.reader, dtype=dtype, device=device, attention="sdpa")
+    workload = synthetic_workload(reader.prompts, rows=args.batch, tokens=args.text_tokens, seed=0)
+    prompts = text_prompts(reader.prompts, workload)
+    print(f"{args.reader}, batch {args.batch}, {args.text_tokens} tokens of text, on {device}")
+    print(table(reader, prompts, tokens=args.tokens, warm_ups=args.warm_ups, runs=args.runs))
+
+
+if __name__ == "__main__":
+    main()
