@@ -31,9 +31,10 @@ from bench.processes import FAILED, OK, finish, start
 TOTAL_SECONDS = 520
 # A worker stops starting cases this long before it would be killed.
 MARGIN_SECONDS = 15
-# The benchmarks' workers. What a section may take is a share of the whole run; together they are
-# more than it, because hardly one takes all of its own.
+# The benchmarks' workers, and all sections in their order. Each gets its share of the time that is
+# left, among those that are still to come: what one leaves over, the later ones have.
 BENCHMARKS = {"K1": 0.17, "K2": 0.21, "K3a": 0.13, "K3b": 0.17, "K4": 0.09}
+SHARES = {"ceilings": 0.12, "extension": 0.17, "tests": 0.21, **BENCHMARKS}
 
 
 @dataclass
@@ -53,14 +54,16 @@ class Run:
     commit: str | None
     seconds: float
     results: dict[str, Any]
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
 
     def left(self) -> float:
         return self.started + self.seconds - time.monotonic()
 
-    def section(self, name: str, share: float, work: Callable[[float], str]) -> None:
-        """One section within its share of the run's time, and what is left of that."""
-        limit = min(share * self.seconds, self.left())
+    def section(self, name: str, work: Callable[[float], str]) -> None:
+        """One section within its share of the time that is left."""
+        done = {section["name"] for section in self.results["sections"]}
+        to_come = sum(share for other, share in SHARES.items() if other not in done)
+        limit = self.left() * SHARES[name] / to_come
         if limit < MARGIN_SECONDS:
             outcome, taken = "not run: out of time", 0.0
         else:
@@ -213,14 +216,14 @@ def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> 
             *(folder, Path(parts), tiny, commit, seconds),
             results={**empty, "sections": [], "tests": [], "records": []},
         )
-        run.section("ceilings", 0.12, lambda limit: run_worker(run, "ceilings", limit))
+        run.section("ceilings", lambda limit: run_worker(run, "ceilings", limit))
         measured = run.results["ceilings"] is not None
         if not measured:
             assume_ceilings(run)
-        run.section("extension", 0.17, lambda limit: build_extension(run, limit))
-        run.section("tests", 0.21, lambda limit: test_kernels(run, limit))
-        for name, share in BENCHMARKS.items():
-            run.section(name, share, lambda limit, name=name: run_worker(run, name, limit))
+        run.section("extension", lambda limit: build_extension(run, limit))
+        run.section("tests", lambda limit: test_kernels(run, limit))
+        for name in BENCHMARKS:
+            run.section(name, lambda limit, name=name: run_worker(run, name, limit))
     wrong = [
         r
         for r in run.results["records"]
