@@ -200,8 +200,11 @@ def _row_pass(
 
 @triton.jit
 def _divergence(excess, mean, far, far_log2, centre):
-    """The KL of sums about a centre: E_p[e^x - 1 - x] but for what the far tokens have of e^x, whose
-    log2 is apart; E_p[x]."""
+    """The KL of a row's sums about a centre.
+
+    excess: E_p[e^x - 1 - x] without the far tokens' e^x; far, far_log2: theirs, apart; mean:
+    E_p[x].
+    """
     # log of what the far tokens add to E_p[e^x]; past 30 nothing else counts.
     far_log = far_log2 / LOG2E - centre
     bounded = tl.where(far_log > 30.0, 30.0, far_log)

@@ -48,7 +48,7 @@ TIMING_BUDGET = 1.0
 COMPILED, AUTOTUNED = "compile", "max-autotune"
 # Seconds that a case without those two may take until some have been measured, and that compiling
 # them may take.
-PLAIN_SECONDS, COMPILE_SECONDS = 4.0, {COMPILED: 15.0, AUTOTUNED: 60.0}
+PLAIN_SECONDS, COMPILE_SECONDS = 8.0, {COMPILED: 15.0, AUTOTUNED: 30.0}
 
 Forward = Callable[..., Any]
 
@@ -335,15 +335,16 @@ def run_cases(
         to_come = ("ours" in rows) + sum("ours" in others for _, others in plan)
         each = sum(plain_seconds) / len(plain_seconds) if plain_seconds else PLAIN_SECONDS
         spare = deadline - time.monotonic() - each * to_come
-        slow = tuple(row for row in rows if COMPILE_SECONDS.get(row, 0.0) > spare)
-        if to_come and slow:
+        slow = tuple(row for row in rows if row in COMPILE_SECONDS and COMPILE_SECONDS[row] > spare)
+        rows = tuple(row for row in rows if row not in slow)
+        if slow and to_come:
             late.append((case, slow))
-            rows = tuple(row for row in rows if row not in slow)
-        if not rows:
-            continue
+            slow = ()
         started = time.monotonic()
-        if started > deadline:
-            print(f"{case}: {', '.join(rows)}: not run, out of time", flush=True)
+        if slow or started > deadline:
+            print(f"{case}: {', '.join(rows + slow)}: not run, out of time", flush=True)
+            continue
+        if not rows:
             continue
         records = run_case(case, ceilings=ceilings, rows=rows)
         keep(records)

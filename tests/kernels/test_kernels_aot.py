@@ -105,7 +105,12 @@ def distillation_case(
     **flags: bool,
 ) -> Case:
     """A launch of the KL kernel: of logits in bf16, or in fp32 as they come from a head."""
-    constants = {"VOCABULARY": vocabulary, **tile(logits, wide=wide), "MASKED": True, "GRADIENT": gradient}
+    constants = {
+        "VOCABULARY": vocabulary,
+        **tile(logits, wide=wide),
+        "MASKED": True,
+        "GRADIENT": gradient,
+    }
     arguments = (logits, logits, "*i1", FP32, FP32, grad, *["i32"] * 3, "fp32", "fp32")
     accesses = ("LDGSTS", *(("STG",) if gradient else ()))
     return Case(
