@@ -13,8 +13,7 @@ are ranked, so that an accuracy costs no further one. The gradient is made in th
 second walk, backwards: what the first read last is still in L2.
 
 The logits may come as the distillation KL takes them, the teacher's and the student's difference to
-it: they are added as they are read. The KL has a launch of its own (`distillation`), because sums
-for both would take 8 registers of a thread more than two programs of an SM have.
+it: they are added as they are read. The KL has a launch of its own (`distillation`).
 """
 
 from __future__ import annotations
