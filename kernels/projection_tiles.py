@@ -86,6 +86,41 @@ def _mean_squares(
     return sums / (GROUP_ROWS * group_width)
 
 
+@triton.jit
+def _position(
+    rows, WIDTH: tl.constexpr, GROUPS: tl.constexpr, group_width: tl.constexpr,
+    group_tiles: tl.constexpr, BAND: tl.constexpr, TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program's tile: (number among row tiles, among column tiles; group of its columns; columns
+    `[C]`, and which of them there are)."""
+    column_tiles: tl.constexpr = GROUPS * group_tiles
+    program = tl.program_id(0)
+    band = program // (BAND * column_tiles)
+    height = tl.minimum(tl.cdiv(rows, TILE_ROWS) - band * BAND, BAND)
+    row_tile = band * BAND + program % (BAND * column_tiles) % height
+    column_tile = program % (BAND * column_tiles) // height
+    if GROUPS == 1:
+        column_group = 0
+        column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        live_column = column < WIDTH
+    else:
+        column_group = column_tile // group_tiles
+        inner = column_tile % group_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        column = column_group * group_width + inner
+        live_column = inner < group_width
+    return row_tile, column_tile, column_group, column, live_column
+
+
+@triton.jit
+def _activated(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:
+        y = tanh(y)
+    elif ACTIVATION == 2:
+        y = tanh_approximate(y)
+    return y
+
+
 @triton.jit(do_not_specialize=["rows", "rows_per_group"])
 def _tiles_kernel(
     x_ptr, weight_ptr, y_ptr, bias_ptr, gamma_ptr, beta_ptr, gain_ptr, squares_ptr, dots_ptr,
@@ -101,25 +136,12 @@ def _tiles_kernel(
     GROUP_ROWS: in mode WRITE, rows that share a mean square, if `dots` holds the tiles' sums of
     squares still: then a program adds up those of its rows, and stores the mean squares.
     """
-    row_tiles = tl.cdiv(rows, TILE_ROWS)
     group_width: tl.constexpr = WIDTH // GROUPS
     group_tiles: tl.constexpr = (group_width + TILE_COLUMNS - 1) // TILE_COLUMNS
-    column_tiles: tl.constexpr = GROUPS * group_tiles
-    program = tl.program_id(0)
-    band = program // (BAND * column_tiles)
-    height = tl.minimum(row_tiles - band * BAND, BAND)
-    row_tile = band * BAND + program % (BAND * column_tiles) % height
-    column_tile = program % (BAND * column_tiles) // height
+    row_tile, column_tile, column_group, column, live_column = _position(
+        rows, WIDTH, GROUPS, group_width, group_tiles, BAND, TILE_ROWS, TILE_COLUMNS
+    )
     row = row_tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    if GROUPS == 1:
-        column_group = 0
-        column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-        live_column = column < WIDTH
-    else:
-        column_group = column_tile // group_tiles
-        inner = column_tile % group_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-        column = column_group * group_width + inner
-        live_column = inner < group_width
     live = (row < rows)[:, None] & live_column[None, :]
     place = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     if HAS_Y:
@@ -131,10 +153,7 @@ def _tiles_kernel(
         )  # fmt: skip
     if HAS_BIAS:
         y += _column_values(bias_ptr, column, live_column)
-    if ACTIVATION == 1:
-        y = tanh(y)
-    elif ACTIVATION == 2:
-        y = tanh_approximate(y)
+    y = _activated(y, ACTIVATION)
     if MODE == 0:
         sums = tl.sum(tl.where(live_column[None, :], y * y, 0.0), 1)
         tl.store(out_ptr + column_tile.to(tl.int64) * rows + row, sums, mask=row < rows)

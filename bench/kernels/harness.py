@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,7 +45,10 @@ COMPILES = DEVICE == "cuda"
 EPSILON = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # Seconds for which one case is timed.
 TIMING_BUDGET = 1.0
-AUTOTUNED = "max-autotune"
+COMPILED, AUTOTUNED = "compile", "max-autotune"
+# Seconds that a case without those two may take until some have been measured, and that compiling
+# them may take.
+PLAIN_SECONDS, COMPILE_SECONDS = 8.0, {COMPILED: 15.0, AUTOTUNED: 30.0}
 
 Forward = Callable[..., Any]
 
@@ -309,7 +313,7 @@ def run_cases(
     keep: Callable[[list[Record]], None],
 ) -> None:
     """Every case within a budget, autotuned rows last in their part: finding their settings can
-    take minutes.
+    take minutes. Rows that compile wait until the end where the others would get too little time.
 
     Args:
         ceilings: of this machine.
@@ -317,16 +321,34 @@ def run_cases(
         keep: is given each case's records as soon as they exist.
     """
     deadline = time.monotonic() + seconds
-    plan: list[tuple[Case, tuple[str, ...]]] = []
+    plan: deque[tuple[Case, tuple[str, ...]]] = deque()
     for _, group in groupby(cases, key=lambda case: case.part):
         part = list(group)
         plan += [(case, tuple(row for row in case.rows if row != AUTOTUNED)) for case in part]
         plan += [(case, (AUTOTUNED,)) for case in part if AUTOTUNED in case.rows]
-    for case, rows in plan:
-        if time.monotonic() > deadline:
-            print(f"{case}: {', '.join(rows)}: not run, out of time", flush=True)
+    late: list[tuple[Case, tuple[str, ...]]] = []
+    plain_seconds: list[float] = []
+    while plan or late:
+        if not plan:
+            plan, late = deque(late), []
+        case, rows = plan.popleft()
+        to_come = ("ours" in rows) + sum("ours" in others for _, others in plan)
+        each = sum(plain_seconds) / len(plain_seconds) if plain_seconds else PLAIN_SECONDS
+        spare = deadline - time.monotonic() - each * to_come
+        slow = tuple(row for row in rows if row in COMPILE_SECONDS and COMPILE_SECONDS[row] > spare)
+        rows = tuple(row for row in rows if row not in slow)
+        if slow and to_come:
+            late.append((case, slow))
+            slow = ()
+        started = time.monotonic()
+        if slow or started > deadline:
+            print(f"{case}: {', '.join(rows + slow)}: not run, out of time", flush=True)
+            continue
+        if not rows:
             continue
         records = run_case(case, ceilings=ceilings, rows=rows)
         keep(records)
+        if not COMPILE_SECONDS.keys() & set(rows):
+            plain_seconds.append(time.monotonic() - started)
         for record in records:
             print(describe(record), flush=True)

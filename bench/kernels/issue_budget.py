@@ -38,12 +38,9 @@ SMS, SCHEDULERS, CLOCK = 132, 4, 1.755e9
 # takes 1024 for itself), warps and programs.
 REGISTERS, REGISTER_UNIT, SHARED, SHARED_OWN = 65536, 256, 228 * 1024, 1024
 MOST_WARPS, MOST_PROGRAMS = 64, 32
-# `if`s of the kernels whose bodies few warps run: a running maximum that rose; rows of no weight or
-# without a label.
+# `if`s of the kernels whose bodies few warps run: rows of no weight or without a label.
 RARE = frozenset(
     {
-        "(rise > 1.0) | (t_top == float('-inf')) | (s_top == float('-inf'))",
-        "(highest > top + 1.0) | (top == float('-inf'))",
         "else: counts",
         "else: label >= 0",
     }

@@ -19,7 +19,7 @@ from bench.kernels.records import Record
 TITLES = {
     "K1": "K1: group quantisation",
     "K2": "K2: projection and RMS calibration",
-    "K3": "K3: distillation KL",
+    "K3": "K3: losses",
     "K4": "K4: placement of a K/V prefix",
 }
 

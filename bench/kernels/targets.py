@@ -124,6 +124,7 @@ def targets(ceilings: Ceilings) -> list[Target]:
     forward, both = "project*, forward", "project*backward"
     tanh, payload = "tanh*, forward", "from a payload*"
     logits, head = "KL of logits*backward", "KL through*backward"
+    labels = "cross-entropy through*"
     return [
         Target("K1", "*", "share of copy bandwidth, 256 MB", 0.85, "ours", bandwidth, large),
         Target("K1", "*", "launches, paper size", 1, "ours", started, paper, at_most=True),
@@ -153,6 +154,14 @@ def targets(ceilings: Ceilings) -> list[Target]:
         ),
         Target("K3", head, "through the head: times faster than Liger", 1.5, "liger", ratio),
         Target("K3", head, "through the head: times faster than eager", 1.5, "eager", ratio),
+        Target("K3", labels, "cross-entropy: share of the matmul floor", 0.65, "ours", matmul),
+        Target("K3", labels, "cross-entropy: times faster than Liger", 1.3, "liger", ratio),
+        Target("K3", labels, "cross-entropy: times faster than compile", 1.2, "compile", ratio),
+        Target(
+            *("K3", labels, "cross-entropy: peak memory over eager's, N 4096", 1 / 8, "eager"),
+            *(memory, lambda shape: shape[0] == 4096),
+            at_most=True,
+        ),
         Target("K4", "*", "copies started on the device", 2, "ours", started, at_most=True),
         Target("K4", "*", "times faster than the loop over layers", 5, "eager", ratio),
         Target("K4", "prefix, host*", "share of the link's bandwidth", 0.8, "ours", share),

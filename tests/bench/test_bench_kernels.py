@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from bench import gpu_tests, processes
 from bench.kernels import (
+    bench_cross_entropy,
     bench_distill,
     bench_projection,
     bench_quantize,
@@ -135,13 +136,25 @@ class LigerFusedLinearJSD(torch.nn.Module):
         return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
+class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
+    """Likewise: the head comes first."""
+
+    def forward(self, head: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(hidden @ head.T, labels)
+
+
+LIGER = (LigerKLDIVLoss, LigerFusedLinearJSD, LigerFusedLinearCrossEntropyLoss)
+
+
 @on_cpu
-@pytest.mark.parametrize("make", [bench_distill.logits_cases, bench_distill.hidden_cases])
+@pytest.mark.parametrize(
+    "make", [bench_distill.logits_cases, bench_distill.hidden_cases, bench_cross_entropy.cases]
+)
 def test_liger_rows_compute_the_same_loss(
     make: Callable[[], list[Case]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = ModuleType("liger_kernel.transformers")
-    vars(module).update(LigerKLDIVLoss=LigerKLDIVLoss, LigerFusedLinearJSD=LigerFusedLinearJSD)
+    vars(module).update({loss.__name__: loss for loss in LIGER})
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     record = measured(make()[0])["liger"]
@@ -177,7 +190,8 @@ def test_bitsandbytes_rows_are_held_to_their_own_code(monkeypatch: pytest.Monkey
 
 def test_large_cases_are_made_without_memory() -> None:
     """Describing the shapes of a GPU allocates nothing; a design never beats the work's floor."""
-    cases = [c for name in gpu_kernels.BENCHMARKS for c in gpu_kernels.cases_of(name, gpu=True)]
+    names = sorted(gpu_kernels.BENCHMARKS)
+    cases = [c for name in names for c in gpu_kernels.cases_of(name, gpu=True)]
     assert len({str(case) for case in cases}) == len(cases)
     for case in cases:
         for name, datasheet in DATASHEETS.items():

@@ -89,6 +89,12 @@ def quantization_trio(
     return cases
 
 
+def tile(logits: str, *, wide: bool) -> dict[str, int]:
+    """The tile of a row of logits, as `logit_rows.tile_shape` chooses it."""
+    lanes = 8 if wide else 1
+    return {"VECTORS": (8 if logits == FP32 else 16) // lanes, "THREADS": 256, "LANES": lanes}
+
+
 def distillation_case(
     vocabulary: int,
     *,
@@ -99,7 +105,12 @@ def distillation_case(
     **flags: bool,
 ) -> Case:
     """A launch of the KL kernel: of logits in bf16, or in fp32 as they come from a head."""
-    constants = {"VOCABULARY": vocabulary, "BLOCK": 2048, "MASKED": True, "GRADIENT": gradient}
+    constants = {
+        "VOCABULARY": vocabulary,
+        **tile(logits, wide=wide),
+        "MASKED": True,
+        "GRADIENT": gradient,
+    }
     arguments = (logits, logits, "*i1", FP32, FP32, grad, *["i32"] * 3, "fp32", "fp32")
     accesses = ("LDGSTS", *(("STG",) if gradient else ()))
     return Case(
@@ -158,10 +169,11 @@ def cross_entropy_cases() -> dict[str, Case]:
         (50_257, BF16, {"STACKED": True}),
     ):
         constants = {"STACKED": False, "SOFTCAP": False, "SMOOTH": False, "GRADIENT": True}
-        constants |= {"VOCABULARY": vocabulary, "BLOCK": 2048, **flags}
+        constants |= {"VOCABULARY": vocabulary, **flags}
         arguments = (FP32, FP32, "*i64", FP32, FP32, grad, *["i32"] * 3, *["fp32"] * 3)
         accesses = ("LDGSTS", *(("STG",) if constants["GRADIENT"] else ()))
         wide = vocabulary % 16 == 0
+        constants |= tile(FP32, wide=wide)
         words = ", ".join(word.lower() for word, set_ in flags.items() if set_)
         cases[f"cross-entropy, V {vocabulary}, to {grad[1:]}{', ' if words else ''}{words}"] = Case(
             *("cross_entropy", "_cross_entropy_kernel", arguments, constants),

@@ -197,6 +197,20 @@ def test_one_token_holds_nearly_all_of_the_teacher(place: int) -> None:
     assert (share_of_norm(grad, exact) < GRADIENT[torch.float32]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("gap", "rarer"), [(0.5, 0), (20, 15), (40, 0), (40, 35), (100, 60)])
+def test_threads_that_see_other_shifts(gap: float, rarer: float, dtype: torch.dtype) -> None:
+    """Each second thread's tokens are shifted by `gap`, and e^rarer times less probable."""
+    other = (torch.arange(5000) // 8) % 2 == 1
+    teacher = (torch.randn(2, 5000) - rarer * other).to(dtype)
+    student = teacher.double() + torch.randn(2, 5000) * torch.tensor([[0.1], [1.0]]) + gap * other
+    student = student.to(dtype)
+    losses, grad = triton_rows(student, teacher, 1.0)
+    truth, exact = exact_rows(student, teacher, 1.0)
+    torch.testing.assert_close(losses, truth, rtol=5e-5, atol=0)
+    assert (share_of_norm(grad, exact) < GRADIENT[dtype]).all()
+
+
 def test_infinite_and_distant_logits() -> None:
     student, teacher = torch.randn(5, 300), torch.randn(5, 300) * 3
     teacher[0, :7] = -torch.inf
