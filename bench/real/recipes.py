@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import latentwire_fast
+from bench.command_line import parser_of
 from latentwire_fast.cli import quiet_libraries
 from latentwire_fast.config.assignments import with_assignments
 from latentwire_fast.config.overrides import with_overrides
@@ -40,9 +41,7 @@ METHODS = ("text", "latent", "shuffled_latent", "zero_latent", "closed_book")
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="recipes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = parser_of("recipes")
     add = parser.add_argument
     add("out", type=Path, help="folder of the runs and of recipes.json")
     add("--testbed", action="store_true", help="the testbed's readers and passages")
