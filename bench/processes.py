@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from bench.wheels import offer
 
 ROOT = Path(__file__).resolve().parents[1]
 OK, FAILED = "done", "failed"
@@ -73,6 +77,39 @@ def build_extension(log: Path, seconds: float) -> str:
         return OK
     why = next(reversed(log.read_text(errors="replace").strip().splitlines()), "no output")
     return f"not built ({outcome}): {why}"
+
+
+def missing_tools() -> list[str]:
+    """What Triton needs besides itself, and this machine lacks: it compiles a small C program for
+    every kernel, with the headers of this Python. Without it, no kernel runs."""
+    missing = []
+    compilers = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
+    if not any(shutil.which(name) for name in compilers if name):
+        missing.append("no C compiler (gcc or clang; or set CC)")
+    include = sysconfig.get_paths()["include"]
+    folders = [include, *filter(None, os.environ.get("CPATH", "").split(os.pathsep))]
+    if not any((Path(folder) / "Python.h").is_file() for folder in folders):
+        missing.append(f"no Python.h in {include} (install python3-dev, or set CPATH)")
+    return missing
+
+
+def ready(program: str, *, tiny: bool, wheels: Path, target: Path) -> bool:
+    """Whether a run on this GPU can begin; if not, why is said. Wheels in a folder are unpacked.
+
+    Args:
+        tiny: on a CPU, where there is no GPU and nothing is compiled.
+        target: for what is in the wheels.
+    """
+    import torch
+
+    problems = [] if tiny else missing_tools()
+    if not (torch.cuda.is_available() or tiny):
+        problems.insert(0, "it needs a CUDA device, and torch sees none")
+    for problem in problems:
+        print(f"{program}: {problem}", file=sys.stderr)
+    if not problems:
+        offer(wheels, target)
+    return not problems
 
 
 def driver() -> str | None:

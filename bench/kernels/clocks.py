@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentwire_fast.serving.graphs import GraphMemory, recover_from_failed_capture
+
 Inputs = tuple[Tensor, ...]
 Call = Callable[[Inputs], Any]
 
@@ -184,7 +186,8 @@ class GraphClock:
         """The graph and its outputs, kept so that no call writes where another just did."""
         if hasattr(call, "before"):
             raise RuntimeError("a graph cannot make its inputs anew")
-        side = torch.cuda.Stream()
+        memory = GraphMemory(torch.device("cuda", torch.cuda.current_device()))
+        side = memory.stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for inputs in copies[:WARM_COPIES]:
@@ -193,7 +196,11 @@ class GraphClock:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         outputs: deque[Any] = deque(maxlen=len(copies))
-        with torch.cuda.graph(graph, stream=side):
+        # A call that cannot be captured must not spoil the capture of the next.
+        with (
+            recover_from_failed_capture(memory),
+            torch.cuda.graph(graph, pool=memory.pool, stream=side),
+        ):
             for inputs in copies * _passes(copies):
                 outputs.append(call(inputs))
         return graph, outputs

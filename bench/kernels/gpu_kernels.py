@@ -5,7 +5,8 @@
     python -m bench.kernels.gpu_kernels --predict     # floors and predicted times
 
 Runs from a checkout that need not be installed, on torch, triton, transformers, numpy, pytest and
-pytest-benchmark; Liger-Kernel and bitsandbytes are rows of the tables where they are installed.
+pytest-benchmark, with a C compiler and Python.h for Triton. Liger-Kernel and bitsandbytes are rows
+of the tables where they are installed, or lie as wheels in the checkout's folder `wheels`.
 Every section is a process of its own with a time limit, and what it found is written when it ends:
 a kernel that crashes or hangs costs its own section.
 
@@ -26,7 +27,7 @@ from typing import Any
 
 from bench import processes
 from bench.gpu_tests import run_tests
-from bench.processes import FAILED, OK, finish, start
+from bench.processes import FAILED, OK, ROOT, finish, ready, start
 
 TOTAL_SECONDS = 520
 # A worker stops starting cases this long before it would be killed.
@@ -250,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="on a CPU, at shapes that mean nothing")
     parser.add_argument("--predict", action="store_true", help="print floors and predicted times")
     parser.add_argument("--commit", help="of this tree, where git cannot tell")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="a folder of wheels")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of the whole run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -261,10 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker:
         work(options.worker, options.folder, options.seconds)
         return 0
-    import torch
-
-    if not (torch.cuda.is_available() or options.tiny):
-        print("gpu_kernels needs a CUDA device, and torch sees none", file=sys.stderr)
+    packages = options.folder.resolve() / "packages"
+    if not ready("gpu_kernels", tiny=options.tiny, wheels=options.wheels, target=packages):
         return 2
     return run_all(
         *(options.folder,), tiny=options.tiny, commit=options.commit, seconds=options.seconds

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.gpu_tests import PYTEST, report_of
-from bench.processes import FAILED, OK, ROOT, build_extension, finish, start
+from bench.processes import FAILED, OK, ROOT, build_extension, finish, ready, start
 
 TOTAL_SECONDS = 530
 # A section stops starting rows this long before it would be ended: the row that runs, and writing.
@@ -102,11 +102,12 @@ def latency(section: Section, folder: Path, seconds: float, commit: str | None) 
 
 
 def pack(folder: Path) -> None:
-    """Everything in a folder, as one file in it."""
+    """Everything that was found in a folder, as one file in it."""
     archive, temporary = folder / "all.tar.gz", folder / ".all.tmp"
+    left_out = archive, temporary, folder / "packages"
     with tarfile.open(temporary, "w:gz") as tar:
         for path in sorted(folder.iterdir()):
-            if path not in (archive, temporary):
+            if path not in left_out:
                 tar.add(path, arcname=path.name)
     temporary.replace(archive)
 
@@ -153,12 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="for everything that is found")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, at shapes that mean nothing")
     parser.add_argument("--commit", help="of this tree, where git cannot tell")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="a folder of wheels")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of the whole run")
     options = parser.parse_args(arguments)
-    import torch
-
-    if not (torch.cuda.is_available() or options.tiny):
-        print("gpu_prefill needs a CUDA device, and torch sees none", file=sys.stderr)
+    packages = options.folder.resolve() / "packages"
+    if not ready("gpu_prefill", tiny=options.tiny, wheels=options.wheels, target=packages):
         return 2
     return run_all(
         *(options.folder, [Section("tables", 120, TINY)] if options.tiny else SECTIONS),

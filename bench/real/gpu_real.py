@@ -18,12 +18,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.processes import ROOT, environment
 from bench.real.file_parts import PartsError, join, split
+from bench.wheels import install
 
 READERS = {"smollm2": "package:smollm2", "gemma3": "package:gemma3"}
 # With their pins from constraints.txt. Others that we import are where torch's own tools are.
@@ -118,26 +119,6 @@ def run(args: argparse.Namespace) -> int:
                 archive.add(out / "run" / name, arcname=name)
     print(f"results: {out / 'all.tar.gz'}")
     return done.returncode
-
-
-def install(wheels: Iterable[Path], target: Path) -> str:
-    """Unpack the wheels of what cannot be imported here; the folder, if any was needed."""
-    needed = [str(wheel) for wheel in wheels if not _has(wheel.name.split("-")[0])]
-    if not needed:
-        return ""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
-    options = ["--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(target)]
-    subprocess.run([*pip, *options, *needed], check=True)
-    return str(target)
-
-
-def _has(distribution: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return bool(version(distribution))
-    except PackageNotFoundError:
-        return False
 
 
 def command(plan: dict[str, Any], files: Path, out: Path, args: argparse.Namespace) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import gpu_tests, processes
+from bench import gpu_tests, processes, wheels
 from bench.kernels import (
     bench_cross_entropy,
     bench_distill,
@@ -35,6 +36,7 @@ from bench.kernels.ceilings import DATASHEETS, REACHABLE, Stage, measure_ceiling
 from bench.kernels.harness import AUTOTUNED, Absent, Case, Row, run_case
 from bench.kernels.records import Record
 from bench.kernels.targets import targets
+from bench.prefill import gpu_prefill
 from latentwire_fast.readers import kv_placement
 
 BENCH = processes.ROOT / "bench"
@@ -297,11 +299,11 @@ class FakeGpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
+        self.repaired = 0
         gpu = self
 
         class Event:
-            def __init__(self, *, enable_timing: bool) -> None:
-                assert enable_timing
+            def __init__(self, *, enable_timing: bool = False) -> None:
                 self.at = math.nan
 
             def record(self) -> None:
@@ -317,7 +319,7 @@ class FakeGpu:
                 gpu.now += self.calls
 
         class Recording:
-            def __init__(self, graph: Graph, stream: Stream) -> None:
+            def __init__(self, graph: Graph, pool: int, stream: Stream) -> None:
                 self.graph = graph
 
             def __enter__(self) -> None:
@@ -327,12 +329,23 @@ class FakeGpu:
                 self.graph.calls, gpu.now = int(gpu.now - self.started), self.started
 
         class Stream:
+            device_index = 0
+
+            def __init__(self, device: torch.device | None = None) -> None: ...
+
             def wait_stream(self, other: Stream) -> None:
                 assert isinstance(other, Stream)
 
             def __enter__(self) -> None: ...
 
             def __exit__(self, *error: object) -> None: ...
+
+        class Generator:
+            def clone_state(self) -> Generator:
+                return self
+
+            def graphsafe_set_state(self, state: Generator) -> None:
+                gpu.repaired += 1
 
         fakes = {
             "Event": Event,
@@ -342,6 +355,10 @@ class FakeGpu:
             "stream": lambda stream: stream,
             "current_stream": Stream,
             "synchronize": lambda: None,
+            "current_device": lambda: 0,
+            "graph_pool_handle": lambda: 0,
+            "set_stream": lambda stream: None,
+            "default_generators": [Generator()],
             "_sleep": lambda cycles: None,
             "reset_peak_memory_stats": lambda: None,
             "memory_allocated": lambda: 7,
@@ -400,12 +417,18 @@ def test_graphs_time_calls_over_copies_larger_than_the_cache(gpu: FakeGpu) -> No
     assert len({t.data_ptr() for pair in copies for t in pair}) == 100
     assert [t.requires_grad for t in copies[-1]] == [True, False]
 
+    called = []
+
     def unrecordable(inputs: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        called.append(inputs)
+        if len(called) > clocks.WARM_COPIES:  # the calls before the capture succeed
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return inputs
 
     found = clock.times({"a": gpu.work(2), "b": unrecordable}, inputs, budget=0.0)
     assert set(found) == {"a"}
     assert found["a"].p50 == pytest.approx(2e-3)
+    assert gpu.repaired == 1  # or the next capture would fail too
 
 
 @on_cpu
@@ -574,8 +597,54 @@ def test_tables() -> None:
 @on_cpu
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_kernels.main([str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "gpu_kernels needs a CUDA device, and torch sees none\n"
+    assert capsys.readouterr().err == "gpu_kernels: it needs a CUDA device, and torch sees none\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_what_triton_needs_is_looked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
+    monkeypatch.setattr(processes.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.delenv("CPATH", raising=False)
+    assert gpu_kernels.main([str(tmp_path / "out")]) == 2
+    assert gpu_prefill.main([str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert ["no C compiler" in lines[0], f"no Python.h in {tmp_path}" in lines[1]] == [True, True]
+    assert len(lines) == 4
+    monkeypatch.setattr(processes.shutil, "which", lambda name: "/usr/bin/cc")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CPATH", str(tmp_path))
+    assert not processes.missing_tools()
+
+
+def test_wheels_in_a_folder_are_there_for_the_sections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "before")
+    folder, target = tmp_path / "wheels", tmp_path / "packages"
+    folder.mkdir()
+    wheel(folder, "brought_along", "MARK = 7")
+    (folder / "torn-1.0-py3-none-any.whl").write_bytes(b"no archive")
+    wheels.offer(folder, target)
+    assert "torn-1.0-py3-none-any.whl is left out" in capsys.readouterr().err
+    found = [sys.executable, "-c", "import brought_along; raise SystemExit(brought_along.MARK)"]
+    ending = processes.finish(processes.start(found), by=time.monotonic() + 60)
+    assert ending == "failed: status 7"
+    assert processes.environment()["PYTHONPATH"].split(os.pathsep).count(str(target)) == 1
+
+
+def wheel(folder: Path, name: str, code: str) -> None:
+    """A wheel of one module."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}.py", code)
+        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        archive.writestr(f"{info}/METADATA", about)
+        kind = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(f"{info}/WHEEL", kind)
+        archive.writestr(f"{info}/RECORD", "")
 
 
 def test_a_process_that_hangs_is_ended_with_its_children() -> None:
