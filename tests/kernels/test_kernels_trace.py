@@ -67,6 +67,7 @@ EXPECTED = {
         "generate": ON_THE_WIRE | {"project_calibrate"},
     },
     "squad_llama_qwen": {
+        "held": PROJECTION,
         "match": PROJECTION,
         "answer": PROJECTION | LOSSES,
         "quantized": PROJECTION | QUANTISED | LOSSES,
