@@ -12,7 +12,7 @@
 #   TEXT         for real: a text file whose paragraphs are scored beside the questions (none)
 #   REAL, MINUTES             for real: the run folder (runs/real), and minutes of training at most (60)
 #   CONTEXTS     for real: train on so many contexts of SQUAD_TRAIN (600): a CPU needs a second or two to get
-#                ready what is kept of each; none for all
+#                ready what is kept of each; null for all
 #   FILES        what gpu-real-files writes and gpu-real reads (runs/gpu-real-files)
 #   OUT          where gpu-kernels and gpu-prefill write (runs/gpu-kernels, runs/gpu-prefill)
 
