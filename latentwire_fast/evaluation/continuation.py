@@ -9,11 +9,12 @@ predict the same tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
@@ -100,13 +101,13 @@ def measure_continuation(
     readers: Mapping[str, Reader],
     config: RunConfig,
     *,
-    progress: Callable[[str], object] = lambda name: None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """The `continuation` entry of metrics.json.
 
     Args:
         texts: of `continuation_texts`; at least one.
-        progress: called with a reader's name when it is done.
+        progress: show a progress bar.
     """
     halved = Halved.of(texts, model, batch_size=config.evaluation.batch_size)
     options: dict[str, Any] = {"seed": config.seed, "resamples": config.evaluation.resamples}
@@ -116,9 +117,15 @@ def measure_continuation(
         for objective in stage.objectives
     )
     entry: dict[str, Any] = {}
+    count = len(readers) * len(WAYS)
+    bar = tqdm(total=count, disable=not progress, desc="continuation", dynamic_ncols=True)
     for name, reader in readers.items():
         scores = _Scores(halved, model, reader, has_task_token=trained)
-        nll = {way: scores.of(way) for way in WAYS}
+        nll = {}
+        for way in WAYS:
+            bar.set_postfix_str(f"{name}: {way}")
+            nll[way] = scores.of(way)
+            bar.update()
         latent = nll["latent"]
         entry[name] = {
             "nll_per_token": {
@@ -137,7 +144,7 @@ def measure_continuation(
             "first_tokens_mean": mean([len(ids) for ids in scores.first_ids]),
             "scored_tokens_mean": mean(scores.tokens),
         }
-        progress(name)
+    bar.close()
     settings = config.evaluation.continuation
     return {
         "source": None if settings is None else settings.source,

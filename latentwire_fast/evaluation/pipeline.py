@@ -174,7 +174,9 @@ def _evaluate(
     if folder.validation.exists():
         measured["validation"] = read_json(folder.validation, error=CheckpointError)
     if paragraphs:
-        measured["continuation"] = measure_continuation(paragraphs, model, readers, config)
+        measured["continuation"] = measure_continuation(
+            paragraphs, model, readers, config, progress=progress
+        )
     diagnostics = read_records(folder.diagnostics)
     seconds = diagnostics[-1]["seconds"] if diagnostics else 0.0
     seed = config.data.eval_seed if fresh_seed is None else fresh_seed

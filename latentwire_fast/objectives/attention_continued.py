@@ -27,6 +27,12 @@ class AttentionContinued(AttentionMatching):
         first, rest = halves(prepared.item.context)
         return reader.prompts.build_continued(first, rest or first)  # a single word has no halves
 
+    def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
+        """And a frozen encoder's states of the first half, which serve all readers."""
+        first, _ = halves(prepared.item.context)
+        states = self.model.encoder.kept_bytes(first) // len(self.model.cards)
+        return super().kept_bytes(prepared, reader) + states
+
     def prefix(self, batch: ReaderBatch) -> Tensor:
         """Of the latents of the first halves."""
         firsts = tuple(halves(prepared.item.context)[0] for prepared in batch.items)

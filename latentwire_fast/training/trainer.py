@@ -81,7 +81,7 @@ class Trainer:
         on_cpu = not torch.accelerator.is_available() or (device and device.type == "cpu")
         if device and device.index is not None and device.type != "cpu":
             torch.accelerator.set_device_index(device.index)  # accelerate takes the current one
-        if on_cpu and not is_fast_at_bf16("cpu"):
+        if on_cpu and precision == "bf16" and not is_fast_at_bf16("cpu"):
             precision = "no"
         self.accelerator = Accelerator(mixed_precision=precision, cpu=bool(on_cpu))
         self.reducer = Reducer(self.accelerator)

@@ -197,7 +197,7 @@ def learning_figure(diagnostics: Records, validations: Records = ()) -> bytes | 
             "share right",
             _curves((r["step"], r.get("accuracy") or {}) for r in diagnostics),
         ),
-        ("Latents of a batch", "effective rank", _curves(ranks)),
+        ("Latents of a batch", "rank, below batch size", _curves(ranks)),
         ("Validation NLL", "nats per token", _validation_curves(validations, "nll")),
         ("Validation F1", "share of 1", _validation_curves(validations, "f1")),
     ]
@@ -215,9 +215,10 @@ def learning_figure(diagnostics: Records, validations: Records = ()) -> bytes | 
                 axes.axvline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         for number, (start, name) in enumerate(_stages(diagnostics)):
             lower = 11 * (number % 2)  # a short stage's name would run into the next one
-            _annotate(
-                rows[0], name, (start, 1), (4, -3 - lower), xycoords=("data", "axes fraction")
-            )
+            late = start > 0.8 * diagnostics[-1]["step"]  # and a late one's into the legend
+            side, align = (-4, "right") if late else (4, "left")
+            place: Any = {"xycoords": ("data", "axes fraction"), "ha": align}
+            _annotate(rows[0], name, (start, 1), (side, -3 - lower), **place)
         rows[0].set_ylim(top=1.3 * rows[0].get_ylim()[1])  # room for the stages' names
         rows[-1].set_xlabel("step")
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -247,6 +248,8 @@ UNITS = {
     "select": "select (per text)",
     "kv": "kv (relative error)",
     "embed": "embed (relative error)",
+    "attention": "attention (relative error)",
+    "attention_continued": "attention_continued (relative error)",
 }
 
 
