@@ -215,7 +215,7 @@ def learning_figure(diagnostics: Records, validations: Records = ()) -> bytes | 
                 axes.axvline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         for number, (start, name) in enumerate(_stages(diagnostics)):
             lower = 11 * (number % 2)  # a short stage's name would run into the next one
-            late = start > 0.8 * diagnostics[-1]["step"]  # and a late one's into the legend
+            late = start > 0.9 * diagnostics[-1]["step"]  # and a late one's into the legend
             side, align = (-4, "right") if late else (4, "left")
             place: Any = {"xycoords": ("data", "axes fraction"), "ha": align}
             _annotate(rows[0], name, (start, 1), (side, -3 - lower), **place)
