@@ -9,17 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache, cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
 )
 
 from latentwire_fast.readers.arriving_layer import ArrivingLayer
+
+# Layers from which decoding can go back to an earlier position. Since 5.18, transformers has one
+# more class, for layers that keep nothing.
+_CAN_GO_BACK = (
+    *(DynamicLayer, ArrivingLayer, StaticLayer),
+    *filter(None, [getattr(cache_utils, "DummyLayer", None)]),
+)
 
 
 def decoding_cache(model: PreTrainedModel) -> DynamicCache:
@@ -39,8 +45,7 @@ def decoding_cache(model: PreTrainedModel) -> DynamicCache:
 def keeps_states(cache: Cache) -> bool:
     """Whether some layer keeps a state that takes in each token, and cannot go back to what it was
     before (linear attention, convolutions, state spaces)."""
-    plain = (DynamicLayer, ArrivingLayer, DummyLayer, StaticLayer)
-    return any(type(layer) not in plain for layer in cache.layers)
+    return any(type(layer) not in _CAN_GO_BACK for layer in cache.layers)
 
 
 def tensors_of(cache: Cache) -> list[torch.Tensor]:
