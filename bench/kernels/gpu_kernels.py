@@ -1,6 +1,6 @@
 """The kernels on one GPU: ceilings, extension, tests, benchmarks, targets. Under nine minutes.
 
-    python -m bench.kernels.gpu_kernels OUT           # writes results.json and results.md
+    python -m bench.kernels.gpu_kernels OUT           # writes results.json, results.md, logs
     python -m bench.kernels.gpu_kernels OUT --tiny    # on a CPU: tests the path, measures nothing
     python -m bench.kernels.gpu_kernels --predict     # floors and predicted times
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,9 @@ MARGIN_SECONDS = 10
 # left, among those that are still to come: what one leaves over, the later ones have. Those with
 # the most rows that compile come last. tests/bench/test_kernel_rehearsal.py holds the shares.
 BENCHMARKS = {"K4": 0.06, "K3a": 0.13, "K3b": 0.17, "K2": 0.25, "K1": 0.18}
-SHARES = {"ceilings": 0.04, "extension": 0.07, "tests": 0.10, **BENCHMARKS}
+SHARES = {"ceilings": 0.06, "extension": 0.07, "tests": 0.25, **BENCHMARKS}
+# Processes that compile a benchmark's cases while the tests run, on 16 cores.
+COMPILERS = {"K3a": 1, "K3b": 2, "K2": 4, "K1": 4}
 
 
 # When this process began: importing torch takes a worker some seconds.
@@ -48,7 +50,7 @@ class Run:
     """The results so far, written after every section.
 
     Attributes:
-        folder: where to; parts: scratch files of the workers.
+        folder: where to; parts: the workers' files and the tests' logs.
         tiny: on a CPU, at small shapes.
         seconds: of the whole run, from now on.
         results: the content of results.json.
@@ -117,6 +119,13 @@ def run_worker(run: Run, name: str, limit: float) -> str:
     return outcome
 
 
+def compiler(run: Run, name: str, number: int, limit: float) -> subprocess.Popen[bytes]:
+    """A process that compiles every so many-th case of a benchmark."""
+    command = [sys.executable, "-m", "bench.kernels.gpu_kernels", str(run.parts), "--worker", name]
+    command += ["--compile", str(number), "--seconds", str(limit - MARGIN_SECONDS)]
+    return start(command, run.parts / f"compile.{name}.{number}.log")
+
+
 def assume_ceilings(run: Run) -> None:
     """Use the ceilings that an H200 is known to reach: tests and benchmarks run without
     measured ones."""
@@ -135,7 +144,17 @@ def build_extension(run: Run, limit: float) -> str:
 
 
 def test_kernels(run: Run, limit: float) -> str:
+    """The tests, and beside them compilers: what the benchmarks measure later, with the GPU to
+    themselves, lies in the caches of Triton and torch.compile by then."""
+    by = time.monotonic() + limit
+    compilers = [
+        compiler(run, name, number, limit)
+        for name, hands in COMPILERS.items()
+        for number in range(1 if run.tiny else hands)
+    ]
     reports = run_tests(run.parts, limit, tiny=run.tiny)
+    for compiling in compilers:
+        finish(compiling, by=by)
     run.results["tests"] = reports
     for report in reports:
         print(f"  {report['file']}: {report['passed']} passed, {report['failed']} failed, "
@@ -146,12 +165,18 @@ def test_kernels(run: Run, limit: float) -> str:
 # --- The workers ----------------------------------------------------------------------------------
 
 
-def work(name: str, folder: Path, seconds: float) -> None:
-    """One section, in its own process: lines of JSON into `folder / name.jsonl`."""
+def work(name: str, folder: Path, seconds: float, compiles: int | None = None) -> None:
+    """One section, in its own process: lines of JSON into `folder / name.jsonl`.
+
+    compiles: of its COMPILERS, this one: it compiles its share of the cases.
+    """
     from bench.kernels.ceilings import Ceilings, measure_ceilings
-    from bench.kernels.harness import DEVICE, run_cases
+    from bench.kernels.harness import DEVICE, compile_cases, run_cases
     from bench.kernels.records import Record
 
+    if compiles is not None:
+        compile_cases(cases_of(name)[compiles :: COMPILERS[name]], seconds=seconds)
+        return
     with (folder / f"{name}.jsonl").open("w", buffering=1) as out:
         if name == "ceilings":
             ceilings = measure_ceilings(DEVICE)
@@ -220,20 +245,21 @@ def run_all(folder: Path, *, tiny: bool, commit: str | None, seconds: float) -> 
     """Every section in turn; the exit status."""
     folder = folder.resolve()  # the sections run in the root of the checkout
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as parts:
-        empty: dict[str, Any] = {"about": {"device": "unknown"}, "ceilings": None, "targets": []}
-        run = Run(
-            *(folder, Path(parts), tiny, commit, seconds),
-            results={**empty, "sections": [], "tests": [], "records": []},
-        )
-        run.section("ceilings", lambda limit: run_worker(run, "ceilings", limit))
-        measured = run.results["ceilings"] is not None
-        if not measured:
-            assume_ceilings(run)
-        run.section("extension", lambda limit: build_extension(run, limit))
-        run.section("tests", lambda limit: test_kernels(run, limit))
-        for name in BENCHMARKS:
-            run.section(name, lambda limit, name=name: run_worker(run, name, limit))
+    parts = folder / "logs"
+    parts.mkdir(exist_ok=True)
+    empty: dict[str, Any] = {"about": {"device": "unknown"}, "ceilings": None, "targets": []}
+    run = Run(
+        *(folder, parts, tiny, commit, seconds),
+        results={**empty, "sections": [], "tests": [], "records": []},
+    )
+    run.section("ceilings", lambda limit: run_worker(run, "ceilings", limit))
+    measured = run.results["ceilings"] is not None
+    if not measured:
+        assume_ceilings(run)
+    run.section("extension", lambda limit: build_extension(run, limit))
+    run.section("tests", lambda limit: test_kernels(run, limit))
+    for name in BENCHMARKS:
+        run.section(name, lambda limit, name=name: run_worker(run, name, limit))
     wrong = [
         r
         for r in run.results["records"]
@@ -254,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="a folder of wheels")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of the whole run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.predict:
         predict()
@@ -261,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.folder is None:
         parser.error("name the folder for the results")
     if options.worker:
-        work(options.worker, options.folder, options.seconds)
+        work(options.worker, options.folder, options.seconds, options.compile)
         return 0
     packages = options.folder.resolve() / "packages"
     if not ready("gpu_kernels", tiny=options.tiny, wheels=options.wheels, target=packages):

@@ -305,6 +305,33 @@ def report_row(benchmark: Any, case: Case, row: str) -> None:
     benchmark.pedantic(timed, setup=lambda: make_ready(call, inputs), rounds=3, warmup_rounds=1)
 
 
+def compile_cases(cases: list[Case], *, seconds: float) -> None:
+    """Call every row once, autotuned ones left out, so that what it compiles is on disk when
+    another process measures it.
+
+    Args:
+        seconds: after which no further case is started.
+    """
+    deadline = time.monotonic() + seconds
+    for case in cases:
+        if time.monotonic() > deadline:
+            break
+        if COMPILES:
+            torch._dynamo.reset()
+        absent: dict[str, str] = {}
+        inputs = case.inputs()
+        for name in case.rows:
+            if name != AUTOTUNED:
+                with _noted(absent, name):
+                    call = case.rows[name].prepare()
+                    make_ready(call, inputs)
+                    call(inputs)
+        for name, why in absent.items():
+            print(f"{case}: {name}: {why}", flush=True)
+        del inputs
+        _release()
+
+
 def run_cases(
     cases: list[Case],
     *,
