@@ -66,7 +66,8 @@ class LMFacts:
             latents=latents,
             width=width,
             layers=config.num_hidden_layers,
-            anchor_D=embedding(anchor).detach().float(),
+            # On the CPU, where all fresh parameters are drawn, also of an LM on a GPU.
+            anchor_D=embedding(anchor).detach().float().cpu(),
             embedding_std=embedding_size(embedding).std,
             logits=LogitTransform.declared(config),
             tied=bool(config.tie_word_embeddings),

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import runs
-from kernel_device import DEVICE, needs_kernels
+from kernel_device import DEVICE, KERNELS, needs_kernels
 from latentwire_fast import ops, wire
 from latentwire_fast.models.attachments.soft import SoftPrompt
 from latentwire_fast.prompts.builder import Turn
@@ -50,12 +50,10 @@ def test_payloads_to_a_first_token(
     turns = [Turn("Where?"), Turn("Who is a baker in Bakrim?")]
     prompts = reader.prompts.build_many(turns, latent="context")
     logits = {}
-    for name in ("reference", "triton"):
+    for name in ("reference", KERNELS):
         with ops.backend(name):
             logits[name] = receiver.prefill(prompts, payloads=payloads).logits_BV
     # What the kernels' arithmetic is off by (see test_kernels_projection.py), times what the reader
     # makes of it.
     largest = float(logits["reference"].abs().max())
-    torch.testing.assert_close(
-        logits["triton"], logits["reference"], rtol=1e-4, atol=1e-4 * largest
-    )
+    torch.testing.assert_close(logits[KERNELS], logits["reference"], rtol=1e-4, atol=1e-4 * largest)

@@ -1,9 +1,9 @@
 """Which ops each preset calls: in every stage of its training, in its evaluation, when a text is
 encoded and when a payload is answered.
 
-Every op runs its Triton kernel here (`ops.backend("triton")` refuses anything else), so the lists
-say which kernels are on the product's main path. They are held: a change that takes an op off the
-path, or puts one on it, has to change this file.
+Every op on the reader's device runs its Triton kernel here, so the lists say which kernels are on
+the product's main path. They are held: a change that takes an op off the path, or puts one on it,
+has to change this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernel_device import needs_kernels
+from kernel_device import KERNELS, needs_kernels
 from latentwire_fast import encode, generate, ops
 from latentwire_fast.config.presets import load_preset
 from latentwire_fast.config.schema import OptimConfig, ReaderConfig, RunConfig
@@ -99,7 +99,7 @@ class Trace(TorchDispatchMode):
         """Record what runs in the block as this phase."""
         self.phase = phase
         self.calls.setdefault(phase, set())
-        with self, ops.backend("triton"):
+        with self, ops.backend(KERNELS):
             yield
 
 
