@@ -33,6 +33,7 @@ from bench.kernels.harness import (
 )
 from bench.kernels.records import Errors
 from latentwire_fast import ops, reference
+from latentwire_fast.ops import projection_cache
 
 TARGET_RMS = 0.02
 # Eager torch itself must be this close to fp64 for its row to count.
@@ -80,12 +81,15 @@ def frozen(forward: Forward) -> Forward:
     """A forward pass that uses what an earlier call stored of its frozen parameters.
 
     While a graph is recorded the op makes it anew, so that replays see weights written since. Here
-    nobody writes any.
+    nobody writes any, but another graph's capture would free it, or another row's calls.
     """
+    kept: dict[int, Any] = {}
 
     def run(*inputs: Tensor) -> Tensor:
         with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False):
-            return forward(*inputs)
+            out = forward(*inputs)
+        kept.update((id(fold), fold) for fold in projection_cache._folds.values())
+        return out
 
     return run
 

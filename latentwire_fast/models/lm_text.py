@@ -66,7 +66,7 @@ class LMFacts:
             latents=latents,
             width=width,
             layers=config.num_hidden_layers,
-            # On the CPU, where all fresh parameters are drawn, also of an LM on a GPU.
+            # On the CPU, where queries are drawn also for an LM on a GPU: the same on all machines.
             anchor_D=embedding(anchor).detach().float().cpu(),
             embedding_std=embedding_size(embedding).std,
             logits=LogitTransform.declared(config),
