@@ -129,6 +129,14 @@ def test_missing_weights_are_named_and_nothing_is_kept(
     assert not [p for p in (cache / "gguf").iterdir() if p.is_dir()]
 
 
+def test_a_transformers_that_mistakes_its_tokens_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "knows_tokenizers", lambda: False)
+    with pytest.raises(ConfigError, match=r"tiny\.gguf'.*install transformers 5\.18 or newer"):
+        resolve_source(file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
