@@ -79,12 +79,12 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    facts = _Facts(file)
     if not knows_tokenizers():
         raise ConfigError(
             f"cannot read {str(file)!r}: transformers {transformers.__version__} makes another "
             "tokenizer of a GGUF file than the one in it; install transformers 5.18 or newer"
         )
-    facts = _Facts(file)
     _check_room(file, folder.parent, 4 * facts.parameters)
     logger.info(
         "converting %s, once: about %.1f GB in %s", file.name, 4e-9 * facts.parameters, folder
