@@ -5,7 +5,8 @@ y = f(W x + b), f 1 or tanh; r2 the mean of y^2; s = target_rms * gain / sqrt(r2
     SQUARES   each tile's row sums of y^2, [tiles, N]      forward, before
     WRITE     gamma * s * y + beta                         forward
     DOTS      each tile's row sums of v*y, v = gamma*dout  backward, before
-    GRADIENT  dy = s*v - y * s * sum(v*y) / (count * (r2 + eps)), times f'; column sums for dgamma
+    GRADIENT  dy = s*v - y * s * sum(v*y) / (count * (r2 + eps)), times f'; column sums for dgamma,
+              dbias (of dy before it is rounded) and dbeta
 
 The D columns may lie in groups, each with its own r2 and gain: a tile never holds columns of two.
 
@@ -198,8 +199,11 @@ def _tiles_kernel(
         if ACTIVATION != 0:
             dy *= 1.0 - y * y
         tl.store(out_ptr + place, dy.to(out_ptr.dtype.element_ty), mask=live)
-        sums = tl.sum(dout * y * s[:, None], 0)
-        tl.store(columns_ptr + row_tile.to(tl.int64) * WIDTH + column, sums, mask=live_column)
+        # Rows that there are not have a gradient of 0.
+        place = columns_ptr + row_tile.to(tl.int64) * (3 * WIDTH) + column
+        tl.store(place, tl.sum(dout * y * s[:, None], 0), mask=live_column)
+        tl.store(place + WIDTH, tl.sum(dy, 0), mask=live_column)
+        tl.store(place + 2 * WIDTH, tl.sum(dout, 0), mask=live_column)
 
 
 def tile_columns(dtype: torch.dtype, *, width: int, groups: int) -> int:
@@ -326,9 +330,12 @@ class Tiles:
         """<gamma * grad, y> summed over the values that share a mean square (per row without)."""
         return self._group_sums(self._parts(DOTS, grad=grad))
 
-    def backward(self, grad: Tensor, squares: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradient of W x `[N, D]` in x's dtype, and gamma's `[D]` in fp32."""
+    def backward(
+        self, grad: Tensor, squares: Tensor, dots: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradient of W x `[N, D]` in x's dtype; gamma's, bias' and beta's `[D]` in fp32."""
         dy = self._result()
-        columns = self.x.new_empty((self.row_tiles, self.width), dtype=torch.float32)
+        columns = self.x.new_empty((self.row_tiles, 3, self.width), dtype=torch.float32)
         self._run(GRADIENT, dy, squares=squares, dots=dots, grad=grad, columns=columns)
-        return dy, columns.sum(0)
+        gamma, bias, beta = columns.sum(0).unbind()
+        return dy, gamma, bias, beta

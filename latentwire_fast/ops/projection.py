@@ -65,16 +65,17 @@ def projection_of(
 
     group_rows = {"none": 0, "token": 1, "batch": math.prod(shape[:-1])}.get(settings.calibration)
     folds = kernels.is_folded(shape[-1], groups=settings.groups, tanh=settings.tanh)
+    norm = kernels.Norm(p.norm_weight, p.norm_bias, reference.LAYER_NORM_EPS)
     return kernels.Projection(
         *(p.weight.contiguous(), dense(p.bias), dense(p.gamma)),
-        norm=kernels.Norm(dense(p.norm_weight), dense(p.norm_bias), reference.LAYER_NORM_EPS),
+        norm=kernels.Norm(dense(p.norm_weight), dense(p.norm_bias), norm.eps),
         calibration=kernels.Calibration(
             *(dense(p.gain), settings.target_rms, reference.RMS_EPS),
             group_rows=shape[-2] if group_rows is None else group_rows,
             groups=settings.groups,
         ),
         tanh=settings.tanh,
-        folded=folded(p.weight, p.bias, p.gamma, dtype=dtype) if folds else None,
+        folded=folded(p.weight, p.bias, p.gamma, norm, dtype=dtype) if folds else None,
     )
 
 
@@ -128,16 +129,16 @@ def _project_calibrate_backward(
         grads[0] = None if grads[0] is None else grads[0].view(x.shape)
     else:
         grads = reference.project_calibrate_backward(grad, x, p, mean_square, settings, needs)
-    return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
+    found = zip(grads, needs, (x, *p), strict=True)
+    return [g.to(t.dtype) for g, needed, t in found if needed and g is not None]
 
 
 def _project_calibrate_backward_fake(
     grad: Tensor, x: Tensor, mean_square: Tensor, needs: list[bool], *arguments: Any
 ) -> list[Tensor]:
     tensors = (x, *gathered(arguments)[0])
-    c = reference.compute_dtype(x)
     wanted = zip(tensors, needs, strict=True)
-    return [x.new_empty(t.shape, dtype=c) for t, needed in wanted if needed and t is not None]
+    return [x.new_empty(t.shape, dtype=t.dtype) for t, needed in wanted if needed and t is not None]
 
 
 register(
@@ -177,10 +178,7 @@ class ProjectCalibrate(torch.autograd.Function):
                 grad.contiguous(), x, mean_square, needs, *parameters, *ctx.settings
             )
         )
-        grads = [
-            next(found).to(tensor.dtype) if needed else None
-            for tensor, needed in zip((x, *parameters), needs, strict=True)
-        ]
+        grads = [next(found) if needed else None for needed in needs]
         return (*grads, *[None] * len(ctx.settings))
 
 
