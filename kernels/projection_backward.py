@@ -73,6 +73,7 @@ def _sums(parts: Tensor, p: Projection, needs: list[bool], found: list[Tensor | 
         *(parts, found[NORM_WEIGHT], parts if second is None else second, parts.shape[0]),
         HAS_SECOND=second is not None,
         WIDTH=width,
+        STEPS=triton.next_power_of_2(triton.cdiv(parts.shape[0], SUM_PARTS)),
         TILE_PARTS=SUM_PARTS,
         TILE=SUM_COLUMNS,
         num_warps=4,

@@ -196,22 +196,25 @@ def _parameters_kernel(
 @triton.jit(do_not_specialize=["parts"])
 def _sums_kernel(
     parts_ptr, first_ptr, second_ptr, parts, HAS_SECOND: tl.constexpr, WIDTH: tl.constexpr,
-    TILE_PARTS: tl.constexpr, TILE: tl.constexpr,
+    STEPS: tl.constexpr, TILE_PARTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """[parts, 2, WIDTH] over the parts: the first row and, if there is one, the second."""
+    """[parts, 2, WIDTH] over the parts: the first row and, if there is one, the second.
+
+    STEPS of TILE_PARTS hold all parts: few numbers of steps, each of which compiles.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (WIDTH + TILE - 1) // TILE
     column = program % blocks * TILE + tl.arange(0, TILE)
     plane = program // blocks
     sums = tl.zeros((TILE_PARTS, TILE), tl.float32)
-    for start in range(0, parts, TILE_PARTS):
-        part = start + tl.arange(0, TILE_PARTS)
+    for step in range(STEPS):
+        part = step * TILE_PARTS + tl.arange(0, TILE_PARTS)
         place = (part.to(tl.int64)[:, None] * 2 + plane) * WIDTH + column[None, :]
         live = (part < parts)[:, None] & (column < WIDTH)[None, :]
         sums += tl.load(parts_ptr + place, mask=live, other=0.0)
     total = tl.sum(sums, 0)
     live = column < WIDTH
-    if plane == 0:
-        tl.store(first_ptr + column, total.to(first_ptr.dtype.element_ty), mask=live)
-    elif HAS_SECOND:
-        tl.store(second_ptr + column, total.to(second_ptr.dtype.element_ty), mask=live)
+    tl.store(first_ptr + column, total.to(first_ptr.dtype.element_ty), mask=live & (plane == 0))
+    if HAS_SECOND:
+        second = total.to(second_ptr.dtype.element_ty)
+        tl.store(second_ptr + column, second, mask=live & (plane == 1))
