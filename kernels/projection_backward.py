@@ -98,8 +98,9 @@ def _norm_gradients(
     scaled = squares is not None
     _norm_gradient_kernel[(programs,)](
         *(x, along, *(x if t is None else t for t in (norm, c.gain, squares)), dx, parts),
-        *(rows, max(c.group_rows, 1), along.stride(0), c.target_rms, c.eps, p.norm.eps),
+        *(rows, max(c.group_rows, 1), c.target_rms, c.eps, p.norm.eps),
         WIDTH=width,
+        STRIDE=along.stride(0),
         SCALED=scaled,
         CALIBRATED=c.group_rows > 0,
         HAS_GAIN=scaled and c.gain is not None,

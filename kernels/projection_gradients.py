@@ -92,15 +92,15 @@ def _gradient_rows_kernel(
                        WIDTH, OUTER)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_group", "stride"])
+@triton.jit(do_not_specialize=["rows", "rows_per_group"])
 def _norm_gradient_kernel(
     x_ptr, grad_ptr, norm_weight_ptr, gain_ptr, squares_ptr, out_ptr, parts_ptr,
-    rows, rows_per_group, stride, target_rms, eps, norm_eps,
-    WIDTH: tl.constexpr, SCALED: tl.constexpr, CALIBRATED: tl.constexpr, HAS_GAIN: tl.constexpr,
+    rows, rows_per_group, target_rms, eps, norm_eps,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, CALIBRATED: tl.constexpr, HAS_GAIN: tl.constexpr,
     HAS_NORM: tl.constexpr, TURNED: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dx from the fp32 gradient of the normalised (or turned) rows, `stride` apart, times s if
+    """dx from the fp32 gradient of the normalised (or turned) rows, STRIDE apart, times s if
     SCALED; SUMS: the program's of the norm's weight and bias too, [programs, 2, WIDTH]."""
     program = tl.program_id(0).to(tl.int64)
     row = program * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -108,7 +108,7 @@ def _norm_gradient_kernel(
     column = tl.arange(0, BLOCK)
     inside = (column < WIDTH)[None, :]
     live = live_row[:, None] & inside
-    grad = tl.load(grad_ptr + row[:, None] * stride + column[None, :], mask=live, other=0.0)
+    grad = tl.load(grad_ptr + row[:, None] * STRIDE + column[None, :], mask=live, other=0.0)
     if SCALED:
         square = tl.zeros((TILE_ROWS,), tl.float32)
         if CALIBRATED:

@@ -21,11 +21,11 @@ from latentwire_fast.ops.dispatch import (
     register,
     uses_triton,
 )
-from latentwire_fast.ops.projection_cache import folded
+from latentwire_fast.ops.projection_cache import folded, keep, kept
 from latentwire_fast.reference import ProjectionParameters, ProjectionSettings
 
 if TYPE_CHECKING:
-    from latentwire_fast.kernels.projection import Projection
+    from latentwire_fast.kernels.projection import Folded, Projection
 
 CALIBRATIONS = ("none", "token", "example", "batch")
 
@@ -59,13 +59,16 @@ def projection_of(
     dtype: torch.dtype,
     p: ProjectionParameters,
     settings: ProjectionSettings,
+    known: Folded | None = None,
 ) -> Projection:
-    """The kernels' arguments for rows x of a shape `[..., M, d]`."""
+    """The kernels' arguments for rows x of a shape `[..., M, d]`; known: the folded parameters."""
     from latentwire_fast.kernels import projection as kernels
 
     group_rows = {"none": 0, "token": 1, "batch": math.prod(shape[:-1])}.get(settings.calibration)
     folds = kernels.is_folded(shape[-1], groups=settings.groups, tanh=settings.tanh)
     norm = kernels.Norm(p.norm_weight, p.norm_bias, reference.LAYER_NORM_EPS)
+    if folds and known is None:
+        known = folded(p.weight, p.bias, p.gamma, norm, dtype=dtype)
     return kernels.Projection(
         *(p.weight.contiguous(), dense(p.bias), dense(p.gamma)),
         norm=kernels.Norm(dense(p.norm_weight), dense(p.norm_bias), norm.eps),
@@ -75,7 +78,7 @@ def projection_of(
             groups=settings.groups,
         ),
         tanh=settings.tanh,
-        folded=folded(p.weight, p.bias, p.gamma, norm, dtype=dtype) if folds else None,
+        folded=known if folds else None,
     )
 
 
@@ -90,11 +93,11 @@ def _project_calibrate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return reference.project_calibrate(x, p, settings)
     from latentwire_fast.kernels import projection as kernels
 
-    out, squares = kernels.project_calibrate(
-        x.reshape(-1, x.shape[-1]), projection_of(x.shape, x.dtype, p, settings), dense(p.beta)
-    )
-    shape = _mean_square_shape(x, settings)
-    return out.view(*x.shape[:-1], p.weight.shape[0]), squares.reshape(shape)
+    projection = projection_of(x.shape, x.dtype, p, settings)
+    out, squares = kernels.project_calibrate(x.reshape(-1, x.shape[-1]), projection, dense(p.beta))
+    mean_square = squares.reshape(_mean_square_shape(x, settings))
+    keep(mean_square, projection.folded)
+    return out.view(*x.shape[:-1], p.weight.shape[0]), mean_square
 
 
 def _mean_square_shape(x: Tensor, settings: ProjectionSettings) -> tuple[int, ...]:
@@ -122,7 +125,7 @@ def _project_calibrate_backward(
         from latentwire_fast.kernels import projection_backward as kernels
 
         rows = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
-        projection = projection_of(x.shape, x.dtype, p, settings)
+        projection = projection_of(x.shape, x.dtype, p, settings, kept(mean_square))
         grads = kernels.project_calibrate_backward(
             *rows, mean_square.reshape(-1), projection, needs
         )

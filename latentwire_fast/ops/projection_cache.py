@@ -14,6 +14,20 @@ if TYPE_CHECKING:
 # By weight: the state that was folded, the other parameters, and the result. An entry goes with its
 # weight.
 _folds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# By the mean squares that a forward pass returned: what it folded. Autograd keeps those as long as
+# it may go backward, and refuses to where a parameter was written since.
+_steps: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def keep(mean_square: Tensor, result: Folded | None) -> None:
+    """For the backward pass that is given these mean squares."""
+    if result is not None:
+        _steps[mean_square] = result
+
+
+def kept(mean_square: Tensor) -> Folded | None:
+    """What its forward pass folded; None if that is not known."""
+    return _steps.get(mean_square)
 
 
 def folded(

@@ -301,10 +301,17 @@ def gradient_cases(width: int, turned: bool) -> dict[str, Case]:
             {**shape, **rows, "MODE": mode, "OUTER": outer, "OUTPUTS": 4096},
             *(4, 3, ("STG",) if mode == 1 else ("LDG",)),
         )
-    norm = {"WIDTH": width, "SCALED": True, "TURNED": turned, "SUMS": not turned, **rows}
+    norm = {
+        "WIDTH": width,
+        "STRIDE": padded,
+        "SCALED": True,
+        "TURNED": turned,
+        "SUMS": not turned,
+        **rows,
+    }
     cases[f"LayerNorm's gradient {name}"] = Case(
         *("projection_gradients", "_norm_gradient_kernel"),
-        (BF16, FP32, BF16, BF16, FP32, BF16, FP32, *["i32"] * 3, *["fp32"] * 3),
+        (BF16, FP32, BF16, BF16, FP32, BF16, FP32, *["i32"] * 2, *["fp32"] * 3),
         *(norm, 4, 3, ("LDG", "STG")),
     )
     flags = ("HAS_TAKEN", "HAS_GAMMA", "HAS_BIAS", "HAS_BETA")
