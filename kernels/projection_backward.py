@@ -260,11 +260,13 @@ def _tile_gradients(
         calibration=p.calibration,
         tanh=p.tanh,
     )
-    dots = tiles.dots(grad) if p.calibration.group_rows or needs[GAIN] else None
+    dots = None
+    if p.calibration.group_rows or needs[GAIN] or needs[BETA]:
+        dots, found[BETA] = tiles.dots(grad)
     if dots is not None and needs[GAIN]:
         shares = dots * _unit_scale(p, squares)
         found[GAIN] = shares.view(-1, p.calibration.groups).sum(0).view(p.calibration.gain.shape)
-    dy, found[GAMMA], found[BIAS], found[BETA] = tiles.backward(grad, squares, dots)
+    dy, found[GAMMA], found[BIAS] = tiles.backward(grad, squares, dots)
     if needs[X] or needs[NORM_WEIGHT] or needs[NORM_BIAS]:
         d_normed = matmul_fp32(dy, tiles.weight.to(dy.dtype))
         if x.shape[1] <= TILE_VALUES:

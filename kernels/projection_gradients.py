@@ -96,9 +96,9 @@ def _gradient_rows_kernel(
 def _norm_gradient_kernel(
     x_ptr, grad_ptr, norm_weight_ptr, gain_ptr, squares_ptr, out_ptr, parts_ptr,
     rows, rows_per_group, target_rms, eps, norm_eps,
-    WIDTH: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, CALIBRATED: tl.constexpr, HAS_GAIN: tl.constexpr,
-    HAS_NORM: tl.constexpr, TURNED: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, CALIBRATED: tl.constexpr,
+    HAS_GAIN: tl.constexpr, HAS_NORM: tl.constexpr, TURNED: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx from the fp32 gradient of the normalised (or turned) rows, STRIDE apart, times s if
     SCALED; SUMS: the program's of the norm's weight and bias too, [programs, 2, WIDTH]."""

@@ -34,7 +34,7 @@ from latentwire_fast.kernels.quantization import joined
 
 # The widest row that a program holds, and the values of it that a thread does.
 WIDEST = 512
-THREAD_VALUES = 64
+THREAD_VALUES = 32
 # One tile of the factor or of G is on its way while another is used; one more would take the
 # shared memory of a second program.
 STAGES = 2
@@ -122,15 +122,16 @@ def _factor_squares(
 
 @triton.jit
 def _gram_squares(
-    x, gram_ptr, x_ptr, row, live_row, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    x, gram_ptr, x_ptr, row, live_row, HELD: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """x'Gx + 2c'x + b'b `[R]`; the rows lie at `x_ptr` too, PADDED wide."""
+    """x'Gx + 2c'x + b'b `[R]`; the rows lie at `x_ptr` too, PADDED wide. HELD: the place of
+    the 1 and of c, which is within a turned row's WIDTH; masks of whole pieces keep reads wide."""
     inner = tl.arange(0, BLOCK)
     gram_rows = gram_ptr + inner[:, None] * PADDED
     unit = 1.0
     if x.dtype == tl.float16:  # G may be beyond its range: its largest number is on the diagonal
-        diagonal = tl.load(gram_ptr + inner * (PADDED + 1), mask=inner < WIDTH, other=0.0)
+        diagonal = tl.load(gram_ptr + inner * (PADDED + 1), mask=inner < HELD, other=0.0)
         largest = tl.max(diagonal, 0)
         unit = tl.where(largest > 1e-30, 1.0 / largest, 1.0)
     square = tl.zeros((TILE_ROWS,), tl.float32)
@@ -139,15 +140,17 @@ def _gram_squares(
         column = start + tl.arange(0, TILE)
         live = column < WIDTH
         gram = tl.load(
-            gram_rows + column[None, :], mask=(inner < WIDTH)[:, None] & live[None, :], other=0.0
+            gram_rows + column[None, :], mask=(inner < HELD)[:, None] & live[None, :], other=0.0
         )
         cross = tl.dot(x, (gram * unit).to(x.dtype))
         place = x_ptr + row[:, None] * PADDED + column[None, :]
         part = tl.load(place, mask=live_row[:, None] & live[None, :], other=0.0).to(tl.float32)
-        bias = tl.load(gram_ptr + WIDTH * PADDED + column, mask=live, other=0.0)
+        if HELD < WIDTH:
+            part = tl.where((column < HELD)[None, :], part, 0.0)
+        bias = tl.load(gram_ptr + HELD * PADDED + column, mask=live, other=0.0)
         square += tl.sum(cross * part, 1)
         linear += tl.sum(part * bias[None, :], 1)
-    square = square / unit + 2.0 * linear + tl.load(gram_ptr + WIDTH * PADDED + WIDTH)
+    square = square / unit + 2.0 * linear + tl.load(gram_ptr + HELD * PADDED + HELD)
     # Rounding may leave less where W x and b cancel. No maximum: that drops NaN.
     return tl.where(square < 0, 0.0, square)
 
@@ -204,7 +207,7 @@ def _half_rows_kernel(
             store_rows(out_ptr, x, row, column, live_row, WIDTH, PADDED)
             tl.debug_barrier()  # the product's threads read other parts of them
             square = _gram_squares(
-                x, gram_ptr, out_ptr, row, live_row, HELD, PADDED, TILE_ROWS, BLOCK, TILE
+                x, gram_ptr, out_ptr, row, live_row, HELD, WIDTH, PADDED, TILE_ROWS, BLOCK, TILE
             )
             tl.debug_barrier()
         square /= OUTPUTS
@@ -229,9 +232,13 @@ def _half_rows_kernel(
             store_tail(out_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
 
 
-def most_rows(width: int) -> int:
-    """Of a program: beyond 256 values each, more than 32 rows leave too few registers."""
-    return 64 if width <= 256 else 32
+def most_rows(width: int, *, shared: bool) -> int:
+    """Of a program. Rows that share a mean square (`shared`) fit in up to 64, of up to 256 values.
+
+    Others are fewer: 32 of 256 values in 8 warps take 122 registers, and an SM holds two programs,
+    of which one works while the other waits for memory; 64 take 213, and it holds one.
+    """
+    return 64 if width <= (256 if shared else 128) else 32
 
 
 def half_tiling(tile_rows: int, width: int, *, factor: bool) -> tuple[dict[str, int], int]:

@@ -333,7 +333,10 @@ def scaled_rows(
             turned: of half precision rows with LayerNorm, s z `[N, d]` is made (`projection`).
     """
     (rows, width), group_rows = source.shape, calibration.group_rows
-    most = most_rows(width) if is_half(source, norm) else LARGEST_TILE
+    most = LARGEST_TILE
+    if is_half(source, norm):
+        most = most_rows(width, shared=True)
+        most = most if 1 < group_rows <= most else most_rows(width, shared=False)
     tiling = Tiling.of(rows, group_rows, packed=isinstance(source, Packed), most=most)
     out = source.new_empty((rows, gram.shape[0]), dtype=source.dtype)
     launch = _Launch(source, norm, calibration, tiling, out, gram, factor, turned, outputs)

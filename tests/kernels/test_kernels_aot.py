@@ -236,8 +236,9 @@ def rows_cases() -> dict[str, Case]:
         "rows 256, uncalibrated": rows_case(1, 256, 64),
         "rows 256, tile 16, bf16, factor, gain": rows_case(2, 256, 16, gain=True),
         "rows 256, tile 64, bf16, by mean squares": rows_case(5, 256, 64, bits=6),
+        "rows 256, tile 32, bf16, by mean squares": rows_case(5, 256, 32, bits=6),
     }
-    for tile_rows, width in ((16, 256), (64, 256), (16, 512), (32, 512), (64, 48)):
+    for tile_rows, width in ((16, 256), (32, 256), (64, 256), (16, 512), (32, 512), (64, 48)):
         for factor in (True, False):
             name = f"rows {width}, tile {tile_rows}, bf16, {'factor' if factor else 'Gram'}"
             cases[name] = rows_case(2, width, tile_rows, factor=factor)
@@ -250,10 +251,11 @@ def rows_cases() -> dict[str, Case]:
             name = f"rows 256, tile {tile_rows}, {bits} bits"
             cases[f"{name}, factor"] = rows_case(3, 256, tile_rows, bits=bits)
         for factor in (True, False):
-            name = f"rows 256, tile 64, {bits} bits, mean squares"
-            cases[f"{name}, {'factor' if factor else 'Gram'}"] = rows_case(
-                4, 256, 64, bits=bits, factor=factor
-            )
+            for tile_rows in (32, 64):
+                name = f"rows 256, tile {tile_rows}, {bits} bits, mean squares"
+                cases[f"{name}, {'factor' if factor else 'Gram'}"] = rows_case(
+                    4, 256, tile_rows, bits=bits, factor=factor
+                )
     cases["rows 512, tile 32, 4 bits, factor"] = rows_case(3, 512, 32, bits=4)
     # The parts that unpacking, LayerNorm and the product leave fewest registers in.
     few: list[tuple[int, int, int, int, str, dict[str, bool]]] = [
