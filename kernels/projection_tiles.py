@@ -165,8 +165,8 @@ def _tiles_kernel(
     if MODE != 1:
         dout = tl.load(grad_ptr + place, mask=live, other=0.0).to(tl.float32)
     if MODE == 2:
-        place = columns_ptr + row_tile.to(tl.int64) * WIDTH + column
-        tl.store(place, tl.sum(dout, 0), mask=live_column)
+        columns_ptr += row_tile.to(tl.int64) * WIDTH
+        tl.store(columns_ptr + column, tl.sum(dout, 0), mask=live_column)
         sums = tl.sum(dout * gamma * y, 1)
         tl.store(out_ptr + column_tile.to(tl.int64) * rows + row, sums, mask=row < rows)
         return
