@@ -133,7 +133,7 @@ def _project_calibrate_backward(
     else:
         grads = reference.project_calibrate_backward(grad, x, p, mean_square, settings, needs)
     found = zip(grads, needs, (x, *p), strict=True)
-    return [g.to(t.dtype) for g, needed, t in found if needed and g is not None]
+    return [g.to(t.dtype) for g, needed, t in found if needed and g is not None and t is not None]
 
 
 def _project_calibrate_backward_fake(
