@@ -28,7 +28,7 @@ DOTS, WRITE, BOTH = range(3)
 # Outputs of a program of `_parameters_kernel`.
 PARAMETER_ROWS = 8
 # Tile of `_sums_kernel`.
-SUM_PARTS, SUM_COLUMNS = 256, 16
+SUM_PARTS, SUM_COLUMNS = 128, 16
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_group"])

@@ -324,7 +324,7 @@ def gradient_cases(width: int, turned: bool) -> dict[str, Case]:
         (FP32, FP32, *[BF16] * 9, FP32, "i32"),
         *({**parameters, "TILE_ROWS": 8, "BLOCK": block}, 4, 3, ("LDG", "STG")),
     )
-    sums = {"HAS_SECOND": True, "WIDTH": width, "STEPS": 4, "TILE_PARTS": 256, "TILE": 16}
+    sums = {"HAS_SECOND": True, "WIDTH": width, "STEPS": 8, "TILE_PARTS": 128, "TILE": 16}
     cases[f"sums {width}"] = Case(
         *("projection_gradients", "_sums_kernel", (FP32, BF16, BF16, "i32"), sums, 4, 3, ("LDG",)),
     )
