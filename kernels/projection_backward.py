@@ -180,6 +180,19 @@ class _Rows:
         return scaled, weighted, dots
 
 
+def _rounded_gram(folded: Folded, dtype: torch.dtype) -> Tensor:
+    """G, for w G z. Of turned rows without a part of its diagonal, g I: LayerNorm's backward takes
+    away all that lies along its output, g w z too, and rounding G's diagonal, the largest of it,
+    would leave most of the error (bf16, d = 48, D = 4096: dx is off by 0.024 with it and by 0.005
+    without, eager torch's by 0.016)."""
+    gram = folded.gram.to(dtype)
+    if folded.turned:
+        diagonal = folded.gram.diagonal()[:-1]
+        gram = gram.clone() if gram is folded.gram else gram
+        gram.diagonal()[:-1] = diagonal - diagonal[0]
+    return gram
+
+
 def _taken(folded: Folded, weighted: Tensor, scaled: Tensor) -> Tensor:
     """P C `[D, K]` in fp32; bf16 holds any C, fp16 does not."""
     rows = scaled[:, : folded.gram.shape[0]].to(weighted.dtype)
@@ -238,7 +251,7 @@ def _folded_gradients(
     of_norm = needs[NORM_WEIGHT] or needs[NORM_BIAS]
     if needs[X] or (of_norm and not turned):
         if calibrated:
-            add_matmul_fp32(along, weighted, folded.gram.to(weighted.dtype), by=-1.0)
+            add_matmul_fp32(along, weighted, _rounded_gram(folded, weighted.dtype), by=-1.0)
         _norm_gradients(found, needs, along, x, p, squares, turned=turned)
     if any(needs[i] for i in (WEIGHT, BIAS, GAMMA, BETA)) or (of_norm and turned):
         outer = matmul_fp32(grad.T, scaled)
