@@ -77,6 +77,16 @@ class PoolerConfig(PartSettings):
 
     registry: ClassVar[Registry] = POOLERS
 
+    @property
+    def selects_positions(self) -> bool:
+        """Whether its states are those of positions of the text, which a stage has to teach it."""
+        return bool(self.registry.part_of(self).selects_positions)
+
+    @property
+    def needs_lm(self) -> bool:
+        """Whether it works in an encoder with a causal LM only."""
+        return bool(self.registry.part_of(self).needs_lm)
+
 
 @dataclass(frozen=True)
 class BottleneckConfig(PartSettings):

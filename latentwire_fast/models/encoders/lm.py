@@ -87,7 +87,7 @@ class LMEncoder(Encoder):
         @property
         def selects_positions(self) -> bool:
             """Whether its pooler does."""
-            return bool(POOLERS.part_of(self.pooler).selects_positions)
+            return self.pooler.selects_positions
 
         @property
         def prompt(self) -> PromptConfig:

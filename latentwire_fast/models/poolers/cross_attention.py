@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.layer_states import LayerStatesPooler
 from latentwire_fast.models.poolers.spans import span_weights
+from latentwire_fast.models.token_states import StatesFacts, TokenStates
 
 
 class CrossAttentionPooler(LayerStatesPooler):
@@ -26,7 +26,7 @@ class CrossAttentionPooler(LayerStatesPooler):
     class Config(LayerStatesPooler.Config):
         """Queries that read several layers' states of a text; nothing else to set."""
 
-    def __init__(self, config: Config, lm: LMFacts) -> None:
+    def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.mixes = nn.ModuleList(
             nn.Linear(lm.width, lm.width, bias=False) for _ in self.state_layers
@@ -45,7 +45,7 @@ class CrossAttentionPooler(LayerStatesPooler):
         )
         self.norm = nn.LayerNorm(lm.width)
 
-    def forward(self, text: LMText) -> Tensor:
+    def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]`."""
         states, is_text_BT = text.layers(self.state_layers)
         normed = (F.layer_norm(h.float(), h.shape[-1:]) for h in states)
