@@ -112,8 +112,8 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
         (lambda: ENCODERS.config("lm", max_tokens=0), "max_tokens=0, expected at least 1"),
         (lambda: ENCODERS.config("lm", pooler="spans"), "pooler='spans', expected PoolerConfig"),
         (
-            lambda: POOLERS.config("mean"),
-            "no pooler 'mean'; there are queries, spans, cross_attention, layer_spans, selected",
+            lambda: POOLERS.config("median"),
+            "no pooler 'median'; there are queries, spans, cross_attention, layer_spans, selected",
         ),
         (lambda: POOLERS.config("queries", rehearsals=-1), "rehearsals=-1, expected at least 0"),
         (lambda: BOTTLENECKS.config("uniform", bits=5), "bits=5, expected 16, 8, 6 or 4"),

@@ -1,0 +1,93 @@
+"""Every pooler in turn: trained for two steps, saved, loaded; a text has the same states alone and
+in a batch; all that was added gets gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latentwire_fast.config.schema import PoolerConfig, RunConfig, StageConfig
+from latentwire_fast.models.encoders.base import build_encoder
+from latentwire_fast.models.encoders.lm import LMEncoder
+from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.readers.reader import Reader
+from latentwire_fast.registry import ENCODERS, POOLERS
+from runs import tiny_config, train
+
+TEXTS = ["Nulnak lives in Paris.", "Kel is 7.", "Nulnak has a red cat and Kel a blue dog. " * 3]
+
+POOLED: dict[str, dict[str, Any]] = {
+    "queries": {},
+    "spans": {},
+    "cross_attention": {"heads": 2, "states": 2, "layers": 1},
+    "layer_spans": {"heads": 2, "states": 2, "layers": 1},
+    "mean": {},
+}
+
+
+@pytest.fixture(params=POOLED)
+def pooler(request: pytest.FixtureRequest) -> PoolerConfig:
+    return POOLERS.config(request.param, **POOLED[request.param])
+
+
+def encoder_of(reader: Reader, pooler: PoolerConfig, *, latents: int = 5) -> LMEncoder:
+    torch.manual_seed(1)
+    config = ENCODERS.config(
+        "lm", source=reader.source, latents=latents, d_z=8, pooler=pooler, frozen=True
+    )
+    built = build_encoder(config, {reader.name: reader}).eval()
+    assert isinstance(built, LMEncoder)
+    return built
+
+
+def run_config(pooler: PoolerConfig, *folders: Path) -> RunConfig:
+    """A run of two steps, the second on quantised latents."""
+    stages = (StageConfig("answer", steps=1), StageConfig("quantized", steps=1, quantize=6))
+    return tiny_config(*folders, encoder={"pooler": pooler}, stages=stages)
+
+
+@torch.no_grad()
+def test_a_text_has_the_same_states_alone_and_in_a_batch(
+    reader: Reader, pooler: PoolerConfig
+) -> None:
+    encoder = encoder_of(reader, pooler)
+    together = encoder(TEXTS)
+    alone = torch.cat([encoder([text]) for text in TEXTS])
+    assert together.shape == (3, 5, 8)
+    assert together.isfinite().all()
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert torch.cdist(together.flatten(1), together.flatten(1))[0, 1:].min() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("latents", [1, 40])
+def test_one_latent_and_more_latents_than_tokens(
+    readers: dict[str, Reader], pooler: PoolerConfig, latents: int
+) -> None:
+    encoder = encoder_of(readers["llama"], pooler, latents=latents)
+    found = encoder(["", "Kel is 7."])
+    assert found.shape == (2, latents, 8)
+    assert found.isfinite().all()
+
+
+def test_all_that_was_added_gets_gradients(reader: Reader, pooler: PoolerConfig) -> None:
+    encoder = encoder_of(reader, pooler).train()
+    (encoder(TEXTS) * torch.randn(3, 5, 8)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.any())
+        assert reached == (not name.startswith("core.")), name
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_trained_saved_and_loaded(
+    pooler: PoolerConfig, llama_folder: Path, qwen_folder: Path, tmp_path: Path
+) -> None:
+    trainer = train(run_config(pooler, llama_folder, qwen_folder), tmp_path)
+    trained = trainer.session.model.eval()
+    loaded = Interlingua.from_pretrained(tmp_path / "model")
+    assert loaded.encoder_config == trained.encoder_config
+    assert torch.equal(loaded.encode(TEXTS), trained.encode(TEXTS))
+    assert loaded.encode_payloads(TEXTS) == trained.encode_payloads(TEXTS)
