@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from latentwire_fast.config.schema import PoolerConfig, RunConfig, StageConfig
+from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.interlingua import Interlingua
@@ -25,6 +26,7 @@ POOLED: dict[str, dict[str, Any]] = {
     "cross_attention": {"heads": 2, "states": 2, "layers": 1},
     "layer_spans": {"heads": 2, "states": 2, "layers": 1},
     "mean": {},
+    "hierarchical": {"heads": 2},
 }
 
 
@@ -91,3 +93,26 @@ def test_trained_saved_and_loaded(
     assert loaded.encoder_config == trained.encoder_config
     assert torch.equal(loaded.encode(TEXTS), trained.encode(TEXTS))
     assert loaded.encode_payloads(TEXTS) == trained.encode_payloads(TEXTS)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("mean", {"heads": 2}, "pooler 'mean': .*'heads'"),
+        ("hierarchical", {"stages": 0}, "stages=0, expected at least 1"),
+        ("hierarchical", {"factor": 1}, "factor=1, expected at least 2"),
+        ("hierarchical", {"dropout": 1.0}, r"dropout=1.0, expected in \[0, 1\)"),
+    ],
+)
+def test_what_settings_cannot_be(kind: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        POOLERS.config(kind, **options)
+
+
+@pytest.mark.parametrize("kind", ["hierarchical"])
+def test_heads_that_do_not_divide_the_width_are_refused(reader: Reader, kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"encoder\.pooler\.heads=7 does not divide the width"):
+        encoder_of(reader, POOLERS.config(kind, heads=7))

@@ -7,4 +7,5 @@ PARTS = {
     "layer_spans": "latentwire_fast.models.poolers.layer_spans:LayerSpansPooler",
     "selected": "latentwire_fast.models.poolers.selected:SelectedPooler",
     "mean": "latentwire_fast.models.poolers.mean:MeanPooler",
+    "hierarchical": "latentwire_fast.models.poolers.hierarchical:HierarchicalPooler",
 }

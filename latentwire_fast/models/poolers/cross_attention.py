@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentwire_fast.models.layers import pre_norm_decoder_layer
 from latentwire_fast.models.poolers.layer_states import LayerStatesPooler
 from latentwire_fast.models.poolers.spans import span_weights
 from latentwire_fast.models.token_states import StatesFacts, TokenStates
@@ -32,14 +33,9 @@ class CrossAttentionPooler(LayerStatesPooler):
             nn.Linear(lm.width, lm.width, bias=False) for _ in self.state_layers
         )
         self.slots = nn.Parameter(torch.randn(lm.latents, lm.width) * 0.02)
-        shape = (lm.width, config.heads, config.expansion * lm.width)
         self.body = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                *shape,
-                dropout=config.dropout,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
+            pre_norm_decoder_layer(
+                lm.width, config.heads, expansion=config.expansion, dropout=config.dropout
             )
             for _ in range(config.layers)
         )

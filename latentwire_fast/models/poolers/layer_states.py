@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import PoolerConfig
+from latentwire_fast.models.layers import check_heads
 from latentwire_fast.models.poolers.base import Pooler
 from latentwire_fast.models.token_states import StatesFacts
 
@@ -51,11 +52,7 @@ class LayerStatesPooler(Pooler):
 
     def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
-        require(
-            lm.width % config.heads == 0,
-            f"encoder.pooler.heads={config.heads} does not divide the width {lm.width} of "
-            f"{lm.source!r}",
-        )
+        check_heads(config.heads, lm)
         self.latents = lm.latents
         self.state_layers = spread(lm.layers + 1, config.states)
 
