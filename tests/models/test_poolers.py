@@ -3,6 +3,7 @@ in a batch; all that was added gets gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.models.token_states import StatesFacts, TokenStates
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ENCODERS, POOLERS
 from runs import tiny_config, train
@@ -27,6 +29,7 @@ POOLED: dict[str, dict[str, Any]] = {
     "layer_spans": {"heads": 2, "states": 2, "layers": 1},
     "mean": {},
     "hierarchical": {"heads": 2},
+    "convolution": {},
 }
 
 
@@ -95,6 +98,41 @@ def test_trained_saved_and_loaded(
     assert loaded.encode_payloads(TEXTS) == trained.encode_payloads(TEXTS)
 
 
+# --- single poolers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(4, 4), (4, 2), (5, 2), (3, 1)])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9])
+def test_a_convolution_sees_nothing_beside_the_text(kernel: int, stride: int, length: int) -> None:
+    """Two rows hold the same text at other places, one of them between values of its own."""
+    facts = StatesFacts(latents=2, width=8, layers=1, source="test")
+    pooler = POOLERS["convolution"](
+        POOLERS.config("convolution", kernel=kernel, stride=stride), facts
+    )
+    start = stride * stride  # where the strides begin anew
+    states = torch.randn(2, start + length + 3, 8)
+    inside = torch.zeros(states.shape[:2], dtype=torch.bool)
+    inside[0, :length] = inside[1, start : start + length] = True
+    states[1, start : start + length] = states[0, :length]
+    first, second = pooler(Fixed(states, inside))
+    torch.testing.assert_close(first, second)
+
+
+class Fixed(TokenStates):
+    """One layer's states, given."""
+
+    last_layer = 0
+
+    def __init__(self, states: torch.Tensor, inside: torch.Tensor) -> None:
+        self.states, self.inside = states, inside
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def layers(self, numbers: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        return [self.states for _ in numbers], self.inside
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -104,6 +142,8 @@ def test_trained_saved_and_loaded(
         ("mean", {"heads": 2}, "pooler 'mean': .*'heads'"),
         ("hierarchical", {"stages": 0}, "stages=0, expected at least 1"),
         ("hierarchical", {"factor": 1}, "factor=1, expected at least 2"),
+        ("convolution", {"layers": 0}, "layers=0, expected at least 1"),
+        ("convolution", {"kernel": 2, "stride": 3}, "kernel=2 is less than stride=3"),
         ("hierarchical", {"dropout": 1.0}, r"dropout=1.0, expected in \[0, 1\)"),
     ],
 )

@@ -8,4 +8,5 @@ PARTS = {
     "selected": "latentwire_fast.models.poolers.selected:SelectedPooler",
     "mean": "latentwire_fast.models.poolers.mean:MeanPooler",
     "hierarchical": "latentwire_fast.models.poolers.hierarchical:HierarchicalPooler",
+    "convolution": "latentwire_fast.models.poolers.convolution:ConvolutionPooler",
 }
