@@ -30,12 +30,14 @@ POOLED: dict[str, dict[str, Any]] = {
     "mean": {},
     "hierarchical": {"heads": 2},
     "convolution": {},
+    "refiner": {"heads": 2, "pooler": POOLERS.config("spans")},
+    "refiner of queries": {"heads": 2, "pooler": POOLERS.config("queries")},
 }
 
 
 @pytest.fixture(params=POOLED)
 def pooler(request: pytest.FixtureRequest) -> PoolerConfig:
-    return POOLERS.config(request.param, **POOLED[request.param])
+    return POOLERS.config(request.param.split()[0], **POOLED[request.param])
 
 
 def encoder_of(reader: Reader, pooler: PoolerConfig, *, latents: int = 5) -> LMEncoder:
@@ -118,6 +120,22 @@ def test_a_convolution_sees_nothing_beside_the_text(kernel: int, stride: int, le
     torch.testing.assert_close(first, second)
 
 
+def test_a_refiner_behind_chosen_positions(readers: dict[str, Reader]) -> None:
+    selected = POOLERS.config("selected")
+    refiner = POOLERS.config("refiner", heads=2, pooler=selected)
+    assert refiner.selects_positions
+    assert not POOLERS.config("refiner").selects_positions
+    encoder = encoder_of(readers["llama"], refiner)
+    with torch.no_grad():
+        latent, selection = encoder.select(TEXTS)
+        assert torch.equal(latent, encoder(TEXTS))
+    assert torch.equal(selection.places_BM, selection.places_BM.sort(1).values)
+    with pytest.raises(ConfigError, match="an objective that teaches positions"):
+        tiny_config(Path("llama"), encoder={"pooler": refiner})
+    with pytest.raises(ConfigError, match="pooler 'spans' selects no positions"):
+        encoder_of(readers["llama"], POOLERS.config("refiner", heads=2)).select(TEXTS)
+
+
 class Fixed(TokenStates):
     """One layer's states, given."""
 
@@ -144,6 +162,8 @@ class Fixed(TokenStates):
         ("hierarchical", {"factor": 1}, "factor=1, expected at least 2"),
         ("convolution", {"layers": 0}, "layers=0, expected at least 1"),
         ("convolution", {"kernel": 2, "stride": 3}, "kernel=2 is less than stride=3"),
+        ("refiner", {"layers": 0}, "layers=0, expected at least 1"),
+        ("refiner", {"pooler": "spans"}, "pooler='spans', expected PoolerConfig"),
         ("hierarchical", {"dropout": 1.0}, r"dropout=1.0, expected in \[0, 1\)"),
     ],
 )
@@ -152,7 +172,7 @@ def test_what_settings_cannot_be(kind: str, options: dict[str, Any], message: st
         POOLERS.config(kind, **options)
 
 
-@pytest.mark.parametrize("kind", ["hierarchical"])
+@pytest.mark.parametrize("kind", ["hierarchical", "refiner"])
 def test_heads_that_do_not_divide_the_width_are_refused(reader: Reader, kind: str) -> None:
     with pytest.raises(ConfigError, match=r"encoder\.pooler\.heads=7 does not divide the width"):
         encoder_of(reader, POOLERS.config(kind, heads=7))

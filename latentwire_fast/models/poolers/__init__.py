@@ -9,4 +9,5 @@ PARTS = {
     "mean": "latentwire_fast.models.poolers.mean:MeanPooler",
     "hierarchical": "latentwire_fast.models.poolers.hierarchical:HierarchicalPooler",
     "convolution": "latentwire_fast.models.poolers.convolution:ConvolutionPooler",
+    "refiner": "latentwire_fast.models.poolers.refiner:RefinerPooler",
 }
