@@ -9,5 +9,6 @@ PARTS = {
     "mean": "latentwire_fast.models.poolers.mean:MeanPooler",
     "hierarchical": "latentwire_fast.models.poolers.hierarchical:HierarchicalPooler",
     "convolution": "latentwire_fast.models.poolers.convolution:ConvolutionPooler",
+    "gated_queries": "latentwire_fast.models.poolers.gated_queries:GatedQueriesPooler",
     "refiner": "latentwire_fast.models.poolers.refiner:RefinerPooler",
 }
