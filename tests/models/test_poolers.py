@@ -31,6 +31,7 @@ POOLED: dict[str, dict[str, Any]] = {
     "hierarchical": {"heads": 2},
     "convolution": {},
     "gated_queries": {"heads": 2},
+    "pool_expand": {"heads": 2},
     "refiner": {"heads": 2, "pooler": POOLERS.config("spans")},
     "refiner of queries": {"heads": 2, "pooler": POOLERS.config("queries")},
 }
@@ -164,6 +165,7 @@ class Fixed(TokenStates):
         ("convolution", {"layers": 0}, "layers=0, expected at least 1"),
         ("convolution", {"kernel": 2, "stride": 3}, "kernel=2 is less than stride=3"),
         ("gated_queries", {"heads": 0}, "heads=0, expected at least 1"),
+        ("pool_expand", {"expansion": 0}, "expansion=0, expected at least 1"),
         ("refiner", {"layers": 0}, "layers=0, expected at least 1"),
         ("refiner", {"pooler": "spans"}, "pooler='spans', expected PoolerConfig"),
         ("hierarchical", {"dropout": 1.0}, r"dropout=1.0, expected in \[0, 1\)"),
@@ -174,7 +176,7 @@ def test_what_settings_cannot_be(kind: str, options: dict[str, Any], message: st
         POOLERS.config(kind, **options)
 
 
-@pytest.mark.parametrize("kind", ["hierarchical", "gated_queries", "refiner"])
+@pytest.mark.parametrize("kind", ["hierarchical", "gated_queries", "pool_expand", "refiner"])
 def test_heads_that_do_not_divide_the_width_are_refused(reader: Reader, kind: str) -> None:
     with pytest.raises(ConfigError, match=r"encoder\.pooler\.heads=7 does not divide the width"):
         encoder_of(reader, POOLERS.config(kind, heads=7))

@@ -10,5 +10,6 @@ PARTS = {
     "hierarchical": "latentwire_fast.models.poolers.hierarchical:HierarchicalPooler",
     "convolution": "latentwire_fast.models.poolers.convolution:ConvolutionPooler",
     "gated_queries": "latentwire_fast.models.poolers.gated_queries:GatedQueriesPooler",
+    "pool_expand": "latentwire_fast.models.poolers.pool_expand:PoolExpandPooler",
     "refiner": "latentwire_fast.models.poolers.refiner:RefinerPooler",
 }
