@@ -34,7 +34,6 @@ class EncoderConfig(PartSettings):
     """
 
     registry: ClassVar[Registry] = ENCODERS
-
     latents: int = 12
     d_z: int = 16
 
@@ -45,9 +44,14 @@ class EncoderConfig(PartSettings):
 
     @property
     def source(self) -> str | None:
-        """Where its pretrained LM comes from: a field of encoders that start from one, else
+        """Where its pretrained model comes from: a field of encoders that start from one, else
         None."""
         return None
+
+    @property
+    def starts_from_reader(self) -> bool:
+        """Whether it starts from the first of the readers where these are given, and no source."""
+        return self.source is not None
 
     @property
     def selects_positions(self) -> bool:
@@ -55,10 +59,10 @@ class EncoderConfig(PartSettings):
         return False
 
     def with_source(self, source: str) -> EncoderConfig:
-        """A copy of these settings that starts from another LM.
+        """A copy of these settings that starts from another pretrained model.
 
         Raises:
-            ConfigError: it starts from no LM.
+            ConfigError: it starts from none.
         """
         require(
             self.source is not None, f"encoder {self.kind!r} starts from no LM: leave out --encoder"
@@ -86,6 +90,18 @@ class PoolerConfig(PartSettings):
     def needs_lm(self) -> bool:
         """Whether it works in an encoder with a causal LM only."""
         return bool(self.registry.part_of(self).needs_lm)
+
+    def check_states_alone(self, encoder: EncoderConfig) -> None:
+        """Raise unless it works in an encoder that has token states, and no causal LM.
+
+        Raises:
+            ConfigError: it needs one, or readers' positions.
+        """
+        require(
+            not (self.needs_lm or self.selects_positions),
+            f"pooler {self.kind!r} needs a causal LM, which encoder {encoder.kind!r} does not "
+            "have; take another pooler, or encoder 'lm'",
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BertConfig,
     Gemma3TextConfig,
     LlamaConfig,
     Qwen2Config,
@@ -64,6 +65,9 @@ _QWEN_7B = decoder_sizes(
 )
 # Models of the presets as on the hub, whose configurations need no network, nor a package.
 KNOWN: dict[str, Any] = {
+    "sentence-transformers/all-MiniLM-L6-v2": BertConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12
+    ),
     "meta-llama/Llama-3.1-8B-Instruct": _llama_3(
         width=4096, inner=14336, layers=32, factor=8.0, tied=False
     ),

@@ -3,4 +3,5 @@
 PARTS = {
     "lm": "latentwire_fast.models.encoders.lm:LMEncoder",
     "byte": "latentwire_fast.models.encoders.byte:ByteEncoder",
+    "token_query": "latentwire_fast.models.encoders.token_query:TokenQueryEncoder",
 }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.tensor_cache import TensorCache
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
+from latentwire_fast.models.encoders.truncation import cut_context
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
@@ -207,15 +207,7 @@ class LMEncoder(Encoder):
         ends = self.prompts.text_ends(encoded_text(context, question))
         if question is None:
             return ends[: self.config.max_tokens]
-        return self._fit(ends, ends, context)
-
-    def _fit(self, tokens: list[int], ends: list[int], context: str) -> list[int]:
-        """Those of a pure-mode text's tokens that are read, given where they end: the context is
-        cut and the question stays."""
-        limit = self.config.max_tokens
-        question = bisect_right(ends, len(encoded_text(context, None)))  # its first token
-        kept = max(0, question - max(0, len(tokens) - limit))
-        return [*tokens[:kept], *tokens[question:]][:limit]
+        return cut_context(ends, ends, context, limit=self.config.max_tokens)
 
     def _latent(self, states_BMD: Tensor) -> Tensor:
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
@@ -232,8 +224,9 @@ class LMEncoder(Encoder):
             else:
                 text = encoded_text(context, questions[i])
                 ids = self.prompts.text_ids(text)
-                if len(ids) > self.config.max_tokens:
-                    ids = self._fit(ids, self.prompts.text_ends(text), context)
+                limit = self.config.max_tokens
+                if len(ids) > limit:
+                    ids = cut_context(ids, self.prompts.text_ends(text), context, limit=limit)
                 prompt = self.prompts.build([Turn(questions[i])], context=context, user_ids=ids)
             prompts.append(prompt)
         return prompts
