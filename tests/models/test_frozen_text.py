@@ -22,7 +22,7 @@ from latentwire_fast.training.budget import budget
 from runs import records, tiny_config, tiny_squad, train
 
 TEXTS = ["Nulnak lives in Paris.", "Kel is 7.", "Nulnak has a red cat and Kel a blue dog. " * 4]
-KINDS = ("token_query",)
+KINDS = ("sentence", "token_query")
 
 
 @pytest.fixture(params=["bert_folder", "roberta_folder"])

@@ -4,4 +4,5 @@ PARTS = {
     "lm": "latentwire_fast.models.encoders.lm:LMEncoder",
     "byte": "latentwire_fast.models.encoders.byte:ByteEncoder",
     "token_query": "latentwire_fast.models.encoders.token_query:TokenQueryEncoder",
+    "sentence": "latentwire_fast.models.encoders.sentence:SentenceEncoder",
 }

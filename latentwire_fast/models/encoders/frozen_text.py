@@ -1,4 +1,4 @@
-"""What the encoders over a frozen text encoder have in common, such as `token_query`.
+"""What the encoders over a frozen text encoder have in common: `sentence` and `token_query`.
 
 Shapes: B texts, M latents, D the text encoder's width.
 """

@@ -55,7 +55,12 @@ class MeanPooler(Pooler):
 
     def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]`."""
-        hidden_BTD, is_text_BT = text.last()
-        mean_B1D = span_weights(is_text_BT, 1) @ hidden_BTD.float()
-        states_BMD: Tensor = self.queries(F.layer_norm(mean_B1D[:, 0], mean_B1D.shape[-1:]))
+        states_BMD: Tensor = self.queries(mean_vector(text))
         return states_BMD
+
+
+def mean_vector(text: TokenStates) -> Tensor:
+    """The mean `[B, D]` of each text's last hidden states, normalised to variance 1."""
+    hidden_BTD, is_text_BT = text.last()
+    mean_BD = (span_weights(is_text_BT, 1) @ hidden_BTD.float()).squeeze(1)
+    return F.layer_norm(mean_BD, mean_BD.shape[-1:])
