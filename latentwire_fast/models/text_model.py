@@ -207,6 +207,6 @@ def _fresh(config: Any) -> PreTrainedModel:
 
 def _without_pooling(config: Any) -> dict[str, bool]:
     """Options that leave out that layer, of a model that may have one."""
-    kind = MODEL_MAPPING.get(type(config), None)
+    kind: Any = MODEL_MAPPING.get(type(config), None)
     known = () if kind is None else inspect.signature(kind).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}

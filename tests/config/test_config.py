@@ -109,6 +109,15 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
         (lambda: ENCODERS.config("byte", frozen=True), "encoder 'byte': .*'frozen'"),
         (lambda: ENCODERS.config("byte", width=30, heads=4), "width=30.*heads=4"),
         (lambda: ENCODERS.config("byte", max_bytes=0), "max_bytes=0, expected at least 1"),
+        (lambda: ENCODERS.config("byte", gate="slot"), "gate='slot', expected 'shared' or 'slots'"),
+        (
+            lambda: ENCODERS.config("byte", pooler=POOLERS.config("queries")),
+            "pooler 'queries' needs a causal LM, which encoder 'byte' does not have",
+        ),
+        (
+            lambda: ENCODERS.config("byte", gate="slots", pooler=POOLERS.config("spans")),
+            "gate='slots' is of the encoder's own pooler, and there is another, 'spans'",
+        ),
         (lambda: ENCODERS.config("lm", max_tokens=0), "max_tokens=0, expected at least 1"),
         (lambda: ENCODERS.config("lm", pooler="spans"), "pooler='spans', expected PoolerConfig"),
         (
