@@ -118,6 +118,11 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
             lambda: ENCODERS.config("byte", gate="slots", pooler=POOLERS.config("spans")),
             "gate='slots' is of the encoder's own pooler, and there is another, 'spans'",
         ),
+        (lambda: ENCODERS.config("lm", scaffold="system"), "scaffold='system', expected 'chat' or"),
+        (
+            lambda: ENCODERS.config("lm", scaffold="none", template="tool_use"),
+            "template='tool_use' names a chat template, and scaffold='none' takes none",
+        ),
         (lambda: ENCODERS.config("lm", max_tokens=0), "max_tokens=0, expected at least 1"),
         (lambda: ENCODERS.config("lm", pooler="spans"), "pooler='spans', expected PoolerConfig"),
         (

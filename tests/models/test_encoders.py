@@ -299,3 +299,46 @@ def test_rehearsals_with_untied_embeddings_say_who_asks_for_them(
     )
     with pytest.raises(ConfigError, match=wanted):
         build_model(config, load_readers(config.readers))
+
+
+# --- what stands around the text ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_scaffolds_are_the_template_plain_words_or_nothing(source: Reader) -> None:
+    context, latents = "Nulnak is old.", []
+    template = source.tokenizer.chat_template
+    for scaffold, before in (("neutral", "User:\n"), ("none", "")):
+        encoder = make(replace(CONFIGS["spans"], scaffold=scaffold), source)
+        assert isinstance(encoder, LMEncoder)
+        ids = encoder.prompts.build_context(context).ids
+        bos = [source.tokenizer.bos_token_id] if source.tokenizer.bos_token_id is not None else []
+        text = source.prompts.text_ids
+        assert ids == [*bos, *(text(before) if before else []), *text(f"Context: {context}")]
+        latents.append(encoder([context, "The dog."]))
+        torch.testing.assert_close(latents[-1][:1], encoder([context]), rtol=1e-4, atol=1e-5)
+    latents.append(make(replace(CONFIGS["spans"], scaffold="chat"), source)([context, "The dog."]))
+    assert torch.cdist(*[torch.stack(latents).flatten(1)] * 2)[0, 1:].min() > 1e-3
+    assert torch.equal(latents[-1], make(CONFIGS["spans"], source)([context, "The dog."]))
+    assert source.tokenizer.chat_template == template, "the reader's own is as it was"
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("pure", [False, True], ids=["context", "pure"])
+def test_a_neutral_scaffold_is_trained_saved_and_loaded(
+    llama_folder: Path, qwen_folder: Path, tmp_path: Path, pure: bool
+) -> None:
+    config = tiny_config(
+        llama_folder,
+        qwen_folder,
+        mode="pure" if pure else "context",
+        stages=(StageConfig("answer", steps=2),),
+        encoder={"source": str(llama_folder), "scaffold": "neutral"},
+    )
+    trained = train(config, tmp_path).session.model.eval()
+    loaded = Interlingua.from_pretrained(tmp_path / "model")
+    texts = [["Nulnak is already 94 years old."], *([["Who?"]] if pure else [])]
+    assert torch.equal(loaded.encode(*texts), trained.encode(*texts))
+    assert loaded.encoder.prompts.build_context("a").ids == (
+        trained.encoder.prompts.build_context("a").ids
+    )
