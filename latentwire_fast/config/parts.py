@@ -5,6 +5,7 @@ A part's own settings are the class `Config` nested in it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -69,6 +70,10 @@ class EncoderConfig(PartSettings):
         )
         changes: dict[str, Any] = {"source": source}
         return replace(self, **changes)
+
+    def map_sources(self, change: Callable[[str], str]) -> EncoderConfig:
+        """A copy whose pretrained models have changed names, such as absolute paths."""
+        return self if self.source is None else self.with_source(change(self.source))
 
     def allows(self, trained: EncoderConfig) -> bool:
         """Whether a trained encoder is one that these settings ask for."""

@@ -62,3 +62,25 @@ class TokenStates(ABC):
         length of each `[B]`."""
         states_BTD, is_text_BT = self.last()
         return states_BTD, is_text_BT.sum(1)
+
+
+class OneLayer(TokenStates):
+    """The states of an encoder that has those of one layer to give.
+
+    Args:
+        states_BTD: of the texts.
+        is_text_BT: where they are of the text itself.
+    """
+
+    last_layer = 0
+
+    def __init__(self, states_BTD: Tensor, is_text_BT: Tensor) -> None:
+        self._states_BTD = states_BTD
+        self._is_text_BT = is_text_BT
+
+    def __len__(self) -> int:
+        return len(self._states_BTD)
+
+    def layers(self, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """That layer, and the mask."""
+        return [self._states_BTD for _ in numbers], self._is_text_BT

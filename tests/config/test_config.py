@@ -35,7 +35,7 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.registry import BOTTLENECKS, ENCODERS, OBJECTIVES, POOLERS, SCHEDULES
 from runs import changed, deep, soft, stored
 
-ALL = ("lm", "byte", "token_query", "sentence")
+ALL = ("lm", "byte", "token_query", "sentence", "anchor_guided")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ in a batch; all that was added gets gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.models.token_states import StatesFacts, TokenStates
+from latentwire_fast.models.token_states import OneLayer, StatesFacts
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ENCODERS, POOLERS
 from runs import tiny_config, train
@@ -118,7 +117,7 @@ def test_a_convolution_sees_nothing_beside_the_text(kernel: int, stride: int, le
     inside = torch.zeros(states.shape[:2], dtype=torch.bool)
     inside[0, :length] = inside[1, start : start + length] = True
     states[1, start : start + length] = states[0, :length]
-    first, second = pooler(Fixed(states, inside))
+    first, second = pooler(OneLayer(states, inside))
     torch.testing.assert_close(first, second)
 
 
@@ -136,21 +135,6 @@ def test_a_refiner_behind_chosen_positions(readers: dict[str, Reader]) -> None:
         tiny_config(Path("llama"), encoder={"pooler": refiner})
     with pytest.raises(ConfigError, match="pooler 'spans' selects no positions"):
         encoder_of(readers["llama"], POOLERS.config("refiner", heads=2)).select(TEXTS)
-
-
-class Fixed(TokenStates):
-    """One layer's states, given."""
-
-    last_layer = 0
-
-    def __init__(self, states: torch.Tensor, inside: torch.Tensor) -> None:
-        self.states, self.inside = states, inside
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def layers(self, numbers: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        return [self.states for _ in numbers], self.inside
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -5,4 +5,5 @@ PARTS = {
     "byte": "latentwire_fast.models.encoders.byte:ByteEncoder",
     "token_query": "latentwire_fast.models.encoders.token_query:TokenQueryEncoder",
     "sentence": "latentwire_fast.models.encoders.sentence:SentenceEncoder",
+    "anchor_guided": "latentwire_fast.models.encoders.anchor_guided:AnchorGuidedEncoder",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,7 +15,7 @@ from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_norm
 from latentwire_fast.models.layers import pre_norm_layer
 from latentwire_fast.models.poolers.base import Pooler
 from latentwire_fast.models.poolers.gated_queries import SlotGates
-from latentwire_fast.models.token_states import StatesFacts, TokenStates
+from latentwire_fast.models.token_states import OneLayer, StatesFacts
 from latentwire_fast.prompts.builder import encoded_text
 from latentwire_fast.registry import POOLERS
 
@@ -123,7 +122,7 @@ class ByteEncoder(Encoder):
         if self.config.pooler is None:
             pooled = self._pool(states, padding)
         else:
-            pooled = self.pooler(ByteStates(states, ~padding))
+            pooled = self.pooler(OneLayer(states, ~padding))
         return rms_normalize(self.project(self.norm(pooled)).float())
 
     def _pool(self, states_BTD: Tensor, padding_BT: Tensor) -> Tensor:
@@ -153,25 +152,3 @@ class ByteEncoder(Encoder):
                 states_BDN.shape[-1] // padding_BT.shape[1], -1
             )
         return states_BDN.transpose(1, 2)
-
-
-class ByteStates(TokenStates):
-    """The states of a `ByteEncoder`'s last layer, each of four bytes, as a pooler reads them.
-
-    Args:
-        states_BTD: of the whole texts.
-        is_text_BT: where they are of no padding.
-    """
-
-    last_layer = 0
-
-    def __init__(self, states_BTD: Tensor, is_text_BT: Tensor) -> None:
-        self._states_BTD = states_BTD
-        self._is_text_BT = is_text_BT
-
-    def __len__(self) -> int:
-        return len(self._states_BTD)
-
-    def layers(self, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """The one layer, and the mask."""
-        return [self._states_BTD for _ in numbers], self._is_text_BT

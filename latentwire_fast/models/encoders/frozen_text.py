@@ -17,7 +17,7 @@ from latentwire_fast.config.schema import EncoderConfig
 from latentwire_fast.files.tensor_cache import TensorCache
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
-from latentwire_fast.models.encoders.truncation import cut_context
+from latentwire_fast.models.encoders.truncation import read_tokens
 from latentwire_fast.models.text_model import TextModel, TextModelStates
 from latentwire_fast.models.token_states import TokenStates
 from latentwire_fast.prompts.builder import encoded_text
@@ -98,17 +98,10 @@ class FrozenTextEncoder(Encoder):
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
         asked = [None] * len(contexts) if questions is None else questions
-        rows = [self._ids(c, q) for c, q in zip(contexts, asked, strict=True)]
+        text, limit = self.text_model.text, self.config.max_tokens
+        rows = [read_tokens(text, c, q, limit=limit) for c, q in zip(contexts, asked, strict=True)]
         states_BMD = self.pool(TextModelStates(self.text_model, rows, cache=self.states_cache))
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
-
-    def _ids(self, context: str, question: str | None) -> list[int]:
-        """The tokens that are read: of a text that is too long, the context is cut."""
-        text, limit = encoded_text(context, question), self.config.max_tokens
-        ids = self.text_model.text.ids(text)
-        if question is None or len(ids) <= limit:
-            return ids[:limit]
-        return cut_context(ids, self.text_model.text.ends(text), context, limit=limit)
 
     def keep_states(self, folder: Path, *, rank: int) -> None:
         """Keep the text encoder's states."""
@@ -117,8 +110,8 @@ class FrozenTextEncoder(Encoder):
 
     def kept_bytes(self, context: str) -> int:
         """Its states, fp16."""
-        width = self.norm.normalized_shape[0]
-        return 2 * self.states_kept * len(self._ids(context, None)) * width
+        tokens = min(self.length_of(encoded_text(context, None)), self.config.max_tokens)
+        return 2 * self.states_kept * tokens * self.norm.normalized_shape[0]
 
     def save(self, folder: Path) -> list[str]:
         """Write the text encoder's configuration and its tokenizer."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.prompts.builder import encoded_text
+from latentwire_fast.prompts.text_tokens import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,15 @@ def cut_context(tokens: list[int], ends: list[int], context: str, *, limit: int)
     question = bisect_right(ends, len(encoded_text(context, None)))  # its first token
     kept = max(0, question - max(0, len(tokens) - limit))
     return [*tokens[:kept], *tokens[question:]][:limit]
+
+
+def read_tokens(
+    text: TextTokenizer, context: str, question: str | None, *, limit: int
+) -> list[int]:
+    """Token ids of a context, or of a context with its question, at most `limit`: the context of
+    what is longer is cut."""
+    whole = encoded_text(context, question)
+    ids = text.ids(whole)
+    if question is None or len(ids) <= limit:
+        return ids[:limit]
+    return cut_context(ids, text.ends(whole), context, limit=limit)
