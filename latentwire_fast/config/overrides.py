@@ -134,7 +134,7 @@ def with_overrides(
         if encoder or mode:
             raise ConfigError(f"--base {base} brings its encoder and mode; leave out the other")
         config = _added_to(base, config)
-    elif readers and encoder is None and config.encoder.starts_from_reader:
+    elif readers and encoder is None and config.encoder.source is not None:
         encoder = next(iter(readers.values()))
     if mode is not None:  # before the steps are counted: it may leave out stages
         config = _in_mode(mode, config)

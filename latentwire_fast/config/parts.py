@@ -35,6 +35,7 @@ class EncoderConfig(PartSettings):
     """
 
     registry: ClassVar[Registry] = ENCODERS
+
     latents: int = 12
     d_z: int = 16
 
@@ -45,14 +46,9 @@ class EncoderConfig(PartSettings):
 
     @property
     def source(self) -> str | None:
-        """Where its pretrained model comes from: a field of encoders that start from one, else
+        """Where its pretrained LM comes from: a field of encoders that start from one, else
         None."""
         return None
-
-    @property
-    def starts_from_reader(self) -> bool:
-        """Whether it starts from the first of the readers where these are given, and no source."""
-        return self.source is not None
 
     @property
     def selects_positions(self) -> bool:
@@ -60,10 +56,10 @@ class EncoderConfig(PartSettings):
         return False
 
     def with_source(self, source: str) -> EncoderConfig:
-        """A copy of these settings that starts from another pretrained model.
+        """A copy of these settings that starts from another LM.
 
         Raises:
-            ConfigError: it starts from none.
+            ConfigError: it starts from no LM.
         """
         require(
             self.source is not None, f"encoder {self.kind!r} starts from no LM: leave out --encoder"

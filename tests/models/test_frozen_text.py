@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.text_model import TextModel, TextModelStates
 from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.training.budget import budget
+from latentwire_fast.training.builders import absolute_paths
 from runs import records, tiny_config, tiny_squad, train
 
 TEXTS = ["Nulnak lives in Paris.", "Kel is 7.", "Nulnak has a red cat and Kel a blue dog. " * 4]
@@ -32,7 +34,9 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 def settings(kind: str, folder: Path, **options: Any) -> EncoderConfig:
-    config: EncoderConfig = ENCODERS.config(kind, source=str(folder), latents=5, d_z=8, **options)
+    config: EncoderConfig = ENCODERS.config(
+        kind, text_encoder=str(folder), latents=5, d_z=8, **options
+    )
     return config
 
 
@@ -190,13 +194,17 @@ def test_poolers_that_need_a_causal_lm_are_refused(pooler: str, bert_folder: Pat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_readers_leave_the_text_encoder(
-    kind: str, bert_folder: Path, llama_folder: Path
+    kind: str, bert_folder: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(settings(kind, bert_folder), llama_folder)
     assert with_overrides(config, readers={"a": "b"}).encoder == config.encoder
-    assert with_overrides(config, encoder="other").encoder.source == "other"
-    with pytest.raises(ConfigError, match=r"cannot load '\./nowhere': no such folder"):
-        encoder_of(config.encoder.with_source("./nowhere"))
+    with pytest.raises(ConfigError, match=f"encoder '{kind}' starts from no LM: leave out"):
+        with_overrides(config, encoder="other")
+    monkeypatch.chdir(bert_folder.parent)
+    here = replace(config, encoder=settings(kind, Path(bert_folder.name)))
+    assert absolute_paths(here).encoder == config.encoder
+    with pytest.raises(ConfigError, match=r"cannot load '/nowhere': no such folder"):
+        encoder_of(settings(kind, Path("/nowhere")))
     with pytest.raises(ConfigError, match="max_tokens=0, expected at least 1"):
         settings(kind, bert_folder, max_tokens=0)
 

@@ -61,7 +61,7 @@ class AnchorGuidedEncoder(Encoder):
 
         Attributes:
             source: the LM whose token embeddings are read: a reader's source, a folder or a hub id.
-            anchor: the text encoder, a folder or a hub id.
+            anchor: the text encoder: a folder, `package:minilm` or a hub id.
             width, layers, heads: of the transformer.
             pooler: its states to M latents.
             max_tokens: longest text that is read, in the LM's tokens and in the anchor's.

@@ -6,8 +6,8 @@ Shapes: B texts, M latents, D the text encoder's width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from latentwire_fast.prompts.builder import encoded_text
 from latentwire_fast.readers.reader import Reader
 
 FOLDER = "encoder"  # of a saved model: the text encoder's configuration and tokenizer
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM = "package:minilm"
 
 
 class FrozenTextEncoder(Encoder):
@@ -42,21 +42,20 @@ class FrozenTextEncoder(Encoder):
         """Settings of every encoder over a frozen text encoder.
 
         Attributes:
-            source: the text encoder: a folder or a hub id.
+            text_encoder: a folder, `package:minilm` or a hub id.
             max_tokens: longest text that is read.
         """
 
-        source: str = MINILM
+        text_encoder: str = MINILM
         max_tokens: int = 1024
 
         def __post_init__(self) -> None:
             super().__post_init__()
             self.at_least_one("max_tokens")
 
-        @property
-        def starts_from_reader(self) -> bool:
-            """No: readers are causal LMs."""
-            return False
+        def map_sources(self, change: Callable[[str], str]) -> EncoderConfig:
+            """A copy with the text encoder's name changed."""
+            return replace(self, text_encoder=change(self.text_encoder))
 
     config: Config
     states_kept = 1
@@ -77,14 +76,14 @@ class FrozenTextEncoder(Encoder):
     def build(cls, config: EncoderConfig, readers: Mapping[str, Reader]) -> FrozenTextEncoder:
         """A fresh encoder over the text encoder of its source."""
         assert isinstance(config, FrozenTextEncoder.Config)
-        return cls(TextModel.of(config.source), config)
+        return cls(TextModel.of(config.text_encoder), config)
 
     @classmethod
     def outline(cls, config: EncoderConfig) -> FrozenTextEncoder:
         """An encoder whose text encoder has the shape of its source, and no weights."""
         assert isinstance(config, FrozenTextEncoder.Config)
         with torch.device("meta"):
-            return cls(TextModel.outline(config.source), config)
+            return cls(TextModel.outline(config.text_encoder), config)
 
     @property
     def limit(self) -> Limit:
@@ -122,4 +121,4 @@ class FrozenTextEncoder(Encoder):
     def load(cls, folder: Path, config: EncoderConfig) -> FrozenTextEncoder:
         """The encoder that was saved in a folder, before its weights are loaded."""
         assert isinstance(config, FrozenTextEncoder.Config)
-        return cls(TextModel.load(folder / FOLDER, source=config.source), config)
+        return cls(TextModel.load(folder / FOLDER, source=config.text_encoder), config)
