@@ -135,6 +135,17 @@ def test_all_but_the_text_encoder_is_trained(kind: str, folder: Path) -> None:
         assert reached == (not name.startswith("text_model.")), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_under_bf16_autocast_it_is_close(kind: str, bert_folder: Path) -> None:
+    encoder = encoder_of(settings(kind, bert_folder))
+    exact = encoder(TEXTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(TEXTS)
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found, exact, dim=-1).mean() > 0.98
+
+
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_saved_and_loaded(

@@ -89,6 +89,17 @@ def test_all_that_was_added_gets_gradients(reader: Reader, pooler: PoolerConfig)
         assert reached == (not name.startswith("core.")), name
 
 
+@torch.no_grad()
+def test_under_bf16_autocast_it_is_close(readers: dict[str, Reader], pooler: PoolerConfig) -> None:
+    encoder = encoder_of(readers["llama"], pooler)
+    exact = encoder(TEXTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(TEXTS)
+    assert found.dtype == torch.float32
+    similar = torch.nn.functional.cosine_similarity(found, exact, dim=-1)
+    assert similar.mean() > 0.98
+
+
 @pytest.mark.usefixtures("on_the_cpu")
 def test_trained_saved_and_loaded(
     pooler: PoolerConfig, llama_folder: Path, qwen_folder: Path, tmp_path: Path
