@@ -14,6 +14,8 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.models.poolers.pool_expand import expand, number_in_span
+from latentwire_fast.models.poolers.spans import span_weights
 from latentwire_fast.models.token_states import OneLayer, StatesFacts
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ENCODERS, POOLERS
@@ -130,6 +132,18 @@ def test_a_convolution_sees_nothing_beside_the_text(kernel: int, stride: int, le
     states[1, start : start + length] = states[0, :length]
     first, second = pooler(OneLayer(states, inside))
     torch.testing.assert_close(first, second)
+
+
+def test_what_a_mean_of_a_span_lacks() -> None:
+    inside = torch.tensor([[False, True, True, True, True], [True, True, False, False, False]])
+    states = torch.randn(2, 5, 3)
+    weights = span_weights(inside, 2)
+    rebuilt = expand(weights @ states, weights)
+    first, second = states[0, 1:3].mean(0), states[0, 3:].mean(0)
+    torch.testing.assert_close(rebuilt[0, 1:], torch.stack([first, first, second, second]))
+    torch.testing.assert_close(rebuilt[1, :2], states[1, :2])
+    assert not rebuilt[~inside].any()
+    assert number_in_span(weights).tolist() == [[0, 0, 1, 0, 1], [0, 0, 0, 0, 0]]
 
 
 def test_a_refiner_behind_chosen_positions(readers: dict[str, Reader]) -> None:

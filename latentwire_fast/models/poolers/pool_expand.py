@@ -1,8 +1,8 @@
 """Pool, expand, reconstruct: a second pooling looks for what the first has lost.
 
-The seed's form trains the expanded states to be those of the text, and then sends what was never
-trained to be read. Here the reconstruction is part of the pooler: what it cannot rebuild is what
-the latents still lack, and it is pooled once more.
+The seed's form trains the expanded states to be those of the text, and then sends the pooled ones,
+which nothing had to read. Here the reconstruction is part of the pooler: the difference between it
+and the text is exactly what the means lack, and it is pooled in its turn. No other loss is needed.
 
 Shapes: B texts, T positions, M latents, D the encoder's width.
 """
@@ -25,16 +25,16 @@ from latentwire_fast.models.token_states import StatesFacts, TokenStates
 
 
 class PoolExpandPooler(Pooler):
-    """Means over M spans; each mean rebuilds the states of its span, of which it knows the order;
-    queries then read the difference to what was there, and add it."""
+    """Means over M spans; each is put in the place of all states of its span; queries then read the
+    difference to what was there, and where in its span it was, and add it to the means."""
 
     @dataclass(frozen=True)
     class Config(PoolerConfig):
         """Pool, expand, reconstruct.
 
         Attributes:
-            heads: of the attention to what was not rebuilt.
-            expansion: inner width of the MLPs, as a multiple of their width.
+            heads: of the attention to the difference.
+            expansion: inner width of the MLP behind it, as a multiple of its width.
         """
 
         heads: int = 8
@@ -50,10 +50,6 @@ class PoolExpandPooler(Pooler):
         super().__init__(config, lm)
         check_heads(config.heads, lm)
         self.slots = nn.Parameter(torch.randn(lm.latents, lm.width) * 0.02)
-        inner = config.expansion * lm.width
-        self.rebuild = nn.Sequential(
-            nn.Linear(lm.width, inner), nn.GELU(), nn.Linear(inner, lm.width)
-        )
         self.read = pre_norm_decoder_layer(lm.width, config.heads, expansion=config.expansion)
 
     @property
@@ -67,19 +63,24 @@ class PoolExpandPooler(Pooler):
         states_BTD = F.layer_norm(hidden_BTD.float(), hidden_BTD.shape[-1:])
         weights_BMT = span_weights(is_text_BT, len(self.slots))
         pooled_BMD = weights_BMT @ states_BTD
-        lost_BTD = states_BTD - self.expand(pooled_BMD, weights_BMT)
+        lost_BTD = states_BTD - expand(pooled_BMD, weights_BMT)
+        places_TD = sinusoids(states_BTD.shape[1], states_BTD.shape[2]).to(states_BTD)
         read_BMD: Tensor = self.read(
-            pooled_BMD + self.slots, lost_BTD, memory_key_padding_mask=~is_text_BT
+            pooled_BMD + self.slots,
+            lost_BTD + places_TD[number_in_span(weights_BMT)],
+            memory_key_padding_mask=~is_text_BT,
         )
         return read_BMD
 
-    def expand(self, pooled_BMD: Tensor, weights_BMT: Tensor) -> Tensor:
-        """States `[B, T, D]` rebuilt from those of M spans, and from where in its span a position
-        stands."""
-        inside_BMT = weights_BMT > 0
-        number_BMT = (inside_BMT.cumsum(-1) - 1) * inside_BMT  # of each position in its span
-        share_BTM = inside_BMT.transpose(1, 2) / inside_BMT.sum(1).clamp(min=1)[..., None]
-        table_TD = sinusoids(inside_BMT.shape[-1], pooled_BMD.shape[-1]).to(pooled_BMD)
-        copies_BTD = share_BTM @ pooled_BMD + table_TD[number_BMT.amax(1)]
-        rebuilt_BTD: Tensor = self.rebuild(copies_BTD)
-        return rebuilt_BTD
+
+def expand(pooled_BMD: Tensor, weights_BMT: Tensor) -> Tensor:
+    """States `[B, T, D]` of which each is that of its span (the mean of several where spans
+    overlap), and zero outside the text."""
+    in_span_BTM = (weights_BMT > 0).transpose(1, 2)
+    return (in_span_BTM / in_span_BTM.sum(-1, keepdim=True).clamp(min=1)) @ pooled_BMD
+
+
+def number_in_span(weights_BMT: Tensor) -> Tensor:
+    """Which position of its span each one is `[B, T]`, from 0 on."""
+    in_span_BMT = weights_BMT > 0
+    return ((in_span_BMT.cumsum(-1) - 1) * in_span_BMT).amax(1)
