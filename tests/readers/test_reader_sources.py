@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,13 @@ def test_a_package_is_a_reader_and_its_licence_is_said_once(
     assert reader.source == "package:fake"
     assert reader.fingerprint == parameter_digest(model.named_parameters())
     assert caplog.text.count("package:fake: MIT of nobody") == 1
+
+
+def test_a_package_may_hold_a_folder(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (package / "model").mkdir()
+    line = replace(packages.PACKAGES["fake"], file="model")
+    monkeypatch.setitem(packages.PACKAGES, "fake", line)
+    assert resolve_source("package:fake") == str(package / "model")
 
 
 def test_a_package_may_put_its_file_together(
