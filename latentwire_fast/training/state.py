@@ -26,6 +26,7 @@ from latentwire_fast.training.optimizer_state import (
     optimizer_state,
     restore_rng_state,
 )
+from latentwire_fast.training.time_limit import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class TrainingState:
         micro_batch: examples per forward pass that fit in memory.
         step: steps done. previous: the one that was done last. seconds: what they took.
         cache_seconds: how many of these went into what is kept on disk, which is computed once.
+        pace: how long a step takes now; a process that goes on measures it anew.
         spikes: the guard's running means.
         validations: the results so far (see `validation.py`).
     """
@@ -61,6 +63,7 @@ class TrainingState:
     previous: int = -1
     seconds: float = 0.0
     cache_seconds: float = 0.0
+    pace: Pace = field(default_factory=Pace)
     spikes: SpikeGuard = field(default_factory=SpikeGuard)
     validations: list[dict[str, Any]] = field(default_factory=list)
 

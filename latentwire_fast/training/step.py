@@ -142,7 +142,9 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
         optimizer.step()
     elapsed = time.perf_counter() - start
     state.seconds += elapsed
-    state.cache_seconds += seconds_computing() - cache_start
+    for_cache = seconds_computing() - cache_start
+    state.cache_seconds += for_cache
+    state.pace.add(elapsed - for_cache, stage=stage.name)
     return StepResult(
         step=state.step,
         stage=stage,

@@ -176,7 +176,7 @@ class Trainer:
             self._validate(tracker)  # one that a signal cut short
             while state.step < config.total_steps and not self._has_stalled():
                 record = self._train_step()
-                following = next_step(config, state.step, *self._times())
+                following = self._next_step()
                 state.previous, state.step = state.step, following
                 bar.update(state.step - state.previous)
                 if record is not None:
@@ -190,12 +190,12 @@ class Trainer:
                 if is_last or passes(state.previous, state.step, config.save_every):
                     self.save()
 
-    def _times(self) -> tuple[float, float]:
-        """Seconds of training, and those that went into caches: the main process's, for all."""
+    def _next_step(self) -> int:
+        """The step behind the one that was done: as the main process's clock says, for all."""
         state = self.session.state
         if self.config.minutes is None:
-            return state.seconds, state.cache_seconds
-        return self.reducer.each((state.seconds, state.cache_seconds))[0]
+            return state.step + 1
+        return self.reducer.each(next_step(self.config, state.step, state.seconds, state.pace))[0]
 
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step; returns its record on logged steps."""
@@ -214,7 +214,9 @@ class Trainer:
             return
         start = time.perf_counter()
         scores = validator.run(self.reducer, is_stopped=lambda: self.signals.number is not None)
-        state.seconds += time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        state.seconds += elapsed
+        state.pace.beside += elapsed
         if scores is None:  # a signal came: it is done when the run goes on
             return
         found = validator.judge(state.step, scores, state.validations)
