@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_type_hints
 
 from latentwire_fast.config.base import Settings, require
 from latentwire_fast.config.evaluation import ContinuationConfig, EvalConfig, check_decoding
@@ -20,6 +20,7 @@ from latentwire_fast.config.parts import (
     ObjectiveConfig,
     PoolerConfig,
     ScheduleConfig,
+    check_gain,
 )
 from latentwire_fast.config.prompt import PromptConfig, TemplateConfig
 from latentwire_fast.config.reader import ReaderConfig, check_reader_name
@@ -116,6 +117,12 @@ class StageConfig(Settings):
         hold_encoder: leave the encoder as it is, and train only what stands behind it. A first
             stage of `attention` needs this: an attachment first learns what all texts have in
             common, and an encoder that learns with it meanwhile makes all latents alike.
+        frozen: parts that stay as they are: names of the model's modules or parameters, from the
+            left (`encoder`, `attachments.llama`, `attachments.llama.soft.adapter`).
+        readers: which of the run's readers are trained; none named: all.
+        schedules: numbers that change over the steps of the stage, by place: `gain` (a factor on
+            the strength of what readers get), `latent_dropout` (the share of the latents that
+            readers get zeros for), or a field of an objective: `kd.weight`, `answer.tokens`.
     """
 
     name: str
@@ -128,6 +135,9 @@ class StageConfig(Settings):
     lr: float = 1.0
     batch_size: int | None = None
     hold_encoder: bool = False
+    frozen: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
+    schedules: dict[str, ScheduleConfig] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,10 +160,42 @@ class StageConfig(Settings):
             f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
         )
         self._check_facts()
+        for place, schedule in self.schedules.items():
+            self._check_schedule(place, schedule)
+
+    def _check_schedule(self, place: str, config: ScheduleConfig) -> None:
+        where = f"stage {self.name!r}: schedules[{place!r}]"
+        kind, _, name = place.partition(".")
+        objectives = {objective.kind: objective for objective in self.objectives}
+        known = [f"{k}.{f.name}" for k, o in objectives.items() for f in fields(o)]
+        require(
+            place in ("gain", "latent_dropout", *known),
+            f"{where}: expected gain, latent_dropout, or one of {', '.join(known)}",
+        )
+        require(
+            not config.needs_accuracy or any(o.reports_accuracy for o in self.objectives),
+            f"{where}: {config.kind!r} goes by the accuracy of answers, and no objective of the "
+            "stage reports one; add answer (with weight 0, it is reported only)",
+        )
+        schedule = SCHEDULES.part_of(config)(config)
+        every = max(1, self.steps // 100)
+        for step in (*range(0, self.steps, every), self.steps - 1):
+            value = schedule.value(step, self.steps)
+            if place == "gain":
+                check_gain(where, value)
+            elif place == "latent_dropout":
+                require(0 <= value < 1, f"{where}: {value:g}, expected in [0, 1)")
+            else:
+                with_level(objectives[kind], name, value)
 
     def _check_facts(self) -> None:
         stage = f"stage {self.name!r}"
         if self.facts is not None:
+            require(
+                not self.facts.needs_accuracy,
+                f"{stage}: facts: {self.facts.kind!r} goes by the accuracy of answers, which is "
+                "for a stage's `schedules`",
+            )
             schedule = SCHEDULES.part_of(self.facts)(self.facts)
             for facts in {schedule.value(step, self.steps) for step in range(self.steps)}:
                 require(
@@ -165,6 +207,18 @@ class StageConfig(Settings):
     def takes_texts(self) -> bool:
         """Whether there is something to learn from a text without questions."""
         return any(o.weight and not o.reads_answers for o in self.objectives)
+
+
+def with_level(config: ObjectiveConfig, name: str, value: float) -> ObjectiveConfig:
+    """An objective's settings with one of their numbers as a schedule gives it; a field of whole
+    numbers takes what is below it.
+
+    Raises:
+        ConfigError: the field takes no such number.
+    """
+    is_whole = get_type_hints(type(config))[name] in (int, int | None)
+    change: dict[str, Any] = {name: int(value) if is_whole else value}
+    return replace(config, **change)
 
 
 @dataclass(frozen=True)
@@ -258,6 +312,7 @@ class RunConfig(Settings):
             "evaluation.continuation needs mode='context': a text has no question to encode",
         )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
+        self._check_stages()
         for part in (self.encoder, self.bottleneck, *self.attachments):
             part.check(self)
 
@@ -270,6 +325,28 @@ class RunConfig(Settings):
                 f"attachments: {attachment.kind!r} is not the only one that makes a reader's "
                 f"{place}; keep one of them",
             )
+
+    def _check_stages(self) -> None:
+        for stage in self.stages:
+            unknown = sorted(set(stage.readers) - set(self.readers))
+            require(
+                not unknown,
+                f"stage {stage.name!r}: readers={unknown}, this run has {sorted(self.readers)}",
+            )
+        last = self.stages[-1].schedules.get("gain")
+        if last is not None:
+            steps = self.stages[-1].steps
+            end = SCHEDULES.part_of(last)(last).value(steps, steps)
+            require(
+                abs(end - 1) < 0.01,
+                f"stages: the last one's gain ends at {end:g}, and a receiver applies 1; let it "
+                "end there, or set the attachment's own gain",
+            )
+        require(
+            not self.optim.lr_schedule.needs_accuracy,
+            f"optim.lr_schedule: {self.optim.lr_schedule.kind!r} goes by the accuracy of answers, "
+            "which is for a stage's `schedules`",
+        )
 
     def _check_objectives(self) -> None:
         objectives = [objective for stage in self.stages for objective in stage.objectives]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentwire_fast.config.schema import StageConfig
+from latentwire_fast.config.schema import StageConfig, with_level
 from latentwire_fast.data.streams import TrainItem
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.base import Objective
@@ -57,6 +57,7 @@ class ObjectiveSet:
         self.model = model
         self.readers = readers
         self.teacher = teacher
+        self._levels: Mapping[str, float] = {}
         self._parts: dict[StageConfig, dict[str, Objective]] = {}
 
     def of(self, stage: StageConfig) -> dict[str, Objective]:
@@ -67,6 +68,19 @@ class ObjectiveSet:
                 for config in stage.objectives
             }
         return self._parts[stage]
+
+    def set_levels(self, stage: StageConfig, levels: Mapping[str, float]) -> None:
+        """From now on, take these for the numbers of a stage that are scheduled.
+
+        Args:
+            levels: by place, as in `StageConfig.schedules`: all of them.
+        """
+        self._levels = levels
+        parts = self.of(stage)
+        for place, value in levels.items():
+            kind, _, name = place.partition(".")
+            if name:
+                parts[kind].config = with_level(parts[kind].config, name, value)
 
     def prepare(
         self, items: Sequence[TrainItem], stage: StageConfig, active: Iterable[str]
@@ -112,6 +126,8 @@ class ObjectiveSet:
             select=any(objective.needs_positions for objective in parts.values()),
             cut=backward is not None,
             hold=stage.hold_encoder,
+            gain=self._levels.get("gain", 1.0),
+            dropout=self._levels.get("latent_dropout", 0.0),
         )
         losses = Losses(encoded.latent_BMd.new_zeros(()), {}, {}, encoded.latent_BMd)
         for name in sorted({name for _, name in items[0].counts}):

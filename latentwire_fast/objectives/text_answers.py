@@ -40,6 +40,9 @@ class TextAnswers:
             result.append(prepared)
         return result
 
+    def set_levels(self, stage: StageConfig, levels: Mapping[str, float]) -> None:
+        """Nothing of a stage is scheduled here."""
+
     def tokens(self, stage: StageConfig, counts: Mapping[Key, int]) -> int:
         """The number of tokens that readers predict, of a batch's counts."""
         return sum(counts.values())

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import RunConfig
+from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
@@ -30,6 +30,7 @@ from latentwire_fast.training.builders import (
     build_model,
     warn_of_truncation,
 )
+from latentwire_fast.training.frozen_parts import check_frozen, is_within
 from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
@@ -68,10 +69,15 @@ class Session:
 
     def active_readers(self) -> list[str]:
         """The readers that the next step trains, in the order of their names."""
-        names = sorted(self.readers)
+        stage, _ = self.config.stage_at(self.state.step)
+        names = sorted(stage.readers or self.readers)
         if self.config.optim.readers == "alternate":
             return [names[self.state.step % len(names)]]
         return names
+
+    def held(self, stage: StageConfig) -> list[nn.Parameter]:
+        """The trained parameters that a stage leaves as they are."""
+        return [p for name, p in self.state.named if is_within(name, stage.frozen)]
 
     def parts(self) -> dict[str, nn.Module]:
         """The trained parts by name, for the log of their gradients."""
@@ -163,6 +169,7 @@ def open_session(
     if config.optim.gradient_checkpointing:
         for reader in readers.values():
             reader.enable_gradient_checkpointing()
+    check_frozen(config.stages, [name for name, _ in model.trained_parameters()])
     optimizers = build_optimizers(model, config.optim)
     check_answers(heldout, readers, source=f"{config.data.source} (held out)")
     if accelerator.is_main_process:

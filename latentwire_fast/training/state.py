@@ -21,6 +21,7 @@ from latentwire_fast.training.checkpoint import (
     save_checkpoint,
 )
 from latentwire_fast.training.guards import SpikeGuard
+from latentwire_fast.training.levels import Gates
 from latentwire_fast.training.optimizer_state import (
     load_optimizer_state,
     optimizer_state,
@@ -52,6 +53,7 @@ class TrainingState:
         step: steps done. previous: the one that was done last. seconds: what they took.
         cache_seconds: how many of these went into what is kept on disk, which is computed once.
         pace: how long a step takes now; a process that goes on measures it anew.
+        gates: what schedules that go by the accuracy have seen.
         spikes: the guard's running means.
         validations: the results so far (see `validation.py`).
     """
@@ -64,6 +66,7 @@ class TrainingState:
     seconds: float = 0.0
     cache_seconds: float = 0.0
     pace: Pace = field(default_factory=Pace)
+    gates: Gates = field(default_factory=Gates)
     spikes: SpikeGuard = field(default_factory=SpikeGuard)
     validations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -109,6 +112,7 @@ class TrainingState:
                 "optimizer": optimizer_json,
                 "rng": [values for _, values in rng],
                 "spikes": self.spikes.state,
+                "gates": self.gates.state,
                 "validations": self.validations,
                 "seconds": self.seconds,
                 "cache_seconds": self.cache_seconds,
@@ -151,6 +155,7 @@ class TrainingState:
         )
         _restore_rng(checkpoint, rank=rank, processes=processes)
         self.spikes.state = checkpoint.state["spikes"]
+        self.gates.state = checkpoint.state.get("gates", Gates().state)
         self.validations = checkpoint.state.get("validations", [])
         self.seconds = checkpoint.state["seconds"]
         self.cache_seconds = checkpoint.state.get("cache_seconds", 0.0)

@@ -33,6 +33,7 @@ class StepResult:
     Attributes:
         step: its 0-based number.
         stage: the stage that it was of. facts: the curriculum's level.
+        levels: the stage's scheduled numbers, by place.
         loss: of the global batch, 0-d.
         parts: its named parts as `GROUP/NAME`: `losses/answer/llama`, `accuracy/llama`.
         lr: the factor on the learning rates.
@@ -44,6 +45,7 @@ class StepResult:
     step: int
     stage: StageConfig
     facts: int
+    levels: Mapping[str, float]
     loss: Tensor
     parts: Mapping[str, Tensor]
     lr: float
@@ -59,6 +61,7 @@ class StepResult:
             "step": self.step,
             "stage": self.stage.name,
             "facts": self.facts,
+            **({"levels": self.levels} if self.levels else {}),
             "loss": self.loss.item(),
             **by_group(self.parts),
             "lr": self.lr,
@@ -109,7 +112,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     """
     config, state = session.config, session.state
     start, cache_start = time.perf_counter(), seconds_computing()
-    stage, _ = config.stage_at(state.step)
+    stage, done = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
     batch = session.stream.batch(
         state.step,
@@ -117,6 +120,8 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
         facts=facts,
         texts=stage.takes_texts,
     )
+    levels = state.gates.levels(stage, done)
+    session.objectives.set_levels(stage, levels)
     items = session.objectives.prepare(
         batch[accelerator.process_index :: accelerator.num_processes],
         stage,
@@ -125,8 +130,11 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     counts = reducer.counts(total_counts(items))
     result, latent_BMd = _accumulate(session, accelerator, items, stage, counts)
     state.micro_batch = result.micro_batch
+    for parameter in session.held(stage):  # with a gradient of zeros momentum would move it on
+        parameter.grad = None
     reducer.gradients(state.parameters)
     loss, parts = reducer.values(result.loss, result.parts)
+    state.gates.watch(stage, parts)
     norms = module_gradient_norms(session.parts()) if is_logged(config, state) else {}
     session.nonfinite.check(
         loss,
@@ -149,6 +157,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
         step=state.step,
         stage=stage,
         facts=facts,
+        levels=levels,
         loss=loss,
         parts=parts,
         lr=factor,
