@@ -273,6 +273,8 @@ class RunConfig(Settings):
         log_every, save_every: steps between diagnostics and between checkpoints.
         minutes: of training at most; None for no limit. Where the time is too short for all steps,
             steps are left out evenly, so that every stage and the learning rate come to their end.
+        warm_start: parts that begin as in another run: its folder by the part's name, from the left
+            (`encoder`, `attachments.llama`), or `all` for everything that both have.
     """
 
     preset: str = "custom"
@@ -294,6 +296,7 @@ class RunConfig(Settings):
     log_every: int = 10
     save_every: int = 200
     minutes: float | None = None
+    warm_start: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -313,6 +316,10 @@ class RunConfig(Settings):
         )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
         self._check_stages()
+        require(
+            self.base is None or "encoder" not in self.warm_start,
+            "warm_start: the encoder is the base's, and stays as it is; leave out one of them",
+        )
         for part in (self.encoder, self.bottleneck, *self.attachments):
             part.check(self)
 

@@ -44,6 +44,19 @@ def embedding_size(embedding: nn.Embedding) -> EmbeddingSize:
     return EmbeddingSize(rms=(squares / count) ** 0.5, std=max(0.0, variance) ** 0.5)
 
 
+@torch.no_grad()
+def channel_moments(embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[D]` of each channel over the whole vocabulary, fp32."""
+    total_D = squares_D = torch.zeros((), dtype=torch.float64)
+    count = len(embedding.weight)
+    for _, rows_vD in _in_chunks(embedding):
+        values = rows_vD.double().cpu()
+        total_D, squares_D = total_D + values.sum(0), squares_D + values.square().sum(0)
+    mean_D = total_D / count
+    variance_D = (squares_D / count - mean_D.square()).clamp(min=0)
+    return mean_D.float(), variance_D.sqrt().float()
+
+
 def expected_embedding(probs: Tensor, embedding: nn.Embedding) -> Tensor:
     """Mean embedding `[..., D]` of tokens drawn with probabilities `[..., V]`, in their dtype."""
     if type(embedding) is nn.Embedding:  # what it returns is its table

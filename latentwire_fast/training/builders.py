@@ -38,6 +38,7 @@ from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ATTACHMENTS
+from latentwire_fast.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,14 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         evaluation = replace(
             evaluation, continuation=replace(evaluation.continuation, source=place)
         )
-    base = None if config.base is None else _absolute(config.base)
     return replace(
-        config, readers=readers, encoder=encoder, data=data, evaluation=evaluation, base=base
+        config,
+        readers=readers,
+        encoder=encoder,
+        data=data,
+        evaluation=evaluation,
+        base=None if config.base is None else _absolute(config.base),
+        warm_start={part: _absolute(run) for part, run in config.warm_start.items()},
     )
 
 
@@ -131,6 +137,8 @@ def build_model(
     for name, reader in readers.items():  # the last to be made: the encoder may begin as a copy
         if reader.lora_settings is not None:
             model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)
+    for place, run in config.warm_start.items():
+        warm_start(model, place, Path(run))
     return model
 
 
