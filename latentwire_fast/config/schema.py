@@ -204,6 +204,11 @@ class StageConfig(Settings):
                 )
 
     @property
+    def needs_accuracy(self) -> bool:
+        """Whether something in it goes by how often answers are right."""
+        return any(schedule.needs_accuracy for schedule in self.schedules.values())
+
+    @property
     def takes_texts(self) -> bool:
         """Whether there is something to learn from a text without questions."""
         return any(o.weight and not o.reads_answers for o in self.objectives)
@@ -275,6 +280,7 @@ class RunConfig(Settings):
             steps are left out evenly, so that every stage and the learning rate come to their end.
         warm_start: parts that begin as in another run: its folder by the part's name, from the left
             (`encoder`, `attachments.llama`), or `all` for everything that both have.
+        loss_norms_every: steps between two measurements of each loss's own gradient; None for none.
     """
 
     preset: str = "custom"
@@ -297,6 +303,7 @@ class RunConfig(Settings):
     save_every: int = 200
     minutes: float | None = None
     warm_start: dict[str, str] = field(default_factory=dict)
+    loss_norms_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,7 +311,7 @@ class RunConfig(Settings):
         for name in self.readers:
             check_reader_name(name)
         require(bool(self.stages), "stages: at least one training stage is needed")
-        self.at_least_one("log_every", "save_every", "threads")
+        self.at_least_one("log_every", "save_every", "threads", "loss_norms_every")
         require(
             self.minutes is None or self.minutes > 0, f"minutes={self.minutes}, expected above 0"
         )

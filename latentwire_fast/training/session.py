@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from latentwire_fast.training.validation import Validator, ask_latents, validato
 
 logger = logging.getLogger(__name__)
 
+FIRST_TOKENS = 5  # of the answers' predicted first tokens, so many are in a record
 START_TEXTS = 8  # training texts that a fresh model may start from
 
 
@@ -86,6 +88,24 @@ class Session:
     def describe(self, latent_BMd: Tensor) -> dict[str, Any]:
         """What a step's record says of the latents of its items."""
         return {}
+
+    def describe_first_tokens(self, ids: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What a step's record says of the answers' most probable first tokens: the commonest of
+        them with their numbers, and the share of the commonest, by reader."""
+        commonest = {
+            name: Counter(ids_N.tolist()).most_common(FIRST_TOKENS) for name, ids_N in ids.items()
+        }
+        if not commonest:
+            return {}
+        return {
+            "first_tokens": {
+                name: [[self.readers[name].tokenizer.decode([i]), count] for i, count in found]
+                for name, found in commonest.items()
+            },
+            "first_token_share": {
+                name: found[0][1] / len(ids[name]) for name, found in commonest.items()
+            },
+        }
 
     def save(self, folder: Path) -> None:
         """Write what was trained."""
