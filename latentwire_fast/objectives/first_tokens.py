@@ -47,7 +47,10 @@ def first_tokens(batch: ReaderBatch) -> FirstTokens:
         entropy = torch.special.entr(log_nV.exp()).sum()
         correct = (ids_n == labels_n1[:, 0]).sum()
         parts.append(FirstTokens(correct, (true_n - other_n).sum(), entropy, ids_n))
-    accuracy, margin, entropy, ids = zip(*parts, strict=True)
+    accuracies, margins, entropies, ids = zip(*parts, strict=True)
     return FirstTokens(
-        *(torch.stack(values).sum() for values in (accuracy, margin, entropy)), torch.cat(ids)
+        torch.stack(accuracies).sum(),
+        torch.stack(margins).sum(),
+        torch.stack(entropies).sum(),
+        torch.cat(ids),
     )

@@ -65,6 +65,21 @@ def expected_embedding(probs: Tensor, embedding: nn.Embedding) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
+@torch.no_grad()
+def nearest_tokens(rows_ND: Tensor, embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
+    """The token `[N]` whose embedding has the largest cosine with each row, and that cosine."""
+    unit_ND = nn.functional.normalize(rows_ND.float(), dim=-1)
+    best_N = torch.full(unit_ND.shape[:1], -torch.inf, device=rows_ND.device)
+    ids_N = torch.zeros_like(best_N, dtype=torch.long)
+    for ids, rows_vD in _in_chunks(embedding):
+        cosines_Nv = unit_ND @ nn.functional.normalize(rows_vD.float(), dim=-1).T
+        found_N, places_N = cosines_Nv.max(-1)
+        is_better_N = found_N > best_N
+        best_N = torch.where(is_better_N, found_N, best_N)
+        ids_N = torch.where(is_better_N, places_N + ids.start, ids_N)
+    return ids_N, best_N
+
+
 def _in_chunks(embedding: nn.Embedding) -> Iterator[tuple[slice, Tensor]]:
     """The embeddings `[v, D]` of all tokens, and which tokens they are of."""
     rows, width = embedding.weight.shape

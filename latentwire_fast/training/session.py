@@ -19,6 +19,7 @@ from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.evaluation.spread import latent_statistics
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import ObjectiveSet
@@ -37,7 +38,6 @@ from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
-from latentwire_fast.training.tracking import latent_statistics
 from latentwire_fast.training.validation import Validator, ask_latents, validator_of
 
 logger = logging.getLogger(__name__)
