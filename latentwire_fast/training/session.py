@@ -28,10 +28,12 @@ from latentwire_fast.objectives.text_answers import TextAnswers
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.training.builders import (
+    RunData,
     build_data,
     build_model,
     warn_of_truncation,
 )
+from latentwire_fast.training.epochs import with_steps
 from latentwire_fast.training.frozen_parts import check_frozen, is_within
 from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
@@ -53,7 +55,8 @@ class Session:
     Attributes:
         readers: frozen, by name.
         objectives: what is trained on.
-        stream: where batches come from.
+        config: of the run, with the steps of stages in epochs.
+        data: where batches come from.
         state: all that changes from step to step.
         validator: scores the model while it trains, if the run wants that.
         frozen: shows that the readers did not change. nonfinite: stops at a NaN or an infinity.
@@ -63,11 +66,16 @@ class Session:
     folder: RunFolder
     readers: dict[str, Reader]
     objectives: ObjectiveSet | TextAnswers
-    stream: Stream
+    data: RunData
     state: TrainingState
     frozen: FrozenGuard
     nonfinite: NonFiniteGuard
     validator: Validator | None
+
+    @property
+    def stream(self) -> Stream:
+        """Where the batches of stages without a source of their own come from."""
+        return self.data.stream
 
     def active_readers(self) -> list[str]:
         """The readers that the next step trains, in the order of their names."""
@@ -181,7 +189,7 @@ def open_session(
     readers = load_readers(config.readers, accelerator.device)
     frozen = FrozenGuard({name: reader.model for name, reader in readers.items()})
     data = build_data(config, readers)
-    stream = data.stream
+    config, stream = with_steps(config, data), data.stream
     contexts = _start_texts(config, stream)
     model = build_model(config, readers, contexts).to(accelerator.device).train()
     if config.base:
@@ -207,7 +215,7 @@ def open_session(
         readers=readers,
         model=model,
         objectives=objectives,
-        stream=stream,
+        data=data,
         state=TrainingState(model, optimizers, config.optim.micro_batch or config.optim.batch_size),
         frozen=frozen,
         nonfinite=NonFiniteGuard(folder.nonfinite),

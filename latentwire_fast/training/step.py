@@ -122,7 +122,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     start, cache_start = time.perf_counter(), seconds_computing()
     stage, done = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
-    batch = session.stream.batch(
+    batch = session.data.stream_of(stage).batch(
         state.step,
         stage.batch_size or config.optim.batch_size,
         facts=facts,

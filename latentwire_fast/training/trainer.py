@@ -163,7 +163,7 @@ class Trainer:
         return Tracker(self.folder, resume_step=step - 1 if step else None)
 
     def _loop(self, tracker: Tracker | None) -> None:
-        config, state = self.config, self.session.state
+        config, state = self.session.config, self.session.state
         bar = tqdm(
             total=config.total_steps,
             initial=state.step,
@@ -192,14 +192,14 @@ class Trainer:
 
     def _next_step(self) -> int:
         """The step behind the one that was done: as the main process's clock says, for all."""
-        state = self.session.state
-        if self.config.minutes is None:
+        config, state = self.session.config, self.session.state
+        if config.minutes is None:
             return state.step + 1
-        return self.reducer.each(next_step(self.config, state.step, state.seconds, state.pace))[0]
+        return self.reducer.each(next_step(config, state.step, state.seconds, state.pace))[0]
 
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step; returns its record on logged steps."""
-        is_due = is_logged(self.config, self.session.state)
+        is_due = is_logged(self.session.config, self.session.state)
         result = train_step(self.session, self.accelerator, self.reducer)
         return result.record(self.session) if is_due else None
 
@@ -207,7 +207,7 @@ class Trainer:
         """Score the model where that is due and not done; keep the best model so far."""
         session = self.session
         state, validator = session.state, session.validator
-        is_last = state.step == self.config.total_steps
+        is_last = state.step == self.session.config.total_steps
         if validator is None or not validator.is_due(
             state.step, state.validations, last=is_last, previous=state.previous
         ):
@@ -237,9 +237,10 @@ class Trainer:
     def _save_and_stop(self) -> None:
         self.save()
         self._leave_together()
+        step, total = self.session.state.step, self.session.config.total_steps
         raise RunStopped(
-            f"stopped by a signal after step {self.session.state.step} of "
-            f"{self.config.total_steps}; everything is saved. Run the same command to go on",
+            f"stopped by a signal after step {step} of {total}; everything is saved. Run the same "
+            "command to go on",
             status=128 + (self.signals.number or signal.SIGTERM),  # it may have come to another
         )
 
