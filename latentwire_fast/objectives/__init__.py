@@ -14,4 +14,5 @@ PARTS: dict[str, str] = {
     "attention": "latentwire_fast.objectives.attention:Attention",
     "attention_continued": "latentwire_fast.objectives.attention_continued:AttentionContinued",
     "scales": "latentwire_fast.objectives.scales:Scales",
+    "text": "latentwire_fast.objectives.text:Text",
 }
