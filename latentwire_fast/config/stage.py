@@ -83,6 +83,26 @@ class StageConfig(Settings):
         self._check_facts()
         for place, schedule in self.schedules.items():
             self._check_schedule(place, schedule)
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Raise where schedules leave no objective a weight; those by the accuracy may."""
+        by_step: dict[str, ScheduleConfig] = {
+            place.removesuffix(".weight"): config
+            for place, config in self.schedules.items()
+            if place.endswith(".weight")
+        }
+        if any(o.weight and o.kind not in by_step for o in self.objectives) or any(
+            config.needs_accuracy for config in by_step.values()
+        ):
+            return
+        total = self.steps or 100
+        schedules = [SCHEDULES.part_of(config)(config) for config in by_step.values()]
+        for step in range(0, total, max(1, total // 100)):
+            require(
+                any(schedule.value(step, total) for schedule in schedules),
+                f"stage {self.name!r}: schedules: no objective has a weight above 0 at step {step}",
+            )
 
     def _check_schedule(self, place: str, config: ScheduleConfig) -> None:
         where = f"stage {self.name!r}: schedules[{place!r}]"

@@ -80,6 +80,12 @@ class TrainingState:
         """The trained parameters."""
         return [parameter for _, parameter in self.named]
 
+    def took(self, seconds: float, *, for_cache: float, stage: str) -> None:
+        """A step of a stage took so long; of that, so long for what is kept on disk."""
+        self.seconds += seconds
+        self.cache_seconds += for_cache
+        self.pace.add(seconds - for_cache, stage=stage)
+
     def save(
         self,
         folder: Path,

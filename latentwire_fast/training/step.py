@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentwire_fast.config.schema import RunConfig, StageConfig
+from latentwire_fast.data.streams import TrainItem
 from latentwire_fast.files.tensor_cache import seconds_computing
 from latentwire_fast.objectives.objective_set import Losses
 from latentwire_fast.objectives.prepared import Key, PreparedItem, total_counts
@@ -122,12 +124,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     start, cache_start = time.perf_counter(), seconds_computing()
     stage, done = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
-    batch = session.data.stream_of(stage).batch(
-        state.step,
-        stage.batch_size or config.optim.batch_size,
-        facts=facts,
-        texts=stage.takes_texts,
-    )
+    batch = _batch(session, stage, facts)
     levels = state.gates.levels(stage, done)
     session.objectives.set_levels(stage, levels)
     items = session.objectives.prepare(
@@ -162,10 +159,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     for optimizer in state.optimizers:
         optimizer.step()
     elapsed = time.perf_counter() - start
-    state.seconds += elapsed
-    for_cache = seconds_computing() - cache_start
-    state.cache_seconds += for_cache
-    state.pace.add(elapsed - for_cache, stage=stage.name)
+    state.took(elapsed, for_cache=seconds_computing() - cache_start, stage=stage.name)
     return StepResult(
         step=state.step,
         stage=stage,
@@ -182,6 +176,13 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
         tokens=session.objectives.tokens(stage, counts),
         seconds=elapsed,
     )
+
+
+def _batch(session: Session, stage: StageConfig, facts: int) -> list[TrainItem]:
+    """The items of the next step, of all processes."""
+    size = stage.batch_size or session.config.optim.batch_size
+    stream, step = session.data.stream_of(stage), session.state.step
+    return stream.batch(step, size, facts=facts, texts=stage.takes_texts)
 
 
 def _accumulate(
@@ -225,7 +226,7 @@ def _accumulate(
         loss_fn=loss_fn,
         parameters=session.state.parameters,
         micro_batch=session.state.micro_batch,
-        backward=_went_backward if sequential else accelerator.backward,
+        backward=_went_backward if sequential else partial(_backward, accelerator),
         divisor=lambda weight: 1.0,
     )
     return result, made
@@ -249,6 +250,12 @@ def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by name, those of all parts one behind the other."""
     names = {name for part in parts for name in part}
     return {name: torch.cat([part[name] for part in parts]) for name in sorted(names)}
+
+
+def _backward(accelerator: Accelerator, total: Tensor) -> None:
+    """Backward, unless all weights are 0 at this step: there is no graph then."""
+    if total.requires_grad:
+        accelerator.backward(total)
 
 
 def _went_backward(total: Tensor) -> None:

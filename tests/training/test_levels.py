@@ -17,7 +17,7 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import OBJECTIVES, SCHEDULES
 from latentwire_fast.training.levels import Gates
 from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, new_process, records, tiny_config, train
+from runs import assert_same_run, changed, new_process, records, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -153,6 +153,10 @@ def test_a_stage_trains_the_readers_that_it_names(
         ({"schedules": {"gain": ramp(0, 1)}}, "0.0, expected above 0"),
         ({"schedules": {"answer.tokens": ramp(0, 1)}}, "tokens=0, expected at least 1"),
         ({"schedules": {"gain": ramp(1, 2)}}, "ends at 2, and a receiver applies 1"),
+        (
+            {"objectives": weighted(answer=1.0), "schedules": {"answer.weight": ramp(0, 1)}},
+            "no objective has a weight above 0 at step 0",
+        ),
         ({"readers": ("gemma",)}, r"readers=\['gemma'\], this run has \['llama'\]"),
         ({"facts": SCHEDULES.config("gated", start=1.0)}, "facts: 'gated' goes by the accuracy"),
         (
@@ -192,3 +196,22 @@ def test_learning_rates_know_no_accuracy(llama_folder: Path) -> None:
     config = staged(llama_folder)
     with pytest.raises(ConfigError, match="lr_schedule: 'gated' goes by the accuracy"):
         replace(config, optim=replace(config.optim, lr_schedule=SCHEDULES.config("gated")))
+
+
+@pytest.mark.parametrize("readers", ["sum", "sequential"])
+def test_a_step_without_any_weight_trains_nothing(
+    llama_folder: Path, tmp_path: Path, readers: str
+) -> None:
+    gate = SCHEDULES.config("gated", gate=1.0, start=0.0)
+    config = changed(
+        staged(
+            llama_folder,
+            steps=2,
+            objectives=weighted(answer=1.0),
+            schedules={"answer.weight": gate},
+        ),
+        optim={"readers": readers},
+    )
+    train(config, tmp_path)
+    assert [record["loss"] for record in records(tmp_path)] == [0.0, 0.0]
+    assert [record["grad_norm"] for record in records(tmp_path)] == [0.0, 0.0]
