@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from latentwire_fast.config.schema import StageConfig
-from latentwire_fast.schedules.base import build_schedule
-from latentwire_fast.schedules.gated import Gated
+from latentwire_fast.config.schema import ScheduleConfig, StageConfig
+from latentwire_fast.schedules.base import AccuracySchedule, build_schedule
 
 KEPT = 0.9  # share of the accuracy's running mean that stays at each step
 ACCURACIES = ("first_token_accuracy", "accuracy")  # the first of them that a step reports
@@ -45,19 +44,19 @@ class Gates:
         """The numbers of a stage behind so many of its steps, by place, as in its `schedules`."""
         found = {}
         for place, config in stage.schedules.items():
-            schedule = build_schedule(config)
-            if isinstance(schedule, Gated):
-                found[place] = schedule.at(self.progress.get(f"{stage.name}/{place}", 0.0))
+            if config.needs_accuracy:
+                progress = self.progress.get(f"{stage.name}/{place}", 0.0)
+                found[place] = _by_accuracy(config).at(progress)
             else:
-                found[place] = schedule.value(done, stage.steps)
+                found[place] = build_schedule(config).value(done, stage.steps)
         return found
 
     def watch(self, stage: StageConfig, parts: Mapping[str, Tensor]) -> None:
         """Take in what a step reported, as `MEASURE/READER`; nothing where no schedule asks."""
         gated = {
-            place: Gated(config)
+            place: _by_accuracy(config)
             for place, config in stage.schedules.items()
-            if isinstance(config, Gated.Config)
+            if config.needs_accuracy
         }
         if not gated:
             return
@@ -73,3 +72,7 @@ class Gates:
         for place, schedule in gated.items():
             key = f"{stage.name}/{place}"
             self.progress[key] = schedule.advance(self.progress.get(key, 0.0), self.accuracy)
+
+
+def _by_accuracy(config: ScheduleConfig) -> AccuracySchedule:
+    return cast(AccuracySchedule, build_schedule(config))

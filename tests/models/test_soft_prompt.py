@@ -161,6 +161,9 @@ def test_reported_rms(latent: Tensor, kind: str) -> None:
     module = adapter(kind, gain=2.0).eval()
     report = module.rms(latent)
     assert report["post"] == pytest.approx(2 * TARGET_RMS, rel=1e-3)
+    assert report["post_p5"] == pytest.approx(2 * TARGET_RMS, rel=1e-3), "calibrated by token"
+    by_example = adapter(kind, calibration="example").eval().rms(latent)
+    assert by_example["post_p5"] < TARGET_RMS < by_example["post_p95"]
     raw = module(latent, calibration="none")
     assert report["pre"] == pytest.approx(raw.pow(2).mean().sqrt().item(), rel=1e-5)
 

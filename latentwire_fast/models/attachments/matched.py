@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentwire_fast import ops
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import Calibration, Mode
-from latentwire_fast.models.attachments.base import rms_of
+from latentwire_fast.models.attachments.base import rms_ends, rms_of
 from latentwire_fast.models.attachments.soft import SoftPrompt
 from latentwire_fast.readers.embeddings import channel_moments
 from latentwire_fast.readers.reader import Reader
@@ -99,7 +99,7 @@ class MatchedSoftPrompt(SoftPrompt):
         was_training = self.normed.training
         self.normed.eval()
         try:
-            outputs = {"pre": self._raw(latent_BMd), "post": self(latent_BMd)}
-            return {name: rms_of(value) for name, value in outputs.items()}
+            raw_BMD, soft_BMD = self._raw(latent_BMd), self(latent_BMd)
+            return {"pre": rms_of(raw_BMD), "post": rms_of(soft_BMD), **rms_ends(soft_BMD)}
         finally:
             self.normed.train(was_training)
