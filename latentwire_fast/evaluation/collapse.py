@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from latentwire_fast.evaluation.method_result import mean
 from latentwire_fast.evaluation.metrics import empty_rate
 from latentwire_fast.evaluation.results import EvaluationResults
 from latentwire_fast.evaluation.spread import latent_statistics, variance_shares
@@ -128,6 +129,8 @@ def _answers(reader: Reader, results: EvaluationResults) -> dict[str, Any]:
     return {
         "empty_rate": empty_rate(latent.predictions),
         "first_tokens": {
+            "margin": mean(latent.first_token_margins),
+            "predicted_entropy": mean(latent.first_token_entropies),
             "distinct": len(set(said)),
             "entropy": _entropy(said),
             "commonest": _commonest(said, reader),

@@ -57,6 +57,8 @@ def test_an_evaluation_says_whether_it_is_collapsing(llama_folder: Path, tmp_pat
     assert sum(reader["rms"]["soft_tokens"]["counts"]) == 4 * found["texts"]
     assert reader["rms"]["soft_tokens"]["median"] == pytest.approx(1.0, abs=1e-3)
     assert -1 <= reader["nearest"]["cosine"] <= 1
+    assert math.isfinite(reader["first_tokens"]["margin"])
+    assert reader["first_tokens"]["predicted_entropy"] > 0
     assert 0 <= reader["first_tokens"]["entropy"] <= math.log(8) + 1e-9
     assert sum(share for _, share in reader["first_tokens"]["commonest"]) <= 1 + 1e-9
     json.dumps(found, allow_nan=False)

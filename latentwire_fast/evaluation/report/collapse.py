@@ -88,9 +88,14 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         "Cosine to the nearest vocabulary row",
         [MISSING, *of([n.get("cosine") for n in nearest])],
     )
+    for label, key in (
+        ("Margin of the gold first token, nats", "margin"),
+        ("Entropy of the prediction of a first token, nats", "predicted_entropy"),
+    ):
+        yield label, [MISSING, *of([reader["first_tokens"].get(key) for reader in readers])]
     for title, key in (("predicted", "first_tokens"), ("gold", "gold_first_tokens")):
         entropies = [reader[key]["entropy"] for reader in readers]
-        yield f"Entropy of {title} first tokens, nats", [MISSING, *of(entropies)]
+        yield f"Entropy of all {title} first tokens, nats", [MISSING, *of(entropies)]
     empty = [percent(reader["empty_rate"]).text for reader in readers]
     yield "Empty answers, %", [MISSING, *empty]
 
