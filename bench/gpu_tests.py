@@ -17,6 +17,8 @@ PYTEST = (
 )
 # Of a kernels' file. Five files, and a few others, on 16 cores.
 PROCESSES = 3
+# Seconds for pytest to say, when its time is over, why tests failed.
+LAST_WORDS = 5.0
 # What a file may lack: the machine has no accelerate, with which training starts. Any other module
 # that is missing is a failure, of conftest.py perhaps, and then of every file.
 MAY_LACK = {"test_kernels_training.py": "accelerate"}
@@ -59,7 +61,7 @@ def run_tests(folder: Path, limit: float, *, tiny: bool) -> list[dict[str, Any]]
     logs = dict.fromkeys(commands, "")
     endings = dict.fromkeys(commands, OK)
     for path, log, process in running:
-        ending = finish(process, by=started + limit)
+        ending = finish(process, by=started + limit, last_words=LAST_WORDS)
         logs[path] += log.read_text(errors="replace") + "\n"
         endings[path] = ending if endings[path] == OK else endings[path]
     return [report_of(path.name, logs[path], endings[path]) for path in commands]

@@ -46,11 +46,19 @@ def start(command: Sequence[str | Path], log: Path | None = None) -> subprocess.
         )
 
 
-def finish(process: subprocess.Popen[bytes], *, by: float) -> str:
-    """Wait until the monotonic time `by`, then end the process and all that it started."""
+def finish(process: subprocess.Popen[bytes], *, by: float, last_words: float = 0.0) -> str:
+    """Wait until the monotonic time `by`, then end the process and all that it started.
+
+    Args:
+        last_words: seconds of these for a process that is interrupted first, as by Ctrl-C.
+    """
     try:
-        status = process.wait(timeout=max(0.0, by - time.monotonic()))
+        status = process.wait(timeout=max(0.0, by - last_words - time.monotonic()))
     except subprocess.TimeoutExpired:
+        if last_words:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, by - time.monotonic()))
         os.killpg(process.pid, signal.SIGKILL)
         # One that hangs in the driver is not ended by that; the sections after it may still run.
         with contextlib.suppress(subprocess.TimeoutExpired):

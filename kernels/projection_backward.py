@@ -9,8 +9,16 @@ Folded: with U = dout (gamma * P) `[N, K]` one matmul gives the pieces of <dout,
     d(W | b) = gamma * A - P C,   dgamma = rowsum(A * P),   dbeta = A's column of ones
     dgain = sum of <dout, gamma*y> s / gain
 
-Two matmuls of N*D*K and two reads of dout in all; y's gradient is never written. LayerNorm's own
-backward is torch's, on `[N, d]`.
+Two matmuls of N*D*K and two reads of dout in all; y's gradient is never written.
+
+Turned (`projection`), z stands for [x, 1] in all of this, and the parameters' kernel goes back from
+P: with Q = d(W_n H | b_n) and T the sum of a row of Q but for its last value,
+
+    dW_n = Q - T / (sqrt(d) (sqrt(d) - 1)), its last column T / sqrt(d);   db_n = Q's last column
+    dW = dW_n diag(norm weight) + db_n norm_bias',   db = db_n
+    d(norm weight) = colsum(dW_n * W),   d(norm bias) = W' db_n
+
+Else the norm's gradients are sums over the rows. All sums are of two stages and in a fixed order.
 
 Tiles: y's gradient dy `[N, D]` is made as `projection_tiles` says; two matmuls give those of x, W.
 """
@@ -19,74 +27,30 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from latentwire_fast.kernels.matmul import matmul_fp32
+from latentwire_fast.kernels.matmul import add_matmul_fp32, matmul_fp32
 from latentwire_fast.kernels.projection import Folded, Projection
-from latentwire_fast.kernels.projection_pieces import (
-    plain_tiling,
-    row_moments,
-    row_scale,
-    row_tile,
-    store_rows,
-    store_tail,
+from latentwire_fast.kernels.projection_gradients import (
+    BOTH,
+    DOTS,
+    PARAMETER_ROWS,
+    SUM_COLUMNS,
+    SUM_PARTS,
+    WRITE,
+    _gradient_rows_kernel,
+    _norm_gradient_kernel,
+    _parameters_kernel,
+    _sums_kernel,
 )
+from latentwire_fast.kernels.projection_pieces import TILE_VALUES, plain_tiling
 from latentwire_fast.kernels.projection_rows import normalised_rows
 from latentwire_fast.kernels.projection_tiles import Tiles
 
 # Gradients, in the order in which they are asked for and returned.
 X, WEIGHT, BIAS, NORM_WEIGHT, NORM_BIAS, GAMMA, BETA, GAIN = range(8)
-
-
-@triton.jit(do_not_specialize=["rows", "rows_per_group"])
-def _gradient_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, gain_ptr, along_ptr, squares_ptr, dots_ptr,
-    scaled_ptr, weighted_ptr, mean_ptr, rstd_ptr,
-    rows, rows_per_group, target_rms, eps, norm_eps,
-    WRITE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, OUTPUTS: tl.constexpr,
-    CALIBRATED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-    HAS_GAIN: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr,
-):  # fmt: skip
-    """First `dots = <along, [x, 1]>` per row, and the moments; then, given the dots' sums per group
-    of rows, the scaled and the weighted rows (WRITE)."""
-    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    live_row = row < rows
-    column = tl.arange(0, BLOCK)
-    mean = tl.zeros((TILE_ROWS,), tl.float32)
-    rstd = mean
-    if HAS_NORM:
-        mean, rstd = row_moments(
-            x_ptr, x_ptr, row, live_row, 1, 1, 1, norm_eps, WIDTH, 0, 1, TILE_ROWS, BLOCK
-        )
-        if not WRITE:
-            tl.store(mean_ptr + row, mean, mask=live_row)
-            tl.store(rstd_ptr + row, rstd, mask=live_row)
-    x = row_tile(
-        x_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, row, column, live_row, mean, rstd,
-        1, 1, 1, WIDTH, 0, 1, HAS_NORM, HAS_NORM_BIAS,
-    )  # fmt: skip
-    if WRITE:
-        square = tl.zeros((TILE_ROWS,), tl.float32)
-        if CALIBRATED:
-            group = row // rows_per_group
-            square = tl.load(squares_ptr + group, mask=live_row, other=1.0)
-            dots = tl.load(dots_ptr + group, mask=live_row, other=0.0)
-            weight = dots / (1.0 * rows_per_group * OUTPUTS * (square + eps))
-            store_rows(weighted_ptr, x * weight[:, None], row, column, live_row, WIDTH, PADDED)
-            store_tail(weighted_ptr, weight, 0.0, row, live_row, WIDTH, PADDED)
-        s = row_scale(square, gain_ptr, target_rms, eps, CALIBRATED, HAS_GAIN)
-        store_rows(scaled_ptr, x * s[:, None], row, column, live_row, WIDTH, PADDED)
-        store_tail(scaled_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
-    else:
-        along = tl.load(
-            along_ptr + row[:, None] * PADDED + column[None, :],
-            mask=live_row[:, None] & (column < WIDTH)[None, :],
-            other=0.0,
-        )
-        dots = tl.sum(x * along, 1)
-        dots += tl.load(along_ptr + row * PADDED + WIDTH, mask=live_row, other=0.0)
-        tl.store(dots_ptr + row, dots, mask=live_row)
+# The columns that the scaled rows have more if their last is not free for the 1 that dbeta needs.
+ONES = 8
 
 
 def _unit_scale(p: Projection, squares: Tensor) -> Tensor | float:
@@ -95,78 +59,204 @@ def _unit_scale(p: Projection, squares: Tensor) -> Tensor | float:
     return c.target_rms * (squares + c.eps).rsqrt() if c.group_rows else c.target_rms
 
 
+def _sums(parts: Tensor, p: Projection, needs: list[bool], found: list[Tensor | None]) -> None:
+    """The norm's gradients from the programs' `[programs, 2, d]`."""
+    _, _, width = parts.shape
+    weight, bias = p.norm.weight, p.norm.bias
+    assert weight is not None
+    found[NORM_WEIGHT] = parts.new_empty(width, dtype=weight.dtype)
+    if bias is not None and needs[NORM_BIAS]:
+        found[NORM_BIAS] = parts.new_empty(width, dtype=bias.dtype)
+    second = found[NORM_BIAS]
+    planes = 1 if second is None else 2
+    _sums_kernel[(planes * triton.cdiv(width, SUM_COLUMNS),)](
+        *(parts, found[NORM_WEIGHT], parts if second is None else second, parts.shape[0]),
+        HAS_SECOND=second is not None,
+        WIDTH=width,
+        STEPS=triton.next_power_of_2(triton.cdiv(parts.shape[0], SUM_PARTS)),
+        TILE_PARTS=SUM_PARTS,
+        TILE=SUM_COLUMNS,
+        num_warps=4,
+    )
+
+
+def _norm_gradients(
+    found: list[Tensor | None], needs: list[bool], along: Tensor, x: Tensor, p: Projection,
+    squares: Tensor | None = None, *, turned: bool = False,
+) -> None:  # fmt: skip
+    """From the gradient of the normalised rows to those of x and of LayerNorm's parameters.
+
+    Args:
+        along: fp32, d columns or more; squares: it is to be multiplied by their s.
+    """
+    (rows, width), c, norm = x.shape, p.calibration, p.norm.weight
+    tile_rows, block = plain_tiling(width)
+    programs = triton.cdiv(rows, tile_rows)
+    sums = norm is not None and not turned and (needs[NORM_WEIGHT] or needs[NORM_BIAS])
+    dx = x.new_empty((rows, width), dtype=x.dtype)
+    parts = x.new_empty((programs, 2, width) if sums else 0, dtype=torch.float32)
+    scaled = squares is not None
+    _norm_gradient_kernel[(programs,)](
+        *(x, along, *(x if t is None else t for t in (norm, c.gain, squares)), dx, parts),
+        *(rows, max(c.group_rows, 1), c.target_rms, c.eps, p.norm.eps),
+        WIDTH=width,
+        STRIDE=along.stride(0),
+        SCALED=scaled,
+        CALIBRATED=c.group_rows > 0,
+        HAS_GAIN=scaled and c.gain is not None,
+        HAS_NORM=norm is not None,
+        TURNED=turned,
+        SUMS=sums,
+        BLOCK=block,
+        TILE_ROWS=tile_rows,
+        num_warps=4,
+    )
+    found[X] = dx
+    if sums:
+        _sums(parts, p, needs, found)
+
+
+def _wide_norm_gradients(
+    found: list[Tensor | None], d_normed: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+    p: Projection,
+) -> None:  # fmt: skip
+    """Torch's, of rows that no program holds whole."""
+    found[X] = d_normed
+    if p.norm.weight is not None:
+        found[X], found[NORM_WEIGHT], found[NORM_BIAS] = torch.ops.aten.native_layer_norm_backward(
+            *(d_normed.contiguous(), x.float(), [x.shape[1]], mean[:, None], rstd[:, None]),
+            *(p.norm.weight.float(), p.norm.weight.float(), [True, True, True]),
+        )
+
+
 class _Rows:
-    """The launches of `_gradient_kernel` for one call."""
+    """The launches of `_gradient_rows_kernel` for one call."""
 
-    def __init__(self, x: Tensor, p: Projection, folded: Folded) -> None:
-        self.x, self.p, self.padded = x, p, folded.gram.shape[0]
+    def __init__(
+        self, x: Tensor, p: Projection, folded: Folded, squares: Tensor, *, ones: bool
+    ) -> None:
+        self.x, self.p, self.folded, self.squares = x, p, folded, squares
+        self.padded = folded.gram.shape[0]
+        self.outer = self.padded + (ONES if folded.turned and ones else 0)
 
-    def _run(self, write: bool, tensors: tuple[Tensor | None, ...]) -> None:
+    def _run(self, mode: int, tensors: tuple[Tensor | None, ...]) -> None:
+        """Of a tensor that is absent, x is passed, and not touched."""
         x, p, c = self.x, self.p, self.p.calibration
         tile_rows, block = plain_tiling(x.shape[1])
-        _gradient_kernel[(triton.cdiv(x.shape[0], tile_rows),)](
+        _gradient_rows_kernel[(triton.cdiv(x.shape[0], tile_rows),)](
             x, *(x if t is None else t for t in (p.norm.weight, p.norm.bias, c.gain, *tensors)),
             *(x.shape[0], max(c.group_rows, 1), c.target_rms, c.eps, p.norm.eps),
-            WRITE=write,
+            MODE=mode,
             WIDTH=x.shape[1],
             PADDED=self.padded,
+            OUTER=self.outer,
             OUTPUTS=p.weight.shape[0],
             CALIBRATED=c.group_rows > 0,
             HAS_NORM=p.norm.weight is not None,
             HAS_NORM_BIAS=p.norm.bias is not None,
             HAS_GAIN=c.gain is not None,
+            TURNED=self.folded.turned,
             BLOCK=block,
             TILE_ROWS=tile_rows,
             num_warps=4,
         )  # fmt: skip
 
-    def dots(self, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """<dout, gamma*y> per row, and the rows' means and 1/deviations."""
-        dots, mean, rstd = (along.new_empty(len(along), dtype=torch.float32) for _ in range(3))
-        self._run(False, (along, None, dots, None, None, mean, rstd))
-        return dots, mean, rstd
+    def write(self, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[s x, s, 1]`; `w [x, 1]`; <dout, gamma*y> per group of rows (per row without any).
 
-    def write(self, squares: Tensor, dots: Tensor) -> tuple[Tensor, Tensor]:
-        """`[s x, s, 1]` and `w [x, 1]`. No bound keeps w in fp16's range: it is fp32 then."""
-        x, shape = self.x, (self.x.shape[0], self.padded)
+        No bound keeps w in fp16's range: it is fp32 then.
+        """
+        x, rows, group_rows = self.x, len(self.x), max(self.p.calibration.group_rows, 1)
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-        scaled = x.new_empty(shape, dtype=x.dtype)
-        weighted = x.new_empty(shape, dtype=wide)
-        self._run(True, (None, squares, dots, scaled, weighted, None, None))
-        return scaled, weighted
+        dots = x.new_empty(rows, dtype=torch.float32)
+        scaled = x.new_empty((rows, self.outer), dtype=x.dtype)
+        weighted = x.new_empty((rows, self.padded), dtype=wide)
+        if group_rows == 1:
+            self._run(BOTH, (along, self.squares, dots, scaled, weighted))
+            return scaled, weighted, dots
+        self._run(DOTS, (along, None, dots, None, None))
+        dots = dots.view(-1, group_rows).sum(1)
+        self._run(WRITE, (None, self.squares, dots, scaled, weighted))
+        return scaled, weighted, dots
+
+
+def _rounded_gram(folded: Folded, dtype: torch.dtype) -> Tensor:
+    """G, for w G z. Of turned rows without a part of its diagonal, g I: LayerNorm's backward takes
+    away all that lies along its output, g w z too, and rounding G's diagonal, the largest of it,
+    would leave most of the error (bf16, d = 48, D = 4096: dx is off by 0.024 with it and by 0.005
+    without, eager torch's by 0.016)."""
+    gram = folded.gram.to(dtype)
+    if folded.turned:
+        diagonal = folded.gram.diagonal()[:-1]
+        gram = gram.clone() if gram is folded.gram else gram
+        gram.diagonal()[:-1] = diagonal - diagonal[0]
+    return gram
+
+
+def _taken(folded: Folded, weighted: Tensor, scaled: Tensor) -> Tensor:
+    """P C `[D, K]` in fp32; bf16 holds any C, fp16 does not."""
+    rows = scaled[:, : folded.gram.shape[0]].to(weighted.dtype)
+    sums = matmul_fp32(weighted.T, rows)
+    plain = folded.plain
+    if plain.dtype == torch.bfloat16 == weighted.dtype:
+        return matmul_fp32(plain, sums.to(plain.dtype))
+    return matmul_fp32(plain.float(), sums)
+
+
+def _parameter_gradients(
+    found: list[Tensor | None], needs: list[bool], outer: Tensor, taken: Tensor | None,
+    p: Projection, folded: Folded,
+) -> None:  # fmt: skip
+    """From dout' [s x, s, 1] `[D, K or more]` and what calibration takes away."""
+    outputs, width = p.weight.shape
+    programs = triton.cdiv(outputs, PARAMETER_ROWS)
+    parts = outer.new_empty((programs, 2, width) if folded.turned else 0, dtype=torch.float32)
+    found[WEIGHT] = outer.new_empty((outputs, width), dtype=p.weight.dtype)
+    for place, tensor in ((BIAS, p.bias), (GAMMA, p.gamma)):
+        if tensor is not None:
+            found[place] = outer.new_empty(outputs, dtype=tensor.dtype)
+    if needs[BETA]:
+        found[BETA] = outer.new_empty(outputs, dtype=torch.float32)
+    given = (taken, folded.plain, p.weight, p.gamma, p.norm.weight, p.norm.bias)
+    made = (found[place] for place in (WEIGHT, BIAS, GAMMA, BETA))
+    _parameters_kernel[(programs,)](
+        *(outer, *(outer if t is None else t for t in (*given, *made)), parts, outputs),
+        WIDTH=width,
+        PADDED=folded.gram.shape[0],
+        OUTER=outer.shape[1],
+        HAS_TAKEN=taken is not None,
+        HAS_GAMMA=p.gamma is not None,
+        HAS_BIAS=p.bias is not None,
+        HAS_BETA=needs[BETA],
+        HAS_NORM_BIAS=p.norm.bias is not None,
+        TURNED=folded.turned,
+        TILE_ROWS=PARAMETER_ROWS,
+        BLOCK=triton.next_power_of_2(folded.gram.shape[0]),
+        num_warps=4,
+    )
+    if folded.turned and (needs[NORM_WEIGHT] or needs[NORM_BIAS]):
+        _sums(parts, p, needs, found)
 
 
 def _folded_gradients(
     grad: Tensor, x: Tensor, squares: Tensor, p: Projection, folded: Folded, needs: list[bool]
 ) -> list[Tensor | None]:
     found: list[Tensor | None] = [None] * len(needs)
-    width, group_rows = x.shape[1], max(p.calibration.group_rows, 1)
-    calibrated = p.calibration.group_rows > 0
-    rows = _Rows(x, p, folded)
+    calibrated, turned = p.calibration.group_rows > 0, folded.turned
     along = matmul_fp32(grad, folded.scaled)
-    dots, mean, rstd = rows.dots(along)
-    dots = dots.view(-1, group_rows).sum(1)
-    unit = _unit_scale(p, squares)
+    rows = _Rows(x, p, folded, squares, ones=needs[BETA])
+    scaled, weighted, dots = rows.write(along)
     if needs[GAIN]:
-        found[GAIN] = (dots * unit).sum()
-    scaled, weighted = rows.write(squares, dots)
-    if needs[X] or needs[NORM_WEIGHT] or needs[NORM_BIAS]:
+        found[GAIN] = (dots * _unit_scale(p, squares)).sum()
+    of_norm = needs[NORM_WEIGHT] or needs[NORM_BIAS]
+    if needs[X] or (of_norm and not turned):
         if calibrated:
-            along -= matmul_fp32(weighted, folded.gram.to(weighted.dtype))
-        s = unit if p.calibration.gain is None else unit * p.calibration.gain.float()
-        s = s[:, None].expand(-1, group_rows).reshape(-1, 1) if calibrated else s
-        _norm_gradients(found, (along * s)[:, :width], x, mean, rstd, p)
-    if any(needs[i] for i in (WEIGHT, BIAS, GAMMA, BETA)):
+            add_matmul_fp32(along, weighted, _rounded_gram(folded, weighted.dtype), by=-1.0)
+        _norm_gradients(found, needs, along, x, p, squares, turned=turned)
+    if any(needs[i] for i in (WEIGHT, BIAS, GAMMA, BETA)) or (of_norm and turned):
         outer = matmul_fp32(grad.T, scaled)
-        plain = folded.plain.float()
-        found[GAMMA] = (outer * plain).sum(1)
-        found[BETA] = outer[:, width + 1]
-        if p.gamma is not None:
-            outer = outer * p.gamma.float()[:, None]
-        if calibrated:
-            taken = matmul_fp32(weighted.T, scaled.to(weighted.dtype))
-            outer = torch.addmm(outer, plain, taken, alpha=-1)
-        found[WEIGHT], found[BIAS] = outer[:, :width], outer[:, width]
+        taken = _taken(folded, weighted, scaled) if calibrated else None
+        _parameter_gradients(found, needs, outer, taken, p, folded)
     return found
 
 
@@ -183,40 +273,30 @@ def _tile_gradients(
         calibration=p.calibration,
         tanh=p.tanh,
     )
-    dots = tiles.dots(grad) if p.calibration.group_rows or needs[GAIN] else None
+    dots = None
+    if p.calibration.group_rows or needs[GAIN] or needs[BETA]:
+        dots, found[BETA] = tiles.dots(grad)
     if dots is not None and needs[GAIN]:
         shares = dots * _unit_scale(p, squares)
         found[GAIN] = shares.view(-1, p.calibration.groups).sum(0).view(p.calibration.gain.shape)
-    dy, found[GAMMA] = tiles.backward(grad, squares, dots)
+    dy, found[GAMMA], found[BIAS] = tiles.backward(grad, squares, dots)
     if needs[X] or needs[NORM_WEIGHT] or needs[NORM_BIAS]:
         d_normed = matmul_fp32(dy, tiles.weight.to(dy.dtype))
-        _norm_gradients(found, d_normed, x, mean, rstd, p)
+        if x.shape[1] <= TILE_VALUES:
+            _norm_gradients(found, needs, d_normed, x, p)
+        else:
+            _wide_norm_gradients(found, d_normed, x, mean, rstd, p)
     if needs[WEIGHT]:
         found[WEIGHT] = matmul_fp32(dy.T, normed)
-    if needs[BIAS]:
-        found[BIAS] = dy.sum(0, dtype=torch.float32)
-    if needs[BETA]:
-        found[BETA] = grad.sum(0, dtype=torch.float32)
     return found
-
-
-def _norm_gradients(
-    found: list[Tensor | None], d_normed: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-    p: Projection,
-) -> None:  # fmt: skip
-    """From the gradient of the normalised rows to those of x and of LayerNorm's parameters."""
-    found[X] = d_normed
-    if p.norm.weight is not None:
-        found[X], found[NORM_WEIGHT], found[NORM_BIAS] = torch.ops.aten.native_layer_norm_backward(
-            *(d_normed.contiguous(), x.float(), [x.shape[1]], mean[:, None], rstd[:, None]),
-            *(p.norm.weight.float(), p.norm.weight.float(), [True, True, True]),
-        )
 
 
 def project_calibrate_backward(
     grad: Tensor, x: Tensor, squares: Tensor, p: Projection, needs: list[bool]
 ) -> list[Tensor | None]:
-    """fp32 gradients of x, weight, bias, norm_weight, norm_bias, gamma, beta, gain, if needed.
+    """Gradients of x, weight, bias, norm_weight, norm_bias, gamma, beta, gain, if needed.
+
+    In fp32, or in the dtype of x or the parameter, where a kernel rounds on its way.
 
     Args:
         grad: `[N, D]`; x: `[N, d]`, N > 0; squares: the mean squares that forward returned.

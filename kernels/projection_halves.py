@@ -22,17 +22,19 @@ import triton.language as tl
 from torch import Tensor
 
 from latentwire_fast.kernels.projection_pieces import (
+    in_range,
     load_rows,
     normalise,
     row_scale,
     store_rows,
     store_tail,
+    turned_rows,
 )
 from latentwire_fast.kernels.quantization import joined
 
 # The widest row that a program holds, and the values of it that a thread does.
 WIDEST = 512
-THREAD_VALUES = 64
+THREAD_VALUES = 32
 # One tile of the factor or of G is on its way while another is used; one more would take the
 # shared memory of a second program.
 STAGES = 2
@@ -95,10 +97,11 @@ def _unpacked_rows(
 @triton.jit
 def _factor_squares(
     x, factor_ptr, constants_ptr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    TURNED: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """||R [x, 1]||^2 `[R]`; the factor is stored transposed, its column of b last, and in fp16
-    divided by what the first of the constants is the square of; the second is R's last square."""
+    divided by what the first of the constants is the square of; the second is R's last square.
+    Turned rows hold their 1, and all of R is multiplied."""
     square = tl.zeros((TILE_ROWS,), tl.float32)
     inside = tl.arange(0, BLOCK)[:, None] < WIDTH
     rows = factor_ptr + tl.arange(0, BLOCK)[:, None] * PADDED
@@ -106,23 +109,29 @@ def _factor_squares(
         column = start + tl.arange(0, TILE)
         live = column < WIDTH
         factor = tl.load(rows + column[None, :], mask=inside & live[None, :], other=0.0)
-        bias = tl.load(factor_ptr + WIDTH * PADDED + column, mask=live, other=0.0)
-        y = tl.dot(x, factor) + bias.to(tl.float32)[None, :]
+        y = tl.dot(x, factor)
+        if not TURNED:
+            bias = tl.load(factor_ptr + WIDTH * PADDED + column, mask=live, other=0.0)
+            y += bias.to(tl.float32)[None, :]
         square += tl.sum(y * y, 1)
-    return square * tl.load(constants_ptr) + tl.load(constants_ptr + 1)
+    square *= tl.load(constants_ptr)
+    if not TURNED:
+        square += tl.load(constants_ptr + 1)
+    return square
 
 
 @triton.jit
 def _gram_squares(
-    x, gram_ptr, x_ptr, row, live_row, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    x, gram_ptr, x_ptr, row, live_row, HELD: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """x'Gx + 2c'x + b'b `[R]`; the rows lie at `x_ptr` too, PADDED wide."""
+    """x'Gx + 2c'x + b'b `[R]`; the rows lie at `x_ptr` too, PADDED wide. HELD: the place of
+    the 1 and of c, which is within a turned row's WIDTH; masks of whole pieces keep reads wide."""
     inner = tl.arange(0, BLOCK)
     gram_rows = gram_ptr + inner[:, None] * PADDED
     unit = 1.0
     if x.dtype == tl.float16:  # G may be beyond its range: its largest number is on the diagonal
-        diagonal = tl.load(gram_ptr + inner * (PADDED + 1), mask=inner < WIDTH, other=0.0)
+        diagonal = tl.load(gram_ptr + inner * (PADDED + 1), mask=inner < HELD, other=0.0)
         largest = tl.max(diagonal, 0)
         unit = tl.where(largest > 1e-30, 1.0 / largest, 1.0)
     square = tl.zeros((TILE_ROWS,), tl.float32)
@@ -131,15 +140,17 @@ def _gram_squares(
         column = start + tl.arange(0, TILE)
         live = column < WIDTH
         gram = tl.load(
-            gram_rows + column[None, :], mask=(inner < WIDTH)[:, None] & live[None, :], other=0.0
+            gram_rows + column[None, :], mask=(inner < HELD)[:, None] & live[None, :], other=0.0
         )
         cross = tl.dot(x, (gram * unit).to(x.dtype))
         place = x_ptr + row[:, None] * PADDED + column[None, :]
         part = tl.load(place, mask=live_row[:, None] & live[None, :], other=0.0).to(tl.float32)
-        bias = tl.load(gram_ptr + WIDTH * PADDED + column, mask=live, other=0.0)
+        if HELD < WIDTH:
+            part = tl.where((column < HELD)[None, :], part, 0.0)
+        bias = tl.load(gram_ptr + HELD * PADDED + column, mask=live, other=0.0)
         square += tl.sum(cross * part, 1)
         linear += tl.sum(part * bias[None, :], 1)
-    square = square / unit + 2.0 * linear + tl.load(gram_ptr + WIDTH * PADDED + WIDTH)
+    square = square / unit + 2.0 * linear + tl.load(gram_ptr + HELD * PADDED + HELD)
     # Rounding may leave less where W x and b cancel. No maximum: that drops NaN.
     return tl.where(square < 0, 0.0, square)
 
@@ -151,10 +162,12 @@ def _half_rows_kernel(
     rows, span, rows_per_group, latents, code_bytes, groups, target_rms, eps, norm_eps,
     MODE: tl.constexpr, HAS_FACTOR: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     OUTPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_NORM_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, TILE_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, TURNED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A program owns `span` rows. MODE is that of `projection_rows`."""
+    """A program owns `span` rows. MODE is that of `projection_rows`. TURNED: makes `projection`'s
+    s z, with LayerNorm's parameters in the weights."""
+    HELD: tl.constexpr = WIDTH - 1 if TURNED else WIDTH  # values of a row before its 1
     program = tl.program_id(0).to(tl.int64)
     local = tl.arange(0, TILE_ROWS)
     row = program * span + local
@@ -176,21 +189,25 @@ def _half_rows_kernel(
         if MODE == 0:
             tl.store(mean_ptr + row, mean, mask=live_row)
             tl.store(rstd_ptr + row, rstd, mask=live_row)
-        x = normalise(
-            x, mean, rstd, norm_weight_ptr, norm_bias_ptr, column, WIDTH, HAS_NORM, HAS_NORM_BIAS
-        )
+        if TURNED:
+            x = turned_rows(x, mean, rstd, column, WIDTH)
+        else:
+            x = normalise(
+                x, mean, rstd, norm_weight_ptr, norm_bias_ptr, column, WIDTH, HAS_NORM,
+                HAS_NORM_BIAS,
+            )  # fmt: skip
     x = x.to(out_ptr.dtype.element_ty)
     square = tl.zeros((TILE_ROWS,), tl.float32)
     if (MODE >= 2) & (MODE <= 4):
         if HAS_FACTOR:
             square = _factor_squares(
-                x, factor_ptr, constants_ptr, WIDTH, PADDED, TILE_ROWS, BLOCK, TILE
+                x, factor_ptr, constants_ptr, WIDTH, PADDED, TURNED, TILE_ROWS, BLOCK, TILE
             )
         else:
             store_rows(out_ptr, x, row, column, live_row, WIDTH, PADDED)
             tl.debug_barrier()  # the product's threads read other parts of them
             square = _gram_squares(
-                x, gram_ptr, out_ptr, row, live_row, WIDTH, PADDED, TILE_ROWS, BLOCK, TILE
+                x, gram_ptr, out_ptr, row, live_row, HELD, WIDTH, PADDED, TILE_ROWS, BLOCK, TILE
             )
             tl.debug_barrier()
         square /= OUTPUTS
@@ -207,14 +224,21 @@ def _half_rows_kernel(
         store_rows(out_ptr, x, row, column, live_row, WIDTH, PADDED)
     elif MODE != 4:
         s = row_scale(square, gain_ptr, target_rms, eps, MODE != 1, HAS_GAIN)
+        if TURNED:
+            s = in_range(s, out_ptr.dtype.element_ty)
         scaled = x.to(tl.float32) * s[:, None]
         store_rows(out_ptr, scaled, row, column, live_row, WIDTH, PADDED)
-        store_tail(out_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
+        if not TURNED:
+            store_tail(out_ptr, s, 1.0, row, live_row, WIDTH, PADDED)
 
 
-def most_rows(width: int) -> int:
-    """Of a program: beyond 256 values each, more than 32 rows leave too few registers."""
-    return 64 if width <= 256 else 32
+def most_rows(width: int, *, shared: bool) -> int:
+    """Of a program. Rows that share a mean square (`shared`) fit in up to 64, of up to 256 values.
+
+    Others are fewer: 32 of 256 values in 8 warps take 122 registers, and an SM holds two programs,
+    of which one works while the other waits for memory; 64 take 213, and it holds one.
+    """
+    return 64 if width <= (256 if shared else 128) else 32
 
 
 def half_tiling(tile_rows: int, width: int, *, factor: bool) -> tuple[dict[str, int], int]:

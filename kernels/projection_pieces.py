@@ -107,6 +107,28 @@ def row_tile(
 
 
 @triton.jit
+def turned_rows(x, mean, rstd, column, WIDTH: tl.constexpr):
+    """z `[R, C]` of whole rows (`projection`): standardised, its last value spread over the others,
+    and 1 in its place. Columns past the width become 0."""
+    TURN: tl.constexpr = 1.0 / (WIDTH**0.5 - 1.0)
+    x = (x - mean[:, None]) * rstd[:, None]
+    last = tl.sum(tl.where((column == WIDTH - 1)[None, :], x, 0.0), 1)
+    x = tl.where((column < WIDTH - 1)[None, :], x + TURN * last[:, None], 0.0)
+    return tl.where((column == WIDTH - 1)[None, :], 1.0, x)
+
+
+@triton.jit
+def in_range(factor, dtype: tl.constexpr):
+    """s as a half precision holds it.
+
+    fp16 cannot hold an s past 65504, which only rows with y near 0 and a target RMS above 6 have.
+    """
+    if dtype == tl.float16:
+        factor = tl.minimum(tl.maximum(factor, -65504.0), 65504.0)
+    return factor
+
+
+@triton.jit
 def store_rows(out_ptr, x, row, column, live_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Some columns of rows PADDED wide."""
     live = live_row[:, None] & (column < WIDTH)[None, :]
@@ -116,13 +138,9 @@ def store_rows(out_ptr, x, row, column, live_row, WIDTH: tl.constexpr, PADDED: t
 
 @triton.jit
 def store_tail(out_ptr, factor, unit, row, live_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """`factor, unit, 0 ...` after a padded row's x.
-
-    fp16 cannot hold an s past 65504, which only rows with y near 0 and a target RMS above 6 have.
-    """
+    """`factor, unit, 0 ...` after a padded row's x."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    if dtype == tl.float16:
-        factor = tl.minimum(tl.maximum(factor, -65504.0), 65504.0)
+    factor = in_range(factor, dtype)
     extra = tl.arange(0, 16)[None, :]
     tail = tl.where(extra == 0, factor[:, None], tl.where(extra == 1, unit, 0.0))
     live = live_row[:, None] & (extra < PADDED - WIDTH)

@@ -236,7 +236,7 @@ class Tiling:
 class _Launch:
     """What the launches of one call share. For an absent tensor `out` is passed, and not touched.
 
-    gram: of `scaled_rows`; factor: in its place for half precision rows.
+    gram, turned: of `scaled_rows`; factor: in the Gram matrix's place for half precision rows.
     """
 
     source: Tensor | Packed
@@ -246,6 +246,7 @@ class _Launch:
     out: Tensor
     gram: Tensor | None = None
     factor: Factor | None = None
+    turned: bool = False
     outputs: int = 1
 
     def run(
@@ -279,7 +280,8 @@ class _Launch:
         if half:
             given = self.factor is not None
             tile, warps = half_tiling(self.tiling.rows, width, factor=given)
-            constants |= {"HAS_FACTOR": given, **tile, "num_stages": STAGES}
+            constants |= {"HAS_FACTOR": given, "TURNED": self.turned, **tile}
+            constants["num_stages"] = STAGES
         else:
             warps = self.tiling.warps(packed=packed is not None)
             constants |= {"PRECISION": "tf32x3", "TILE": self.tiling.columns, "TILE_K": TILE_K}
@@ -319,19 +321,25 @@ def scaled_rows(
     gram: Tensor,
     factor: Factor | None,
     outputs: int,
+    *,
+    turned: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`[s x, s, 1, 0 ...]` `[N, K]` in the source's dtype, and the mean squares r2 in fp32.
 
     One launch where a program holds all rows of a mean square, else two and their mean between.
 
     Args:
-        gram: `[K, K]` fp32 of (W | b | 0); factor: used in its place if given; outputs: D.
+        gram: `[K, K]` fp32 of (W | b | 0); factor: used in its place if given; outputs: D;
+            turned: of half precision rows with LayerNorm, s z `[N, d]` is made (`projection`).
     """
     (rows, width), group_rows = source.shape, calibration.group_rows
-    most = most_rows(width) if is_half(source, norm) else LARGEST_TILE
+    most = LARGEST_TILE
+    if is_half(source, norm):
+        most = most_rows(width, shared=True)
+        most = most if 1 < group_rows <= most else most_rows(width, shared=False)
     tiling = Tiling.of(rows, group_rows, packed=isinstance(source, Packed), most=most)
     out = source.new_empty((rows, gram.shape[0]), dtype=source.dtype)
-    launch = _Launch(source, norm, calibration, tiling, out, gram, factor, outputs)
+    launch = _Launch(source, norm, calibration, tiling, out, gram, factor, turned, outputs)
     groups = rows // group_rows if group_rows else 0
     squares = source.new_empty(groups, dtype=torch.float32)
     if not group_rows:

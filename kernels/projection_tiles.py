@@ -4,8 +4,9 @@ y = f(W x + b), f 1 or tanh; r2 the mean of y^2; s = target_rms * gain / sqrt(r2
 
     SQUARES   each tile's row sums of y^2, [tiles, N]      forward, before
     WRITE     gamma * s * y + beta                         forward
-    DOTS      each tile's row sums of v*y, v = gamma*dout  backward, before
+    DOTS      each tile's row sums of v*y, v = gamma*dout  backward, before; column sums for dbeta
     GRADIENT  dy = s*v - y * s * sum(v*y) / (count * (r2 + eps)), times f'; column sums for dgamma
+              and dbias (of dy before it is rounded)
 
 The D columns may lie in groups, each with its own r2 and gain: a tile never holds columns of two.
 
@@ -164,6 +165,8 @@ def _tiles_kernel(
     if MODE != 1:
         dout = tl.load(grad_ptr + place, mask=live, other=0.0).to(tl.float32)
     if MODE == 2:
+        columns_ptr += row_tile.to(tl.int64) * WIDTH
+        tl.store(columns_ptr + column, tl.sum(dout, 0), mask=live_column)
         sums = tl.sum(dout * gamma * y, 1)
         tl.store(out_ptr + column_tile.to(tl.int64) * rows + row, sums, mask=row < rows)
         return
@@ -190,6 +193,10 @@ def _tiles_kernel(
             out += _column_values(beta_ptr, column, live_column)
         tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live)
     else:
+        # Sums first, while little else is in registers. Rows that there are not have a gradient
+        # of 0.
+        columns_ptr += row_tile.to(tl.int64) * (2 * WIDTH)
+        tl.store(columns_ptr + column, tl.sum(dout * y * s[:, None], 0), mask=live_column)
         dy = dout * gamma * s[:, None]
         if CALIBRATED:
             along = tl.load(dots_ptr + group, mask=row < rows, other=0.0)
@@ -197,9 +204,8 @@ def _tiles_kernel(
             dy -= y * (s * along / (count * damped))[:, None]
         if ACTIVATION != 0:
             dy *= 1.0 - y * y
+        tl.store(columns_ptr + WIDTH + column, tl.sum(dy, 0), mask=live_column)
         tl.store(out_ptr + place, dy.to(out_ptr.dtype.element_ty), mask=live)
-        sums = tl.sum(dout * y * s[:, None], 0)
-        tl.store(columns_ptr + row_tile.to(tl.int64) * WIDTH + column, sums, mask=live_column)
 
 
 def tile_columns(dtype: torch.dtype, *, width: int, groups: int) -> int:
@@ -288,10 +294,12 @@ class Tiles:
             num_stages=NUM_STAGES,
         )
 
-    def _parts(self, mode: int, *, grad: Tensor | None = None) -> Tensor:
+    def _parts(
+        self, mode: int, *, grad: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
         """Each tile's row sums `[tiles, N]`, which mode SQUARES or DOTS makes."""
         parts = self.x.new_empty((self.column_tiles, self.rows), dtype=torch.float32)
-        self._run(mode, parts, grad=grad)
+        self._run(mode, parts, grad=grad, columns=columns)
         return parts
 
     def _group_sums(self, parts: Tensor) -> Tensor:
@@ -322,13 +330,19 @@ class Tiles:
         self._run(WRITE, out, squares=squares, dots=parts if added else None, group_rows=added)
         return out, squares
 
-    def dots(self, grad: Tensor) -> Tensor:
-        """<gamma * grad, y> summed over the values that share a mean square (per row without)."""
-        return self._group_sums(self._parts(DOTS, grad=grad))
-
-    def backward(self, grad: Tensor, squares: Tensor, dots: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradient of W x `[N, D]` in x's dtype, and gamma's `[D]` in fp32."""
-        dy = self._result()
+    def dots(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """<gamma * grad, y> summed over the values that share a mean square (per row without), and
+        beta's gradient `[D]` in fp32."""
         columns = self.x.new_empty((self.row_tiles, self.width), dtype=torch.float32)
+        parts = self._parts(DOTS, grad=grad, columns=columns)
+        return self._group_sums(parts), columns.sum(0)
+
+    def backward(
+        self, grad: Tensor, squares: Tensor, dots: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of W x `[N, D]` in x's dtype; gamma's and the bias' `[D]` in fp32."""
+        dy = self._result()
+        columns = self.x.new_empty((self.row_tiles, 2, self.width), dtype=torch.float32)
         self._run(GRADIENT, dy, squares=squares, dots=dots, grad=grad, columns=columns)
-        return dy, columns.sum(0)
+        gamma, bias = columns.sum(0).unbind()
+        return dy, gamma, bias

@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError:  # a bare GPU machine: the tests that need one do without
     settings = None
 
-pytest_plugins = ["readers", "crashes"]
+pytest_plugins = ["readers", "text_models", "crashes"]
 
 # What a user's cache would hold goes with the test run, whose processes share it.
 _CACHE = tempfile.TemporaryDirectory(prefix="latentwire-")

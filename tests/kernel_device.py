@@ -18,8 +18,8 @@ from latentwire_fast.ops.dispatch import Backend
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(False, reason="interpreted") if INTERPRETED else pytest.mark.gpu
-# The backend of a test that runs a whole receiver, which checks payloads on the host: `triton` takes
-# tensors on the CPU only where it is interpreted, and `auto` is Triton on a GPU.
+# The backend of a test that runs a whole receiver, which checks payloads on the host: `triton`
+# takes tensors on the CPU only where it is interpreted, and `auto` is Triton on a GPU.
 KERNELS: Backend = "triton" if INTERPRETED else "auto"
 
 GUARD, POISON = 64, 77

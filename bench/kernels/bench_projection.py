@@ -33,6 +33,7 @@ from bench.kernels.harness import (
 )
 from bench.kernels.records import Errors
 from latentwire_fast import ops, reference
+from latentwire_fast.ops import projection_cache
 
 TARGET_RMS = 0.02
 # Eager torch itself must be this close to fp64 for its row to count.
@@ -80,12 +81,15 @@ def frozen(forward: Forward) -> Forward:
     """A forward pass that uses what an earlier call stored of its frozen parameters.
 
     While a graph is recorded the op makes it anew, so that replays see weights written since. Here
-    nobody writes any.
+    nobody writes any, but another graph's capture would free it, or another row's calls.
     """
+    kept: dict[int, Any] = {}
 
     def run(*inputs: Tensor) -> Tensor:
         with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False):
-            return forward(*inputs)
+            out = forward(*inputs)
+        kept.update((id(fold), fold) for fold in projection_cache._folds.values())
+        return out
 
     return run
 
@@ -145,12 +149,12 @@ def work(shape: tuple[int, int, int], element: int, *, backward: bool) -> Stage:
 def design(
     shape: tuple[int, int, int], element: int, *, backward: bool, source: float | None = None
 ) -> tuple[Stage, ...]:
-    """Launches of `kernels/projection.py` and its backward pass, K the padded width of a row.
+    """Launches of `kernels/projection.py` and its backward pass, of turned rows: K = d.
 
     source: bytes that x comes from; its own unless given.
     """
     n, d, width = shape
-    k = -(-(d + 2) // 8) * 8
+    k = d
     rows, weights, output = n * k * element, width * k * element, n * width * element
     product = 2 * n * width * k
     gram = Stage(weights + 4 * k * k, 2 * width * k * k)
@@ -161,18 +165,19 @@ def design(
     )
     if not backward:
         return forward
-    fold = (Stage(3 * weights), gram)  # of parameters that train: anew in either direction
+    fold = (Stage(3 * weights), gram)  # of parameters that train: forward's serves backward
     sums = 4 * n * k
     outer = 4 * width * k
     return (
-        *(*fold, *forward, *fold),
+        *(*fold, *forward),
         Stage(output + weights + sums, product),  # along
-        Stage(n * d * element + sums),  # dots
-        Stage(n * d * element + 2 * rows, launches=4),  # scaled and weighted rows
-        Stage(rows + 2 * sums, 2 * n * k * k, launches=3),  # what calibration takes away
-        Stage(3 * sums, launches=4),  # LayerNorm's own
+        Stage(n * d * element + sums + 2 * rows),  # its dots, scaled and weighted rows
+        Stage(rows + 2 * sums, 2 * n * k * k, launches=2),  # what calibration takes away
+        Stage(sums + 2 * n * d * element),  # LayerNorm's own
         Stage(output + rows + outer, product),  # dW and its like
-        Stage(8 * outer, 2 * n * k * k, launches=12),  # the parameters' gradients from it
+        Stage(2 * rows, 2 * n * k * k, launches=2),  # what calibration takes of it
+        Stage(weights + outer, 2 * width * k * k),
+        Stage(2 * outer + 3 * weights, launches=3),  # the parameters' gradients
     )
 
 

@@ -125,10 +125,10 @@ def projection(
     _, inner, width = shape
     weight, bias, gamma = cuda(width, inner, dtype=dtype), cuda(width, dtype=dtype), None
     gamma = cuda(width, dtype=dtype) if groups == 1 else None
+    norm = kernels.Norm(cuda(inner, dtype=dtype), cuda(inner, dtype=dtype), 1e-5)
     folded = None
     if kernels.is_folded(inner, groups=groups, tanh=tanh):
-        folded = kernels.fold(weight, bias, gamma, dtype=dtype, frozen=frozen)
-    norm = kernels.Norm(cuda(inner, dtype=dtype), cuda(inner, dtype=dtype), 1e-5)
+        folded = kernels.fold(weight, bias, gamma, norm, dtype=dtype, frozen=frozen)
     gain = None if groups == 1 else cuda(groups, dtype=dtype)
     calibration = kernels.Calibration(gain, 0.02, 1e-8, group_rows, groups)
     arguments = kernels.Projection(weight, bias, gamma, norm, calibration, tanh, folded)
@@ -161,7 +161,7 @@ def forward_call(shape: tuple[int, int, int], bits: int = 0, **options: Any) -> 
 
 
 def training_call(shape: tuple[int, int, int], **options: Any) -> Any:
-    """Forward and backward of parameters that train: what is kept of them is made in both."""
+    """Forward and backward of parameters that train: backward has what forward folded."""
 
     def call(steps: list[Any]) -> None:
         from latentwire_fast.kernels import projection as kernels
@@ -171,7 +171,6 @@ def training_call(shape: tuple[int, int, int], **options: Any) -> Any:
         x, grad = cuda(rows, inner), cuda(rows, width)
         arguments, _ = projection(steps, shape, frozen=False, **options)
         _, squares = kernels.project_calibrate(x, arguments, cuda(width))
-        arguments, _ = projection(steps, shape, frozen=False, **options)
         projection_backward.project_calibrate_backward(
             grad, x, squares, arguments, [True] * 7 + [False]
         )

@@ -1,6 +1,6 @@
 """The prefill engine on one GPU: its tests, and the tables of an 8B and a 7B reader, in 9 minutes.
 
-    python -m bench.prefill.gpu_prefill OUT           # tables, compile, two_devices, *.log
+    python -m bench.prefill.gpu_prefill OUT           # tables, compile, decoding, *.log
     python -m bench.prefill.gpu_prefill OUT --tiny    # on a CPU: tests the path, measures nothing
 
 Runs from a checkout that need not be installed, on torch, triton, transformers and numpy (pytest
@@ -36,7 +36,8 @@ TESTS = tuple(
     ROOT / "tests" / f"{name}.py"
     for name in ("serving/test_receiver", "kernels/test_kernels_prefill", "readers/test_kv_cache")
 )
-EXTENSION_SECONDS, TESTS_SECONDS = 40, 45
+EXTENSION_SECONDS, TESTS_SECONDS, DECODING_SECONDS = 40, 45, 30
+DECODED = "--reader llama-3.1-8b --tokens 1 8 32"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ SECTIONS = (
     ),
     Section(
         "compile",
-        97,
+        67,
         "--readers llama-3.1-8b --engines eager compile --batches 1 --text-tokens 250 --latents 32 "
         "--methods text latent_cached",
     ),
@@ -99,6 +100,13 @@ def latency(section: Section, folder: Path, seconds: float, commit: str | None) 
     command += ["--out", str(folder / section.name), "--until", str(ends - MARGIN_SECONDS)]
     command += ["--commit", commit] if commit else []
     return finish(start(command), by=ends)
+
+
+def decoding(folder: Path, seconds: float) -> str:
+    """The time until n tokens are on the host, op by op and with graphs."""
+    program = [sys.executable, "-m", "bench.prefill.time_to_tokens", *DECODED.split()]
+    program += ["--json", str(folder / "decoding.json")]
+    return finish(start(program, folder / "decoding.log"), by=time.monotonic() + seconds)
 
 
 def pack(folder: Path) -> None:
@@ -142,6 +150,8 @@ def run_all(
         run("extension", EXTENSION_SECONDS, lambda limit: build_extension(log, limit))
         run("tests", TESTS_SECONDS, lambda limit: tests(folder, limit))
     for section in sections:
+        if section == sections[-1] and not tiny:
+            run("decoding", DECODING_SECONDS, lambda limit: decoding(folder, limit))
         most = seconds if section == sections[-1] else section.seconds
         run(section.name, most, lambda limit, s=section: latency(s, folder, limit, commit))
     print((folder / "sections.txt").read_text())

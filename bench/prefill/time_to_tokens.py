@@ -1,6 +1,6 @@
 """Time until the first token and until n tokens are on the host, by engine.
 
-    python -m bench.prefill.time_to_tokens --reader llama-160m --batch 8 --tokens 1 8 32
+    python -m bench.prefill.time_to_tokens --reader llama-160m --batch 8 --tokens 1 8 32 [--json F]
 
 A prefill, then n - 1 decoding steps: with the engine `graph` each step is one graph as well. Rows
 never end early. On a machine without a CUDA device there is the engine `eager` alone. Medians of
@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import torch
 
+from bench.command_line import add_json, write_json
 from bench.prefill.shapes import build_reader, synthetic_workload, text_prompts
+from latentwire_fast.evaluation.provenance import device_name
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
@@ -45,10 +47,10 @@ def milliseconds(receiver: Receiver, prompts: Sequence[Prompt], tokens: int) -> 
     return 1e3 * (time.perf_counter() - started)
 
 
-def table(
+def medians(
     reader: Reader, prompts: Sequence[Prompt], *, tokens: Sequence[int], warm_ups: int, runs: int
-) -> str:
-    """Medians: a row for each engine, a column for each number of tokens."""
+) -> dict[str, dict[int, float]]:
+    """Milliseconds by engine and number of tokens."""
     receivers = engines(reader, tokens=max(tokens))
     cells = [*itertools.product(receivers, tokens)]
     times: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
@@ -57,11 +59,16 @@ def table(
             spent = milliseconds(receivers[name], prompts, count)
             if run >= warm_ups:
                 times[name, count].append(spent)
+    return {name: {n: median(times[name, n]) for n in tokens} for name in receivers}
+
+
+def table(found: Mapping[str, Mapping[int, float]]) -> str:
+    """A row for each engine, a column for each number of tokens."""
+    tokens = next(iter(found.values()))
     heads = " | ".join(f"{count} tokens, ms" for count in tokens)
     lines = [f"| engine | {heads} |", "|---" * (1 + len(tokens)) + "|"]
-    for name in receivers:
-        values = " | ".join(f"{median(times[name, count]):.4g}" for count in tokens)
-        lines.append(f"| {name} | {values} |")
+    for name, times in found.items():
+        lines.append(f"| {name} | {' | '.join(f'{ms:.4g}' for ms in times.values())} |")
     return "\n".join(lines)
 
 
@@ -74,14 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--warm-ups", type=int, default=2)
     parser.add_argument("--runs", type=int, default=10)
+    add_json(parser)
     args = parser.parse_args(arguments)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device != "cpu" else torch.float32
     reader = build_reader(args.reader, dtype=dtype, device=device, attention="sdpa")
     workload = synthetic_workload(reader.prompts, rows=args.batch, tokens=args.text_tokens, seed=0)
     prompts = text_prompts(reader.prompts, workload)
+    found = medians(reader, prompts, tokens=args.tokens, warm_ups=args.warm_ups, runs=args.runs)
+    setting = {"reader": args.reader, "batch": args.batch, "text_tokens": args.text_tokens}
+    write_json({**setting, "device": device_name(reader.device), "ms": found}, args.json)
     print(f"{args.reader}, batch {args.batch}, {args.text_tokens} tokens of text, on {device}")
-    print(table(reader, prompts, tokens=args.tokens, warm_ups=args.warm_ups, runs=args.runs))
+    print(table(found))
 
 
 if __name__ == "__main__":

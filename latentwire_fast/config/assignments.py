@@ -160,13 +160,20 @@ def _default(field: Any) -> Any:
 
 
 def _change_kind(settings: type[PartSettings], node: dict[str, Any], kind: Any) -> None:
+    """Keep the values that both kinds have. Parts within (an encoder's pooler) are chosen for one
+    kind: the other begins with its own."""
     if not isinstance(kind, str) or kind not in settings.registry:
         names = settings.registry.names()
         raise ConfigError(_unknown(str(kind), names))
     kept = _fields(settings.registry[kind].Config)
-    for name in [name for name in node if name not in kept]:
+    other = node["kind"] != kind
+    for name in [name for name in node if name not in kept or (other and _is_part(node[name]))]:
         del node[name]
     node["kind"] = kind
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, dict) and "kind" in node
 
 
 def _place(entries: Sequence[Any], step: str) -> int:

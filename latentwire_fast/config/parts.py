@@ -5,6 +5,7 @@ A part's own settings are the class `Config` nested in it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -66,6 +67,10 @@ class EncoderConfig(PartSettings):
         changes: dict[str, Any] = {"source": source}
         return replace(self, **changes)
 
+    def map_sources(self, change: Callable[[str], str]) -> EncoderConfig:
+        """A copy whose pretrained models have changed names, such as absolute paths."""
+        return self if self.source is None else self.with_source(change(self.source))
+
     def allows(self, trained: EncoderConfig) -> bool:
         """Whether a trained encoder is one that these settings ask for."""
         return self == trained
@@ -76,6 +81,28 @@ class PoolerConfig(PartSettings):
     """An LM's hidden states to M latents (`models/poolers/`)."""
 
     registry: ClassVar[Registry] = POOLERS
+
+    @property
+    def selects_positions(self) -> bool:
+        """Whether its states are those of positions of the text, which a stage has to teach it."""
+        return bool(self.registry.part_of(self).selects_positions)
+
+    @property
+    def needs_lm(self) -> bool:
+        """Whether it works in an encoder with a causal LM only."""
+        return bool(self.registry.part_of(self).needs_lm)
+
+    def check_states_alone(self, encoder: EncoderConfig) -> None:
+        """Raise unless it works in an encoder that has token states, and no causal LM.
+
+        Raises:
+            ConfigError: it needs one, or readers' positions.
+        """
+        require(
+            not (self.needs_lm or self.selects_positions),
+            f"pooler {self.kind!r} needs a causal LM, which encoder {encoder.kind!r} does not "
+            "have; take another pooler, or encoder 'lm'",
+        )
 
 
 @dataclass(frozen=True)

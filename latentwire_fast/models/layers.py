@@ -1,8 +1,11 @@
-"""The transformer layer that encoders and deep prefixes are built of."""
+"""The transformer layers that encoders, poolers and deep prefixes are built of."""
 
 from __future__ import annotations
 
 from torch import nn
+
+from latentwire_fast.config.base import require
+from latentwire_fast.models.token_states import StatesFacts
 
 
 def pre_norm_layer(
@@ -20,4 +23,32 @@ def pre_norm_layer(
         activation="gelu",
         batch_first=True,
         norm_first=True,
+    )
+
+
+def pre_norm_decoder_layer(
+    width: int, heads: int, *, expansion: int = 4, dropout: float = 0.0
+) -> nn.TransformerDecoderLayer:
+    """The same with attention to a memory between the two: takes `[B, M, width]`, and a memory
+    `[B, T, width]`."""
+    return nn.TransformerDecoderLayer(
+        width,
+        heads,
+        expansion * width,
+        dropout=dropout,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+
+
+def check_heads(heads: int, lm: StatesFacts) -> None:
+    """Raise unless the width of what a pooler reads divides among its attention heads.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    require(
+        lm.width % heads == 0,
+        f"encoder.pooler.heads={heads} does not divide the width {lm.width} of {lm.source!r}",
     )

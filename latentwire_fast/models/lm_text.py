@@ -15,35 +15,28 @@ from transformers import PreTrainedModel
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.files.tensor_cache import TensorCache, digest_of, find_all
+from latentwire_fast.models.token_states import StatesFacts, TokenStates
 from latentwire_fast.prompts.batch import PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder
 from latentwire_fast.readers.embeddings import embedding_size, input_embedding
 from latentwire_fast.readers.logits import LogitTransform
 
 
-@dataclass(frozen=True)
-class LMFacts:
+@dataclass(frozen=True, kw_only=True)
+class LMFacts(StatesFacts):
     """Facts of an LM that a pooler is built for.
 
     Attributes:
-        latents: M.
-        width: D.
-        layers: of the LM; its hidden states are one more, the embeddings.
         anchor_D: fp32 embedding of the token behind which the LM expects an answer to begin.
         embedding_std: standard deviation of the embeddings' values.
         logits: what the LM does to its output embedding's results.
         tied: whether the LM's input embeddings are its output embeddings.
-        source: where the LM comes from, for messages.
     """
 
-    latents: int
-    width: int
-    layers: int
     anchor_D: Tensor
     embedding_std: float
     logits: LogitTransform
     tied: bool
-    source: str
 
     @classmethod
     def of(
@@ -66,7 +59,7 @@ class LMFacts:
             latents=latents,
             width=width,
             layers=config.num_hidden_layers,
-            # On the CPU, where all fresh parameters are drawn, also of an LM on a GPU.
+            # On the CPU, where queries are drawn also for an LM on a GPU: the same on all machines.
             anchor_D=embedding(anchor).detach().float().cpu(),
             embedding_std=embedding_size(embedding).std,
             logits=LogitTransform.declared(config),
@@ -75,7 +68,7 @@ class LMFacts:
         )
 
 
-class LMText:
+class LMText(TokenStates):
     """Texts as prompts of an LM. Each of its methods is one pass of the LM over all of them.
 
     Args:
@@ -92,6 +85,7 @@ class LMText:
         *,
         cache: TensorCache | None = None,
     ) -> None:
+        self.last_layer = core.config.num_hidden_layers
         self._core = core
         self._builder = builder
         self._prompts = prompts
@@ -108,20 +102,15 @@ class LMText:
     def hidden(self) -> tuple[Tensor, Tensor]:
         """Last hidden states `[B, T, D]` of the whole prompts, padded on the right, and the real
         length of each `[B]`."""
-        states = self._states((self._core.config.num_hidden_layers,))
+        states = self._states((self.last_layer,))
         return states[0], self._collate(self._prompts).lengths_B
 
-    def all_layers(self) -> tuple[list[Tensor], Tensor]:
-        """Hidden states `[B, T, D]` of every layer, embeddings first, and a mask `[B, T]` of the
-        positions that hold the text itself, without its label.
+    def layers(self, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """Hidden states `[B, T, D]` of these layers, 0 for the embeddings, and a mask `[B, T]` of
+        the positions that hold the text itself, without its label.
 
         Positions count from the text's first token, where an encoder's `text_ends` counts from.
         """
-        return self.layers(range(self._core.config.num_hidden_layers + 1))
-
-    def layers(self, numbers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """Hidden states `[B, T, D]` of these layers, 0 for the embeddings, and the mask; as
-        `all_layers`."""
         start = self._builder.content_start
         states = [states_BTD[:, start:] for states_BTD in self._states(numbers)]
         return states, self._is_text(self._collate(self._prompts))[:, start:]
@@ -144,8 +133,7 @@ class LMText:
 
     def _run(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[Tensor]:
         batch = self._collate(prompts)
-        last = self._core.config.num_hidden_layers
-        if list(numbers) == [last]:
+        if list(numbers) == [self.last_layer]:
             return [self._core(**batch.model_inputs(), use_cache=False).last_hidden_state]
         output = self._core(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
         return [output.hidden_states[i] for i in numbers]

@@ -21,11 +21,11 @@ from latentwire_fast.ops.dispatch import (
     register,
     uses_triton,
 )
-from latentwire_fast.ops.projection_cache import folded
+from latentwire_fast.ops.projection_cache import folded, keep, kept
 from latentwire_fast.reference import ProjectionParameters, ProjectionSettings
 
 if TYPE_CHECKING:
-    from latentwire_fast.kernels.projection import Projection
+    from latentwire_fast.kernels.projection import Folded, Projection
 
 CALIBRATIONS = ("none", "token", "example", "batch")
 
@@ -59,22 +59,26 @@ def projection_of(
     dtype: torch.dtype,
     p: ProjectionParameters,
     settings: ProjectionSettings,
+    known: Folded | None = None,
 ) -> Projection:
-    """The kernels' arguments for rows x of a shape `[..., M, d]`."""
+    """The kernels' arguments for rows x of a shape `[..., M, d]`; known: the folded parameters."""
     from latentwire_fast.kernels import projection as kernels
 
     group_rows = {"none": 0, "token": 1, "batch": math.prod(shape[:-1])}.get(settings.calibration)
     folds = kernels.is_folded(shape[-1], groups=settings.groups, tanh=settings.tanh)
+    norm = kernels.Norm(p.norm_weight, p.norm_bias, reference.LAYER_NORM_EPS)
+    if folds and known is None:
+        known = folded(p.weight, p.bias, p.gamma, norm, dtype=dtype)
     return kernels.Projection(
         *(p.weight.contiguous(), dense(p.bias), dense(p.gamma)),
-        norm=kernels.Norm(dense(p.norm_weight), dense(p.norm_bias), reference.LAYER_NORM_EPS),
+        norm=kernels.Norm(dense(p.norm_weight), dense(p.norm_bias), norm.eps),
         calibration=kernels.Calibration(
             *(dense(p.gain), settings.target_rms, reference.RMS_EPS),
             group_rows=shape[-2] if group_rows is None else group_rows,
             groups=settings.groups,
         ),
         tanh=settings.tanh,
-        folded=folded(p.weight, p.bias, p.gamma, dtype=dtype) if folds else None,
+        folded=known if folds else None,
     )
 
 
@@ -89,11 +93,11 @@ def _project_calibrate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return reference.project_calibrate(x, p, settings)
     from latentwire_fast.kernels import projection as kernels
 
-    out, squares = kernels.project_calibrate(
-        x.reshape(-1, x.shape[-1]), projection_of(x.shape, x.dtype, p, settings), dense(p.beta)
-    )
-    shape = _mean_square_shape(x, settings)
-    return out.view(*x.shape[:-1], p.weight.shape[0]), squares.reshape(shape)
+    projection = projection_of(x.shape, x.dtype, p, settings)
+    out, squares = kernels.project_calibrate(x.reshape(-1, x.shape[-1]), projection, dense(p.beta))
+    mean_square = squares.reshape(_mean_square_shape(x, settings))
+    keep(mean_square, projection.folded)
+    return out.view(*x.shape[:-1], p.weight.shape[0]), mean_square
 
 
 def _mean_square_shape(x: Tensor, settings: ProjectionSettings) -> tuple[int, ...]:
@@ -121,23 +125,23 @@ def _project_calibrate_backward(
         from latentwire_fast.kernels import projection_backward as kernels
 
         rows = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
-        projection = projection_of(x.shape, x.dtype, p, settings)
+        projection = projection_of(x.shape, x.dtype, p, settings, kept(mean_square))
         grads = kernels.project_calibrate_backward(
             *rows, mean_square.reshape(-1), projection, needs
         )
         grads[0] = None if grads[0] is None else grads[0].view(x.shape)
     else:
         grads = reference.project_calibrate_backward(grad, x, p, mean_square, settings, needs)
-    return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
+    found = zip(grads, needs, (x, *p), strict=True)
+    return [g.to(t.dtype) for g, needed, t in found if needed and g is not None and t is not None]
 
 
 def _project_calibrate_backward_fake(
     grad: Tensor, x: Tensor, mean_square: Tensor, needs: list[bool], *arguments: Any
 ) -> list[Tensor]:
     tensors = (x, *gathered(arguments)[0])
-    c = reference.compute_dtype(x)
     wanted = zip(tensors, needs, strict=True)
-    return [x.new_empty(t.shape, dtype=c) for t, needed in wanted if needed and t is not None]
+    return [x.new_empty(t.shape, dtype=t.dtype) for t, needed in wanted if needed and t is not None]
 
 
 register(
@@ -177,10 +181,7 @@ class ProjectCalibrate(torch.autograd.Function):
                 grad.contiguous(), x, mean_square, needs, *parameters, *ctx.settings
             )
         )
-        grads = [
-            next(found).to(tensor.dtype) if needed else None
-            for tensor, needed in zip((x, *parameters), needs, strict=True)
-        ]
+        grads = [next(found) if needed else None for needed in needs]
         return (*grads, *[None] * len(ctx.settings))
 
 

@@ -85,6 +85,7 @@ class TextTokenizer:
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=spans,
+            verbose=False,  # how long a text may be is not for the tokenizer to say
         )
 
     def _cut(self, text: str) -> list[tuple[int, int]]:

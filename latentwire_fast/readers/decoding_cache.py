@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from latentwire_fast.readers.arriving_layer import ArrivingLayer
 
-# Layers from which decoding can go back to an earlier position. Since 5.18, transformers has one
+# Layers from which decoding can go back to an earlier position. Since 5.23, transformers has one
 # more class, for layers that keep nothing.
 _CAN_GO_BACK = (
     *(DynamicLayer, ArrivingLayer, StaticLayer),

@@ -57,6 +57,15 @@ def channel_moments(embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
     return mean_D.float(), variance_D.sqrt().float()
 
 
+@torch.no_grad()
+def plain_embedding(embedding: nn.Embedding) -> nn.Embedding:
+    """A copy in fp32 on the CPU whose table is what the module returns."""
+    table_VD = torch.empty(embedding.weight.shape)
+    for ids, rows_vD in _in_chunks(embedding):
+        table_VD[ids] = rows_vD.float().cpu()
+    return nn.Embedding.from_pretrained(table_VD)
+
+
 def expected_embedding(probs: Tensor, embedding: nn.Embedding) -> Tensor:
     """Mean embedding `[..., D]` of tokens drawn with probabilities `[..., V]`, in their dtype."""
     if type(embedding) is nn.Embedding:  # what it returns is its table

@@ -92,7 +92,7 @@ def _shortened(words: str) -> str:
 
 
 def resolve_source(source: str | Path) -> str:
-    """The folder of `testbed:NAME`, of `package:NAME` or of a GGUF file, which are converted the
+    """The folder of `testbed:NAME`, of `package:NAME` or of a GGUF file, which is converted the
     first time; another folder or a hub id as it is.
 
     Raises:
@@ -101,7 +101,8 @@ def resolve_source(source: str | Path) -> str:
     text = str(source)
     path = Path(text)
     if text.startswith(packages.PREFIX):
-        return str(gguf_file.converted(packages.package_file(text)))
+        found = packages.package_file(text)
+        return str(found if found.is_dir() else gguf_file.converted(found))
     if path.is_file():
         if path.suffix == gguf_file.SUFFIX:
             return str(gguf_file.converted(path))

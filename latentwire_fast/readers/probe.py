@@ -274,5 +274,6 @@ class _Trials:
 
 
 def kept(cache: Any) -> Tensor:
-    """Keys and values `[L, 2, B, H, P, D]` of all layers of a cache."""
-    return torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
+    """Keys and values `[L, 2, B, H, P, D]` of all layers, on the device of the first."""
+    layers = [torch.stack([layer.keys, layer.values]) for layer in cache.layers]
+    return torch.stack([layer.to(layers[0].device) for layer in layers])

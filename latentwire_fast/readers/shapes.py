@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BertConfig,
     Gemma3TextConfig,
     LlamaConfig,
     Qwen2Config,
@@ -62,8 +63,13 @@ _GEMMA_3 = decoder_sizes(vocabulary=262144, width=640, inner=2048, layers=18, he
 _QWEN_7B = decoder_sizes(
     vocabulary=152064, width=3584, inner=18944, layers=28, heads=28, kv_heads=4
 )
+_MINILM = BertConfig(
+    hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12
+)
 # Models of the presets as on the hub, whose configurations need no network, nor a package.
 KNOWN: dict[str, Any] = {
+    "sentence-transformers/all-MiniLM-L6-v2": _MINILM,
+    "package:minilm": _MINILM,
     "meta-llama/Llama-3.1-8B-Instruct": _llama_3(
         width=4096, inner=14336, layers=32, factor=8.0, tied=False
     ),

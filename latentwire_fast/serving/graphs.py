@@ -54,9 +54,10 @@ class GraphMemory:
 def recover_from_failed_capture(memory: GraphMemory) -> Iterator[None]:
     """After a capture that failed in the block, the process can go on.
 
-    A capture that cannot be ended leaves the capture's stream current, the allocator serving it
+    A capture that cannot be ended leaves the capture's stream current, the allocators serving it
     from the pool, and the generator counting on a graph: every later draw of random numbers on the
-    device would fail.
+    device would fail. The allocator of pinned memory cannot be told (torch 2.11), and would refuse
+    the next capture into that pool: there is a new one.
     """
     before = torch.cuda.current_stream()
     try:
@@ -66,6 +67,7 @@ def recover_from_failed_capture(memory: GraphMemory) -> Iterator[None]:
         device = before.device_index
         with suppress(RuntimeError):  # it has ended, as it should
             torch._C._cuda_endAllocateToPool(device, memory.pool)
+        memory.pool = torch.cuda.graph_pool_handle()
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
         raise
@@ -129,6 +131,7 @@ class CapturedPass:
         self._inputs = InputBuffer(batch.fields, device=memory.stream.device)
         memory.acquire()
         self._inputs.fill(batch.values())
+        self._forward = forward  # kept: a mask in it is read by each replay
         self._graph, self._logits_BV = record(lambda: forward(self._inputs.tensors), memory=memory)
         memory.release()
 

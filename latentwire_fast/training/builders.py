@@ -56,9 +56,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         name: replace(reader, source=_absolute(reader.source))
         for name, reader in config.readers.items()
     }
-    encoder = config.encoder
-    if encoder.source is not None:
-        encoder = encoder.with_source(_absolute(encoder.source))
+    encoder = config.encoder.map_sources(_absolute)
     data = replace(config.data, source=map_paths(config.data.source, _absolute))
     if data.eval_source is not None:
         data = replace(data, eval_source=map_paths(data.eval_source, _absolute))

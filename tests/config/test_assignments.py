@@ -79,7 +79,11 @@ def test_another_kind_keeps_the_settings_that_both_have() -> None:
     changed = with_assignments(config, options)
     encoder = at(changed, "encoder")
     assert (encoder["kind"], encoder["latents"], encoder["width"]) == ("byte", 5, 32)
-    assert "pooler" not in encoder
+    assert encoder["pooler"] is None, "the other encoder's pooler is not kept"
+    same = with_assignments(config, ["encoder.kind=lm"])
+    assert same == config
+    token_query = at(with_assignments(config, ["encoder.kind=token_query"]), "encoder")
+    assert token_query["pooler"]["kind"] == "gated_queries"
 
 
 def test_a_later_one_wins_and_nothing_changes_nothing(config: RunConfig) -> None:

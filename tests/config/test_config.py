@@ -35,7 +35,7 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.registry import BOTTLENECKS, ENCODERS, OBJECTIVES, POOLERS, SCHEDULES
 from runs import changed, deep, soft, stored
 
-ALL = ("lm", "byte")
+ALL = ("lm", "byte", "token_query", "sentence", "anchor_guided")
 
 
 @pytest.fixture
@@ -109,11 +109,25 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
         (lambda: ENCODERS.config("byte", frozen=True), "encoder 'byte': .*'frozen'"),
         (lambda: ENCODERS.config("byte", width=30, heads=4), "width=30.*heads=4"),
         (lambda: ENCODERS.config("byte", max_bytes=0), "max_bytes=0, expected at least 1"),
+        (lambda: ENCODERS.config("byte", gate="slot"), "gate='slot', expected 'shared' or 'slots'"),
+        (
+            lambda: ENCODERS.config("byte", pooler=POOLERS.config("queries")),
+            "pooler 'queries' needs a causal LM, which encoder 'byte' does not have",
+        ),
+        (
+            lambda: ENCODERS.config("byte", gate="slots", pooler=POOLERS.config("spans")),
+            "gate='slots' is of the encoder's own pooler, and there is another, 'spans'",
+        ),
+        (lambda: ENCODERS.config("lm", scaffold="system"), "scaffold='system', expected 'chat' or"),
+        (
+            lambda: ENCODERS.config("lm", scaffold="none", template="tool_use"),
+            "template='tool_use' names a chat template, and scaffold='none' takes none",
+        ),
         (lambda: ENCODERS.config("lm", max_tokens=0), "max_tokens=0, expected at least 1"),
         (lambda: ENCODERS.config("lm", pooler="spans"), "pooler='spans', expected PoolerConfig"),
         (
-            lambda: POOLERS.config("mean"),
-            "no pooler 'mean'; there are queries, spans, cross_attention, layer_spans, selected",
+            lambda: POOLERS.config("median"),
+            "no pooler 'median'; there are queries, spans, cross_attention, layer_spans, selected",
         ),
         (lambda: POOLERS.config("queries", rehearsals=-1), "rehearsals=-1, expected at least 0"),
         (lambda: BOTTLENECKS.config("uniform", bits=5), "bits=5, expected 16, 8, 6 or 4"),

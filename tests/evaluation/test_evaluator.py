@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerFast
 
 from latentwire_fast import wire
@@ -580,12 +579,11 @@ def test_a_run_is_evaluated_into_its_folder(run_dir: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_run_is_evaluated_on_the_gpu(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = evaluate_run(run_dir, progress=False)
+def test_a_run_is_evaluated_on_the_gpu(run_dir: Path) -> None:
+    expected, result = (
+        evaluate_run(run_dir, progress=False, device=torch.device(name)) for name in ("cpu", "cuda")
+    )
     assert expected["run"]["device"].startswith("cpu")
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    result = evaluate_run(run_dir, progress=False)
     assert result["run"]["device"] == torch.cuda.get_device_name(0)
     for name, methods in expected["readers"].items():
         for method in METHODS:

@@ -28,7 +28,7 @@ KERNELS = [
     ROOT / "kernels" / f"{name}.py"
     for name in (
         *("cross_entropy", "distillation", "quantization"),
-        *("projection", "projection_rows", "projection_halves", "projection_backward"),
+        *("projection", "projection_rows", "projection_halves", "projection_gradients"),
     )
 ]
 WAITING = {

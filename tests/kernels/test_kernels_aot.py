@@ -216,7 +216,9 @@ def rows_case(
     from latentwire_fast.kernels.projection_halves import STAGES, half_tiling
 
     tile, warps = half_tiling(tile_rows, width, factor=factor)
-    constants |= {"HAS_FACTOR": factor, **tile}
+    turned = bool(mode) and norm
+    constants |= {"HAS_FACTOR": factor, "TURNED": turned, **tile}
+    constants["PADDED"] -= 8 if turned else 0
     pointers = (*source, dtype, dtype, FP32, dtype, FP32, *rest)
     kernel = ("projection_halves", "_half_rows_kernel", pointers)
     # Codes of 6 bits lie in planes of 16 and 8 bytes a group.
@@ -234,8 +236,9 @@ def rows_cases() -> dict[str, Case]:
         "rows 256, uncalibrated": rows_case(1, 256, 64),
         "rows 256, tile 16, bf16, factor, gain": rows_case(2, 256, 16, gain=True),
         "rows 256, tile 64, bf16, by mean squares": rows_case(5, 256, 64, bits=6),
+        "rows 256, tile 32, bf16, by mean squares": rows_case(5, 256, 32, bits=6),
     }
-    for tile_rows, width in ((16, 256), (64, 256), (16, 512), (32, 512), (64, 48)):
+    for tile_rows, width in ((16, 256), (32, 256), (64, 256), (16, 512), (32, 512), (64, 48)):
         for factor in (True, False):
             name = f"rows {width}, tile {tile_rows}, bf16, {'factor' if factor else 'Gram'}"
             cases[name] = rows_case(2, width, tile_rows, factor=factor)
@@ -248,10 +251,11 @@ def rows_cases() -> dict[str, Case]:
             name = f"rows 256, tile {tile_rows}, {bits} bits"
             cases[f"{name}, factor"] = rows_case(3, 256, tile_rows, bits=bits)
         for factor in (True, False):
-            name = f"rows 256, tile 64, {bits} bits, mean squares"
-            cases[f"{name}, {'factor' if factor else 'Gram'}"] = rows_case(
-                4, 256, 64, bits=bits, factor=factor
-            )
+            for tile_rows in (32, 64):
+                name = f"rows 256, tile {tile_rows}, {bits} bits, mean squares"
+                cases[f"{name}, {'factor' if factor else 'Gram'}"] = rows_case(
+                    4, 256, tile_rows, bits=bits, factor=factor
+                )
     cases["rows 512, tile 32, 4 bits, factor"] = rows_case(3, 512, 32, bits=4)
     # The parts that unpacking, LayerNorm and the product leave fewest registers in.
     few: list[tuple[int, int, int, int, str, dict[str, bool]]] = [
@@ -274,21 +278,57 @@ def rows_cases() -> dict[str, Case]:
 def projection_cases() -> dict[str, Case]:
     cases = rows_cases()
     for width in (256, 512):
-        folded = {"WIDTH": width, "PADDED": width + 8, "HAS_BIAS": True, "HAS_GAMMA": True}
-        cases[f"fold {width}"] = Case(
-            *("projection", "_fold_kernel", (*[BF16] * 5, "i32")),
-            *({**folded, "TILE_ROWS": 8, "BLOCK": 2 * width}, 4),
-        )
-        flags = ("CALIBRATED", "HAS_NORM", "HAS_NORM_BIAS", "HAS_GAIN")
-        shape = {"WIDTH": width, "PADDED": width + 8, "OUTPUTS": 4096}
-        shape |= {"BLOCK": width, "TILE_ROWS": 4096 // width, **dict.fromkeys(flags, True)}
-        for write, name in ((False, "dots"), (True, "write")):
-            cases[f"gradient rows {width}, {name}"] = Case(
-                *("projection_backward", "_gradient_kernel"),
-                (*[BF16] * 4, *[FP32] * 3, BF16, BF16, FP32, FP32, "i32", "i32", *["fp32"] * 3),
-                *({**shape, "WRITE": write}, 4, 3, ("STG",) if write else ("LDG",)),
-            )
+        for turned in (True, False):
+            cases |= gradient_cases(width, turned)
     return {**cases, **tiles_cases()}
+
+
+def gradient_cases(width: int, turned: bool) -> dict[str, Case]:
+    """The fold, and what backward starts, of turned rows or of padded ones."""
+    cases = {}
+    padded, outer = (width, width + 8) if turned else (width + 8, width + 8)
+    name = f"{width}{', turned' if turned else ''}"
+    shape = {"WIDTH": width, "PADDED": padded, "TURNED": turned, "HAS_NORM_BIAS": True}
+    folded = {**shape, "HAS_BIAS": True, "HAS_GAMMA": True, "TILE_ROWS": 8}
+    folded |= {"HAS_NORM_BIAS": turned, "BLOCK": width if turned else 2 * width}
+    cases[f"fold {name}"] = Case(
+        *("projection", "_fold_kernel", (*[BF16] * 7, "i32"), folded, 4),
+    )
+    rows = {"BLOCK": width, "TILE_ROWS": 4096 // width, "CALIBRATED": True, "HAS_GAIN": True}
+    rows |= {"HAS_NORM": True}
+    for mode, what in enumerate(("dots", "write", "both")):
+        cases[f"gradient rows {name}, {what}"] = Case(
+            *("projection_gradients", "_gradient_rows_kernel"),
+            (*[BF16] * 4, *[FP32] * 3, BF16, BF16, "i32", "i32", *["fp32"] * 3),
+            {**shape, **rows, "MODE": mode, "OUTER": outer, "OUTPUTS": 4096},
+            *(4, 3, ("STG",) if mode == 1 else ("LDG",)),
+        )
+    norm = {
+        "WIDTH": width,
+        "STRIDE": padded,
+        "SCALED": True,
+        "TURNED": turned,
+        "SUMS": not turned,
+        **rows,
+    }
+    cases[f"LayerNorm's gradient {name}"] = Case(
+        *("projection_gradients", "_norm_gradient_kernel"),
+        (BF16, FP32, BF16, BF16, FP32, BF16, FP32, *["i32"] * 2, *["fp32"] * 3),
+        *(norm, 4, 3, ("LDG", "STG")),
+    )
+    flags = ("HAS_TAKEN", "HAS_GAMMA", "HAS_BIAS", "HAS_BETA")
+    block = width if turned else 2 * width
+    parameters = {**shape, **dict.fromkeys(flags, True), "OUTER": outer}
+    cases[f"parameters' gradients {name}"] = Case(
+        *("projection_gradients", "_parameters_kernel"),
+        (FP32, FP32, *[BF16] * 9, FP32, "i32"),
+        *({**parameters, "TILE_ROWS": 8, "BLOCK": block}, 4, 3, ("LDG", "STG")),
+    )
+    sums = {"HAS_SECOND": True, "WIDTH": width, "STEPS": 8, "TILE_PARTS": 128, "TILE": 16}
+    cases[f"sums {width}"] = Case(
+        *("projection_gradients", "_sums_kernel", (FP32, BF16, BF16, "i32"), sums, 4, 3, ("LDG",)),
+    )
+    return cases
 
 
 def tiles_cases() -> dict[str, Case]:

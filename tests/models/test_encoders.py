@@ -10,24 +10,30 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from latentwire_fast.config.schema import EncoderConfig
+from latentwire_fast.config.schema import EncoderConfig, StageConfig
+from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.models.encoders.base import Encoder, build_encoder, rms_normalize
 from latentwire_fast.models.encoders.byte import ByteEncoder
 from latentwire_fast.models.encoders.lm import LMEncoder
+from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.poolers.spans import pool_spans
 from latentwire_fast.readers.loading import load_tokenizer
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.registry import ENCODERS, POOLERS
 from latentwire_fast.training.builders import build_model
-from runs import tiny_config
+from runs import tiny_config, train
 
 CONFIGS = {
     "queries": ENCODERS.config("lm", latents=5, d_z=8, pooler=POOLERS.config("queries")),
     "spans": ENCODERS.config("lm", latents=5, d_z=8, pooler=POOLERS.config("spans")),
     "selected": ENCODERS.config("lm", latents=5, d_z=8, pooler=POOLERS.config("selected")),
     "byte": ENCODERS.config("byte", latents=5, d_z=8, width=16, layers=2),
+    "byte_gates": ENCODERS.config("byte", latents=5, d_z=8, width=16, layers=2, gate="slots"),
+    "byte_spans": ENCODERS.config(
+        "byte", latents=5, d_z=8, width=16, layers=1, pooler=POOLERS.config("spans")
+    ),
 }
 
 
@@ -235,14 +241,35 @@ def test_a_frozen_core_gets_no_gradient(source: Reader, pooler: str, frozen: boo
     assert has_gradient == (added if frozen else added | core)
 
 
-def test_the_byte_encoder_trains_every_parameter(readers: dict[str, Reader]) -> None:
-    encoder = make(CONFIGS["byte"], readers["llama"]).train()
+@pytest.mark.parametrize("kind", ["byte", "byte_gates", "byte_spans"])
+def test_the_byte_encoder_trains_every_parameter(readers: dict[str, Reader], kind: str) -> None:
+    encoder = make(CONFIGS[kind], readers["llama"]).train()
     assert isinstance(encoder, ByteEncoder)
     text = ["Nulnak is already 94 years old and lives in a town.", "The dog."]
     (encoder(text) * torch.randn(2, 5, 8)).sum().backward()
     without = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
     assert not encoder.embed.weight.grad[ByteEncoder.PAD].any(), "padding learns nothing"
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("pooler", [None, "cross_attention"])
+def test_a_byte_encoder_of_six_layers_is_trained_saved_and_loaded(
+    llama_folder: Path, qwen_folder: Path, tmp_path: Path, pooler: str | None
+) -> None:
+    options = {"gate": "slots"} if pooler is None else {"pooler": POOLERS.config(pooler, heads=2)}
+    encoder = ENCODERS.config(
+        "byte", latents=4, d_z=8, width=16, heads=2, layers=6, max_bytes=512, **options
+    )
+    config = tiny_config(
+        llama_folder, qwen_folder, stages=(StageConfig("answer", steps=2, quantize=6),)
+    )
+    config = replace(config, encoder=encoder)
+    assert run_config_from_json(to_json(config)) == config
+    trained = train(config, tmp_path).session.model.eval()
+    loaded = Interlingua.from_pretrained(tmp_path / "model")
+    texts = ["Nulnak is already 94 years old.", "The dog."]
+    assert torch.equal(loaded.encode(texts), trained.encode(texts))
 
 
 def test_an_encoder_from_a_folder_that_is_no_reader(readers: dict[str, Reader]) -> None:
@@ -272,3 +299,46 @@ def test_rehearsals_with_untied_embeddings_say_who_asks_for_them(
     )
     with pytest.raises(ConfigError, match=wanted):
         build_model(config, load_readers(config.readers))
+
+
+# --- what stands around the text ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_scaffolds_are_the_template_plain_words_or_nothing(source: Reader) -> None:
+    context, latents = "Nulnak is old.", []
+    template = source.tokenizer.chat_template
+    for scaffold, before in (("neutral", "User:\n"), ("none", "")):
+        encoder = make(replace(CONFIGS["spans"], scaffold=scaffold), source)
+        assert isinstance(encoder, LMEncoder)
+        ids = encoder.prompts.build_context(context).ids
+        bos = [source.tokenizer.bos_token_id] if source.tokenizer.bos_token_id is not None else []
+        text = source.prompts.text_ids
+        assert ids == [*bos, *(text(before) if before else []), *text(f"Context: {context}")]
+        latents.append(encoder([context, "The dog."]))
+        torch.testing.assert_close(latents[-1][:1], encoder([context]), rtol=1e-4, atol=1e-5)
+    latents.append(make(replace(CONFIGS["spans"], scaffold="chat"), source)([context, "The dog."]))
+    assert torch.cdist(*[torch.stack(latents).flatten(1)] * 2)[0, 1:].min() > 1e-3
+    assert torch.equal(latents[-1], make(CONFIGS["spans"], source)([context, "The dog."]))
+    assert source.tokenizer.chat_template == template, "the reader's own is as it was"
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("pure", [False, True], ids=["context", "pure"])
+def test_a_neutral_scaffold_is_trained_saved_and_loaded(
+    llama_folder: Path, qwen_folder: Path, tmp_path: Path, pure: bool
+) -> None:
+    config = tiny_config(
+        llama_folder,
+        qwen_folder,
+        mode="pure" if pure else "context",
+        stages=(StageConfig("answer", steps=2),),
+        encoder={"source": str(llama_folder), "scaffold": "neutral"},
+    )
+    trained = train(config, tmp_path).session.model.eval()
+    loaded = Interlingua.from_pretrained(tmp_path / "model")
+    texts = [["Nulnak is already 94 years old."], *([["Who?"]] if pure else [])]
+    assert torch.equal(loaded.encode(*texts), trained.encode(*texts))
+    assert loaded.encoder.prompts.build_context("a").ids == (
+        trained.encoder.prompts.build_context("a").ids
+    )

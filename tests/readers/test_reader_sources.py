@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,14 @@ def test_missing_weights_are_named_and_nothing_is_kept(
     assert not [p for p in (cache / "gguf").iterdir() if p.is_dir()]
 
 
+def test_a_transformers_that_mistakes_its_tokens_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "knows_tokenizers", lambda: False)
+    with pytest.raises(ConfigError, match=r"tiny\.gguf'.*install transformers 5\.18 or newer"):
+        resolve_source(file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -200,6 +209,13 @@ def test_a_package_is_a_reader_and_its_licence_is_said_once(
     assert reader.source == "package:fake"
     assert reader.fingerprint == parameter_digest(model.named_parameters())
     assert caplog.text.count("package:fake: MIT of nobody") == 1
+
+
+def test_a_package_may_hold_a_folder(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (package / "model").mkdir()
+    line = replace(packages.PACKAGES["fake"], file="model")
+    monkeypatch.setitem(packages.PACKAGES, "fake", line)
+    assert resolve_source("package:fake") == str(package / "model")
 
 
 def test_a_package_may_put_its_file_together(

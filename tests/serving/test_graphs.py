@@ -3,8 +3,11 @@ that fails. CUDA is replaced here; `test_receiver.py` tests the graphs themselve
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +55,7 @@ class FakeCuda:
         self.current = FakeStream("default", self)
         self.generator = FakeGenerator()
         self.ended: list[tuple[int, Any]] = []
-        cuda = self
+        cuda, pools = self, count()
 
         class Event:
             last: str | None = None
@@ -65,7 +68,7 @@ class FakeCuda:
         for name, stand_in in {
             "Stream": lambda device: FakeStream("capture", cuda),
             "Event": Event,
-            "graph_pool_handle": lambda: POOL,
+            "graph_pool_handle": lambda: (*POOL, next(pools)),
             "current_stream": lambda device=None: cuda.current,
             "set_stream": lambda stream: setattr(cuda, "current", stream),
             "stream": self.on,
@@ -105,6 +108,10 @@ def make_pass(memory: GraphMemory, forward: Any = lambda inputs: inputs["ids"] *
     batch: Any = SimpleNamespace(fields={"ids": (torch.int64, (3,))}, values=lambda: values)
     cache: Any = object()
     return CapturedPass(forward, batch, cache=cache, memory=memory)
+
+
+def masked(mask: torch.Tensor, inputs: Any) -> torch.Tensor:
+    return inputs["ids"] * mask
 
 
 def test_replays_of_all_shapes_are_ordered_across_streams(cuda: FakeCuda) -> None:
@@ -196,5 +203,17 @@ def test_a_capture_that_fails_leaves_the_process_as_it_was(cuda: FakeCuda) -> No
     assert calls == ["fresh", "fresh", "capturing"]
     assert cuda.current.name == "default"
     assert cuda.generator.state == "fresh"
-    assert cuda.ended == [(0, POOL)]
+    assert cuda.ended == [(0, (*POOL, 0))]
+    assert memory.pool == (*POOL, 1), "torch would still record pinned memory into the old one"
     assert make_pass(memory).replay().tolist() == [0, 2, 4]
+
+
+def test_what_a_pass_reads_is_kept(cuda: FakeCuda) -> None:
+    """A mask, say, that was made before the capture: each replay reads it again."""
+    mask = torch.ones(3, dtype=torch.long)
+    lives = weakref.ref(mask)
+    captured = make_pass(GraphMemory(torch.device("cpu")), partial(masked, mask))
+    del mask
+    assert lives() is not None
+    del captured
+    assert lives() is None

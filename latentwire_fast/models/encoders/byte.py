@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from latentwire_fast.config.base import require
-from latentwire_fast.config.schema import EncoderConfig
+from latentwire_fast.config.schema import EncoderConfig, PoolerConfig, RunConfig
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
 from latentwire_fast.models.layers import pre_norm_layer
+from latentwire_fast.models.poolers.base import Pooler
+from latentwire_fast.models.poolers.gated_queries import SlotGates
+from latentwire_fast.models.token_states import OneLayer, StatesFacts
 from latentwire_fast.prompts.builder import encoded_text
+from latentwire_fast.registry import POOLERS
 
 
 class ByteEncoder(Encoder):
-    """UTF-8 bytes, two strided convolutions, a transformer, and a cross-attention latent pooler.
+    """UTF-8 bytes, two strided convolutions, a transformer, and a pooler.
 
-    The pooler's queries read the byte states; a gated residual adds their mean, so that a fresh
-    pooler starts from a summary of the text.
+    Its own pooler are queries that read the byte states; a gated residual adds their mean, so that
+    a fresh pooler starts from a summary of the text.
     """
 
     @dataclass(frozen=True)
@@ -30,12 +34,17 @@ class ByteEncoder(Encoder):
         Attributes:
             width, layers, heads: of its transformer.
             max_bytes: longest text that is read.
+            gate: of the mean in its own pooler: one number for all slots and texts (`shared`), or
+                one per slot, which depends on what the slot read (`slots`).
+            pooler: in the place of its own; None for that.
         """
 
         width: int = 128
         layers: int = 2
         heads: int = 4
         max_bytes: int = 2048
+        gate: Literal["shared", "slots"] = "shared"
+        pooler: PoolerConfig | None = None
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -44,6 +53,18 @@ class ByteEncoder(Encoder):
                 self.width % self.heads == 0,
                 f"width={self.width} does not divide among heads={self.heads}",
             )
+            if self.pooler is not None:
+                self.pooler.check_states_alone(self)
+                require(
+                    self.gate == "shared",
+                    f"gate={self.gate!r} is of the encoder's own pooler, and there is another, "
+                    f"{self.pooler.kind!r}; leave one of them out",
+                )
+
+        def check(self, run: RunConfig) -> None:
+            """Its pooler checks itself."""
+            if self.pooler is not None:
+                self.pooler.check(run)
 
     PAD: ClassVar[int] = 256
     table_parameters: ClassVar[tuple[str, ...]] = ("position", "queries")
@@ -63,10 +84,17 @@ class ByteEncoder(Encoder):
         )
         layer = pre_norm_layer(width, heads)
         self.body = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
-        self.queries = nn.Parameter(torch.randn(config.latents, width) * 0.5)
-        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.gate = nn.Parameter(torch.zeros(()))
-        self.refine = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        if config.pooler is None:
+            self.queries = nn.Parameter(torch.randn(config.latents, width) * 0.5)
+            self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+            if config.gate == "shared":
+                self.gate = nn.Parameter(torch.zeros(()))
+            else:
+                self.gates = SlotGates(config.latents, width)
+            self.refine = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        else:
+            facts = StatesFacts(config.latents, width, layers=0, source=f"encoder {config.kind!r}")
+            self.pooler: Pooler = POOLERS.part_of(config.pooler)(config.pooler, facts)
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.d_z)
 
@@ -83,7 +111,7 @@ class ByteEncoder(Encoder):
         """Latents `[B, M, d_z]` fp32. Texts beyond `max_bytes` are cut."""
         asked = [None] * len(contexts) if questions is None else questions
         texts = [encoded_text(c, q) for c, q in zip(contexts, asked, strict=True)]
-        device = self.gate.device
+        device = self.norm.weight.device
         rows = [torch.tensor(list(t.encode()[: self.config.max_bytes])) for t in texts]
         width = -(-max(len(r) for r in rows) // 4) * 4
         ids = pad_sequence(rows, batch_first=True, padding_value=self.PAD)
@@ -91,12 +119,24 @@ class ByteEncoder(Encoder):
         padding = (ids == self.PAD).view(len(texts), -1, 4).all(-1)
         states = self._convolve(self.embed(ids), padding)
         states = self.body(states + self.position[: states.shape[1]], src_key_padding_mask=padding)
-        queries = self.queries.expand(len(texts), -1, -1)
-        read, _ = self.attend(queries, states, states, key_padding_mask=padding, need_weights=False)
-        real = (~padding).unsqueeze(-1).to(states)
-        mean = (states * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        pooled = self.refine(queries + read + torch.sigmoid(self.gate) * mean)
+        if self.config.pooler is None:
+            pooled = self._pool(states, padding)
+        else:
+            pooled = self.pooler(OneLayer(states, ~padding))
         return rms_normalize(self.project(self.norm(pooled)).float())
+
+    def _pool(self, states_BTD: Tensor, padding_BT: Tensor) -> Tensor:
+        """States `[B, M, D]` of its own pooler."""
+        queries = self.queries.expand(len(states_BTD), -1, -1)
+        read, _ = self.attend(
+            queries, states_BTD, states_BTD, key_padding_mask=padding_BT, need_weights=False
+        )
+        real = (~padding_BT).unsqueeze(-1).to(states_BTD)
+        mean = (states_BTD * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        shared = self.config.gate == "shared"
+        gate = torch.sigmoid(self.gate) if shared else self.gates(read)
+        pooled: Tensor = self.refine(queries + read + gate * mean)
+        return pooled
 
     def _convolve(self, bytes_BND: Tensor, padding_BT: Tensor) -> Tensor:
         """States `[B, T, D]`, one per four bytes.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import (
     EncoderConfig,
     PoolerConfig,
@@ -28,9 +28,11 @@ from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.tensor_cache import TensorCache
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
+from latentwire_fast.models.encoders.truncation import cut_context
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
+from latentwire_fast.prompts.scaffold import Scaffold, in_scaffold
 from latentwire_fast.readers.checkpointing import checkpoint_activations
 from latentwire_fast.readers.checks import (
     check_prompt_ids,
@@ -71,6 +73,8 @@ class LMEncoder(Encoder):
             pooler: what the LM holds to M latents.
             frozen: keep the LM's weights and train only what was added.
             max_tokens: longest text that is read.
+            scaffold: what stands around the text: the LM's chat template where it has one
+                (`chat`), the roles in plain words (`neutral`), or nothing (`none`).
             gradient_checkpointing: recompute the LM's activations in backward.
         """
 
@@ -78,21 +82,28 @@ class LMEncoder(Encoder):
         pooler: PoolerConfig = field(default_factory=lambda: POOLERS.config("queries"))
         frozen: bool = False
         max_tokens: int = 1024
+        scaffold: Scaffold = "chat"
         gradient_checkpointing: bool = False
 
         def __post_init__(self) -> None:
             super().__post_init__()
             self.at_least_one("max_tokens")
+            require(
+                self.template is None or self.scaffold == "chat",
+                f"template={self.template!r} names a chat template, and scaffold="
+                f"{self.scaffold!r} takes none; leave one of them out",
+            )
 
         @property
         def selects_positions(self) -> bool:
             """Whether its pooler does."""
-            return bool(POOLERS.part_of(self.pooler).selects_positions)
+            return self.pooler.selects_positions
 
-        @property
-        def prompt(self) -> PromptConfig:
+        def builder(self, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
             """How its text is laid out."""
-            return PromptConfig(template=self.template, date=self.date)
+            bos = True if self.scaffold == "neutral" else None  # no template of the LM's brings it
+            prompt = PromptConfig(template=self.template, date=self.date, bos=bos)
+            return PromptBuilder(in_scaffold(tokenizer, self.scaffold), prompt)
 
         def check(self, run: RunConfig) -> None:
             """Its pooler checks itself."""
@@ -117,7 +128,7 @@ class LMEncoder(Encoder):
         facts: LMFacts | None = None,
     ) -> None:
         super().__init__(config)
-        self.prompts = PromptBuilder(tokenizer, config.prompt)
+        self.prompts = config.builder(tokenizer)
         check_prompt_ids(self.prompts, core, name=f"encoder LM {config.source!r}")
         self.tokenizer = tokenizer
         lm = facts or LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
@@ -148,7 +159,7 @@ class LMEncoder(Encoder):
             backbone = reader.backbone if shared else copy.deepcopy(reader.backbone).float()
             core, tokenizer = cast(PreTrainedModel, backbone), reader.tokenizer
         if learns_positions(core):
-            config = _within_positions(config, core, PromptBuilder(tokenizer, config.prompt))
+            config = _within_positions(config, core, config.builder(tokenizer))
         if config.gradient_checkpointing:
             checkpoint_activations(core)
         return cls(core, tokenizer, config, shared=shared).train()
@@ -207,15 +218,7 @@ class LMEncoder(Encoder):
         ends = self.prompts.text_ends(encoded_text(context, question))
         if question is None:
             return ends[: self.config.max_tokens]
-        return self._fit(ends, ends, context)
-
-    def _fit(self, tokens: list[int], ends: list[int], context: str) -> list[int]:
-        """Those of a pure-mode text's tokens that are read, given where they end: the context is
-        cut and the question stays."""
-        limit = self.config.max_tokens
-        question = bisect_right(ends, len(encoded_text(context, None)))  # its first token
-        kept = max(0, question - max(0, len(tokens) - limit))
-        return [*tokens[:kept], *tokens[question:]][:limit]
+        return cut_context(ends, ends, context, limit=self.config.max_tokens)
 
     def _latent(self, states_BMD: Tensor) -> Tensor:
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
@@ -232,8 +235,9 @@ class LMEncoder(Encoder):
             else:
                 text = encoded_text(context, questions[i])
                 ids = self.prompts.text_ids(text)
-                if len(ids) > self.config.max_tokens:
-                    ids = self._fit(ids, self.prompts.text_ends(text), context)
+                limit = self.config.max_tokens
+                if len(ids) > limit:
+                    ids = cut_context(ids, self.prompts.text_ends(text), context, limit=limit)
                 prompt = self.prompts.build([Turn(questions[i])], context=context, user_ids=ids)
             prompts.append(prompt)
         return prompts

@@ -5,12 +5,14 @@ A single text that is to be sent is refused instead (`check_length` of the encod
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.prompts.builder import encoded_text
+from latentwire_fast.prompts.text_tokens import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,28 @@ def measure_truncation(
     over = [max(0, n - limit.length) for n in lengths]
     share = sum(over) / max(1, sum(lengths))
     return Truncation(len(over), sum(n > 0 for n in over), share, f"{limit.setting}={limit.length}")
+
+
+def cut_context(tokens: list[int], ends: list[int], context: str, *, limit: int) -> list[int]:
+    """Those of a pure-mode text's tokens that are read, at most `limit`: the context is cut and the
+    question stays.
+
+    Args:
+        tokens: any values of the text's tokens, such as their ids.
+        ends: index of the character behind each of them.
+    """
+    question = bisect_right(ends, len(encoded_text(context, None)))  # its first token
+    kept = max(0, question - max(0, len(tokens) - limit))
+    return [*tokens[:kept], *tokens[question:]][:limit]
+
+
+def read_tokens(
+    text: TextTokenizer, context: str, question: str | None, *, limit: int
+) -> list[int]:
+    """Token ids of a context, or of a context with its question, at most `limit`: the context of
+    what is longer is cut."""
+    whole = encoded_text(context, question)
+    ids = text.ids(whole)
+    if question is None or len(ids) <= limit:
+        return ids[:limit]
+    return cut_context(ids, text.ends(whole), context, limit=limit)

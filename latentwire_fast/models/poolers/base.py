@@ -1,6 +1,6 @@
 """The base class of poolers.
 
-Shapes: B texts, T positions, M latents, D the LM's width.
+Shapes: B texts, T positions, M latents, D the encoder's width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.models.lm_text import LMFacts, LMText
+from latentwire_fast.models.token_states import StatesFacts, TokenStates
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,23 @@ class Selection:
 
 
 class Pooler(nn.Module):
-    """Texts before an LM to M states each. It asks the LM for the passes that it needs.
+    """Texts before an encoder to M states each. It asks for the passes that it needs.
 
     Args:
         config: its settings.
-        lm: of the LM that reads the texts.
+        lm: of the encoder that reads the texts, an LM mostly.
 
     Attributes:
         selects_positions: whether it takes the states of some positions of the text, and `select`
             says which.
+        needs_lm: whether it runs a causal LM on more than the texts (`LMText`).
     """
 
     Config: ClassVar[type[PoolerConfig]] = PoolerConfig
     selects_positions: ClassVar[bool] = False
+    needs_lm: ClassVar[bool] = False
 
-    def __init__(self, config: PoolerConfig, lm: LMFacts) -> None:
+    def __init__(self, config: PoolerConfig, lm: StatesFacts) -> None:
         super().__init__()
         self.config = config
 
@@ -55,11 +57,11 @@ class Pooler(nn.Module):
         frozen; 0 if it runs the LM on more than the text."""
         return 0
 
-    def forward(self, text: LMText) -> Tensor:
+    def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]`."""
         raise NotImplementedError
 
-    def select(self, text: LMText) -> Selection:
+    def select(self, text: TokenStates) -> Selection:
         """States `[B, M, D]` and the positions that they are of.
 
         Raises:

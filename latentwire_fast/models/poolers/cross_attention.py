@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentwire_fast.models.lm_text import LMFacts, LMText
+from latentwire_fast.models.layers import pre_norm_decoder_layer
 from latentwire_fast.models.poolers.layer_states import LayerStatesPooler
 from latentwire_fast.models.poolers.spans import span_weights
+from latentwire_fast.models.token_states import StatesFacts, TokenStates
 
 
 class CrossAttentionPooler(LayerStatesPooler):
@@ -26,26 +27,21 @@ class CrossAttentionPooler(LayerStatesPooler):
     class Config(LayerStatesPooler.Config):
         """Queries that read several layers' states of a text; nothing else to set."""
 
-    def __init__(self, config: Config, lm: LMFacts) -> None:
+    def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.mixes = nn.ModuleList(
             nn.Linear(lm.width, lm.width, bias=False) for _ in self.state_layers
         )
         self.slots = nn.Parameter(torch.randn(lm.latents, lm.width) * 0.02)
-        shape = (lm.width, config.heads, config.expansion * lm.width)
         self.body = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                *shape,
-                dropout=config.dropout,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
+            pre_norm_decoder_layer(
+                lm.width, config.heads, expansion=config.expansion, dropout=config.dropout
             )
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(lm.width)
 
-    def forward(self, text: LMText) -> Tensor:
+    def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]`."""
         states, is_text_BT = text.layers(self.state_layers)
         normed = (F.layer_norm(h.float(), h.shape[-1:]) for h in states)

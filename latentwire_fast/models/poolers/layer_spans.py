@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentwire_fast.models.layers import pre_norm_layer
-from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.layer_states import LayerStatesPooler
 from latentwire_fast.models.poolers.spans import span_weights
+from latentwire_fast.models.token_states import StatesFacts, TokenStates
 
 
 class LayerSpansPooler(LayerStatesPooler):
@@ -39,7 +39,7 @@ class LayerSpansPooler(LayerStatesPooler):
             super().__post_init__()
             self.at_least_one("parts")
 
-    def __init__(self, config: Config, lm: LMFacts) -> None:
+    def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.parts = config.parts
         width = len(self.state_layers) * config.parts * lm.width
@@ -54,7 +54,7 @@ class LayerSpansPooler(LayerStatesPooler):
             enable_nested_tensor=False,
         )
 
-    def forward(self, text: LMText) -> Tensor:
+    def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]`."""
         states, is_text_BT = text.layers(self.state_layers)
         weights_BKT = span_weights(is_text_BT, self.latents * self.parts)

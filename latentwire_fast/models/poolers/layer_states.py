@@ -13,8 +13,9 @@ from typing import ClassVar
 
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import PoolerConfig
-from latentwire_fast.models.lm_text import LMFacts
+from latentwire_fast.models.layers import check_heads
 from latentwire_fast.models.poolers.base import Pooler
+from latentwire_fast.models.token_states import StatesFacts
 
 
 class LayerStatesPooler(Pooler):
@@ -49,13 +50,9 @@ class LayerStatesPooler(Pooler):
 
     table_parameters: ClassVar[tuple[str, ...]] = ("slots",)
 
-    def __init__(self, config: Config, lm: LMFacts) -> None:
+    def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
-        require(
-            lm.width % config.heads == 0,
-            f"encoder.pooler.heads={config.heads} does not divide the width {lm.width} of "
-            f"{lm.source!r}",
-        )
+        check_heads(config.heads, lm)
         self.latents = lm.latents
         self.state_layers = spread(lm.layers + 1, config.states)
 

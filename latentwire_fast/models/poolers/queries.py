@@ -17,6 +17,7 @@ from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler
+from latentwire_fast.models.token_states import TokenStates
 from latentwire_fast.readers.embeddings import expected_embedding
 from latentwire_fast.readers.logits import LogitTransform
 
@@ -49,12 +50,13 @@ class QueriesPooler(Pooler):
             super().__post_init__()
             require(self.rehearsals >= 0, f"rehearsals={self.rehearsals}, expected at least 0")
 
+    needs_lm = True
     table_parameters: ClassVar[tuple[str, ...]] = ("memory", "query_offsets")
 
     def __init__(self, config: Config, lm: LMFacts) -> None:
         super().__init__(config, lm)
         # Queries that start as the anchor's last token already hold the LM's idea of an answer.
-        noise_MD = torch.randn(lm.latents, lm.width) * (0.3 * lm.embedding_std)
+        noise_MD = torch.randn(lm.latents, lm.width, device="cpu") * (0.3 * lm.embedding_std)
         self.memory = nn.Parameter(lm.anchor_D + noise_MD)
         self.rehearsals, self.logits = config.rehearsals, lm.logits
         if config.rehearsals:
@@ -67,8 +69,9 @@ class QueriesPooler(Pooler):
                 )
             self.query_offsets = nn.Parameter(torch.zeros(lm.latents, lm.width))
 
-    def forward(self, text: LMText) -> Tensor:
+    def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]`: the last hidden states of the queries."""
+        assert isinstance(text, LMText), "an encoder without an LM has a pooler with `needs_lm`"
         queries_BMD = self.memory.expand(len(text), -1, -1)
         for _ in range(self.rehearsals):
             with torch.no_grad():

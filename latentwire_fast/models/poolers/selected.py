@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.models.layers import pre_norm_layer
-from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
+from latentwire_fast.models.token_states import StatesFacts, TokenStates
 
 HEADS, BLOCKS = 4, 2  # of the transformer over the positions
 
@@ -43,7 +43,7 @@ class SelectedPooler(Pooler):
 
     selects_positions = True
 
-    def __init__(self, config: Config, lm: LMFacts) -> None:
+    def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.latents = lm.latents
         states = lm.layers + 1  # the embeddings as well
@@ -60,11 +60,11 @@ class SelectedPooler(Pooler):
         """Those of all layers."""
         return len(self.mixes)
 
-    def forward(self, text: LMText) -> Tensor:
+    def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]` of the chosen positions."""
         return self.select(text).states_BMD
 
-    def select(self, text: LMText) -> Selection:
+    def select(self, text: TokenStates) -> Selection:
         """The chosen positions, and their states."""
         states, is_text_BT = text.all_layers()
         normed = [F.layer_norm(h.float(), h.shape[-1:]) for h in states]

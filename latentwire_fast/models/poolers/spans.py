@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from latentwire_fast.config.schema import PoolerConfig
-from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler
+from latentwire_fast.models.token_states import StatesFacts, TokenStates
 
 
 class SpansPooler(Pooler):
@@ -22,7 +22,7 @@ class SpansPooler(Pooler):
     class Config(PoolerConfig):
         """Averages of contiguous spans; there is nothing to set."""
 
-    def __init__(self, config: Config, lm: LMFacts) -> None:
+    def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.latents = lm.latents
 
@@ -31,7 +31,7 @@ class SpansPooler(Pooler):
         """The last layer's."""
         return 1
 
-    def forward(self, text: LMText) -> Tensor:
+    def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]`."""
         hidden_BTD, lengths_B = text.hidden()
         return pool_spans(hidden_BTD, lengths_B, self.latents)

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations import ggml
 from transformers.utils import quantization_config
 
 from latentwire_fast.errors import ConfigError
@@ -78,6 +80,11 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 
 def _convert(file: Path, folder: Path) -> None:
     facts = _Facts(file)
+    if not knows_tokenizers():
+        raise ConfigError(
+            f"cannot read {str(file)!r}: transformers {transformers.__version__} makes another "
+            "tokenizer of a GGUF file than the one in it; install transformers 5.18 or newer"
+        )
     _check_room(file, folder.parent, 4 * facts.parameters)
     logger.info(
         "converting %s, once: about %.1f GB in %s", file.name, 4e-9 * facts.parameters, folder
@@ -179,6 +186,12 @@ def _shortest(weight: Tensor) -> Tensor:
         if torch.equal(short.to(weight.dtype), weight):
             return short
     return weight
+
+
+def knows_tokenizers() -> bool:
+    """Whether this transformers makes the right tokenizer: before 5.18 one of the Llama kind took
+    the beginning of a text for its end."""
+    return not hasattr(ggml, "GGUFTokenizerSkeleton")
 
 
 def _tokenizer(file: Path, facts: _Facts) -> Any:

