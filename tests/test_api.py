@@ -119,7 +119,8 @@ SIGNATURES = {
         "<factory>, data: 'DataConfig' = <factory>, stages: 'tuple[StageConfig, ...]' = "
         "(), optim: 'OptimConfig' = <factory>, evaluation: 'EvalConfig' = <factory>, "
         "validation: 'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: "
-        "'int' = 200, minutes: 'float | None' = None) -> None"
+        "'int' = 200, minutes: 'float | None' = None, warm_start: 'dict[str, str]' = <factory>, "
+        "loss_norms_every: 'int | None' = None) -> None"
     ),
     "Turn": "(question: 'str', answer: 'str | None' = None) -> None",
     "evaluate": (

@@ -81,6 +81,12 @@ def _in_steps(steps: int, config: RunConfig) -> RunConfig:
     """A run of so many steps in all; every stage keeps its share, and one step at least."""
     if steps < 1:
         raise ConfigError(f"steps={steps}, expected at least 1")
+    for stage in config.stages:
+        if stage.epochs is not None:
+            raise ConfigError(
+                f"steps={steps}: stage {stage.name!r} is as long as its epochs={stage.epochs}; "
+                "change that in the configuration"
+            )
     share = steps / config.total_steps
     ends = [round(end * share) for end in accumulate(s.steps for s in config.stages)]
     stages = tuple(

@@ -170,6 +170,11 @@ class ScheduleConfig(PartSettings):
 
     registry: ClassVar[Registry] = SCHEDULES
 
+    @property
+    def needs_accuracy(self) -> bool:
+        """Whether it goes by how often answers are right, and not by the step alone."""
+        return False
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig(PartSettings):
@@ -179,6 +184,7 @@ class ObjectiveConfig(PartSettings):
         weight: its factor in the stage's loss; with 0 it is computed and reported, not trained on.
         modes: the modes that it has a meaning in.
         teaches_positions: whether it teaches an encoder which positions become latents.
+        reports_accuracy: whether it reports how often the answers' tokens are right.
         reads_answers: whether it is about questions and answers; a text without any is then no
             item for it.
     """
@@ -187,6 +193,7 @@ class ObjectiveConfig(PartSettings):
     modes: ClassVar[tuple[Mode, ...]] = ("context", "pure")
     teaches_positions: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
+    reports_accuracy: ClassVar[bool] = False
 
     weight: float = 1.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,8 +22,9 @@ from latentwire_fast.config.parts import (
 )
 from latentwire_fast.config.prompt import PromptConfig, TemplateConfig
 from latentwire_fast.config.reader import ReaderConfig, check_reader_name
+from latentwire_fast.config.stage import FACTS, StageConfig, with_level
 from latentwire_fast.config.validation import ValidationConfig
-from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS, OBJECTIVES, SCHEDULES
+from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS, SCHEDULES
 
 # Users of a configuration find all of it here, the settings of its parts with the rest.
 __all__ = [
@@ -52,9 +52,8 @@ __all__ = [
     "ValidationConfig",
     "check_decoding",
     "check_reader_name",
+    "with_level",
 ]
-
-FACTS = range(1, 19)  # how many facts a passage of the testbed may hold
 
 
 @dataclass(frozen=True)
@@ -100,71 +99,6 @@ class DataConfig(Settings):
         )
         share = self.text_share
         require(share is None or 0 <= share <= 1, f"text_share={share}, expected 0 to 1, or none")
-
-
-@dataclass(frozen=True)
-class StageConfig(Settings):
-    """One training stage.
-
-    Attributes:
-        steps: optimiser steps.
-        objectives: what is trained on, each kind at most once.
-        facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
-        quantize: straight-through codes at these bits; None trains on the unquantised latent.
-        lr: factor on the run's learning rates.
-        batch_size: examples per step; None: the run's. Stages differ in what an example costs.
-        hold_encoder: leave the encoder as it is, and train only what stands behind it. A first
-            stage of `attention` needs this: an attachment first learns what all texts have in
-            common, and an encoder that learns with it meanwhile makes all latents alike.
-    """
-
-    name: str
-    steps: int
-    objectives: tuple[ObjectiveConfig, ...] = field(
-        default_factory=lambda: (OBJECTIVES.config("answer"),)
-    )
-    facts: ScheduleConfig | None = None
-    quantize: int | None = None
-    lr: float = 1.0
-    batch_size: int | None = None
-    hold_encoder: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        stage = f"stage {self.name!r}"
-        require(self.steps >= 1, f"{stage}: steps={self.steps}, expected at least 1")
-        kinds = Counter(objective.kind for objective in self.objectives)
-        for kind, times in kinds.items():
-            require(times == 1, f"{stage}: {times} objectives {kind!r}, expected each once")
-        require(
-            any(objective.weight for objective in self.objectives),
-            f"{stage}: no objective with a weight above 0; add one to `objectives`",
-        )
-        require(
-            self.batch_size is None or self.batch_size >= 1,
-            f"{stage}: batch_size={self.batch_size}, expected at least 1, or none",
-        )
-        require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
-        require(
-            self.quantize is None or self.quantize in BITS,
-            f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
-        )
-        self._check_facts()
-
-    def _check_facts(self) -> None:
-        stage = f"stage {self.name!r}"
-        if self.facts is not None:
-            schedule = SCHEDULES.part_of(self.facts)(self.facts)
-            for facts in {schedule.value(step, self.steps) for step in range(self.steps)}:
-                require(
-                    facts in FACTS,
-                    f"{stage}: facts={facts:g}, expected a whole number from 1 to 18",
-                )
-
-    @property
-    def takes_texts(self) -> bool:
-        """Whether there is something to learn from a text without questions."""
-        return any(o.weight and not o.reads_answers for o in self.objectives)
 
 
 @dataclass(frozen=True)
@@ -219,6 +153,9 @@ class RunConfig(Settings):
         log_every, save_every: steps between diagnostics and between checkpoints.
         minutes: of training at most; None for no limit. Where the time is too short for all steps,
             steps are left out evenly, so that every stage and the learning rate come to their end.
+        warm_start: parts that begin as in another run: its folder by the part's name, from the left
+            (`encoder`, `attachments.llama`), or `all` for everything that both have.
+        loss_norms_every: steps between two measurements of each loss's own gradient; None for none.
     """
 
     preset: str = "custom"
@@ -240,6 +177,8 @@ class RunConfig(Settings):
     log_every: int = 10
     save_every: int = 200
     minutes: float | None = None
+    warm_start: dict[str, str] = field(default_factory=dict)
+    loss_norms_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -247,7 +186,7 @@ class RunConfig(Settings):
         for name in self.readers:
             check_reader_name(name)
         require(bool(self.stages), "stages: at least one training stage is needed")
-        self.at_least_one("log_every", "save_every", "threads")
+        self.at_least_one("log_every", "save_every", "threads", "loss_norms_every")
         require(
             self.minutes is None or self.minutes > 0, f"minutes={self.minutes}, expected above 0"
         )
@@ -258,6 +197,11 @@ class RunConfig(Settings):
             "evaluation.continuation needs mode='context': a text has no question to encode",
         )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
+        self._check_stages()
+        require(
+            self.base is None or "encoder" not in self.warm_start,
+            "warm_start: the encoder is the base's, and stays as it is; leave out one of them",
+        )
         for part in (self.encoder, self.bottleneck, *self.attachments):
             part.check(self)
 
@@ -270,6 +214,28 @@ class RunConfig(Settings):
                 f"attachments: {attachment.kind!r} is not the only one that makes a reader's "
                 f"{place}; keep one of them",
             )
+
+    def _check_stages(self) -> None:
+        for stage in self.stages:
+            unknown = sorted(set(stage.readers) - set(self.readers))
+            require(
+                not unknown,
+                f"stage {stage.name!r}: readers={unknown}, this run has {sorted(self.readers)}",
+            )
+        last = self.stages[-1].schedules.get("gain")
+        if last is not None:
+            steps = self.stages[-1].steps or 1
+            end = SCHEDULES.part_of(last)(last).value(steps, steps)
+            require(
+                abs(end - 1) < 0.01,
+                f"stages: the last one's gain ends at {end:g}, and a receiver applies 1; let it "
+                "end there, or set the attachment's own gain",
+            )
+        require(
+            not self.optim.lr_schedule.needs_accuracy,
+            f"optim.lr_schedule: {self.optim.lr_schedule.kind!r} goes by the accuracy of answers, "
+            "which is for a stage's `schedules`",
+        )
 
     def _check_objectives(self) -> None:
         objectives = [objective for stage in self.stages for objective in stage.objectives]
@@ -294,7 +260,7 @@ class RunConfig(Settings):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of all stages."""
+        """Optimiser steps of all stages; without those in epochs, which the data decides."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> tuple[StageConfig, int]:

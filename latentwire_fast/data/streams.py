@@ -117,6 +117,14 @@ class ExampleStream:
             return float(not self.items)
         return len(self.texts) / len(self.items + self.texts) if wanted is None else wanted
 
+    def epoch_steps(self, size: int, *, texts: bool = False) -> float:
+        """How many batches of so many items are one pass over all that such batches hold: over the
+        items with questions, unless there are none."""
+        if not self.items:
+            return len(self.texts) / size
+        share = self.text_share if texts else 0.0
+        return len(self.items) / size / (1 - share) if share < 1 else len(self.texts) / size
+
     def batch(self, step: int, size: int, *, facts: int, texts: bool = False) -> list[TrainItem]:
         """Items `step * size` on, epoch after epoch; in a mixture of both kinds, the batches of
         each kind are counted apart."""

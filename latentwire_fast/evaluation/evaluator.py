@@ -83,6 +83,7 @@ class Evaluator:
         payloads = self.encode()
         sizes = {bits: [len(p) for p in items] for bits, items in payloads.items()}
         results = EvaluationResults(self.config, self.examples, sizes)
+        results.payloads = payloads[self.bits]
         cases = {
             name: EvaluationCase(self.model, receiver.reader, self.examples, payloads)
             for name, receiver in self.receivers.items()

@@ -28,6 +28,8 @@ class MethodResult:
         positions: how many positions the prefix, or the text in its place, takes; like all that
             follows, empty where no reader was asked.
         first_token_ids: the likeliest first token.
+        first_token_margins, first_token_entropies: how sure the reader is of the gold first token
+            (`Confidence`).
         top1, top5: whether the gold first token is the likeliest, or among the five likeliest.
         reciprocal_ranks: of the gold first token.
         nll, tokens: negative log-likelihood of the gold answer, and its number of tokens.
@@ -40,6 +42,8 @@ class MethodResult:
     f1: list[float]
     positions: list[int] = field(default_factory=list)
     first_token_ids: list[int | None] = field(default_factory=list)
+    first_token_margins: list[float] = field(default_factory=list)
+    first_token_entropies: list[float] = field(default_factory=list)
     top1: list[float] = field(default_factory=list)
     top5: list[float] = field(default_factory=list)
     reciprocal_ranks: list[float] = field(default_factory=list)

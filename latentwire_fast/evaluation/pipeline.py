@@ -20,6 +20,7 @@ from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
 from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.evaluation.collapse import measure_collapse
 from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.model_card import model_card
@@ -171,6 +172,7 @@ def _evaluate(
     measured = _truncated(evaluator)
     results = evaluator.run()
     measured |= results.metrics()
+    measured["collapse"] = measure_collapse(model, readers, results)
     if folder.validation.exists():
         measured["validation"] = read_json(folder.validation, error=CheckpointError)
     if paragraphs:

@@ -37,6 +37,7 @@ class EvaluationResults:
 
     Attributes:
         payload_sizes: per bit width, the bytes of each example's payload.
+        payloads: of the examples, at the run's own bit width.
         readers: by reader.
         joint: joint rescoring, with two readers or more.
         not_measured: why methods could not be measured on these examples, by method.
@@ -51,6 +52,7 @@ class EvaluationResults:
     joint: JointResult | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
     lora: dict[str, dict[str, int]] = field(default_factory=dict)
+    payloads: Sequence[bytes] = ()
 
     @property
     def contexts(self) -> list[str]:

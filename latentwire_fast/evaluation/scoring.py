@@ -151,6 +151,9 @@ def add_likelihoods(result: MethodResult, scores: TargetScores) -> None:
     first = (scores.step_N == 0).nonzero()[:, 0]
     ranked_BK = scores.ranked_NK(RANKED).cpu()[first.cpu()].tolist()
     labels = scores.labels_N[first].tolist()
+    sure = scores.head.confidence(scores.hidden_ND[first.cpu()], scores.labels_N[first])
+    result.first_token_margins += sure.margin_N.tolist()
+    result.first_token_entropies += sure.entropy_N.tolist()
     for gold_n, ranked, label in zip(
         scores.by_prompt(scores.gold_N), ranked_BK, labels, strict=True
     ):

@@ -30,7 +30,5 @@ class Autoencode(Objective):
 
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The cross-entropy, summed over tokens."""
-        inputs = batch.model.reader_inputs(
-            batch.reader.name, batch.encoded.sent_BMd, task="autoencode"
-        )
+        inputs = batch.inputs_of(batch.encoded.sent_BMd, task="autoencode")
         return batch.cross_entropy("autoencode", inputs, trained=self.config.weight != 0)

@@ -38,5 +38,5 @@ class Continuation(Objective):
         firsts = tuple(halves(prepared.item.context)[0] for prepared in batch.items)
         questions = ("",) * len(firsts) if batch.model.mode == "pure" else None
         half_BMd = batch.encoded.sent(firsts, questions)
-        inputs = batch.model.reader_inputs(batch.reader.name, half_BMd, task="continue")
+        inputs = batch.inputs_of(half_BMd, task="continue")
         return batch.cross_entropy("continuation", inputs, trained=self.config.weight != 0)

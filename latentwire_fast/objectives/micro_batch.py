@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentwire_fast.models.attachments.base import ReaderInputs
-from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.models.interlingua import Interlingua, Task
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.objectives.teacher_cache import TeacherCache
@@ -36,6 +36,8 @@ class EncodedBatch:
         bits: width that latents are quantised to on their way to the readers; None for none.
         select: also ask the encoder for the positions that its latents stand at.
         hold: the encoder is not trained.
+        gain: what readers get is so many times as strong (see the attachments).
+        dropout: share of the latents, drawn anew for each text, that readers get zeros for.
         cut: cut the graph behind the encoder. Backward through a reader's loss then ends at the
             cut, and `backward` goes on from there, once for all readers.
 
@@ -54,12 +56,16 @@ class EncodedBatch:
         select: bool,
         cut: bool,
         hold: bool = False,
+        gain: float = 1.0,
+        dropout: float = 0.0,
     ) -> None:
         self.items = items
         self.model = model
         self._bits = bits
         self._cut = cut
         self._hold = hold
+        self.gain = gain
+        self._dropout = dropout
         self._cuts: list[tuple[Tensor, Tensor]] = []  # (end of the encoder's graph, leaf behind it)
         self._sent: dict[tuple[Texts, Texts | None], Tensor] = {}
         contexts = tuple(p.item.context for p in items)
@@ -95,6 +101,9 @@ class EncodedBatch:
     def _send(self, latent_BMd: Tensor) -> Tensor:
         if self._bits is not None:
             latent_BMd = self.model.quantize(latent_BMd, self._bits)
+        if self._dropout:
+            kept_BM1 = torch.rand_like(latent_BMd[..., :1]) >= self._dropout
+            latent_BMd = latent_BMd * kept_BM1
         return self._leaf(latent_BMd)
 
     def _leaf(self, value: Tensor) -> Tensor:
@@ -184,7 +193,12 @@ class ReaderBatch:
     @cached_property
     def inputs(self) -> ReaderInputs:
         """The reader's inputs in the place of the items' latents."""
-        return self.model.reader_inputs(self.reader.name, self.encoded.sent_BMd)
+        return self.inputs_of(self.encoded.sent_BMd)
+
+    def inputs_of(self, sent_BMd: Tensor, *, task: Task | None = None) -> ReaderInputs:
+        """The reader's inputs in the place of latents; `task` as in `Interlingua`."""
+        gain = self.encoded.gain
+        return self.model.reader_inputs(self.reader.name, sent_BMd, gain=gain, task=task)
 
     @cached_property
     def answers(self) -> AnswerPass:

@@ -40,6 +40,9 @@ class TextAnswers:
             result.append(prepared)
         return result
 
+    def set_levels(self, stage: StageConfig, levels: Mapping[str, float]) -> None:
+        """Nothing of a stage is scheduled here."""
+
     def tokens(self, stage: StageConfig, counts: Mapping[Key, int]) -> int:
         """The number of tokens that readers predict, of a batch's counts."""
         return sum(counts.values())
@@ -51,9 +54,10 @@ class TextAnswers:
         counts: Mapping[Key, int],
         *,
         backward: Callable[[Tensor], None] | None = None,
+        answers: int = 0,
     ) -> Losses:
         """Losses of some of a batch's items, as `ObjectiveSet.compute` gives them; there are no
-        latents."""
+        latents, and first tokens are not measured."""
         none = torch.zeros(len(items), 0, 0)
         losses = Losses(torch.zeros(()), {}, {}, none)
         for name in sorted({name for _, name in items[0].counts}):
@@ -66,5 +70,6 @@ class TextAnswers:
             if backward is not None:
                 backward(term)
                 term = term.detach()
+            losses.terms[KIND, name] = term
             losses.total = losses.total.to(term.device) + term
         return losses

@@ -45,6 +45,19 @@ def embedding_size(embedding: nn.Embedding) -> EmbeddingSize:
 
 
 @torch.no_grad()
+def channel_moments(embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[D]` of each channel over the whole vocabulary, fp32."""
+    total_D = squares_D = torch.zeros((), dtype=torch.float64)
+    count = len(embedding.weight)
+    for _, rows_vD in _in_chunks(embedding):
+        values = rows_vD.double().cpu()
+        total_D, squares_D = total_D + values.sum(0), squares_D + values.square().sum(0)
+    mean_D = total_D / count
+    variance_D = (squares_D / count - mean_D.square()).clamp(min=0)
+    return mean_D.float(), variance_D.sqrt().float()
+
+
+@torch.no_grad()
 def plain_embedding(embedding: nn.Embedding) -> nn.Embedding:
     """A copy in fp32 on the CPU whose table is what the module returns."""
     table_VD = torch.empty(embedding.weight.shape)
@@ -59,6 +72,21 @@ def expected_embedding(probs: Tensor, embedding: nn.Embedding) -> Tensor:
         return probs @ embedding.weight.to(probs.dtype)
     parts = [probs[..., ids] @ rows.to(probs.dtype) for ids, rows in _in_chunks(embedding)]
     return torch.stack(parts).sum(0)
+
+
+@torch.no_grad()
+def nearest_tokens(rows_ND: Tensor, embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
+    """The token `[N]` whose embedding has the largest cosine with each row, and that cosine."""
+    unit_ND = nn.functional.normalize(rows_ND.float(), dim=-1)
+    best_N = torch.full(unit_ND.shape[:1], -torch.inf, device=rows_ND.device)
+    ids_N = torch.zeros_like(best_N, dtype=torch.long)
+    for ids, rows_vD in _in_chunks(embedding):
+        cosines_Nv = unit_ND @ nn.functional.normalize(rows_vD.float(), dim=-1).T
+        found_N, places_N = cosines_Nv.max(-1)
+        is_better_N = found_N > best_N
+        best_N = torch.where(is_better_N, found_N, best_N)
+        ids_N = torch.where(is_better_N, places_N + ids.start, ids_N)
+    return ids_N, best_N
 
 
 def _in_chunks(embedding: nn.Embedding) -> Iterator[tuple[slice, Tensor]]:

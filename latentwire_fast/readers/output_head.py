@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,21 @@ from torch import Tensor, nn
 from latentwire_fast import ops
 from latentwire_fast.ops.linear_losses import default_chunk_rows
 from latentwire_fast.readers.logits import LogitTransform
+
+
+class Confidence(NamedTuple):
+    """What a reader predicts at some places.
+
+    Attributes:
+        ids_N: the most probable token.
+        margin_N: log-probability of the true token minus that of the likeliest other one; below 0
+            where the true one is not the most probable.
+        entropy_N: of the probabilities, in nats.
+    """
+
+    ids_N: Tensor
+    margin_N: Tensor
+    entropy_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,19 @@ class OutputHead:
         logits_NV = nn.functional.linear(hidden_ND, weight_VD, bias_V).float()
         transform = LogitTransform(self.scale, self.softcap or 0.0)
         return without_gaps(transform(logits_NV), self.gaps)
+
+    @torch.no_grad()
+    def confidence(self, hidden_ND: Tensor, labels_N: Tensor) -> Confidence:
+        """How sure a reader is of its next tokens, and whether they are the true ones."""
+        parts = []
+        for hidden_nD, labels_n in self.chunks(hidden_ND, labels_N.to(hidden_ND.device)):
+            log_nV = self.logits(hidden_nD).log_softmax(-1)
+            labels_n1 = labels_n.to(log_nV.device)[:, None]
+            true_n = log_nV.gather(1, labels_n1)[:, 0]
+            other_n = log_nV.scatter(1, labels_n1, -torch.inf).amax(-1)
+            entropy_n = torch.special.entr(log_nV.exp()).sum(-1)
+            parts.append((log_nV.argmax(-1), true_n - other_n, entropy_n))
+        return Confidence(*map(torch.cat, zip(*parts, strict=True)))
 
     def chunks(self, hidden_ND: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Some rows at a time of the hidden states, and of what belongs to them: so many that their

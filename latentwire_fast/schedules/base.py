@@ -25,6 +25,21 @@ class Schedule(Protocol):
         ...
 
 
+class AccuracySchedule(Schedule, Protocol):
+    """A number that goes by how often answers are right: its settings say `needs_accuracy`.
+
+    All that it knows is a progress from 0 to 1, which a run's checkpoints hold.
+    """
+
+    def at(self, progress: float) -> float:
+        """The number at a progress."""
+        ...
+
+    def advance(self, progress: float, accuracy: float) -> float:
+        """The progress behind a step with this running mean of the accuracy, 0 to 1."""
+        ...
+
+
 def build_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that settings describe.
 

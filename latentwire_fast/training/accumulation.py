@@ -124,7 +124,9 @@ def _accumulate(
     if weight <= 0:
         raise TrainingError(f"a batch of {len(examples)} examples has no weight: no target tokens")
     gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_div_(gradients, divisor(weight))
+    whole = divisor(weight)
+    if gradients:  # none where a schedule gives all losses a weight of 0
+        torch._foreach_div_(gradients, whole)
     return Accumulated(
         loss=torch.stack(totals).sum() / weight,
         parts={name: torch.stack(values).sum() / weight for name, values in parts.items()},

@@ -105,6 +105,8 @@ def budget(config: RunConfig) -> Budget:
         notes.append(
             f"the teacher's cache takes {each:,.0f} bytes on disk per question (estimated)"
         )
+    if any(stage.epochs is not None for stage in config.stages):
+        notes.append("stages in epochs are not counted: their steps follow from the data")
     costs = RunCosts(config, shapes, model, lm, lengths)
     return Budget(
         trained=_by_part(model, trained=True),

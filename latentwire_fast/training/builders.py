@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from latentwire_fast.config.schema import Mode, RunConfig
+from latentwire_fast.config.schema import Mode, RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.source_names import map_paths
+from latentwire_fast.data.source_names import map_paths, split_shares, split_union
 from latentwire_fast.data.sources import (
     check_apart,
     draw_contexts,
@@ -38,6 +38,7 @@ from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ATTACHMENTS
+from latentwire_fast.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,19 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         evaluation = replace(
             evaluation, continuation=replace(evaluation.continuation, source=place)
         )
-    base = None if config.base is None else _absolute(config.base)
+    stages = tuple(
+        stage if stage.source is None else replace(stage, source=map_paths(stage.source, _absolute))
+        for stage in config.stages
+    )
     return replace(
-        config, readers=readers, encoder=encoder, data=data, evaluation=evaluation, base=base
+        config,
+        stages=stages,
+        readers=readers,
+        encoder=encoder,
+        data=data,
+        evaluation=evaluation,
+        base=None if config.base is None else _absolute(config.base),
+        warm_start={part: _absolute(run) for part, run in config.warm_start.items()},
     )
 
 
@@ -129,6 +140,8 @@ def build_model(
     for name, reader in readers.items():  # the last to be made: the encoder may begin as a copy
         if reader.lora_settings is not None:
             model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)
+    for place, run in config.warm_start.items():
+        warm_start(model, place, Path(run))
     return model
 
 
@@ -163,12 +176,18 @@ class RunData:
 
     Attributes:
         stream: where its batches come from.
+        by_source: streams of those pieces of the source that stages name.
         validation: the slice that it validates on: never trained on, and not of the held-out
             examples that it is evaluated on. Empty where it does not validate.
     """
 
     stream: Stream
     validation: list[Example]
+    by_source: Mapping[str, Stream] = field(default_factory=dict)
+
+    def stream_of(self, stage: StageConfig) -> Stream:
+        """Where a stage's batches come from."""
+        return self.stream if stage.source is None else self.by_source[stage.source]
 
 
 def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
@@ -193,21 +212,53 @@ def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
     )
     limit.report(data.source)
     check_answers(examples, readers, source=data.source)
-    if endless is not None:
-        return RunData(endless, _validation_of_endless(config, readers))
+    named = _named_sources(config)
+    if endless is not None:  # it is one source
+        by_source: dict[str, Stream] = dict.fromkeys(named, endless)
+        return RunData(endless, _validation_of_endless(config, readers), by_source)
     validation: list[Example] = []
     if config.validation is not None:
         examples, validation = split_validation(examples, config.validation.examples)
     _check_evaluation(examples, config)
     examples = draw_contexts(examples, data.train_contexts, seed=config.seed)
     stream = ExampleStream(examples, data, mode=config.mode, seed=config.seed)
+    known = {example.context for example in examples}  # neither validated on nor left out
+    by_source = {}
+    for source in named:
+        found = load_examples(
+            source, split="train", count=None, seed=config.seed, data=data, keep=limit.fits
+        )
+        found = [example for example in found if example.context in known]
+        by_source[source] = ExampleStream(found, data, mode=config.mode, seed=config.seed)
+    result = RunData(stream, validation, by_source)
     for stage in config.stages:
-        if not (stream.items or stage.takes_texts):
+        of_stage = result.stream_of(stage)
+        assert isinstance(of_stage, ExampleStream)
+        if not (of_stage.items or stage.takes_texts):
             raise DataError(
-                f"{data.source} has no questions, and stage {stage.name!r} learns from "
-                "nothing else; add a source with questions, or leave out the stage"
+                f"{stage.source or data.source} has no questions, and stage {stage.name!r} learns "
+                "from nothing else; add a source with questions, or leave out the stage"
             )
-    return RunData(stream, validation)
+    return result
+
+
+def _named_sources(config: RunConfig) -> list[str]:
+    """The pieces of the run's source that stages name.
+
+    Raises:
+        ConfigError: one of them is no piece of it.
+    """
+    source = config.data.source
+    pieces = [piece for part in split_shares(source) for piece in split_union(part)]
+    named = [stage.source for stage in config.stages if stage.source is not None]
+    for name in named:
+        if name not in pieces:
+            raise ConfigError(
+                f"stages: source={name!r} is none of the pieces of data.source, which are "
+                f"{', '.join(pieces)}; add it there: all that is trained on is checked against "
+                "what the run is scored on"
+            )
+    return list(dict.fromkeys(named))
 
 
 def _validation_of_endless(config: RunConfig, readers: dict[str, Reader]) -> list[Example]:

@@ -51,6 +51,8 @@ class Reducer:
         # The same parameters on every process, as they depend on the step. The others keep no
         # gradient: with one of zeros an optimiser would move them on by their momentum.
         grads = [p.grad for p in parameters if p.grad is not None]
+        if not grads:
+            return
         flat = self._sum(torch.cat([g.flatten() for g in grads]))
         for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(total.view_as(grad))

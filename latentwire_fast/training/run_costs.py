@@ -108,7 +108,7 @@ class RunCosts:
     def step_flops(self, stage: StageConfig) -> float:
         """Operations of one optimiser step."""
         kinds = {objective.kind for objective in stage.objectives if objective.weight}
-        unknown = kinds - LATENTS_READ - TEXT_READ - {"embed"}
+        unknown = kinds - LATENTS_READ - TEXT_READ - {"embed", "scales"}
         per_example = self._encoder_flops()
         share = 1 / len(self.shapes) if self.config.optim.readers == "alternate" else 1.0
         for name, shape in self.shapes.items():

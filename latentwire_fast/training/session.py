@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from latentwire_fast.config.schema import RunConfig
+from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import ExampleStream, Stream
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.evaluation.spread import latent_statistics
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import ObjectiveSet
@@ -26,20 +28,23 @@ from latentwire_fast.objectives.text_answers import TextAnswers
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.training.builders import (
+    RunData,
     build_data,
     build_model,
     warn_of_truncation,
 )
+from latentwire_fast.training.epochs import with_steps
+from latentwire_fast.training.frozen_parts import check_frozen, is_within
 from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
-from latentwire_fast.training.tracking import latent_statistics
 from latentwire_fast.training.validation import Validator, ask_latents, validator_of
 
 logger = logging.getLogger(__name__)
 
+FIRST_TOKENS = 5  # of the answers' predicted first tokens, so many are in a record
 START_TEXTS = 8  # training texts that a fresh model may start from
 
 
@@ -50,7 +55,8 @@ class Session:
     Attributes:
         readers: frozen, by name.
         objectives: what is trained on.
-        stream: where batches come from.
+        config: of the run, with the steps of stages in epochs.
+        data: where batches come from.
         state: all that changes from step to step.
         validator: scores the model while it trains, if the run wants that.
         frozen: shows that the readers did not change. nonfinite: stops at a NaN or an infinity.
@@ -60,18 +66,28 @@ class Session:
     folder: RunFolder
     readers: dict[str, Reader]
     objectives: ObjectiveSet | TextAnswers
-    stream: Stream
+    data: RunData
     state: TrainingState
     frozen: FrozenGuard
     nonfinite: NonFiniteGuard
     validator: Validator | None
 
+    @property
+    def stream(self) -> Stream:
+        """Where the batches of stages without a source of their own come from."""
+        return self.data.stream
+
     def active_readers(self) -> list[str]:
         """The readers that the next step trains, in the order of their names."""
-        names = sorted(self.readers)
+        stage, _ = self.config.stage_at(self.state.step)
+        names = sorted(stage.readers or self.readers)
         if self.config.optim.readers == "alternate":
             return [names[self.state.step % len(names)]]
         return names
+
+    def held(self, stage: StageConfig) -> list[nn.Parameter]:
+        """The trained parameters that a stage leaves as they are."""
+        return [p for name, p in self.state.named if is_within(name, stage.frozen)]
 
     def parts(self) -> dict[str, nn.Module]:
         """The trained parts by name, for the log of their gradients."""
@@ -80,6 +96,24 @@ class Session:
     def describe(self, latent_BMd: Tensor) -> dict[str, Any]:
         """What a step's record says of the latents of its items."""
         return {}
+
+    def describe_first_tokens(self, ids: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What a step's record says of the answers' most probable first tokens: the commonest of
+        them with their numbers, and the share of the commonest, by reader."""
+        commonest = {
+            name: Counter(ids_N.tolist()).most_common(FIRST_TOKENS) for name, ids_N in ids.items()
+        }
+        if not commonest:
+            return {}
+        return {
+            "first_tokens": {
+                name: [[self.readers[name].tokenizer.decode([i]), count] for i, count in found]
+                for name, found in commonest.items()
+            },
+            "first_token_share": {
+                name: found[0][1] / len(ids[name]) for name, found in commonest.items()
+            },
+        }
 
     def save(self, folder: Path) -> None:
         """Write what was trained."""
@@ -155,7 +189,7 @@ def open_session(
     readers = load_readers(config.readers, accelerator.device)
     frozen = FrozenGuard({name: reader.model for name, reader in readers.items()})
     data = build_data(config, readers)
-    stream = data.stream
+    config, stream = with_steps(config, data), data.stream
     contexts = _start_texts(config, stream)
     model = build_model(config, readers, contexts).to(accelerator.device).train()
     if config.base:
@@ -163,6 +197,7 @@ def open_session(
     if config.optim.gradient_checkpointing:
         for reader in readers.values():
             reader.enable_gradient_checkpointing()
+    check_frozen(config.stages, [name for name, _ in model.trained_parameters()])
     optimizers = build_optimizers(model, config.optim)
     check_answers(heldout, readers, source=f"{config.data.source} (held out)")
     if accelerator.is_main_process:
@@ -180,7 +215,7 @@ def open_session(
         readers=readers,
         model=model,
         objectives=objectives,
-        stream=stream,
+        data=data,
         state=TrainingState(model, optimizers, config.optim.micro_batch or config.optim.batch_size),
         frozen=frozen,
         nonfinite=NonFiniteGuard(folder.nonfinite),

@@ -21,11 +21,13 @@ from latentwire_fast.training.checkpoint import (
     save_checkpoint,
 )
 from latentwire_fast.training.guards import SpikeGuard
+from latentwire_fast.training.levels import Gates
 from latentwire_fast.training.optimizer_state import (
     load_optimizer_state,
     optimizer_state,
     restore_rng_state,
 )
+from latentwire_fast.training.time_limit import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class TrainingState:
         micro_batch: examples per forward pass that fit in memory.
         step: steps done. previous: the one that was done last. seconds: what they took.
         cache_seconds: how many of these went into what is kept on disk, which is computed once.
+        pace: how long a step takes now; a process that goes on measures it anew.
+        gates: what schedules that go by the accuracy have seen.
         spikes: the guard's running means.
         validations: the results so far (see `validation.py`).
     """
@@ -61,6 +65,8 @@ class TrainingState:
     previous: int = -1
     seconds: float = 0.0
     cache_seconds: float = 0.0
+    pace: Pace = field(default_factory=Pace)
+    gates: Gates = field(default_factory=Gates)
     spikes: SpikeGuard = field(default_factory=SpikeGuard)
     validations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -73,6 +79,12 @@ class TrainingState:
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters."""
         return [parameter for _, parameter in self.named]
+
+    def took(self, seconds: float, *, for_cache: float, stage: str) -> None:
+        """A step of a stage took so long; of that, so long for what is kept on disk."""
+        self.seconds += seconds
+        self.cache_seconds += for_cache
+        self.pace.add(seconds - for_cache, stage=stage)
 
     def save(
         self,
@@ -106,6 +118,7 @@ class TrainingState:
                 "optimizer": optimizer_json,
                 "rng": [values for _, values in rng],
                 "spikes": self.spikes.state,
+                "gates": self.gates.state,
                 "validations": self.validations,
                 "seconds": self.seconds,
                 "cache_seconds": self.cache_seconds,
@@ -148,6 +161,7 @@ class TrainingState:
         )
         _restore_rng(checkpoint, rank=rank, processes=processes)
         self.spikes.state = checkpoint.state["spikes"]
+        self.gates.state = checkpoint.state.get("gates", Gates().state)
         self.validations = checkpoint.state.get("validations", [])
         self.seconds = checkpoint.state["seconds"]
         self.cache_seconds = checkpoint.state.get("cache_seconds", 0.0)

@@ -28,6 +28,7 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.training.builders import build_data
+from latentwire_fast.training.epochs import with_steps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.session import Session, begin, go_on
@@ -79,6 +80,7 @@ class TextLoraTrainer(Trainer):
         if config.optim.gradient_checkpointing:
             reader.enable_gradient_checkpointing()
         data = build_data(config, readers)
+        config = with_steps(config, data)
         check_answers(self.heldout, readers, source=f"{config.data.source} (held out)")
         optimizers = build_optimizers(lora, config.optim)
         size = config.optim.micro_batch or config.optim.batch_size
@@ -87,7 +89,7 @@ class TextLoraTrainer(Trainer):
             folder=self.folder,
             readers=readers,
             objectives=TextAnswers(readers),
-            stream=data.stream,
+            data=data,
             state=TrainingState(lora, optimizers, size),
             frozen=frozen,
             nonfinite=NonFiniteGuard(self.folder.nonfinite),

@@ -1,7 +1,4 @@
-"""The log of a run: `diagnostics.jsonl`, TensorBoard scalars, statistics.
-
-Shapes: B examples, M latent vectors, D latent width.
-"""
+"""The log of a run: `diagnostics.jsonl`, TensorBoard scalars, statistics."""
 
 from __future__ import annotations
 
@@ -84,31 +81,6 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{key}", value
-
-
-def latent_statistics(latent_BMD: Tensor) -> dict[str, float]:
-    """Whether latents of different examples differ.
-
-    Returns:
-        `pairwise_cosine`: mean cosine of the flattened latents of two examples; 1 means collapse.
-        `effective_rank`: exp of the entropy of the normalised singular values (Roy and Vetterli,
-        2007) of the flattened latents minus their mean: at most B - 1, and 0 when all are equal.
-        Both are NaN for fewer than two examples.
-    """
-    rows = latent_BMD.detach().flatten(1).double()
-    count = len(rows)
-    if count < 2:
-        return {"pairwise_cosine": math.nan, "effective_rank": math.nan}
-    unit = nn.functional.normalize(rows, dim=1)
-    cosines = unit @ unit.T
-    pairwise = (cosines.sum() - cosines.trace()) / (count * (count - 1))
-    singular = torch.linalg.svdvals(rows - rows.mean(0))
-    # What is left of equal rows after centring is rounding, and has a rank that means nothing.
-    noise = rows.norm() * torch.finfo(rows.dtype).eps * count
-    if bool(singular.sum() <= noise):
-        return {"pairwise_cosine": pairwise.item(), "effective_rank": 0.0}
-    entropy = torch.special.entr(singular / singular.sum()).sum()
-    return {"pairwise_cosine": pairwise.item(), "effective_rank": entropy.exp().item()}
 
 
 def module_gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, float]:

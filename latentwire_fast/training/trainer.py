@@ -163,7 +163,7 @@ class Trainer:
         return Tracker(self.folder, resume_step=step - 1 if step else None)
 
     def _loop(self, tracker: Tracker | None) -> None:
-        config, state = self.config, self.session.state
+        config, state = self.session.config, self.session.state
         bar = tqdm(
             total=config.total_steps,
             initial=state.step,
@@ -176,7 +176,7 @@ class Trainer:
             self._validate(tracker)  # one that a signal cut short
             while state.step < config.total_steps and not self._has_stalled():
                 record = self._train_step()
-                following = next_step(config, state.step, *self._times())
+                following = self._next_step()
                 state.previous, state.step = state.step, following
                 bar.update(state.step - state.previous)
                 if record is not None:
@@ -190,16 +190,16 @@ class Trainer:
                 if is_last or passes(state.previous, state.step, config.save_every):
                     self.save()
 
-    def _times(self) -> tuple[float, float]:
-        """Seconds of training, and those that went into caches: the main process's, for all."""
-        state = self.session.state
-        if self.config.minutes is None:
-            return state.seconds, state.cache_seconds
-        return self.reducer.each((state.seconds, state.cache_seconds))[0]
+    def _next_step(self) -> int:
+        """The step behind the one that was done: as the main process's clock says, for all."""
+        config, state = self.session.config, self.session.state
+        if config.minutes is None:
+            return state.step + 1
+        return self.reducer.each(next_step(config, state.step, state.seconds, state.pace))[0]
 
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step; returns its record on logged steps."""
-        is_due = is_logged(self.config, self.session.state)
+        is_due = is_logged(self.session.config, self.session.state)
         result = train_step(self.session, self.accelerator, self.reducer)
         return result.record(self.session) if is_due else None
 
@@ -207,14 +207,16 @@ class Trainer:
         """Score the model where that is due and not done; keep the best model so far."""
         session = self.session
         state, validator = session.state, session.validator
-        is_last = state.step == self.config.total_steps
+        is_last = state.step == self.session.config.total_steps
         if validator is None or not validator.is_due(
             state.step, state.validations, last=is_last, previous=state.previous
         ):
             return
         start = time.perf_counter()
         scores = validator.run(self.reducer, is_stopped=lambda: self.signals.number is not None)
-        state.seconds += time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        state.seconds += elapsed
+        state.pace.beside += elapsed
         if scores is None:  # a signal came: it is done when the run goes on
             return
         found = validator.judge(state.step, scores, state.validations)
@@ -235,9 +237,10 @@ class Trainer:
     def _save_and_stop(self) -> None:
         self.save()
         self._leave_together()
+        step, total = self.session.state.step, self.session.config.total_steps
         raise RunStopped(
-            f"stopped by a signal after step {self.session.state.step} of "
-            f"{self.config.total_steps}; everything is saved. Run the same command to go on",
+            f"stopped by a signal after step {step} of {total}; everything is saved. Run the same "
+            "command to go on",
             status=128 + (self.signals.number or signal.SIGTERM),  # it may have come to another
         )
 

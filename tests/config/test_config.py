@@ -137,7 +137,7 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
         (lambda: soft(gain=math.inf), "gain=inf, expected finite float"),
         (lambda: soft(calibration="tokens"), "calibration='tokens'"),
         (lambda: soft(dropout=1.0), "dropout=1.0"),
-        (lambda: soft("film"), "no adapter 'film'; there are linear, mlp"),
+        (lambda: soft("bilm"), "no adapter 'bilm'; there are linear, mlp"),
         (lambda: deep(dropout=1.0), "dropout=1.0"),
         (lambda: deep(width=30, heads=4), "width=30 does not divide among heads=4"),
         (lambda: ReaderConfig("x", dtype="fp32"), "dtype='fp32', expected 'float32' or"),  # type: ignore[arg-type]

@@ -554,7 +554,16 @@ def test_a_run_is_evaluated_into_its_folder(run_dir: Path) -> None:
     metrics = json.loads((run_dir / "eval" / "metrics.json").read_text())
     assert metrics == result
     assert set(metrics) == {
-        *("schema_version", "run", "examples", "contexts", "latent", "bytes", "readers"),
+        *(
+            "schema_version",
+            "run",
+            "examples",
+            "contexts",
+            "latent",
+            "bytes",
+            "readers",
+            "collapse",
+        ),
         *("latent_minus", "joint", "hypotheses"),
     }
     assert metrics["schema_version"] == 1

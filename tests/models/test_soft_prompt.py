@@ -14,7 +14,7 @@ from runs import soft
 
 B, M, D_Z, D = 3, 4, 8, 24
 TARGET_RMS = 0.37
-KINDS = ["linear", "mlp"]
+KINDS = ["linear", "mlp", "film"]
 
 
 def adapter(kind: str, **options: Any) -> SoftPrompt:
@@ -112,8 +112,25 @@ def test_slots_tell_equal_latents_apart_in_the_mlp() -> None:
     same = torch.randn(1, 1, D_Z).expand(1, M, D_Z)
     prefix = adapter("mlp")(same)[0]
     assert torch.cdist(prefix, prefix).add(torch.eye(M)).min() > 1e-3
+    for module in (adapter("film"), adapter("linear", positions=True)):
+        prefix = module(same)[0]
+        assert torch.cdist(prefix, prefix).add(torch.eye(M)).min() > 1e-3
     linear = adapter("linear")(same)[0]
     assert torch.equal(linear, linear[:1].expand_as(linear))
+
+
+@torch.no_grad()
+def test_film_scales_and_shifts_each_slot(latent: Tensor) -> None:
+    """The formula; a fresh adapter is its lift."""
+    film: Any = adapter("film").adapter
+    lifted = film.lift(latent) + film.slots
+    assert torch.equal(film(latent), lifted)
+    film.modulation.normal_()
+    film.condition.weight.normal_()
+    scale, shift = (film.modulation + latent @ film.condition.weight.T).split(D, -1)
+    torch.testing.assert_close(film(latent), (1 + scale) * lifted + shift)
+    assert adapter("linear").reads_codes
+    assert not adapter("linear", positions=True).reads_codes
 
 
 def test_dropout_only_in_training(latent: Tensor) -> None:
@@ -144,6 +161,9 @@ def test_reported_rms(latent: Tensor, kind: str) -> None:
     module = adapter(kind, gain=2.0).eval()
     report = module.rms(latent)
     assert report["post"] == pytest.approx(2 * TARGET_RMS, rel=1e-3)
+    assert report["post_p5"] == pytest.approx(2 * TARGET_RMS, rel=1e-3), "calibrated by token"
+    by_example = adapter(kind, calibration="example").eval().rms(latent)
+    assert by_example["post_p5"] < TARGET_RMS < by_example["post_p95"]
     raw = module(latent, calibration="none")
     assert report["pre"] == pytest.approx(raw.pow(2).mean().sqrt().item(), rel=1e-5)
 

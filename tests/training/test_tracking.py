@@ -11,11 +11,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from latentwire_fast.evaluation.spread import latent_statistics
 from latentwire_fast.files import atomic
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.training.tracking import (
     Tracker,
-    latent_statistics,
     module_gradient_norms,
     read_records,
 )

@@ -61,6 +61,7 @@ from runs import (
     training_state,
 )
 
+RMS = {"pre", "post", "post_p5", "post_p95"}  # of soft tokens
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
@@ -120,7 +121,7 @@ def test_diagnostics_hold_every_stage(config: RunConfig, plain: tuple[Path, dict
         assert set(line["grad_norms"]) == {"encoder", *names}
         parts = math.hypot(*line["grad_norms"].values())
         assert parts <= line["grad_norm"] * (1 + 1e-5), "task tokens are the only other part"
-        assert all(set(line["rms"][n]) == {"pre", "post"} for n in names)
+        assert all(set(line["rms"][n]) == RMS for n in names)
         assert line["latent"]["effective_rank"] <= 3 + 1e-6, "four latents span three directions"
     full = [json.loads(line) for line in (run_dir / "diagnostics.jsonl").read_text().splitlines()]
     assert all(line["tokens_per_second"] > 0 for line in full)

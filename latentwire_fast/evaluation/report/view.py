@@ -16,6 +16,7 @@ from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
 from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
+from latentwire_fast.evaluation.report.collapse import collapse_view
 from latentwire_fast.evaluation.report.differences import continuation, difference_rows
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
 from latentwire_fast.evaluation.report.formatting import (
@@ -71,6 +72,7 @@ def build_view(
         "continuation": continuation(metrics),
         "extra_columns": list(EXTRA_SCORES.values()),
         "extra": list(_extra_rows(extra)),
+        "collapse": collapse_view(metrics),
         "validation": _validation(metrics.get("validation") or {}),
         "shown_examples": choose_examples(predictions, metrics),
         "facts": list(_facts(metrics)),

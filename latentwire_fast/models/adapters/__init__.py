@@ -4,4 +4,5 @@ name, and where it is."""
 PARTS = {
     "linear": "latentwire_fast.models.adapters.linear:LinearAdapter",
     "mlp": "latentwire_fast.models.adapters.mlp:MLPAdapter",
+    "film": "latentwire_fast.models.adapters.film:FiLMAdapter",
 }

@@ -29,7 +29,7 @@ class Adapter(nn.Module):
 
     Config: ClassVar[type[AdapterConfig]] = AdapterConfig
     norm: nn.LayerNorm | None
-    keeps_latent: ClassVar[bool] = False
+    keeps_latent: bool = False
 
     def __init__(self, config: AdapterConfig, *, latents: int, d_z: int, d_model: int) -> None:
         super().__init__()

@@ -3,4 +3,5 @@
 PARTS = {
     "soft": "latentwire_fast.models.attachments.soft:SoftPrompt",
     "deep": "latentwire_fast.models.attachments.deep:DeepPrefix",
+    "soft_matched": "latentwire_fast.models.attachments.matched:MatchedSoftPrompt",
 }

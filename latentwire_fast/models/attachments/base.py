@@ -102,3 +102,10 @@ class Attachment(nn.Module):
 def rms_of(tensor: Tensor) -> float:
     """Root mean square over all elements."""
     return tensor.float().pow(2).mean().sqrt().item()
+
+
+def rms_ends(tokens_BMD: Tensor) -> dict[str, float]:
+    """How far the root mean squares of single tokens lie apart: their 5th and 95th percentiles."""
+    rms_N = tokens_BMD.float().pow(2).mean(-1).sqrt().flatten()
+    low, high = rms_N.quantile(rms_N.new_tensor([0.05, 0.95])).tolist()
+    return {"post_p5": low, "post_p95": high}

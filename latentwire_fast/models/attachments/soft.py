@@ -19,7 +19,7 @@ from latentwire_fast import ops
 from latentwire_fast.config.parts import check_gain
 from latentwire_fast.config.schema import AdapterConfig, AttachmentConfig, Calibration, RunConfig
 from latentwire_fast.models.adapters.base import Adapter
-from latentwire_fast.models.attachments.base import Attachment, rms_of
+from latentwire_fast.models.attachments.base import Attachment, rms_ends, rms_of
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.registry import ADAPTERS
 
@@ -139,6 +139,6 @@ class SoftPrompt(Attachment):
 
     @torch.no_grad()
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:
-        """RMS of the soft tokens before and after calibration."""
-        outputs = {"pre": self(latent_BMd, calibration="none"), "post": self(latent_BMd)}
-        return {name: rms_of(value) for name, value in outputs.items()}
+        """RMS of the soft tokens before and after calibration, and its spread over tokens after."""
+        raw_BMD, soft_BMD = self(latent_BMd, calibration="none"), self(latent_BMd)
+        return {"pre": rms_of(raw_BMD), "post": rms_of(soft_BMD), **rms_ends(soft_BMD)}
