@@ -56,7 +56,9 @@ class QueriesPooler(Pooler):
     def __init__(self, config: Config, lm: LMFacts) -> None:
         super().__init__(config, lm)
         # Queries that start as the anchor's last token already hold the LM's idea of an answer.
-        noise_MD = torch.randn(lm.latents, lm.width, device="cpu") * (0.3 * lm.embedding_std)
+        noise_MD = torch.randn(lm.latents, lm.width, device=lm.anchor_D.device) * (
+            0.3 * lm.embedding_std
+        )
         self.memory = nn.Parameter(lm.anchor_D + noise_MD)
         self.rehearsals, self.logits = config.rehearsals, lm.logits
         if config.rehearsals:
