@@ -5,7 +5,8 @@
 
 A path goes through the configuration's JSON form (`train PRESET --print-config`). A step into a
 list is a number counted from 0, or the `name` or `kind` of an entry. A value is JSON; what is no
-JSON is text. A part that is given another `kind` keeps the settings that both kinds have.
+JSON is text. A part that is given another `kind` keeps the settings that both kinds have, if they
+are not the first kind's defaults.
 """
 
 from __future__ import annotations
@@ -102,9 +103,10 @@ def _assign(hint: Any, node: Any, steps: Sequence[str], value: Any) -> None:
     hint = _without_none(hint)
     origin, inner = get_origin(hint), get_args(hint)
     if origin is dict:
-        if step not in node:
+        key: Any
+        key, rest = _entry(node, steps)
+        if key not in node and inner[1] is ReaderConfig:
             raise ConfigError(_unknown(step, node))
-        key: Any = step
         hint = inner[1]
     elif origin is tuple:
         key = _place(node, step)
@@ -134,6 +136,16 @@ def _assign(hint: Any, node: Any, steps: Sequence[str], value: Any) -> None:
         _assign(hint, node[key], rest, value)
 
 
+def _entry(node: dict[str, Any], steps: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The name of an object's entry, which may have dots (`kd.weight`), and the steps behind it.
+    All steps are the name of a new entry, where none of this name is there."""
+    for count in range(len(steps), 0, -1):
+        name = ".".join(steps[:count])
+        if name in node:
+            return name, steps[count:]
+    return ".".join(steps), []
+
+
 def _without_none(hint: Any) -> Any:
     if get_origin(hint) in (Union, UnionType):
         return next(part for part in get_args(hint) if part is not type(None))
@@ -160,20 +172,20 @@ def _default(field: Any) -> Any:
 
 
 def _change_kind(settings: type[PartSettings], node: dict[str, Any], kind: Any) -> None:
-    """Keep the values that both kinds have. Parts within (an encoder's pooler) are chosen for one
-    kind: the other begins with its own."""
+    """Keep the values that both kinds have and somebody chose. Defaults and parts within (an
+    encoder's pooler) are right for one kind: the other begins with its own."""
     if not isinstance(kind, str) or kind not in settings.registry:
         names = settings.registry.names()
         raise ConfigError(_unknown(str(kind), names))
+    if kind == node["kind"]:
+        return
     kept = _fields(settings.registry[kind].Config)
-    other = node["kind"] != kind
-    for name in [name for name in node if name not in kept or (other and _is_part(node[name]))]:
-        del node[name]
+    before = _fields(settings)
+    for name in [name for name in node if name != "kind"]:
+        is_part = isinstance(node[name], dict) and "kind" in node[name]
+        if name not in kept or is_part or node[name] == to_json(_default(before[name])):
+            del node[name]
     node["kind"] = kind
-
-
-def _is_part(node: Any) -> bool:
-    return isinstance(node, dict) and "kind" in node
 
 
 def _place(entries: Sequence[Any], step: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.files.tensors import read_tensors
 from latentwire_fast.training.frozen_parts import is_within
@@ -27,7 +27,10 @@ def warm_start(model: nn.Module, part: str, run: Path) -> None:
         ConfigError: one of the two models has no such part, or it has other tensors there.
         CheckpointError: the run has no trained model.
     """
-    saved = read_tensors(RunFolder(run).model / "model.safetensors")
+    weights = RunFolder(run).model / "model.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"warm_start: {weights} is not there; name a finished run")
+    saved = read_tensors(weights)
     own = model.state_dict(keep_vars=True)
     if part == ALL:
         names = {name for name in own.keys() & saved.keys() if own[name].shape == saved[name].shape}

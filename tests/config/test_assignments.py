@@ -86,6 +86,27 @@ def test_another_kind_keeps_the_settings_that_both_have() -> None:
     assert token_query["pooler"]["kind"] == "gated_queries"
 
 
+def test_another_kind_begins_with_its_own_defaults() -> None:
+    options = ["attachments.soft.gain=2", "attachments.soft.kind=soft_matched"]
+    matched = at(with_assignments(PRESETS["testbed_smoke"](), options), "attachments", 0)
+    assert (matched["calibration"], matched["gain"]) == ("none", 2.0)
+
+
+def test_entries_with_dots_in_their_names_are_added_and_changed(config: RunConfig) -> None:
+    schedule = '={"kind": "linear", "start": 1, "end": 0}'
+    changed = with_assignments(
+        config,
+        [
+            f"stages.answer.schedules.answer.weight{schedule}",
+            "stages.answer.schedules.answer.weight.end=0.5",
+            "warm_start.attachments.llama=runs/a",
+            "warm_start.encoder=runs/b",
+        ],
+    )
+    assert at(changed, "stages", 2, "schedules", "answer.weight", "end") == 0.5
+    assert changed.warm_start == {"attachments.llama": "runs/a", "encoder": "runs/b"}
+
+
 def test_a_later_one_wins_and_nothing_changes_nothing(config: RunConfig) -> None:
     assert with_assignments(config, ["seed=1", "seed=2"]).seed == 2
     assert with_assignments(config) is config
@@ -112,6 +133,9 @@ def test_a_later_one_wins_and_nothing_changes_nothing(config: RunConfig) -> None
         ("stages=3", "stages"),
         (".seed=3", "there is no ''"),
         ("xyz=3", "there is no 'xyz'; there are preset"),
+        ("readers.x={}", "there is no 'x'; there are llama, qwen"),
+        ("stages.answer.schedules.gian=1", "schedules"),
+        ("stages.answer.schedules.gain.end=1", "schedules"),
     ],
 )
 def test_what_cannot_be_set_says_why(config: RunConfig, assignment: str, message: str) -> None:

@@ -113,5 +113,7 @@ def test_parts_that_do_not_fit_are_named(llama_folder: Path, tmp_path: Path) -> 
         config = replace(other, warm_start={part: str(first)})
         with pytest.raises(ConfigError, match=message):
             train(config, tmp_path / part)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a readable"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors is not there; name a finished run"
+    ):
         train(replace(other, warm_start={"encoder": str(tmp_path)}), tmp_path / "none")
