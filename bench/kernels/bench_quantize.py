@@ -37,9 +37,9 @@ SMALL = (2, 8 * 64)
 # What no correct use of the code FP4 exceeds, as a share of a block's largest value: half of its
 # widest gap, 2/3 to 1.
 FP4_HALF_GAP, FP4_BLOCK = 1 / 6, 64
-# torch.compile divides approximately: some ties fall to the other side, and the values of whole
-# groups are off where a scale is (measured on an H100: 4% of them in the fake quantiser).
-OTHER_CODES = 0.1
+# torch.compile divides approximately: some ties fall to the other side. On an H100 more do than
+# this at 8 bits (0.8% of the codes) and in the fake quantiser (up to 4.4%): rows not timed.
+OTHER_CODES = 1e-3
 
 
 def code_of(bits: int) -> dict[str, int]:

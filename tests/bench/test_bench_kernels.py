@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,6 +38,7 @@ from bench.kernels.harness import AUTOTUNED, Absent, Case, Row, run_case
 from bench.kernels.records import Record
 from bench.kernels.targets import targets
 from bench.prefill import gpu_prefill
+from latentwire_fast.ops import projection_cache
 from latentwire_fast.readers import kv_placement
 
 BENCH = processes.ROOT / "bench"
@@ -806,3 +808,23 @@ def test_adapter_rows_take_the_same_arguments() -> None:
 def test_an_absent_row_is_no_error() -> None:
     with pytest.raises(Absent, match="no_such_library is not installed"):
         missing()
+
+
+def test_what_a_frozen_row_folded_outlives_another_fold() -> None:
+    """A graph of the row reads it at each replay; the next row's calls fold the weight anew."""
+
+    class Fold: ...
+
+    weight = torch.ones(2)
+    folds: list[weakref.ref[Fold]] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        fold = Fold()
+        folds.append(weakref.ref(fold))
+        projection_cache._folds[weight] = (None, None, fold)  # type: ignore[assignment]
+        return x
+
+    row = bench_projection.frozen(forward)
+    row(weight)
+    row(weight)
+    assert [fold() is not None for fold in folds] == [True, True]
