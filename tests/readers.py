@@ -32,12 +32,17 @@ from latentwire_fast.registry import ADAPTERS, ATTACHMENTS, BOTTLENECKS, ENCODER
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 
 LORA_METHODS = ("text_lora", "closed_book_lora")  # of readers with a LoRA
+BUDGETS_IN_BYTES = ("byte_budget", "selective_context_bytes", "bm25_sentences_bytes")
 METHODS = (  # what an evaluation gives a reader to read
     "text",
     "latent",
     "token_budget",
     "token_budget_question",
     "byte_budget",
+    "selective_context",
+    "selective_context_bytes",
+    "bm25_sentences",
+    "bm25_sentences_bytes",
     "closed_book",
     "shuffled_latent",
     "zero_latent",

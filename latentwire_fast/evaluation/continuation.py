@@ -26,10 +26,10 @@ from latentwire_fast.objectives.continuation import halves
 from latentwire_fast.prompts.builder import Prompt, context_text
 from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.target_scores import PASS_LOGITS
 
 logger = logging.getLogger(__name__)
 
-LOGITS = 2**26  # of one forward pass: 256 MiB in fp32
 # What stands for the first half, with a name for people.
 WAYS = {
     "text": "the first half as text",
@@ -181,7 +181,7 @@ class _Scores:
         count = len(self.tokens)
         prompts = [self._prompt(way, i) for i in range(count)]
         vocabulary = self._reader.head_weight.shape[0]
-        size = max(1, LOGITS // (vocabulary * max(self.tokens)))
+        size = max(1, PASS_LOGITS // (vocabulary * max(self.tokens)))
         found: list[float] = []
         for start in range(0, count, size):
             rows = range(start, min(start + size, count))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from latentwire_fast.readers.output_head import OutputHead
 
+PASS_LOGITS = 2**26  # of one pass over whole texts: 256 MiB in fp32
+
 
 @dataclass(frozen=True)
 class TargetScores:

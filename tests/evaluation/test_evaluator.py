@@ -42,12 +42,12 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
 from latentwire_fast.serving.prefixes import TrainedParts
-from readers import METHODS, tiny_interlingua, tiny_model
+from readers import BUDGETS_IN_BYTES, METHODS, tiny_interlingua, tiny_model
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 BITS = ("16", "8", "6", "4")
-BY_BITS = ("latent_bits", "byte_budget_bits")
+BY_BITS = tuple(f"{name}_bits" for name in ("latent", *BUDGETS_IN_BYTES))
 ALL_METHODS = {*METHODS, "first_words"}
 INTERVALS = ("f1", "em", "first_token_top1", "first_token_top5", "nll_per_token", "diversity")
 TIMES = {"prefill_ms_p50", "end_to_end_ms_p50"}
@@ -413,8 +413,9 @@ def test_the_latent_is_judged_at_the_runs_own_width(measured: Measured) -> None:
         for methods in record["readers"].values():
             latent = {k: methods["latent"][k] for k in ("prediction", "em", "f1")}
             assert latent == methods["latent_bits"]["6"]
-            cut = {k: methods["byte_budget"][k] for k in ("prediction", "em", "f1")}
-            assert cut == methods["byte_budget_bits"]["6"]
+            for name in BUDGETS_IN_BYTES:
+                cut = {k: methods[name][k] for k in ("prediction", "em", "f1")}
+                assert cut == methods[f"{name}_bits"]["6"]
 
 
 def test_fewer_bytes_hold_a_shorter_text(model: Interlingua, readers: dict[str, Reader]) -> None:

@@ -44,6 +44,8 @@ def reader_results(**changed: MethodResult) -> dict[str, MethodResult]:
         "latent": result(TEXT_F1, ms=2.0),
         "token_budget": result(BUDGET_F1),
         "token_budget_question": result(BUDGET_F1),
+        "bm25_sentences": result(BUDGET_F1),
+        "selective_context": result(BUDGET_F1),
         "closed_book": result(FLOOR_F1),
         "first_words": result(FLOOR_F1),
     }
@@ -136,15 +138,26 @@ def test_the_interval_is_the_paired_one_of_the_worst_reader() -> None:
 # --- H2: F1 against the token budgets -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("baseline", ["token_budget", "token_budget_question"])
+@pytest.mark.parametrize(
+    "baseline",
+    ["token_budget", "token_budget_question", "bm25_sentences", "selective_context"],
+)
 @pytest.mark.parametrize(("f1", "verdict"), [(0.765, "pass"), (0.775, "fail"), (0.9, "fail")])
-def test_three_points_over_both_token_budgets_are_needed(
+def test_three_points_over_every_shortened_text_are_needed(
     baseline: str, f1: float, verdict: str
 ) -> None:
     h2 = verdicts(one_reader_with(**{baseline: result(f1)}))["H2"]
     assert h2["verdict"] == verdict
     assert h2["value"] == pytest.approx(TEXT_F1 - f1)
     assert h2["bar"] == 0.03
+
+
+def test_h2_does_without_pruned_text_where_a_reader_cannot_prune() -> None:
+    methods = one_reader_with()
+    methods["qwen"].pop("selective_context")
+    assert verdicts(methods)["H2"]["verdict"] == "pass"
+    methods["qwen"].pop("bm25_sentences")
+    assert verdicts(methods)["H2"]["verdict"] == "not measured"
 
 
 # --- H3: NLL ------------------------------------------------------------------------------------

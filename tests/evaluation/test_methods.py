@@ -95,7 +95,7 @@ def test_the_table_holds_every_method(case: EvaluationCase) -> None:
     assert [method.kind for method in by_kind().values()] == [
         *["reference"] * 3,
         "ours",
-        *["budget"] * 3,
+        *["budget"] * 7,
         *["floor"] * 5,
     ]
     of_others = {name for name, method in evaluation_methods().items() if not method.fits(case)}
@@ -245,6 +245,53 @@ def test_a_byte_budget_counts_bytes_not_characters(
     # In pure mode the label's 9 bytes count: 5 x 2 are left, and one that is half a character.
     kept = "Context: " + "ä" * (5 if mode == "pure" else 10)
     assert text == (kept if mode == "pure" else kept + question_text("Q?"))
+
+
+@pytest.mark.parametrize("name", ["selective_context", "bm25_sentences"])
+def test_shortened_texts_keep_the_question_and_their_positions(
+    case: EvaluationCase, mode: Mode, name: str
+) -> None:
+    inputs = build(case, name)
+    ids = case.reader.prompts.text_ids
+    for prompt, positions, e in zip(inputs.prompts, inputs.positions, case.examples, strict=True):
+        question = ids(question_text(e.question))
+        assert content(case, prompt)[-len(question) :] == question
+        assert positions <= (max(LATENTS, len(question)) if mode == "pure" else LATENTS)
+
+
+@pytest.mark.parametrize("name", ["selective_context_bytes", "bm25_sentences_bytes"])
+def test_shortened_texts_keep_their_bytes(
+    case: EvaluationCase, mode: Mode, payloads: list[bytes], name: str
+) -> None:
+    for prompt, payload, e in zip(build(case, name).prompts, payloads, case.examples, strict=True):
+        text = case.reader.tokenizer.decode(content(case, prompt))
+        assert text.endswith(question_text(e.question))
+        context = text.removesuffix(question_text(e.question)).removeprefix(f"{CONTEXT_LABEL} ")
+        assert len((text if mode == "pure" else context).encode()) <= len(payload)
+        left = iter(e.context.split())  # its words are words of the context, in that order
+        assert all(word in left for word in context.split())
+
+
+def test_pruning_keeps_what_the_reader_did_not_expect(case: EvaluationCase) -> None:
+    row = max(range(len(case.examples)), key=lambda i: len(case.examples[i].context))
+    e = case.examples[row]
+    words, information = case.word_information[e.context]
+    assert words == e.context.split()
+    assert len(information) == len(words)
+    prompt = build(case, "selective_context_bytes").prompts[row]
+    text = case.reader.tokenizer.decode(content(case, prompt))
+    kept = text.removesuffix(question_text(e.question)).removeprefix(f"{CONTEXT_LABEL} ").split()
+    best = sorted(information, reverse=True)[: len(kept)]
+    chosen = [value for word, value in zip(words, information, strict=True) if word in kept]
+    assert min(best) in chosen
+    assert len(kept) < len(words)
+
+
+def test_a_reader_that_has_no_positions_for_a_text_prunes_none(case: EvaluationCase) -> None:
+    method = evaluation_methods()["selective_context"]
+    assert method.fits(case)
+    short = dataclasses.replace(case, examples=[Example("x", "word " * 9000, "Q?", ("a",))])
+    assert method.fits(short) is not case.reader.learns_positions
 
 
 # --- floors and controls ------------------------------------------------------------------------

@@ -9,6 +9,14 @@ PARTS = {
         "latentwire_fast.evaluation.methods.token_budget_question:TokenBudgetQuestion"
     ),
     "byte_budget": "latentwire_fast.evaluation.methods.byte_budget:ByteBudget",
+    "selective_context": "latentwire_fast.evaluation.methods.selective_context:SelectiveContext",
+    "selective_context_bytes": (
+        "latentwire_fast.evaluation.methods.selective_context_bytes:SelectiveContextBytes"
+    ),
+    "bm25_sentences": "latentwire_fast.evaluation.methods.bm25_sentences:BM25Sentences",
+    "bm25_sentences_bytes": (
+        "latentwire_fast.evaluation.methods.bm25_sentences_bytes:BM25SentencesBytes"
+    ),
     "text_lora": "latentwire_fast.evaluation.methods.text_lora:TextLora",
     "closed_book": "latentwire_fast.evaluation.methods.closed_book:ClosedBook",
     "closed_book_lora": "latentwire_fast.evaluation.methods.closed_book_lora:ClosedBookLora",

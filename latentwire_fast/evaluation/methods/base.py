@@ -35,9 +35,11 @@ from torch import Tensor
 from latentwire_fast.config.base import PartSettings
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.pruning import word_spans
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt, Turn, question_text
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.readers.self_information import word_self_information
 from latentwire_fast.registry import METHODS, Registry
 
 Kind = Literal["reference", "ours", "budget", "floor"]
@@ -85,6 +87,23 @@ class EvaluationCase:
     def other_contexts(self) -> list[int]:
         """`other_contexts` of the examples."""
         return other_contexts(self.examples)
+
+    @cached_property
+    def longest_text(self) -> int:
+        """Positions of the longest whole context, with what stands before it in a prompt."""
+        build = self.reader.prompts.build_context
+        return max((len(build(example.context).ids) for example in self.examples), default=0)
+
+    @cached_property
+    def word_information(self) -> dict[str, tuple[list[str], list[float]]]:
+        """Per context, its words and how little the reader, as it was loaded, expected each (see
+        `word_self_information`)."""
+        contexts = list(dict.fromkeys(example.context for example in self.examples))
+        spans = [word_spans(context) for context in contexts]
+        with self.reader.base():
+            scores = word_self_information(self.reader, contexts, spans)
+        rows = zip(contexts, spans, scores, strict=True)
+        return {text: ([text[a:b] for a, b in words], row) for text, words, row in rows}
 
 
 @dataclass

@@ -90,7 +90,7 @@ def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
             handles.append(
                 Line2D([], [], color=MUTED, marker=marker, mfc=face, linestyle="", label=label)
             )
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
         return _png(figure)
 
 

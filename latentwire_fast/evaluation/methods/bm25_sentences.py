@@ -1,0 +1,54 @@
+"""The sentences that match the question best, to as many positions as the latent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import bm25s
+
+from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.methods.base import EvaluationCase, MethodConfig
+from latentwire_fast.evaluation.methods.shortened import Budget, Parts, ShortenedText
+from latentwire_fast.evaluation.pruning import sentences
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each index at DEBUG
+
+
+def bm25_scores(texts: Sequence[str], question: str) -> list[float]:
+    """BM25 (Lucene's form, k1 = 1.5, b = 0.75) of each text for a question; 0 without a word in
+    common."""
+    *words, asked = bm25s.tokenize(
+        [*texts, question],
+        stopwords=None,
+        token_pattern=r"(?u)\b\w+\b",
+        return_ids=False,
+        show_progress=False,
+    )
+    if not any(words) or not asked:  # bm25s has no index of no words
+        return [0.0] * len(texts)
+    index = bm25s.BM25()
+    index.index(words, show_progress=False)
+    return [float(score) for score in index.get_scores(asked)]
+
+
+class BM25Sentences(ShortenedText):
+    """The sentences with the highest BM25 score for the question.
+
+    The sender must know the question, which a latent of context mode does not.
+    """
+
+    @dataclass(frozen=True)
+    class Config(MethodConfig):
+        """No settings."""
+
+    label, kind = "Retrieved sentences", "budget"
+    note = "those that match the question best, in M positions"
+    budget: ClassVar[Budget] = "positions"
+
+    def parts(self, case: EvaluationCase, example: Example) -> Parts:
+        """The sentences of the context and their scores."""
+        parts = sentences(example.context)
+        return parts, bm25_scores(parts, example.question)
