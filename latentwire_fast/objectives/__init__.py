@@ -5,6 +5,7 @@ PARTS names each objective's class; it is imported when a stage asks for it.
 
 PARTS: dict[str, str] = {
     "answer": "latentwire_fast.objectives.answer:Answer",
+    "first_token": "latentwire_fast.objectives.first_token:FirstToken",
     "kd": "latentwire_fast.objectives.kd:KD",
     "autoencode": "latentwire_fast.objectives.autoencode:Autoencode",
     "continuation": "latentwire_fast.objectives.continuation:Continuation",

@@ -149,11 +149,13 @@ class AnswerTerm:
         tokens: how many tokens of each answer count; None: all of them and EOS.
         tau: temperature of a distillation; None: the labels' cross-entropy.
         trained: whether its gradient is wanted.
+        smoothing: share of each label that is spread evenly over all tokens.
     """
 
     tokens: int | None
     tau: float | None = None
     trained: bool = True
+    smoothing: float = 0.0
 
 
 class ReaderBatch:
@@ -304,6 +306,7 @@ class ReaderBatch:
             None if answer is None else labels_N,
             label_weights=counts[0],
             cross_entropy_gradient=answer is not None and answer.trained,
+            label_smoothing=0.0 if answer is None else answer.smoothing,
             teacher_hidden=(None if kd is None else self.teacher_hidden_ND[scored_N].to(hidden_ND)),
             kd_weights=counts[1],
             kd_gradient=kd is not None and kd.trained,
