@@ -7,6 +7,7 @@ PARTS: dict[str, str] = {
     "answer": "latentwire_fast.objectives.answer:Answer",
     "first_token": "latentwire_fast.objectives.first_token:FirstToken",
     "kd": "latentwire_fast.objectives.kd:KD",
+    "hidden_kd": "latentwire_fast.objectives.hidden_kd:HiddenKD",
     "autoencode": "latentwire_fast.objectives.autoencode:Autoencode",
     "continuation": "latentwire_fast.objectives.continuation:Continuation",
     "embed": "latentwire_fast.objectives.embed:Embed",

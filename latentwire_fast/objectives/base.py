@@ -45,6 +45,13 @@ class Objective(ABC):
         from one pass over the reader's head. None: nothing."""
         return None
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers whose states at the answers' tokens it asks for, in
+        `batch.answers.layers` and `batch.teacher_layers`: one pass gives those of all objectives.
+        """
+        return ()
+
     @abstractmethod
     def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
         """Add the prompts that it reads of an item to `prepared`.

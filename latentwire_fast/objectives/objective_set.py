@@ -146,6 +146,7 @@ class ObjectiveSet:
                 self.readers[name],
                 teacher=self.teacher,
                 terms=[part.term for part in parts.values() if part.term is not None],
+                layers=sorted({number for part in parts.values() for number in part.layers}),
             )
             terms = self._reader_terms(batch, parts, counts, losses)
             if answers and any(part.config.reports_accuracy for part in parts.values()):

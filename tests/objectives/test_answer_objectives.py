@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.objectives.teacher_cache import TeacherCache
 from runs import soft
 from stage_batches import StageBatch, assert_cut_alike, objective
 
@@ -57,11 +58,58 @@ def test_first_tokens_scale_themselves(batch: StageBatch, auto_scale: float) -> 
     assert_cut_alike(batch, config, objective("answer"))
 
 
+def states(batch: StageBatch, name: str, kind: str, number: int) -> Tensor:
+    """Hidden states of a layer at the answers' tokens, behind the latents or behind the text."""
+    read = batch.reader_batch(name, objective("kd"))
+    reader = batch.readers[name]
+    given: Any = read.inputs if kind == "latent" else {}
+    rows = reader.collate(read.prompts(kind), **given)
+    output = reader._read(rows, output_hidden_states=True)
+    states_BTD: Tensor = output.hidden_states[number]
+    return states_BTD[rows.rows_N, rows.cols_N]
+
+
+@pytest.mark.parametrize("form", ["mse", "cosine"])
+def test_hidden_states_are_those_with_the_text(
+    batch: StageBatch, form: str, tmp_path: Path
+) -> None:
+    config = objective("hidden_kd", layers=(1, -1), form=form, tokens=2)
+    losses = batch.compute(config, objective("answer"))[0]
+    for name in batch.readers:
+        step_N = answer_logits(batch, name)[2]
+        expected = 0.0
+        for number in (1, 2):
+            ours, theirs = (states(batch, name, kind, number) for kind in ("latent", "text"))
+            ours, theirs = ours[step_N < 2], theirs[step_N < 2]
+            if form == "mse":
+                found = (ours - theirs).square().mean(1) / theirs.square().mean(1)
+            else:
+                found = 1 - F.cosine_similarity(ours, theirs, dim=1)
+            expected += found.sum().item() / 2
+        assert losses.sums["hidden_kd", name].item() == pytest.approx(expected, rel=1e-4)
+    assert all(p.grad is None for r in batch.readers.values() for p in r.model.parameters())
+    assert_cut_alike(batch, config, objective("answer"))
+    for _ in range(2):  # kept in fp16, and found again
+        cache = TeacherCache(tmp_path)
+        kept = batch.compute(config, teacher=cache)[0].sums
+        for key, value in kept.items():
+            assert value.item() == pytest.approx(losses.sums[key].item(), rel=5e-3)
+    assert (cache.hits, cache.misses) == (len(batch.items) * len(batch.readers), 0)
+
+
+def test_layers_that_a_reader_lacks_are_named(batch: StageBatch) -> None:
+    with pytest.raises(ConfigError, match="reader 'llama' has 2 layers; give numbers from -3 to 2"):
+        batch.compute(objective("hidden_kd", layers=(3,)))
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
         ("answer", {"label_smoothing": 1.0}, r"label_smoothing=1.0, expected in \[0, 1\)"),
         ("first_token", {"auto_scale": -1.0}, "auto_scale=-1.0, expected at least 0"),
+        ("hidden_kd", {"layers": ()}, r"layers=\(\), expected one number at least"),
+        ("hidden_kd", {"layers": (1, 1)}, r"layers=\(1, 1\), expected one number"),
+        ("hidden_kd", {"tokens": 0}, "tokens=0, expected at least 1"),
     ],
 )
 def test_settings_are_checked(kind: str, settings: dict[str, Any], message: str) -> None:

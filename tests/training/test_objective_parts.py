@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "label smoothing": (objective("answer", label_smoothing=0.1),),
     "first_token": (objective("first_token", auto_scale=1.0),),
+    "hidden_kd": (objective("hidden_kd", layers=(1, -1)), objective("answer", weight=0.0)),
 }
 
 
