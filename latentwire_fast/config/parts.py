@@ -202,3 +202,7 @@ class ObjectiveConfig(PartSettings):
         require(
             self.weight >= 0, f"objective {self.kind!r}: weight={self.weight}, expected at least 0"
         )
+
+    def map_sources(self, change: Callable[[str], str]) -> ObjectiveConfig:
+        """A copy whose pretrained models have changed names, such as absolute paths."""
+        return self

@@ -7,6 +7,8 @@ PARTS: dict[str, str] = {
     "answer": "latentwire_fast.objectives.answer:Answer",
     "first_token": "latentwire_fast.objectives.first_token:FirstToken",
     "kd": "latentwire_fast.objectives.kd:KD",
+    "teachers": "latentwire_fast.objectives.teachers:Teachers",
+    "hard_kd": "latentwire_fast.objectives.hard_kd:HardKD",
     "hidden_kd": "latentwire_fast.objectives.hidden_kd:HiddenKD",
     "autoencode": "latentwire_fast.objectives.autoencode:Autoencode",
     "continuation": "latentwire_fast.objectives.continuation:Continuation",

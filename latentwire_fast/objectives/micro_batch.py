@@ -223,11 +223,15 @@ class ReaderBatch:
 
         Without gradient, and without low-rank updates; the prompts are those of kind `text`.
         """
+        return self.hidden_of(self.reader)
+
+    def hidden_of(self, teacher: Reader) -> Tensor:
+        """The same of another LM, which reads the same prompts: hidden states `[N, D]`."""
         prompts = self.prompts("text")
         if self._teacher is not None:
-            return self._teacher.hidden(self.reader, prompts)
-        with torch.no_grad(), self.reader.base():
-            return self.reader.target_hidden(self.reader.collate(prompts))
+            return self._teacher.hidden(teacher, prompts)
+        with torch.no_grad(), teacher.base():
+            return teacher.target_hidden(teacher.collate(prompts))
 
     @cached_property
     def teacher_layers(self) -> Mapping[int, Tensor]:

@@ -66,13 +66,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         evaluation = replace(
             evaluation, continuation=replace(evaluation.continuation, source=place)
         )
-    stages = tuple(
-        stage if stage.source is None else replace(stage, source=map_paths(stage.source, _absolute))
-        for stage in config.stages
-    )
     return replace(
         config,
-        stages=stages,
+        stages=tuple(map(_absolute_stage, config.stages)),
         readers=readers,
         encoder=encoder,
         data=data,
@@ -80,6 +76,13 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         base=None if config.base is None else _absolute(config.base),
         warm_start={part: _absolute(run) for part, run in config.warm_start.items()},
     )
+
+
+def _absolute_stage(stage: StageConfig) -> StageConfig:
+    """A stage whose data and whose objectives' models are found from anywhere."""
+    objectives = tuple(objective.map_sources(_absolute) for objective in stage.objectives)
+    source = None if stage.source is None else map_paths(stage.source, _absolute)
+    return replace(stage, objectives=objectives, source=source)
 
 
 def _absolute(source: str) -> str:

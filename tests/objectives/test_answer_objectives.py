@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.objectives.teacher_cache import TeacherCache
-from runs import soft
+from latentwire_fast.readers.reader import Reader
+from latentwire_fast.training.builders import absolute_paths
+from runs import soft, tiny_config
 from stage_batches import StageBatch, assert_cut_alike, objective
 
 
@@ -102,11 +105,101 @@ def test_layers_that_a_reader_lacks_are_named(batch: StageBatch) -> None:
         batch.compute(objective("hidden_kd", layers=(3,)))
 
 
+def text_logits(batch: StageBatch, name: str, reader: Reader) -> Tensor:
+    """Logits of the answers' tokens behind the text, of a reader of these prompts."""
+    prompts = batch.reader_batch(name, objective("kd")).prompts("text")
+    return reader.output_head.logits(reader.target_hidden(reader.collate(prompts)))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_several_teachers_are_their_mean_probability(
+    batch: StageBatch, own: bool, other_llama: Path
+) -> None:
+    """The gradient is that of the divergence to the mixture, the value larger by a constant."""
+    config = objective(
+        "teachers", teachers={"llama": (str(other_llama),)}, own=own, tau=2.0, tokens=2
+    )
+    name, reader = "llama", batch.readers["llama"]
+    one = StageBatch(batch.model, {name: reader}, batch.items)
+    found = one.compute(config)[0].sums["teachers", name].item()
+    given = one.gradients()
+    read = one.reader_batch(name, objective("answer"))
+    kept_N = read.answers.batch.step_N < 2
+    student = (reader.output_head.logits(read.answers.hidden_ND)[kept_N] / 2).log_softmax(-1)
+    other = Reader.load(other_llama, name="other")
+    teachers = [other, reader] if own else [other]
+    with torch.no_grad():
+        logs = [(text_logits(one, name, t)[kept_N] / 2).log_softmax(-1) for t in teachers]
+        mixed = torch.stack(logs).exp().mean(0)
+        apart = sum((log.exp() * (log - mixed.log())).sum() for log in logs) / len(logs)
+    to_mixture = (mixed * (mixed.log() - student)).sum()
+    assert found == pytest.approx(4 * (to_mixture + apart).item(), rel=1e-3)
+    one.model.zero_grad(set_to_none=True)
+    (4 * to_mixture / kept_N.sum()).backward()
+    expected = one.gradients()
+    assert given.keys() == expected.keys()
+    for key, gradient in expected.items():
+        largest = gradient.abs().max().item()
+        assert (given[key] - gradient).abs().max().item() <= 2e-3 * largest + 1e-9, key
+
+
+def test_hard_answers_count_more(batch: StageBatch) -> None:
+    config = objective("hard_kd", base=0.1, missed=2.0, entropy=0.5, tau=2.0, tokens=2)
+    losses = batch.compute(config)[0]
+    for name, reader in batch.readers.items():
+        ours_NV, labels_N, step_N = answer_logits(batch, name)
+        theirs_NV = text_logits(batch, name, reader)
+        expected, factors, factor = 0.0, [], 0.0
+        for ours, theirs, label, step in zip(ours_NV, theirs_NV, labels_N, step_N, strict=True):
+            if step == 0:
+                missed = 1 - ours.softmax(-1)[label].item()
+                factor = 0.1 + 2.0 * missed + 0.5 * torch.special.entr(theirs.softmax(-1)).sum()
+            if step < 2:
+                pair = ((x / 2).log_softmax(-1) for x in (ours, theirs))
+                kl = F.kl_div(*pair, reduction="sum", log_target=True).item()
+                expected += 4 * kl * float(factor)
+                factors.append(float(factor))
+        assert losses.sums["hard_kd", name].item() == pytest.approx(expected, rel=1e-3)
+        found = losses.measures["hard_factor", name].item()
+        assert found == pytest.approx(sum(factors) / len(factors), rel=1e-4)
+    assert_cut_alike(batch, config)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(batch: StageBatch, qwen_folder: Path) -> None:
+    config = objective("teachers", teachers={"llama": (str(qwen_folder),)})
+    with pytest.raises(ConfigError, match="has another tokenizer than reader 'llama'"):
+        batch.compute(config)
+
+
+def test_every_reader_has_a_teacher(llama_folder: Path, qwen_folder: Path) -> None:
+    sources = {"llama": (str(llama_folder),)}
+    for teachers, message in (
+        ({"gemma": ("a",)}, r"teachers of \['gemma'\], this run has the readers"),
+        (sources, r"readers \['qwen2'\] have no teacher; name one, or set own=true"),
+    ):
+        config = objective("teachers", teachers=teachers, own=False)
+        stages = (StageConfig("s", steps=1, objectives=(config,)),)
+        with pytest.raises(ConfigError, match=message):
+            tiny_config(llama_folder, qwen_folder, stages=stages)
+
+
+def test_a_teachers_path_is_absolute(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(llama_folder.parent)
+    config = objective("teachers", teachers={"llama": (llama_folder.name,)})
+    stage = StageConfig("s", steps=1, objectives=(config,))
+    (found,) = absolute_paths(tiny_config(llama_folder, stages=(stage,))).stages
+    assert found.objectives[0].teachers == {"llama": (str(llama_folder),)}
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
         ("answer", {"label_smoothing": 1.0}, r"label_smoothing=1.0, expected in \[0, 1\)"),
         ("first_token", {"auto_scale": -1.0}, "auto_scale=-1.0, expected at least 0"),
+        ("hard_kd", {"missed": 0.0, "entropy": 0.0}, r"are \(0.0, 0.0, 0.0\), expected at least 0"),
+        ("hard_kd", {"base": -1.0}, "expected at least 0, and one of them above"),
+        ("teachers", {}, "no teacher is named; give the sources of some by reader, or take"),
+        ("teachers", {"teachers": {"a": ("b",)}, "tau": 0.0}, "tau=0.0, expected above 0"),
         ("hidden_kd", {"layers": ()}, r"layers=\(\), expected one number at least"),
         ("hidden_kd", {"layers": (1, 1)}, r"layers=\(1, 1\), expected one number"),
         ("hidden_kd", {"tokens": 0}, "tokens=0, expected at least 1"),

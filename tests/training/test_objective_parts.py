@@ -21,20 +21,26 @@ OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "label smoothing": (objective("answer", label_smoothing=0.1),),
     "first_token": (objective("first_token", auto_scale=1.0),),
     "hidden_kd": (objective("hidden_kd", layers=(1, -1)), objective("answer", weight=0.0)),
+    "hard_kd": (objective("hard_kd"),),
+    "teachers": (objective("teachers", teachers={"llama": ("TEACHER",)}, tau=2.0, tokens=2),),
 }
 
 
-def config_of(name: str, *folders: Path) -> RunConfig:
+def config_of(name: str, *folders: Path, teacher: Path) -> RunConfig:
     """Two steps of an objective, at 6 bits."""
-    stage = StageConfig("s", steps=2, objectives=OBJECTIVES_OF[name], quantize=6)
+    objectives = tuple(
+        o.map_sources(lambda source: source.replace("TEACHER", str(teacher)))
+        for o in OBJECTIVES_OF[name]
+    )
+    stage = StageConfig("s", steps=2, objectives=objectives, quantize=6)
     return tiny_config(*folders, stages=(stage,))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES_OF)
 def test_an_objective_is_trained_saved_loaded_and_resumed(
-    name: str, llama_folder: Path, qwen_folder: Path, tmp_path: Path
+    name: str, llama_folder: Path, qwen_folder: Path, other_llama: Path, tmp_path: Path
 ) -> None:
-    config = config_of(name, llama_folder, qwen_folder)
+    config = config_of(name, llama_folder, qwen_folder, teacher=other_llama)
     assert run_config_from_json(to_json(config)) == config
     whole = train(config, tmp_path / "whole")
     new_process(1)
