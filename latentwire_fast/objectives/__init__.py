@@ -17,6 +17,7 @@ PARTS: dict[str, str] = {
     "kv": "latentwire_fast.objectives.kv:KV",
     "attention": "latentwire_fast.objectives.attention:Attention",
     "attention_continued": "latentwire_fast.objectives.attention_continued:AttentionContinued",
+    "contrastive": "latentwire_fast.objectives.contrastive:Contrastive",
     "scales": "latentwire_fast.objectives.scales:Scales",
     "text": "latentwire_fast.objectives.text:Text",
 }

@@ -101,6 +101,8 @@ class ObjectiveSet:
                 for kind, objective in self.of(stage).items():
                     if objective.config.reads_answers and not item.turns:
                         continue
+                    if objective.once and reader is not readers[0]:
+                        continue
                     prepared.counts[kind, reader.name] = objective.prepare(prepared, reader)
             result.append(prepared)
         return result

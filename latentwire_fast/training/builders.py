@@ -37,7 +37,7 @@ from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.registry import ATTACHMENTS
+from latentwire_fast.registry import ATTACHMENTS, OBJECTIVES
 from latentwire_fast.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,20 @@ def build_model(
             model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)
     for place, run in config.warm_start.items():
         warm_start(model, place, Path(run))
+    _add_heads(model, config, readers)
     return model
+
+
+def _add_heads(model: Interlingua, config: RunConfig, readers: dict[str, Reader]) -> None:
+    """Make what the objectives of the stages train beside the model: the last to be drawn, so that
+    the model begins as it would without them."""
+    for stage in config.stages:
+        for objective in stage.objectives:
+            if objective.kind not in model.heads:
+                part = OBJECTIVES.part_of(objective)
+                head = part.build_head(objective, model, readers)
+                if head is not None:
+                    model.heads[objective.kind] = head
 
 
 def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:

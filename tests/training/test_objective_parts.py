@@ -23,6 +23,7 @@ OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "hidden_kd": (objective("hidden_kd", layers=(1, -1)), objective("answer", weight=0.0)),
     "hard_kd": (objective("hard_kd"),),
     "teachers": (objective("teachers", teachers={"llama": ("TEACHER",)}, tau=2.0, tokens=2),),
+    "contrastive": (objective("contrastive"),),
 }
 
 
@@ -55,6 +56,7 @@ def test_an_objective_is_trained_saved_loaded_and_resumed(
         }
         assert record["grad_norm"] > 0
     model = Interlingua.from_pretrained(whole.folder.model)
+    assert not model.heads, "no receiver needs them"
     latent = torch.randn(2, 4, 8)
     ours = whole.session.model.eval()
     for reader in ours.cards:

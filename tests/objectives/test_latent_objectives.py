@@ -1,0 +1,117 @@
+"""Objectives on latents alone, with a head of their own or without, against plain formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from latentwire_fast.config.schema import StageConfig
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.prompts.builder import replaced_text
+from runs import soft, tiny_config
+from stage_batches import StageBatch, objective
+
+HEADS = {"contrastive": {"width": 16}}
+
+
+@pytest.fixture(scope="module", params=["context", "pure"])
+def batch(request: pytest.FixtureRequest, llama_folder: Path, qwen_folder: Path) -> StageBatch:
+    objectives = tuple(objective(kind, **settings) for kind, settings in HEADS.items())
+    stages = (StageConfig("s", steps=1, objectives=objectives),)
+    return StageBatch.of(
+        llama_folder,
+        qwen_folder,
+        mode=request.param,
+        attachments=(soft("linear"),),
+        stages=stages,
+    )
+
+
+def assert_reaches(batch: StageBatch, head: str | None) -> None:
+    """The gradients reach the encoder and the head, and no attachment."""
+    found = {name for name, gradient in batch.gradients().items() if gradient.abs().sum() > 0}
+    assert any(name.startswith("encoder.") for name in found)
+    assert not any(name.startswith("attachments.") for name in found)
+    expected = {n for n, _ in batch.model.named_parameters() if n.startswith(f"heads.{head}.")}
+    assert expected <= found
+    assert bool(expected) == (head is not None)
+
+
+@pytest.mark.parametrize("form", ["infonce", "margin"])
+def test_a_latent_is_told_by_its_text(batch: StageBatch, form: str) -> None:
+    config = objective("contrastive", form=form, width=16, window=4, margin=0.5)
+    torch.manual_seed(0)
+    losses = batch.compute(config)[0]
+    assert_reaches(batch, "contrastive")
+    torch.manual_seed(0)
+    items = batch.prepare(StageConfig("s", steps=1, objectives=(config,)))
+    read = batch.reader_batch("llama", config)
+    latent = read.encoded.sent_BMd
+    for name, reader in batch.readers.items():
+        head: Any = batch.model.heads["contrastive"][name]  # type: ignore[index]
+        ours = F.normalize(head.latent(latent), dim=-1)
+        fits = torch.zeros(5, 5)
+        for b, item in enumerate(items):
+            ids = item.prompts["contrastive", name].ids
+            text = reader.embedding.weight[ids].mean(0) / reader.embedding_rms
+            theirs = F.normalize(head.text(text), dim=-1)
+            fits[:, b] = 0.1 * ((ours @ theirs / 0.1).exp().mean(1)).log()
+        expected = 0.0
+        for b, item in enumerate(items):
+            others = [o for o in range(5) if items[o].item.context != item.item.context]
+            if form == "margin":
+                over = [max(0.0, (0.5 + fits[b, o] - fits[b, b]).item()) for o in others]
+                expected += sum(over) / len(over)
+            else:
+                for line in (fits[b], fits[:, b]):
+                    kept = torch.stack([line[b], *(line[o] for o in others)]) / 0.1
+                    expected -= kept.log_softmax(0)[0].item() / 2
+        assert losses.sums["contrastive", name].item() == pytest.approx(expected, rel=1e-4)
+        assert 0 <= losses.measures["contrastive_accuracy", name].item() <= 1
+
+
+def test_a_piece_is_of_the_text_that_is_sent(batch: StageBatch) -> None:
+    stage = StageConfig("s", steps=1, objectives=(objective("contrastive", window=3),))
+    seen = set()
+    for _ in range(4):
+        for item in batch.prepare(stage):
+            text = replaced_text(item.item.context, item.item.question, mode=batch.model.mode)
+            ids = batch.readers["llama"].prompts.text_ids(text)
+            piece = item.prompts["contrastive", "llama"].ids
+            assert any(ids[i : i + 3] == piece for i in range(len(ids)))
+            seen.add(tuple(piece))
+    assert len(seen) > len(batch.items), "drawn anew"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("contrastive", {"temperature": 0.0}, "temperature=0.0, expected above 0"),
+        ("contrastive", {"window": 0}, "window=0, expected at least 1"),
+    ],
+)
+def test_settings_are_checked(kind: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        objective(kind, **settings)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_needs_the_encoder_is_refused_on_a_base(kind: str, llama_folder: Path) -> None:
+    stage = StageConfig("s", steps=1, objectives=(objective(kind), objective("answer")))
+    config = tiny_config(llama_folder, stages=(stage,))
+    with pytest.raises(ConfigError, match=f"objective '{kind}' trains latents, and the encoder"):
+        replace(config, base="runs/a")
+
+
+def test_stages_share_a_head(llama_folder: Path) -> None:
+    stages = tuple(
+        StageConfig(f"s{width}", steps=1, objectives=(objective("contrastive", width=width),))
+        for width in (16, 32)
+    )
+    with pytest.raises(ConfigError, match="'contrastive' has one head for all of them; give it th"):
+        tiny_config(llama_folder, stages=stages)
