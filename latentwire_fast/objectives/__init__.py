@@ -18,6 +18,8 @@ PARTS: dict[str, str] = {
     "attention": "latentwire_fast.objectives.attention:Attention",
     "attention_continued": "latentwire_fast.objectives.attention_continued:AttentionContinued",
     "contrastive": "latentwire_fast.objectives.contrastive:Contrastive",
+    "reconstruct": "latentwire_fast.objectives.reconstruct:Reconstruct",
+    "gist": "latentwire_fast.objectives.gist:Gist",
     "scales": "latentwire_fast.objectives.scales:Scales",
     "text": "latentwire_fast.objectives.text:Text",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -57,6 +57,10 @@ class Objective(ABC):
     def head(self) -> nn.Module:
         """What `build_head` made."""
         return self.model.heads[self.config.kind]
+
+    def reader_head(self, reader: str) -> nn.Module:
+        """The part of the head that is for one reader, where it is a `ModuleDict` by reader."""
+        return cast(nn.ModuleDict, self.head)[reader]
 
     @property
     def term(self) -> AnswerTerm | None:

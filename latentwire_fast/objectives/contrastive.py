@@ -137,8 +137,3 @@ class Contrastive(Objective):
             F.cross_entropy(x, own_B, reduction="sum") for x in (logits_BB, logits_BB.T)
         )
         return (rows + columns) / 2
-
-    def reader_head(self, reader: str) -> nn.Module:
-        """What compares with one reader's embeddings."""
-        assert isinstance(self.head, nn.ModuleDict)
-        return self.head[reader]

@@ -4,16 +4,16 @@ text, in chosen layers."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import ObjectiveConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.objectives.base import Objective
+from latentwire_fast.objectives.distances import Form, distances
 from latentwire_fast.objectives.micro_batch import ReaderBatch
 from latentwire_fast.objectives.prepared import PreparedItem, count_targets
 from latentwire_fast.readers.reader import Reader
@@ -41,7 +41,7 @@ class HiddenKD(Objective):
         reads_answers: ClassVar[bool] = True
 
         layers: tuple[int, ...] = (-1,)
-        form: Literal["mse", "cosine"] = "mse"
+        form: Form = "mse"
         tokens: int | None = None
 
         def __post_init__(self) -> None:
@@ -84,18 +84,9 @@ class HiddenKD(Objective):
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The distance, summed over tokens."""
         counts_N = batch.answers.first_N(self.config.tokens)
-        distances = []
+        found = []
         for number in self.config.layers:
             ours_ND = batch.answers.layers[number][counts_N].float()
             theirs_ND = batch.teacher_layers[number].to(ours_ND)[counts_N]
-            distances.append(distances_N(ours_ND, theirs_ND, form=self.config.form).sum())
-        return torch.stack(distances).mean()
-
-
-def distances_N(ours_ND: Tensor, theirs_ND: Tensor, *, form: Literal["mse", "cosine"]) -> Tensor:
-    """How far each row is from another: 1 minus the cosine, or the squared error relative to the
-    other's mean square."""
-    if form == "cosine":
-        return 1 - F.cosine_similarity(ours_ND, theirs_ND, dim=-1)
-    size_N = theirs_ND.square().mean(-1).clamp(min=1e-8)
-    return (ours_ND - theirs_ND).square().mean(-1) / size_N
+            found.append(distances(ours_ND, theirs_ND, form=self.config.form).sum())
+        return torch.stack(found).mean()

@@ -14,9 +14,13 @@ from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.builder import replaced_text
 from runs import soft, tiny_config
-from stage_batches import StageBatch, objective
+from stage_batches import StageBatch, assert_cut_alike, objective
 
-HEADS = {"contrastive": {"width": 16}}
+HEADS = {
+    "contrastive": {"width": 16},
+    "reconstruct": {"width": 16, "heads": 2},
+    "gist": {"width": 16, "heads": 2},
+}
 
 
 @pytest.fixture(scope="module", params=["context", "pure"])
@@ -88,11 +92,71 @@ def test_a_piece_is_of_the_text_that_is_sent(batch: StageBatch) -> None:
     assert len(seen) > len(batch.items), "drawn anew"
 
 
+@pytest.mark.parametrize("form", ["mse", "cosine"])
+def test_embeddings_come_back(batch: StageBatch, form: str) -> None:
+    """One text at a time, without padding: 6 of its tokens at even distances."""
+    config = objective("reconstruct", form=form, tokens=6, width=16, heads=2)
+    losses = batch.compute(config)[0]
+    assert_reaches(batch, "reconstruct")
+    latent = batch.reader_batch("llama", config).encoded.sent_BMd
+    for name, reader in batch.readers.items():
+        decoder = batch.model.heads["reconstruct"][name]  # type: ignore[index]
+        expected = 0.0
+        for b, item in enumerate(batch.items):
+            text = replaced_text(item.context, item.question, mode=batch.model.mode)
+            ids = reader.prompts.text_ids(text)
+            at = [i * len(ids) // 6 for i in range(6)]
+            places = torch.tensor([at])
+            ours = decoder(latent[b : b + 1], places, torch.ones(1, 6, dtype=torch.bool))[0]
+            theirs = reader.embedding.weight[[ids[i] for i in at]] / reader.embedding_rms
+            if form == "mse":
+                found = (ours - theirs).square().mean(1) / theirs.square().mean(1)
+            else:
+                found = 1 - F.cosine_similarity(ours, theirs, dim=1)
+            expected += found.sum().item()
+        assert losses.sums["reconstruct", name].item() == pytest.approx(expected, rel=1e-4)
+        assert len(ids) > 6
+    assert_cut_alike(batch, config)
+
+
+def test_the_gist_is_a_bag_of_tokens(batch: StageBatch) -> None:
+    config = objective("gist", mask=0.0, width=16, heads=2)
+    losses = batch.compute(config)[0]
+    assert_reaches(batch, "gist")
+    latent = batch.reader_batch("llama", config).encoded.sent_BMd
+    for name, reader in batch.readers.items():
+        vectors = batch.model.heads["gist"][name](latent)  # type: ignore[index]
+        expected, count = 0.0, 0
+        for b, item in enumerate(batch.items):
+            text = replaced_text(item.context, item.question, mode=batch.model.mode)
+            ids = sorted(set(reader.prompts.text_ids(text)))
+            mean = reader.output_head.logits(vectors[b]).softmax(-1).mean(0)
+            expected -= mean[ids].log().sum().item()
+            count += len(ids)
+        assert losses.sums["gist", name].item() == pytest.approx(expected, rel=1e-4)
+        assert losses.total.item() > 0
+    assert_cut_alike(batch, config)
+
+
+def test_masked_tokens_are_not_asked_for(batch: StageBatch) -> None:
+    stage = StageConfig("s", steps=1, objectives=(objective("gist", mask=0.5),))
+    first, second = (batch.prepare(stage) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        text = set(a.prompts["content", "llama"].ids)
+        asked = [p.prompts["gist", "llama"].ids for p in (a, b)]
+        assert set(asked[0]) < text
+        assert a.counts["gist", "llama"] == len(set(asked[0])) == round(len(text) / 2)
+        assert asked[0] != asked[1], "drawn anew"
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
         ("contrastive", {"temperature": 0.0}, "temperature=0.0, expected above 0"),
         ("contrastive", {"window": 0}, "window=0, expected at least 1"),
+        ("reconstruct", {"width": 20, "heads": 8}, "width=20, expected an even number that divid"),
+        ("gist", {"mask": 1.0}, r"mask=1.0, expected in \[0, 1\)"),
+        ("gist", {"width": 10, "heads": 4}, "width=10 does not divide among heads=4"),
     ],
 )
 def test_settings_are_checked(kind: str, settings: dict[str, Any], message: str) -> None:

@@ -24,6 +24,8 @@ OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "hard_kd": (objective("hard_kd"),),
     "teachers": (objective("teachers", teachers={"llama": ("TEACHER",)}, tau=2.0, tokens=2),),
     "contrastive": (objective("contrastive"),),
+    "reconstruct": (objective("reconstruct", width=16, heads=2),),
+    "gist": (objective("gist", width=16, heads=2),),
 }
 
 
