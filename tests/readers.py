@@ -142,6 +142,17 @@ def qwen_folder(
 
 
 @pytest.fixture(scope="session")
+def other_llama(
+    llama_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Another Llama of the same tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("teachers") / "other"
+    tiny_model("llama", llama_tokenizer, seed=1).save_pretrained(folder)
+    llama_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def readers(llama_folder: Path, qwen_folder: Path) -> dict[str, Reader]:
     """Both tiny readers by name, shared: nothing may change them."""
     return {

@@ -187,6 +187,9 @@ class ObjectiveConfig(PartSettings):
         reports_accuracy: whether it reports how often the answers' tokens are right.
         reads_answers: whether it is about questions and answers; a text without any is then no
             item for it.
+        of_latents: whether it is about latents alone, before any reader: a run on a base, which
+            keeps its encoder, has nothing to learn from it.
+        head_fields: the settings that decide the shape of its head (`Objective.build_head`).
     """
 
     registry: ClassVar[Registry] = OBJECTIVES
@@ -194,6 +197,8 @@ class ObjectiveConfig(PartSettings):
     teaches_positions: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
     reports_accuracy: ClassVar[bool] = False
+    of_latents: ClassVar[bool] = False
+    head_fields: ClassVar[tuple[str, ...]] = ()
 
     weight: float = 1.0
 
@@ -202,3 +207,7 @@ class ObjectiveConfig(PartSettings):
         require(
             self.weight >= 0, f"objective {self.kind!r}: weight={self.weight}, expected at least 0"
         )
+
+    def map_sources(self, change: Callable[[str], str]) -> ObjectiveConfig:
+        """A copy whose pretrained models have changed names, such as absolute paths."""
+        return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from latentwire_fast.config.base import Settings, require
 from latentwire_fast.config.evaluation import ContinuationConfig, EvalConfig, check_decoding
@@ -245,7 +245,13 @@ class RunConfig(Settings):
                 f"objective {objective.kind!r} needs mode={' or '.join(map(repr, objective.modes))}"
                 f", this run has mode={self.mode!r}",
             )
+            require(
+                self.base is None or not objective.of_latents,
+                f"objective {objective.kind!r} trains latents, and the encoder of {self.base} "
+                "stays as it is; leave it out",
+            )
             objective.check(self)
+        self._check_heads(objectives)
         require(
             not self.encoder.selects_positions
             or self.base is not None
@@ -253,6 +259,18 @@ class RunConfig(Settings):
             "encoder pooler 'selected' and an objective that teaches positions ('select') need "
             "each other: add it to a stage",
         )
+
+    def _check_heads(self, objectives: list[ObjectiveConfig]) -> None:
+        """Raise where stages want one objective's head, which they share, in several shapes."""
+        shapes: dict[str, tuple[Any, ...]] = {}
+        for objective in objectives:
+            names = objective.head_fields
+            shape = tuple(getattr(objective, name) for name in names)
+            require(
+                shapes.setdefault(objective.kind, shape) == shape,
+                f"stages: objective {objective.kind!r} has one head for all of them; give it the "
+                f"same {', '.join(names)} in each",
+            )
 
     def gives(self, place: str) -> bool:
         """Whether an attachment makes this entry of a reader's inputs."""

@@ -38,6 +38,7 @@ from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
 LORA = "lora"  # the folder of a saved model that holds those of its readers
+HEADS = "heads"  # what is trained with a model and is no part of it
 
 
 class Interlingua(nn.Module):
@@ -53,6 +54,7 @@ class Interlingua(nn.Module):
     Attributes:
         cards: of its readers, by name.
         lora: the low-rank updates of those readers that have them, by name.
+        heads: what objectives train beside the model, by objective; it is not saved.
     """
 
     table_parameters: ClassVar[tuple[str, ...]] = ("task_tokens",)
@@ -75,6 +77,7 @@ class Interlingua(nn.Module):
         self.attachments = nn.ModuleDict()
         self.task_tokens = nn.ParameterDict()
         self.lora = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
         shape = {"latents": encoder.config.latents, "d_z": encoder.config.d_z}
         for name, card in self.cards.items():
             built = {
@@ -311,7 +314,7 @@ class Interlingua(nn.Module):
         state = {
             key: value.cpu().contiguous()
             for key, value in self.trained_state().items()
-            if not key.startswith(f"{LORA}.")
+            if not key.startswith((f"{LORA}.", f"{HEADS}."))
         }
         save_file(state, folder / "model.safetensors")
         files = ["model.safetensors", *self.encoder.save(folder)]
@@ -327,7 +330,8 @@ class Interlingua(nn.Module):
             readers=self.cards,
             lora=tuple(sorted(self.lora)),
         )
-        size = sum(p.numel() for _, p in self.trained_parameters())
+        named = self.trained_parameters()
+        size = sum(p.numel() for name, p in named if not name.startswith(f"{HEADS}."))
         saved_model.write(folder, settings, trained_parameters=size, files=files)
         return folder
 

@@ -5,7 +5,11 @@ PARTS names each objective's class; it is imported when a stage asks for it.
 
 PARTS: dict[str, str] = {
     "answer": "latentwire_fast.objectives.answer:Answer",
+    "first_token": "latentwire_fast.objectives.first_token:FirstToken",
     "kd": "latentwire_fast.objectives.kd:KD",
+    "teachers": "latentwire_fast.objectives.teachers:Teachers",
+    "hard_kd": "latentwire_fast.objectives.hard_kd:HardKD",
+    "hidden_kd": "latentwire_fast.objectives.hidden_kd:HiddenKD",
     "autoencode": "latentwire_fast.objectives.autoencode:Autoencode",
     "continuation": "latentwire_fast.objectives.continuation:Continuation",
     "embed": "latentwire_fast.objectives.embed:Embed",
@@ -13,6 +17,11 @@ PARTS: dict[str, str] = {
     "kv": "latentwire_fast.objectives.kv:KV",
     "attention": "latentwire_fast.objectives.attention:Attention",
     "attention_continued": "latentwire_fast.objectives.attention_continued:AttentionContinued",
+    "contrastive": "latentwire_fast.objectives.contrastive:Contrastive",
+    "reconstruct": "latentwire_fast.objectives.reconstruct:Reconstruct",
+    "gist": "latentwire_fast.objectives.gist:Gist",
+    "diversity": "latentwire_fast.objectives.diversity:Diversity",
+    "entropy": "latentwire_fast.objectives.entropy:Entropy",
     "scales": "latentwire_fast.objectives.scales:Scales",
     "text": "latentwire_fast.objectives.text:Text",
 }

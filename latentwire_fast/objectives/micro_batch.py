@@ -7,8 +7,8 @@ reader's width, V vocabulary, d `d_z`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -129,10 +129,13 @@ class AnswerPass:
     Attributes:
         batch: the prompts that were read.
         hidden_ND: last hidden states at the positions that predict an answer's token.
+        layers: hidden states at these positions of other layers, by number, as far as the stage's
+            objectives compare them.
     """
 
     batch: PromptBatch
     hidden_ND: Tensor
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     def first_N(self, limit: int | None) -> Tensor:
         """Mask of the tokens within the first `limit` of their answer; None for all of them."""
@@ -149,11 +152,13 @@ class AnswerTerm:
         tokens: how many tokens of each answer count; None: all of them and EOS.
         tau: temperature of a distillation; None: the labels' cross-entropy.
         trained: whether its gradient is wanted.
+        smoothing: share of each label that is spread evenly over all tokens.
     """
 
     tokens: int | None
     tau: float | None = None
     trained: bool = True
+    smoothing: float = 0.0
 
 
 class ReaderBatch:
@@ -163,6 +168,7 @@ class ReaderBatch:
         encoded: the items, with their latents.
         teacher: cache of what readers compute of texts; None computes it each time.
         terms: what the stage's objectives will ask `answer_losses` for.
+        layers: numbers of the layers whose states they will ask for, behind latents and texts.
     """
 
     def __init__(
@@ -172,12 +178,14 @@ class ReaderBatch:
         *,
         teacher: TeacherCache | None,
         terms: Sequence[AnswerTerm] = (),
+        layers: Sequence[int] = (),
     ) -> None:
         self.encoded = encoded
         self.reader = reader
         self.model = encoded.model
         self._teacher = teacher
         self._terms = terms
+        self._layers = layers
         self._losses: dict[AnswerTerm, LinearLosses] = {}
         self._reports: dict[str, Tensor] = {}
 
@@ -204,7 +212,10 @@ class ReaderBatch:
     def answers(self) -> AnswerPass:
         """The forward pass over the answers behind the latents (prompts of kind `latent`)."""
         batch = self.reader.collate(self.prompts("latent"), **self.inputs)
-        return AnswerPass(batch, self.reader.target_hidden(batch))
+        if not self._layers:
+            return AnswerPass(batch, self.reader.target_hidden(batch))
+        hidden_ND, states_KND = self.reader.target_layers(batch, self._layers)
+        return AnswerPass(batch, hidden_ND, dict(zip(self._layers, states_KND, strict=True)))
 
     @cached_property
     def teacher_hidden_ND(self) -> Tensor:
@@ -212,11 +223,27 @@ class ReaderBatch:
 
         Without gradient, and without low-rank updates; the prompts are those of kind `text`.
         """
+        return self.hidden_of(self.reader)
+
+    def hidden_of(self, teacher: Reader) -> Tensor:
+        """The same of another LM, which reads the same prompts: hidden states `[N, D]`."""
         prompts = self.prompts("text")
         if self._teacher is not None:
-            return self._teacher.hidden(self.reader, prompts)
-        with torch.no_grad(), self.reader.base():
-            return self.reader.target_hidden(self.reader.collate(prompts))
+            return self._teacher.hidden(teacher, prompts)
+        with torch.no_grad(), teacher.base():
+            return teacher.target_hidden(teacher.collate(prompts))
+
+    @cached_property
+    def teacher_layers(self) -> Mapping[int, Tensor]:
+        """The teacher's hidden states `[N, D]` there in other layers, by number."""
+        prompts = self.prompts("text")
+        if self._teacher is not None:
+            states_KND = self._teacher.layers(self.reader, prompts, self._layers)
+        else:
+            with torch.no_grad(), self.reader.base():
+                read = self.reader.collate(prompts)
+                _, states_KND = self.reader.target_layers(read, self._layers)
+        return dict(zip(self._layers, states_KND, strict=True))
 
     @cached_property
     def observation(self) -> Observation:
@@ -304,6 +331,7 @@ class ReaderBatch:
             None if answer is None else labels_N,
             label_weights=counts[0],
             cross_entropy_gradient=answer is not None and answer.trained,
+            label_smoothing=0.0 if answer is None else answer.smoothing,
             teacher_hidden=(None if kd is None else self.teacher_hidden_ND[scored_N].to(hidden_ND)),
             kd_weights=counts[1],
             kd_gradient=kd is not None and kd.trained,

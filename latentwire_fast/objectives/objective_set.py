@@ -101,6 +101,8 @@ class ObjectiveSet:
                 for kind, objective in self.of(stage).items():
                     if objective.config.reads_answers and not item.turns:
                         continue
+                    if objective.once and reader is not readers[0]:
+                        continue
                     prepared.counts[kind, reader.name] = objective.prepare(prepared, reader)
             result.append(prepared)
         return result
@@ -146,6 +148,7 @@ class ObjectiveSet:
                 self.readers[name],
                 teacher=self.teacher,
                 terms=[part.term for part in parts.values() if part.term is not None],
+                layers=sorted({number for part in parts.values() for number in part.layers}),
             )
             terms = self._reader_terms(batch, parts, counts, losses)
             if answers and any(part.config.reports_accuracy for part in parts.values()):

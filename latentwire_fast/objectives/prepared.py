@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.data.streams import TrainItem
-from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.prompts.builder import Prompt, replaced_text
 from latentwire_fast.readers.reader import Reader
 
 Key = tuple[str, str]  # (objective or kind of prompt, reader name)
@@ -54,6 +54,17 @@ class PreparedItem:
         """Kind `text`: the same questions and answers behind the context as text."""
         item, builder = self.item, reader.prompts
         return self.prompt("text", reader, lambda: builder.build(item.turns, context=item.context))
+
+    def content_prompt(self, reader: Reader) -> Prompt:
+        """Kind `content`: the reader's tokens of the text that the latent stands for."""
+
+        def build() -> Prompt:
+            prompt = Prompt()
+            text = replaced_text(self.item.context, self.item.question, mode=self.mode)
+            prompt.add(reader.prompts.text_ids(text) or [reader.prompts.eos_id], content=True)
+            return prompt
+
+        return self.prompt("content", reader, build)
 
 
 def total_counts(prepared: Iterable[PreparedItem]) -> Counter[Key]:

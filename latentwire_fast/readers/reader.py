@@ -263,14 +263,26 @@ class Reader(FrozenLM):
 
     def target_hidden(self, batch: PromptBatch) -> Tensor:
         """Last hidden states `[N, D]` at the scored positions (gradients flow to the prefixes)."""
+        hidden_BTD: Tensor = self._read(batch).last_hidden_state
+        return _scored(hidden_BTD, batch)
+
+    def target_layers(self, batch: PromptBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same, and hidden states `[K, N, D]` at these positions in K layers: 0 is what the
+        first layer reads, -1 the last hidden states."""
+        output = self._read(batch, output_hidden_states=True)
+        states = [output.hidden_states[number] for number in layers]
+        found = [_scored(states_BTD, batch) for states_BTD in states]
+        last_ND = _scored(output.last_hidden_state, batch)
+        return last_ND, torch.stack([states_ND.to(last_ND.device) for states_ND in found])
+
+    def _read(self, batch: PromptBatch, **options: Any) -> Any:
+        """The backbone's output for a batch, behind its deep prefix."""
         cache = None
         if batch.deep is not None:
             cache = training_cache(batch.deep.shape[0])
             self.filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
-        output = self.backbone(**batch.model_inputs(), past_key_values=cache, use_cache=False)
-        hidden_BTD = output.last_hidden_state
-        rows = batch.rows_N.to(hidden_BTD.device)
-        return hidden_BTD[rows, batch.cols_N.to(hidden_BTD.device)]
+        inputs = batch.model_inputs()
+        return self.backbone(**inputs, past_key_values=cache, use_cache=False, **options)
 
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
         """Log-probabilities `[N, vocabulary]` at the scored positions, fp32."""
@@ -308,6 +320,12 @@ class Reader(FrozenLM):
     def decode(self, ids: Sequence[int]) -> str:
         """Answer text of generated ids."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _scored(hidden_BTD: Tensor, batch: PromptBatch) -> Tensor:
+    """Hidden states `[N, D]` at the scored positions of a batch."""
+    rows_N = batch.rows_N.to(hidden_BTD.device)
+    return hidden_BTD[rows_N, batch.cols_N.to(hidden_BTD.device)]
 
 
 def load_readers(

@@ -37,7 +37,7 @@ from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.registry import ATTACHMENTS
+from latentwire_fast.registry import ATTACHMENTS, OBJECTIVES
 from latentwire_fast.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         evaluation = replace(
             evaluation, continuation=replace(evaluation.continuation, source=place)
         )
-    stages = tuple(
-        stage if stage.source is None else replace(stage, source=map_paths(stage.source, _absolute))
-        for stage in config.stages
-    )
     return replace(
         config,
-        stages=stages,
+        stages=tuple(map(_absolute_stage, config.stages)),
         readers=readers,
         encoder=encoder,
         data=data,
@@ -80,6 +76,13 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         base=None if config.base is None else _absolute(config.base),
         warm_start={part: _absolute(run) for part, run in config.warm_start.items()},
     )
+
+
+def _absolute_stage(stage: StageConfig) -> StageConfig:
+    """A stage whose data and whose objectives' models are found from anywhere."""
+    objectives = tuple(objective.map_sources(_absolute) for objective in stage.objectives)
+    source = None if stage.source is None else map_paths(stage.source, _absolute)
+    return replace(stage, objectives=objectives, source=source)
 
 
 def _absolute(source: str) -> str:
@@ -142,7 +145,20 @@ def build_model(
             model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)
     for place, run in config.warm_start.items():
         warm_start(model, place, Path(run))
+    _add_heads(model, config, readers)
     return model
+
+
+def _add_heads(model: Interlingua, config: RunConfig, readers: dict[str, Reader]) -> None:
+    """Make what the objectives of the stages train beside the model: the last to be drawn, so that
+    the model begins as it would without them."""
+    for stage in config.stages:
+        for objective in stage.objectives:
+            if objective.kind not in model.heads:
+                part = OBJECTIVES.part_of(objective)
+                head = part.build_head(objective, model, readers)
+                if head is not None:
+                    model.heads[objective.kind] = head
 
 
 def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:

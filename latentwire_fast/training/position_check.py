@@ -14,6 +14,7 @@ from latentwire_fast.readers.reader import Reader
 
 SAMPLE = 64  # items of a stream without an end
 WITH_TASK = ("autoencode", "continuation")  # prompts in which a task's token follows the latent
+NOT_READ = ("answer", "content", "gist")  # tokens that are targets, and no reader's input
 
 
 def check_positions(
@@ -42,6 +43,8 @@ def check_positions(
         for item in _items(config, stage, stream):
             (prepared,) = objectives.prepare([item], stage, readers)
             for (kind, name), prompt in prepared.prompts.items():
+                if kind in NOT_READ:
+                    continue
                 where = f"stage {stage.name!r}, example {item.id!r}, prompt {kind!r}"
                 _check(prompt, readers[name], objectives, where, with_task=kind in WITH_TASK)
     for example in heldout:
