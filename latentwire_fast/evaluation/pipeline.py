@@ -172,6 +172,8 @@ def _evaluate(
     measured = _truncated(evaluator)
     results = evaluator.run()
     measured |= results.metrics()
+    if facts := model.encoder.facts():
+        measured["encoder"] = facts
     measured["collapse"] = measure_collapse(model, readers, results)
     if folder.validation.exists():
         measured["validation"] = read_json(folder.validation, error=CheckpointError)

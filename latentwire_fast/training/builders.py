@@ -25,7 +25,7 @@ from latentwire_fast.data.sources import (
     load_examples,
     split_validation,
 )
-from latentwire_fast.data.streams import ExampleStream, Stream
+from latentwire_fast.data.streams import ExampleStream, Stream, TrainItem
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.run_folder import RunFolder
@@ -109,13 +109,17 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
 
 
 def build_model(
-    config: RunConfig, readers: dict[str, Reader], contexts: Sequence[str] = ()
+    config: RunConfig,
+    readers: dict[str, Reader],
+    contexts: Sequence[str] = (),
+    fitted: Sequence[TrainItem] = (),
 ) -> Interlingua:
     """A model for these readers, fresh but for the encoder of a base. Readers whose low-rank
     updates are to be trained read with them from now on.
 
     Args:
         contexts: a few texts of the training data, which attachments may start from.
+        fitted: items of the training data that a fresh encoder is fitted to.
 
     Raises:
         ConfigError: the base does not fit the configuration, or has adapters for these readers; a
@@ -134,6 +138,10 @@ def build_model(
         attachments=config.attachments,
         mode=config.mode,
     )
+    if fitted:
+        model.encoder.to(next(iter(readers.values())).device)  # where it will be trained
+        questions = [item.question for item in fitted] if config.mode == "pure" else None
+        model.encoder.fit([item.context for item in fitted], questions)
     for name, reader in readers.items():
         for part in model.parts(name).values():
             part.start(reader, mode=config.mode, contexts=contexts)

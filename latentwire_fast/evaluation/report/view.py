@@ -285,6 +285,13 @@ def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
             f"groups of {latent.get('group_size')}",
         )
+    encoder = metrics.get("encoder") or {}
+    if encoder.get("explained_variance") is not None:
+        yield (
+            "Principal components",
+            f"{percent(encoder['explained_variance']).text}% of the variance of "
+            f"{number(encoder.get('vectors') or 0, digits=0)} vectors",
+        )
     yield "Examples", number(metrics.get("examples") or 0, digits=0)
     if run.get("wall_seconds") is not None:
         yield "Time", f"{number(run['wall_seconds'] / 60)} minutes"
