@@ -18,7 +18,7 @@ from latentwire_fast.config.assignments import with_assignments
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
-from latentwire_fast.data.sources import heldout_examples
+from latentwire_fast.data.sources import heldout_examples, training_texts
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluation.collapse import measure_collapse
 from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
@@ -168,7 +168,14 @@ def _evaluate(
     limit.report(source)
     check_answers(examples, readers, source=source)
     paragraphs = continuation_texts(config, readers)
-    evaluator = Evaluator(config, model, readers, examples, progress=progress)
+    evaluator = Evaluator(
+        config,
+        model,
+        readers,
+        examples,
+        training_texts=training_texts(config, config.evaluation.pca_texts),
+        progress=progress,
+    )
     measured = _truncated(evaluator)
     results = evaluator.run()
     measured |= results.metrics()

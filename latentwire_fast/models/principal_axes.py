@@ -25,14 +25,14 @@ class PrincipalAxes(NamedTuple):
             positive, so that two machines agree on the sign.
         variances_k: of the vectors along each axis, fp32.
         shares_k: the same as shares of their whole variance.
-        count: how many vectors they are of.
+        vectors: how many they are of.
     """
 
     mean_D: Tensor
     axes_kD: Tensor
     variances_k: Tensor
     shares_k: Tensor
-    count: int
+    vectors: int
 
     def spread_k(self) -> Tensor:
         """The standard deviation along each axis, bounded below (`LEAST_SPREAD`)."""
@@ -90,5 +90,5 @@ class Moments:
             axes_kD=axes_kD.float().contiguous(),
             variances_k=variances_k.float(),
             shares_k=(variances_k / whole).float(),
-            count=self.count,
+            vectors=self.count,
         )

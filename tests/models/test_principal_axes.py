@@ -32,7 +32,7 @@ def test_a_weight_is_a_repetition() -> None:
     weighted.add(rows, times)
     plain.add(rows.repeat_interleave(times, 0))
     ours, wanted = weighted.axes(3), plain.axes(3)
-    assert ours.count == wanted.count == int(times.sum())
+    assert ours.vectors == wanted.vectors == int(times.sum())
     torch.testing.assert_close(ours.axes_kD, wanted.axes_kD)
     torch.testing.assert_close(ours.shares_k, wanted.shares_k)
 

@@ -163,6 +163,9 @@ def _method_rows(
             continue
         method, reason = known.get(key), (metrics.get("not_measured") or {}).get(key)
         note = method.note if method else ""
+        explained = (methods[key] or {}).get("explained_variance")
+        if explained is not None:
+            note += f"; they hold {percent(explained).text}% of the variance"
         yield {
             "label": method.label if method else key.replace("_", " "),
             "note": note if methods[key] is not None or not fits_not(reason) else DOES_NOT_FIT,

@@ -176,7 +176,7 @@ class PCAEncoder(LMEncoder):
         self.project.weight.copy_(weight_dD)
         self.project.bias.copy_(-weight_dD @ axes.mean_D)
         self.shares_d.copy_(axes.shares_k)
-        self.fitted.fill_(axes.count)
+        self.fitted.fill_(axes.vectors)
 
     def facts(self) -> dict[str, Any]:
         """What the components hold of the variance of what they were fitted to."""
