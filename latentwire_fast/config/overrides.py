@@ -51,6 +51,7 @@ def _added_to(base: str, config: RunConfig) -> RunConfig:
         base=base,
         encoder=base_config.encoder,
         bottleneck=base_config.bottleneck,
+        private_slots=base_config.private_slots,
         # Its positions are chosen already. What else a stage does with them, readers do.
         stages=_with_objectives(config.stages, lambda objective: not objective.teaches_positions),
     )

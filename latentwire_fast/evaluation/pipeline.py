@@ -204,6 +204,7 @@ def _check_settings(config: RunConfig, model: Interlingua, folder: RunFolder) ->
         "encoder": config.encoder.allows(model.encoder_config),
         "bottleneck": config.bottleneck == model.bottleneck_config,
         "attachments": config.attachments == model.attachment_configs,
+        "private_slots": config.private_slots == model.slots.private,
     }
     differ = [name for name, is_same in same.items() if not is_same]
     if differ:

@@ -137,6 +137,7 @@ def build_model(
         bottleneck=config.bottleneck,
         attachments=config.attachments,
         mode=config.mode,
+        private_slots=config.private_slots,
     )
     if fitted:
         model.encoder.to(next(iter(readers.values())).device)  # where it will be trained
@@ -162,11 +163,12 @@ def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
 
 def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> Encoder:
     model = Interlingua.from_pretrained(RunFolder(Path(base)).model)
-    kept = config.bottleneck, config.mode
+    kept = config.bottleneck, config.mode, config.private_slots
     fits = config.encoder.allows(model.encoder_config)
-    if not fits or (model.bottleneck_config, model.mode) != kept:
+    if not fits or (model.bottleneck_config, model.mode, model.slots.private) != kept:
         raise ConfigError(
-            f"this run has another encoder, bottleneck or mode than its base {base}, which it keeps"
+            f"this run has another encoder, bottleneck, mode or private slots than its base {base},"
+            " which it keeps"
         )
     served = {card.fingerprint: name for name, card in model.cards.items()}
     for name, reader in readers.items():
