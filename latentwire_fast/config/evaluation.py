@@ -45,6 +45,8 @@ class EvalConfig(Settings):
 
     Attributes:
         continuation: a measure of running text beside the questions; context mode only.
+        pca_texts: fit principal components of each reader's embeddings to so many training texts,
+            and score latents of these too (method `pca`); 0 for none.
     """
 
     batch_size: int = 50
@@ -56,10 +58,12 @@ class EvalConfig(Settings):
     first_token_top_p: float = 1.0
     eos_ban_steps: int = 0
     continuation: ContinuationConfig | None = None
+    pca_texts: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
         for bits in self.bits:
             require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
+        require(self.pca_texts >= 0, f"pca_texts={self.pca_texts}, expected at least 0")
         check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)

@@ -51,6 +51,7 @@ def _added_to(base: str, config: RunConfig) -> RunConfig:
         base=base,
         encoder=base_config.encoder,
         bottleneck=base_config.bottleneck,
+        private_slots=base_config.private_slots,
         # Its latents are what they are, and its positions chosen. What else a stage does with them,
         # readers do.
         stages=_with_objectives(config.stages, lambda o: not (o.teaches_positions or o.of_latents)),

@@ -55,6 +55,11 @@ class EncoderConfig(PartSettings):
         """Whether its latents stand at positions of the text, which a stage has to teach it."""
         return False
 
+    @property
+    def texts_to_fit(self) -> int:
+        """How many training texts a fresh encoder is fitted to (`Encoder.fit`); 0 for none."""
+        return 0
+
     def with_source(self, source: str) -> EncoderConfig:
         """A copy of these settings that starts from another LM.
 

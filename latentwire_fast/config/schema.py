@@ -155,6 +155,8 @@ class RunConfig(Settings):
             steps are left out evenly, so that every stage and the learning rate come to their end.
         warm_start: parts that begin as in another run: its folder by the part's name, from the left
             (`encoder`, `attachments.llama`), or `all` for everything that both have.
+        private_slots: how many of the encoder's latents are one reader's own, by its name; the
+            others are for all readers. Each reader gets the shared ones and its own.
         loss_norms_every: steps between two measurements of each loss's own gradient; None for none.
     """
 
@@ -179,6 +181,7 @@ class RunConfig(Settings):
     minutes: float | None = None
     warm_start: dict[str, str] = field(default_factory=dict)
     loss_norms_every: int | None = None
+    private_slots: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,6 +201,7 @@ class RunConfig(Settings):
         )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
         self._check_stages()
+        self._check_slots()
         require(
             self.base is None or "encoder" not in self.warm_start,
             "warm_start: the encoder is the base's, and stays as it is; leave out one of them",
@@ -214,6 +218,22 @@ class RunConfig(Settings):
                 f"attachments: {attachment.kind!r} is not the only one that makes a reader's "
                 f"{place}; keep one of them",
             )
+
+    def _check_slots(self) -> None:
+        for name, count in self.private_slots.items():
+            where = f"private_slots[{name!r}]"
+            require(count >= 1, f"{where}={count}, expected at least 1; leave out a reader with 0")
+            require(
+                (name in self.readers) == (self.base is None),
+                f"{where}: the run's readers are {sorted(self.readers)}; name one of them"
+                if self.base is None
+                else f"{where} are of a reader of the base; give the added reader another name",
+            )
+        private, latents = sum(self.private_slots.values()), self.encoder.latents
+        require(
+            private < latents,
+            f"private_slots: {private} of {latents} latents; leave one at least for all readers",
+        )
 
     def _check_stages(self) -> None:
         for stage in self.stages:

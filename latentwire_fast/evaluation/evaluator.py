@@ -37,6 +37,7 @@ class Evaluator:
     """Scores one model with its readers on a list of examples, by every registered method.
 
     Args:
+        training_texts: of `EvaluationCase`.
         progress: show a progress bar.
     """
 
@@ -47,8 +48,10 @@ class Evaluator:
         readers: dict[str, Reader],
         examples: Sequence[Example],
         *,
+        training_texts: Sequence[str] = (),
         progress: bool = True,
     ) -> None:
+        self.training_texts = training_texts
         self.receivers = {name: Receiver.of(model, reader) for name, reader in readers.items()}
         self.config = config
         self.model = model
@@ -85,7 +88,9 @@ class Evaluator:
         results = EvaluationResults(self.config, self.examples, sizes)
         results.payloads = payloads[self.bits]
         cases = {
-            name: EvaluationCase(self.model, receiver.reader, self.examples, payloads)
+            name: EvaluationCase(
+                self.model, receiver.reader, self.examples, payloads, self.training_texts
+            )
             for name, receiver in self.receivers.items()
         }
         results.not_measured = self._not_measured(next(iter(cases.values())))
@@ -153,6 +158,7 @@ class Evaluator:
         for key, method in methods.items():
             self.bar.set_postfix_str(f"{name}: {key}")
             results.methods[key] = scorer.score(method, bits=self.bits)
+            results.methods[key].facts = method.facts(case)
         for bits in case.payloads:
             self.bar.set_postfix_str(f"{name}: {bits} bits")
             for key, method in methods.items():

@@ -35,6 +35,7 @@ class MethodResult:
         nll, tokens: negative log-likelihood of the gold answer, and its number of tokens.
         gold_logprobs: log-probabilities of its first tokens.
         prefill_ms, end_to_end_ms: medians over the timed examples.
+        facts: of the method (`EvaluationMethod.facts`).
     """
 
     predictions: list[str]
@@ -52,6 +53,7 @@ class MethodResult:
     gold_logprobs: list[list[float]] = field(default_factory=list)
     prefill_ms: float | None = None
     end_to_end_ms: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)
 
     def intervals(
         self, *, seed: int, resamples: int, clusters: Sequence[Hashable] | None = None
@@ -81,6 +83,7 @@ class MethodResult:
             "prefix_positions_mean": mean(self.positions) if self.positions else None,
             "prefill_ms_p50": self.prefill_ms,
             "end_to_end_ms_p50": self.end_to_end_ms,
+            **self.facts,
         }
 
     def minus(self, other: MethodResult, **options: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from latentwire_fast.models.attachments.base import Attachment, Place, ReaderInp
 from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.models.poolers.base import Selection
+from latentwire_fast.models.slots import Slots
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
@@ -50,9 +51,11 @@ class Interlingua(nn.Module):
         readers: a card per reader name; attachments are built for these.
         mode: `context`: the latent stands for the context, the question stays text. `pure`: it
             stands for both, so the encoder may answer and send the answer.
+        private_slots: how many of a latent's slots are a reader's own, by its name.
 
     Attributes:
         cards: of its readers, by name.
+        slots: which of a latent's slots each reader gets.
         lora: the low-rank updates of those readers that have them, by name.
         heads: what objectives train beside the model, by objective; it is not saved.
     """
@@ -67,6 +70,7 @@ class Interlingua(nn.Module):
         bottleneck: BottleneckConfig,
         attachments: Sequence[AttachmentConfig],
         mode: Mode,
+        private_slots: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.mode: Mode = mode
@@ -78,8 +82,9 @@ class Interlingua(nn.Module):
         self.task_tokens = nn.ParameterDict()
         self.lora = nn.ModuleDict()
         self.heads = nn.ModuleDict()
-        shape = {"latents": encoder.config.latents, "d_z": encoder.config.d_z}
+        self.slots = Slots(encoder.config.latents, dict(private_slots or {}))
         for name, card in self.cards.items():
+            shape = {"latents": self.slots.count(name), "d_z": encoder.config.d_z}
             built = {
                 config.kind: ATTACHMENTS.part_of(config).build(config, card, **shape)
                 for config in self.attachment_configs
@@ -154,11 +159,14 @@ class Interlingua(nn.Module):
         found = (part for part in self.parts(reader).values() if part.gives == gives)
         return next(found, None)
 
+    def positions_of(self, reader: str) -> int:
+        """How many of one reader's positions a latent takes."""
+        return sum(p.positions - p.head_positions for p in self.parts(reader).values())
+
     @property
     def positions(self) -> int:
-        """How many of a reader's positions a latent takes."""
-        parts = self.parts(next(iter(self.cards))).values()
-        return sum(part.positions - part.head_positions for part in parts)
+        """How many of a reader's positions a latent takes, at most."""
+        return max(map(self.positions_of, self.cards))
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
@@ -171,12 +179,14 @@ class Interlingua(nn.Module):
         soft = self.attachment(reader, "prefixes")
         if soft is None:
             return latent_BMd.new_zeros(len(latent_BMd), 0, self.cards[reader].d_model)
-        return cast(Tensor, soft(latent_BMd, gain=gain))
+        return cast(Tensor, soft(self.slots.of(reader, latent_BMd), gain=gain))
 
     def deep_prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | None:
         """Keys and values `[L, 2, B, H, P, d_head]` of one reader; None where it has none."""
         deep = self.attachment(reader, "deep")
-        return None if deep is None else cast(Tensor, deep(latent_BMd, gain=gain))
+        if deep is None:
+            return None
+        return cast(Tensor, deep(self.slots.of(reader, latent_BMd), gain=gain))
 
     def reader_inputs(
         self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
@@ -203,7 +213,7 @@ class Interlingua(nn.Module):
         """Root mean squares of what one reader is given, by name, for the log."""
         rms: dict[str, float] = {}
         for part in self.parts(reader).values():
-            rms |= part.rms(latent_BMd)
+            rms |= part.rms(self.slots.of(reader, latent_BMd))
         return rms
 
     @cached_property
@@ -214,10 +224,25 @@ class Interlingua(nn.Module):
         """
         return int(parameter_digest(self.encoder.state_dict().items())[:4], 16)
 
-    def payloads(self, latent_BMd: Tensor, *, bits: int | None = None) -> list[bytes]:
-        """One payload per latent, made on the latents' device: only the bytes leave it."""
+    @cached_property
+    def fingerprints(self) -> dict[str | None, int]:
+        """What payloads are marked with: those for all readers (None), and where readers have slots
+        of their own, those for one of them alone (`Slots.owner`)."""
+        return self.slots.fingerprints(self.fingerprint)
+
+    def payloads(
+        self, latent_BMd: Tensor, *, bits: int | None = None, reader: str | None = None
+    ) -> list[bytes]:
+        """One payload per latent, made on the latents' device: only the bytes leave it.
+
+        Args:
+            reader: leave out the slots that are other readers' own; None for all readers.
+        """
         bits = self.bottleneck.config.bits if bits is None else bits
-        return self.bottleneck.pack(latent_BMd, bits=bits, fingerprint=self.fingerprint)
+        owner = None if reader is None else self.slots.owner(reader)
+        if reader is not None:
+            latent_BMd = self.slots.of(reader, latent_BMd)
+        return self.bottleneck.pack(latent_BMd, bits=bits, fingerprint=self.fingerprints[owner])
 
     @torch.no_grad()
     def encode_payloads(
@@ -226,8 +251,12 @@ class Interlingua(nn.Module):
         questions: Sequence[str] | None = None,
         *,
         bits: int | None = None,
+        reader: str | None = None,
     ) -> list[bytes]:
         """Text to payload bytes.
+
+        Args:
+            reader: as in `payloads`.
 
         Raises:
             ConfigError: as `encode`. DataError: a text is longer than the encoder reads.
@@ -235,28 +264,35 @@ class Interlingua(nn.Module):
         self._check_texts(contexts, questions)
         for text, question in zip(contexts, questions or repeat(None), strict=False):
             self.encoder.check_length(text, question)
-        return self.payloads(self.encode(contexts, questions), bits=bits)
+        return self.payloads(self.encode(contexts, questions), bits=bits, reader=reader)
 
-    def decode_payloads(self, payloads: Sequence[bytes]) -> Tensor:
+    def decode_payloads(self, payloads: Sequence[bytes], *, reader: str | None = None) -> Tensor:
         """Latents `[B, M, d_z]` of payloads of one width that this model's encoder wrote, unpacked
         on the model's device.
 
+        Args:
+            reader: allow payloads for this reader alone too, whose latents have fewer slots.
+
         Raises:
-            PayloadError: damaged bytes, another shape, or another model's fingerprint.
+            PayloadError: damaged bytes, another shape, another model's fingerprint, or payloads for
+                another reader.
         """
         device = next(self.parameters()).device
         latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
         for i, header in enumerate(headers):
-            if header.fingerprint != self.fingerprint:
+            if header.fingerprint not in self.fingerprints.values():
                 raise PayloadError(
                     f"payload {i} was written by model {header.fingerprint:#06x}, this is "
                     f"{self.fingerprint:#06x}; decode it with the model that encoded it"
                 )
-        found, expected = headers[0], self.encoder_config
-        if (found.latents, found.d_z) != (expected.latents, expected.d_z):
+        self.slots.check_owners(headers, self.fingerprints, reader)
+        found, width = headers[0], self.encoder_config.d_z
+        is_whole = reader is None or found.fingerprint == self.fingerprint
+        latents = self.slots.latents if is_whole else self.slots.count(cast(str, reader))
+        if (found.latents, found.d_z) != (latents, width):
             raise PayloadError(
                 f"the payloads hold latents {(found.latents, found.d_z)}, this model's are "
-                f"{(expected.latents, expected.d_z)}"
+                f"{(latents, width)}"
             )
         return latent_BMd
 
@@ -329,6 +365,7 @@ class Interlingua(nn.Module):
             attachments=self.attachment_configs,
             readers=self.cards,
             lora=tuple(sorted(self.lora)),
+            private_slots=self.slots.private,
         )
         named = self.trained_parameters()
         size = sum(p.numel() for name, p in named if not name.startswith(f"{HEADS}."))
@@ -351,6 +388,7 @@ class Interlingua(nn.Module):
             bottleneck=saved.bottleneck,
             attachments=saved.attachments,
             mode=saved.mode,
+            private_slots=saved.private_slots,
         )
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
         for name in saved.lora:

@@ -17,12 +17,13 @@ from latentwire_fast.wire import Header
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape that one captured graph can serve; M and the deep prefix are the receiver's.
+    """The shape that one captured graph can serve; the deep prefix is the receiver's.
 
     Attributes:
         payloads: 0 for text, 1 for one that all rows read, or B.
         rows, width: B and T, see `buckets.py`.
         bits, group_size: of the payloads; 0 for text.
+        latents: slots that the payloads hold; 0 for text.
         head: ids whose keys and values the graph holds.
     """
 
@@ -31,6 +32,7 @@ class Shape:
     width: int
     bits: int = 0
     group_size: int = 0
+    latents: int = 0
     head: tuple[int, ...] = ()
 
 
@@ -68,7 +70,8 @@ class Batch:
             return Shape(0, rows, width)
         header = self.parcel.header
         head = () if self.head is None else self.head.ids
-        return Shape(len(self.parcel.payloads), rows, width, header.bits, header.group_size, head)
+        payloads, precision = len(self.parcel.payloads), (header.bits, header.group_size)
+        return Shape(payloads, rows, width, *precision, header.latents, head)
 
     @property
     def fields(self) -> Fields:

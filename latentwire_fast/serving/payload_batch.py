@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.models.slots import Slots
 from latentwire_fast.serving.input_buffer import Fields
 from latentwire_fast.wire.header import Header, check_frame, located
 from latentwire_fast.wire.payload import split_bodies
@@ -83,12 +85,29 @@ class PayloadKind:
     Attributes:
         unpack: payloads to latents `[R, M, d]` fp32, where their values are not the latent's own
             codes; None where they are, and the reader's device unpacks them.
+        slots, reader: how the latent's slots are shared out among readers, and which of them this
+            receiver reads for; None where all readers get all of them.
     """
 
     latents: int
     d_z: int
     fingerprint: int
     unpack: Callable[[Sequence[bytes]], Tensor] | None = None
+    slots: Slots | None = None
+    reader: str = ""
+
+    @property
+    def view(self) -> Callable[[Tensor], Tensor] | None:
+        """What the reader gets of latents; None for all of them."""
+        return None if self.slots is None else partial(self.slots.of, self.reader)
+
+    @cached_property
+    def _owners(self) -> dict[int, str | None]:
+        """Whose payloads are (`Slots.owner`), by their fingerprint."""
+        if self.slots is None:
+            return {self.fingerprint: None}
+        marks = self.slots.fingerprints(self.fingerprint)
+        return {mark: owner for owner, mark in marks.items()}
 
     def open(self, payloads: Sequence[bytes]) -> Parcel:
         """Check everything about payloads but the values that they carry.
@@ -108,18 +127,36 @@ class PayloadKind:
         return Parcel(headers[0], payloads, latent_RMd)
 
     def _check(self, header: Header, first: Header) -> None:
-        if header.fingerprint != self.fingerprint:
+        if header.fingerprint not in self._owners:
             raise PayloadError(
                 f"it was written by model {header.fingerprint:#06x}, this receiver reads "
                 f"{self.fingerprint:#06x}; decode it with the model that encoded it"
             )
-        if (header.latents, header.d_z) != (self.latents, self.d_z):
+        latents = self._latents_of(self._owners[header.fingerprint])
+        if (header.latents, header.d_z) != (latents, self.d_z):
             raise PayloadError(
                 f"it holds a latent ({header.latents}, {header.d_z}), this receiver reads "
-                f"({self.latents}, {self.d_z})"
+                f"({latents}, {self.d_z})"
+            )
+        if header.fingerprint != first.fingerprint:
+            raise PayloadError(
+                "one of it and payload 0 is for all readers, the other for this one alone; read "
+                "them in two batches"
             )
         if header != first:
             raise PayloadError(
                 f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
                 f"{first.bits} in groups of {first.group_size}; read them in two batches"
             )
+
+    def _latents_of(self, owner: str | None) -> int:
+        """How many slots payloads of an owner hold.
+
+        Raises:
+            PayloadError: they are for another reader.
+        """
+        if owner is None or self.slots is None:
+            return self.latents
+        if owner != self.slots.owner(self.reader):
+            raise PayloadError(f"it {self.slots.refusal(owner, self.reader)}")
+        return self.slots.count(self.reader)

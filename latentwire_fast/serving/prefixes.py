@@ -25,6 +25,7 @@ class TrainedParts:
     Args:
         adapter, deep_prefix: see `Receiver`. Of another dtype than the reader's, they are copied.
         gain: see `ReceiverOptions.prefix_gain`.
+        view: latents for all readers to what this one gets of them; None for all of it.
 
     Raises:
         ConfigError: neither; one of them elsewhere than the reader's embeddings, or one that this
@@ -38,6 +39,7 @@ class TrainedParts:
         *,
         reader: Reader,
         gain: float = 1.0,
+        view: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         parts = [part for part in (adapter, deep_prefix) if part is not None]
         weights = [weight for part in parts for weight in part.parameters()]
@@ -56,11 +58,13 @@ class TrainedParts:
         self._dtype = reader.embedding.weight.dtype
         self._device_type = reader.device.type
         self._gain = gain
+        self._view = view
         self.adapter = _in_dtype(adapter, self._dtype)
         self.deep_prefix = _in_dtype(deep_prefix, self._dtype)
         # Nothing but the adapter wants the latent, and that takes the codes as they are.
         self._reads_codes = (
             gain == 1.0
+            and view is None
             and deep_prefix is None
             and isinstance(adapter, Attachment)
             and adapter.reads_codes
@@ -96,6 +100,8 @@ class TrainedParts:
             return soft_RMD, None
         if unpacked_RMd is None:
             unpacked_RMd = dequantize(inputs["codes"], inputs["scales"], header)
+        if self._view is not None:
+            unpacked_RMd = self._view(unpacked_RMd)
         latent_RMd = unpacked_RMd.to(self._dtype)
         mark("dequantise")
         soft, deep = (

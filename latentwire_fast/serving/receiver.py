@@ -89,7 +89,13 @@ class Receiver:
         self.engine, self.reason = choose_engine(options.engine, reader)
         parts = None
         if payload_kind is not None:
-            parts = TrainedParts(adapter, deep_prefix, reader=reader, gain=options.prefix_gain)
+            parts = TrainedParts(
+                adapter,
+                deep_prefix,
+                reader=reader,
+                gain=options.prefix_gain,
+                view=payload_kind.view,
+            )
         self._pass = ForwardPass(
             reader, parts, compiled=self.engine == "compile", mark=options.mark
         )
@@ -119,7 +125,11 @@ class Receiver:
             encoder.latents,
             encoder.d_z,
             model.fingerprint,
-            unpack=None if model.bottleneck.sends_codes else model.decode_payloads,
+            unpack=None
+            if model.bottleneck.sends_codes
+            else partial(model.decode_payloads, reader=reader.name),
+            slots=model.slots if model.slots.private else None,
+            reader=reader.name,
         )
         return cls(
             reader,

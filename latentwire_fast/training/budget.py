@@ -131,6 +131,7 @@ def _model(config: RunConfig, shapes: Mapping[str, Shape]) -> Interlingua:
             bottleneck=config.bottleneck,
             attachments=config.attachments,
             mode=config.mode,
+            private_slots=config.private_slots,
         )
 
 

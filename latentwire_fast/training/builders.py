@@ -25,7 +25,7 @@ from latentwire_fast.data.sources import (
     load_examples,
     split_validation,
 )
-from latentwire_fast.data.streams import ExampleStream, Stream
+from latentwire_fast.data.streams import ExampleStream, Stream, TrainItem
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.run_folder import RunFolder
@@ -112,13 +112,17 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
 
 
 def build_model(
-    config: RunConfig, readers: dict[str, Reader], contexts: Sequence[str] = ()
+    config: RunConfig,
+    readers: dict[str, Reader],
+    contexts: Sequence[str] = (),
+    fitted: Sequence[TrainItem] = (),
 ) -> Interlingua:
     """A model for these readers, fresh but for the encoder of a base. Readers whose low-rank
     updates are to be trained read with them from now on.
 
     Args:
         contexts: a few texts of the training data, which attachments may start from.
+        fitted: items of the training data that a fresh encoder is fitted to.
 
     Raises:
         ConfigError: the base does not fit the configuration, or has adapters for these readers; a
@@ -136,7 +140,12 @@ def build_model(
         bottleneck=config.bottleneck,
         attachments=config.attachments,
         mode=config.mode,
+        private_slots=config.private_slots,
     )
+    if fitted:
+        model.encoder.to(next(iter(readers.values())).device)  # where it will be trained
+        questions = [item.question for item in fitted] if config.mode == "pure" else None
+        model.encoder.fit([item.context for item in fitted], questions)
     for name, reader in readers.items():
         for part in model.parts(name).values():
             part.start(reader, mode=config.mode, contexts=contexts)
@@ -170,11 +179,12 @@ def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
 
 def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> Encoder:
     model = Interlingua.from_pretrained(RunFolder(Path(base)).model)
-    kept = config.bottleneck, config.mode
+    kept = config.bottleneck, config.mode, config.private_slots
     fits = config.encoder.allows(model.encoder_config)
-    if not fits or (model.bottleneck_config, model.mode) != kept:
+    if not fits or (model.bottleneck_config, model.mode, model.slots.private) != kept:
         raise ConfigError(
-            f"this run has another encoder, bottleneck or mode than its base {base}, which it keeps"
+            f"this run has another encoder, bottleneck, mode or private slots than its base {base},"
+            " which it keeps"
         )
     served = {card.fingerprint: name for name, card in model.cards.items()}
     for name, reader in readers.items():

@@ -240,6 +240,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder`, intact or damaged."""
+    return bool(_candidates(folder))
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Load one checkpoint (`.../step-N`), or the newest intact one of a folder.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.streams import ExampleStream, Stream
+from latentwire_fast.data.streams import ExampleStream, Stream, TrainItem
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.spread import latent_statistics
 from latentwire_fast.files.run_folder import RunFolder
@@ -33,6 +33,7 @@ from latentwire_fast.training.builders import (
     build_model,
     warn_of_truncation,
 )
+from latentwire_fast.training.checkpoint import has_checkpoint
 from latentwire_fast.training.epochs import with_steps
 from latentwire_fast.training.frozen_parts import check_frozen, is_within
 from latentwire_fast.training.frozen_work import keeps
@@ -191,7 +192,9 @@ def open_session(
     data = build_data(config, readers)
     config, stream = with_steps(config, data), data.stream
     contexts = _start_texts(config, stream)
-    model = build_model(config, readers, contexts).to(accelerator.device).train()
+    # A checkpoint holds what the encoder was fitted to.
+    fitted = [] if has_checkpoint(folder.checkpoints) else _texts_to_fit(config, stream)
+    model = build_model(config, readers, contexts, fitted).to(accelerator.device).train()
     if config.base:
         model.encoder.eval()
     if config.optim.gradient_checkpointing:
@@ -235,6 +238,18 @@ def _start_texts(config: RunConfig, stream: Stream) -> list[str]:
     if not any(attachment.starts_from_texts for attachment in config.attachments):
         return []
     return [item.context for item in stream.batch(0, START_TEXTS, facts=config.data.facts)]
+
+
+def _texts_to_fit(config: RunConfig, stream: Stream) -> list[TrainItem]:
+    """The first items of the training data, each context or question once, if the encoder is fitted
+    to some."""
+    count = config.encoder.texts_to_fit
+    if not count or config.base is not None:
+        return []
+    has_texts_only = isinstance(stream, ExampleStream) and not stream.items
+    items = stream.batch(0, count, facts=config.data.facts, texts=has_texts_only)
+    asked = config.mode == "pure"
+    return list({(item.context, item.question if asked else ""): item for item in items}.values())
 
 
 def go_on(session: Session, accelerator: Accelerator) -> None:

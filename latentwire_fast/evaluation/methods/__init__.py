@@ -23,5 +23,6 @@ PARTS = {
     "shuffled_latent": "latentwire_fast.evaluation.methods.shuffled_latent:ShuffledLatent",
     "zero_latent": "latentwire_fast.evaluation.methods.zero_latent:ZeroLatent",
     "embedding_replay": "latentwire_fast.evaluation.methods.embedding_replay:EmbeddingReplay",
+    "pca": "latentwire_fast.evaluation.methods.pca:PCA",
     "first_words": "latentwire_fast.evaluation.methods.first_words:FirstWords",
 }

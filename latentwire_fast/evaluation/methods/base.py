@@ -54,12 +54,14 @@ class EvaluationCase:
         model: the trained interlingua; its mode says what a latent stands for.
         examples: each with at least one answer.
         payloads: at every bit width, one payload per example.
+        training_texts: texts that methods may be fitted to; none unless the run asks for it.
     """
 
     model: Interlingua
     reader: Reader
     examples: Sequence[Example]
     payloads: Mapping[int, Sequence[bytes]]
+    training_texts: Sequence[str] = ()
 
     @property
     def mode(self) -> Mode:
@@ -69,7 +71,7 @@ class EvaluationCase:
     @property
     def positions(self) -> int:
         """How many of the reader's positions a latent takes."""
-        return self.model.positions
+        return self.model.positions_of(self.reader.name)
 
     @property
     def free_label(self) -> int:
@@ -167,6 +169,8 @@ class EvaluationMethod(ABC):
         in_model_card: whether the model card shows its F1.
         with_lora: whether a reader's low-rank updates (LoRA) are on while it reads text; with
             payloads they always are. Such a method is measured only with readers that have them.
+        is_optional: whether most runs do without, so that the terminal names it only where it was
+            measured.
         by_bits: given for a method that is scored at every bit width, beside the run's own.
     """
 
@@ -180,6 +184,7 @@ class EvaluationMethod(ABC):
     is_control: ClassVar[bool] = False
     in_model_card: ClassVar[bool] = False
     with_lora: ClassVar[bool] = False
+    is_optional: ClassVar[bool] = False
     by_bits: ClassVar[ByBits | None] = None
 
     def __init__(self, config: MethodConfig) -> None:
@@ -192,6 +197,10 @@ class EvaluationMethod(ABC):
     def fits(self, case: EvaluationCase) -> bool:
         """Whether it means anything with the case's reader."""
         return case.reader.lora is not None or not self.with_lora
+
+    def facts(self, case: EvaluationCase) -> dict[str, float]:
+        """Numbers beside the scores in the method's entry of metrics.json."""
+        return {}
 
     def reading(self, case: EvaluationCase, inputs: MethodInput) -> AbstractContextManager[None]:
         """Inside the block the case's reader reads what this method has built: as it was loaded,

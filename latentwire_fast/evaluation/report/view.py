@@ -163,6 +163,9 @@ def _method_rows(
             continue
         method, reason = known.get(key), (metrics.get("not_measured") or {}).get(key)
         note = method.note if method else ""
+        explained = (methods[key] or {}).get("explained_variance")
+        if explained is not None:
+            note += f"; they hold {percent(explained).text}% of the variance"
         yield {
             "label": method.label if method else key.replace("_", " "),
             "note": note if methods[key] is not None or not fits_not(reason) else DOES_NOT_FIT,
@@ -284,6 +287,13 @@ def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "Latent",
             f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
             f"groups of {latent.get('group_size')}",
+        )
+    encoder = metrics.get("encoder") or {}
+    if encoder.get("explained_variance") is not None:
+        yield (
+            "Principal components",
+            f"{percent(encoder['explained_variance']).text}% of the variance of "
+            f"{number(encoder.get('vectors') or 0, digits=0)} vectors",
         )
     yield "Examples", number(metrics.get("examples") or 0, digits=0)
     if run.get("wall_seconds") is not None:

@@ -2,6 +2,7 @@
 
 PARTS = {
     "lm": "latentwire_fast.models.encoders.lm:LMEncoder",
+    "pca": "latentwire_fast.models.encoders.pca:PCAEncoder",
     "byte": "latentwire_fast.models.encoders.byte:ByteEncoder",
     "token_query": "latentwire_fast.models.encoders.token_query:TokenQueryEncoder",
     "sentence": "latentwire_fast.models.encoders.sentence:SentenceEncoder",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,14 @@ class Encoder(nn.Module):
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32. Texts beyond the limit are cut."""
         raise NotImplementedError
+
+    def fit(self, contexts: Texts, questions: Texts | None = None) -> None:
+        """Take what a fresh encoder begins with from training texts, where its settings ask for
+        some (`EncoderConfig.texts_to_fit`)."""
+
+    def facts(self) -> dict[str, Any]:
+        """What `metrics.json` says of it beside its settings."""
+        return {}
 
     def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
         """Latents and the positions that they stand at: of the text alone, counted from

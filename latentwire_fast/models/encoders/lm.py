@@ -31,6 +31,7 @@ from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_norm
 from latentwire_fast.models.encoders.truncation import cut_context
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
+from latentwire_fast.models.token_states import TokenStates
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
 from latentwire_fast.prompts.scaffold import Scaffold, in_scaffold
 from latentwire_fast.readers.checkpointing import checkpoint_activations
@@ -132,13 +133,19 @@ class LMEncoder(Encoder):
         check_prompt_ids(self.prompts, core, name=f"encoder LM {config.source!r}")
         self.tokenizer = tokenizer
         lm = facts or LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
-        self.pooler: Pooler = POOLERS.part_of(config.pooler)(config.pooler, lm)
+        self.pooler: Pooler = POOLERS.part_of(config.pooler)(
+            config.pooler, self.facts_for_pooler(lm)
+        )
         self.core = core.requires_grad_(not config.frozen)
         self.norm = nn.LayerNorm(lm.width)
         self.project = nn.Linear(lm.width, config.d_z)
         self.states_cache: TensorCache | None = None  # of a frozen LM, while it is trained
         if shared:
             self.register_load_state_dict_pre_hook(_refuse_other_core)
+
+    def facts_for_pooler(self, lm: LMFacts) -> LMFacts:
+        """What its pooler is built for."""
+        return lm
 
     @classmethod
     def build(cls, config: EncoderConfig, readers: Mapping[str, Reader]) -> LMEncoder:
@@ -223,7 +230,7 @@ class LMEncoder(Encoder):
     def _latent(self, states_BMD: Tensor) -> Tensor:
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
 
-    def _text(self, contexts: Texts, questions: Texts | None) -> LMText:
+    def _text(self, contexts: Texts, questions: Texts | None) -> TokenStates:
         cache = self.states_cache if self.config.frozen else None
         return LMText(self.core, self.prompts, self._prompts(contexts, questions), cache=cache)
 
