@@ -165,7 +165,7 @@ class RunCosts:
         parts["gradients"] = 4.0 * trained
         parts["optimiser"] = 4.0 * self._optimiser_values()
         parts["activations of the encoder"] = self._micro * self._encoder_activations()
-        parts["deep prefixes"] = self._micro * sum(map(self._prefix_bytes, self.shapes.values()))
+        parts["deep prefixes"] = self._micro * sum(map(self._prefix_bytes, self.shapes))
         readers = [self._micro * self._reader_activations(name) for name in self.shapes]
         together = self.config.optim.readers == "sum"
         parts["activations of readers"] = sum(readers) if together else max(readers)
@@ -195,10 +195,11 @@ class RunCosts:
             values += kept * sum(p.numel() for g in optimizer.param_groups for p in g["params"])
         return values
 
-    def _prefix_bytes(self, shape: Shape) -> float:
+    def _prefix_bytes(self, name: str) -> float:
         """Of one example: keys and values in fp32, and their gradient."""
-        deep = self.config.encoder.latents if self.config.gives("deep") else 0
-        return 8.0 * deep * 2 * shape.layers * shape.kv_heads * shape.head_width
+        deep, shape = self.model.attachment(name, "deep"), self.shapes[name]
+        positions = 0 if deep is None else deep.positions
+        return 8.0 * positions * 2 * shape.layers * shape.kv_heads * shape.head_width
 
     def _encoder_activations(self) -> float:
         """Bytes of one example."""
