@@ -14,7 +14,7 @@ from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.errors import ConfigError, RunStopped
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Turn
-from latentwire_fast.registry import ENCODERS, POOLERS
+from latentwire_fast.registry import ATTACHMENTS, ENCODERS, POOLERS
 from latentwire_fast.serving import Receiver
 from latentwire_fast.training.trainer import Trainer
 from runs import assert_same_run, deep, new_process, tiny_config, train
@@ -27,6 +27,11 @@ SMALL: dict[str, Any] = {"width": 16, "heads": 2, "expansion": 1, "dropout": 0.1
 PARTS: dict[str, tuple[AttachmentConfig, int]] = {
     "longer": (deep(length=7, layers=1, **SMALL), 7),
     "shorter, in place": (deep(length=2, layers=1, in_place=True, **SMALL), 2),
+    "coprocessor": (ATTACHMENTS.config("coprocessor", layers=1, **SMALL), 4),
+    "learned base": (
+        ATTACHMENTS.config("coprocessor", length=6, learned_base=True, layers=1, **SMALL),
+        6,
+    ),
 }
 
 
@@ -38,10 +43,10 @@ def config_of(*folders: Path, attachment: AttachmentConfig, **changes: Any) -> R
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_is_trained_saved_loaded_and_resumed(
-    part: str, llama_folder: Path, qwen_folder: Path, tmp_path: Path
+    part: str, llama_folder: Path, tmp_path: Path
 ) -> None:
     attachment, positions = PARTS[part]
-    config = config_of(llama_folder, qwen_folder, attachment=attachment)
+    config = config_of(llama_folder, attachment=attachment)
     assert run_config_from_json(to_json(config)) == config
     whole = train(config, tmp_path / "whole")
     new_process(1)
@@ -77,6 +82,13 @@ def test_a_part_is_trained_saved_loaded_and_resumed(
 def test_parts_check_themselves(llama_folder: Path) -> None:
     with pytest.raises(ConfigError, match="length=0, expected at least 1"):
         deep(length=0)
+    with pytest.raises(ConfigError, match="'coprocessor': in_place=False, expected True"):
+        ATTACHMENTS.config("coprocessor", in_place=False)
+    with pytest.raises(ConfigError, match="'coprocessor': text is empty"):
+        ATTACHMENTS.config("coprocessor", text=" ")
+    both = (deep(), ATTACHMENTS.config("coprocessor"))
+    with pytest.raises(ConfigError, match=r"deep \('deep' and 'coprocessor' do\); keep one"):
+        tiny_config(llama_folder, attachments=both)
     selected = ENCODERS.config(
         "lm", source=str(llama_folder), latents=4, d_z=8, pooler=POOLERS.config("selected")
     )

@@ -3,5 +3,6 @@
 PARTS = {
     "soft": "latentwire_fast.models.attachments.soft:SoftPrompt",
     "deep": "latentwire_fast.models.attachments.deep:DeepPrefix",
+    "coprocessor": "latentwire_fast.models.attachments.coprocessor:KVCoprocessor",
     "soft_matched": "latentwire_fast.models.attachments.matched:MatchedSoftPrompt",
 }
