@@ -30,6 +30,7 @@ from latentwire_fast.models.attachments.base import Attachment, Place, ReaderInp
 from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.models.poolers.base import Selection
+from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
@@ -157,6 +158,13 @@ class Interlingua(nn.Module):
         parts = self.parts(next(iter(self.cards))).values()
         return sum(part.positions - part.head_positions for part in parts)
 
+    @property
+    def compared_positions(self) -> int:
+        """How many positions of text a latent is compared with: those that it takes, and what
+        layers attend to besides."""
+        parts = self.parts(next(iter(self.cards))).values()
+        return sum(part.compared_positions for part in parts)
+
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
         straight through."""
@@ -174,6 +182,13 @@ class Interlingua(nn.Module):
         """Keys and values `[L, 2, B, H, P, d_head]` of one reader; None where it has none."""
         deep = self.attachment(reader, "deep")
         return None if deep is None else cast(Tensor, deep(latent_BMd, gain=gain))
+
+    def layer_updates(
+        self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0
+    ) -> LayerUpdates | None:
+        """Updates of the hidden states between one reader's layers; None where it has none."""
+        layers = self.attachment(reader, "layers")
+        return None if layers is None else cast(LayerUpdates, layers(latent_BMd, gain=gain))
 
     def reader_inputs(
         self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
@@ -193,6 +208,7 @@ class Interlingua(nn.Module):
             "prefixes": soft,
             "deep": self.deep_prefix(reader, latent_BMd, gain=gain),
             "head": 0 if deep is None else deep.head_positions,
+            "layers": self.layer_updates(reader, latent_BMd, gain=gain),
         }
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def test_open_gates_add_what_is_made_of_the_latent(reader: Reader) -> None:
     assert changed[1, 0, ..., part.head_positions :, :].all()
     changed[1, 0, ..., part.head_positions :, :] = False
     assert not changed.any()
-    assert part.rms(latent)["gate"] == pytest.approx(
+    assert part.rms(latent)["kv_gate"] == pytest.approx(
         torch.tensor(0.3).tanh().item() / len(base) / 2
     )
     with torch.no_grad():

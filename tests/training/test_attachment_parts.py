@@ -12,6 +12,7 @@ from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import AttachmentConfig, RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.errors import ConfigError, RunStopped
+from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.registry import ATTACHMENTS, ENCODERS, POOLERS
@@ -28,6 +29,7 @@ PARTS: dict[str, tuple[AttachmentConfig, int]] = {
     "longer": (deep(length=7, layers=1, **SMALL), 7),
     "shorter, in place": (deep(length=2, layers=1, in_place=True, **SMALL), 2),
     "coprocessor": (ATTACHMENTS.config("coprocessor", layers=1, **SMALL), 4),
+    "cross-attention": (ATTACHMENTS.config("cross_attention", **SMALL), 0),
     "learned base": (
         ATTACHMENTS.config("coprocessor", length=6, learned_base=True, layers=1, **SMALL),
         6,
@@ -58,6 +60,8 @@ def test_a_part_is_trained_saved_loaded_and_resumed(
     assert_same_run(train(config, cut_run, process=2), whole)
     model = Interlingua.from_pretrained(whole.folder.model)
     assert model.positions == positions
+    trained = whole.session.model.trained_state()
+    assert all(torch.equal(value, trained[name]) for name, value in model.trained_state().items())
     payloads = model.encode_payloads([CONTEXT, "Kel is 7 years old."])
     for reader in whole.session.readers.values():
         turns = [Turn("Where does Nulnak live?", "Paris"), Turn("How old is Kel?", "7")]
@@ -79,6 +83,21 @@ def test_a_part_is_trained_saved_loaded_and_resumed(
         assert together == alone
 
 
+def test_an_evaluation_of_cross_attention_alone(llama_folder: Path, tmp_path: Path) -> None:
+    """It takes no positions of the reader, and is compared with text of one for each latent."""
+    config = config_of(
+        llama_folder,
+        attachment=PARTS["cross-attention"][0],
+        evaluation={"timing_examples": 1, "resamples": 5, "bits": (6,), "batch_size": 4},
+        data={"eval_examples": 4},
+    )
+    train(config, tmp_path / "run")
+    metrics = evaluate_run(tmp_path / "run", out=tmp_path / "metrics.json", progress=False)
+    scores = metrics["readers"]["llama"]
+    assert scores["latent"]["prefix_positions_mean"] == 4
+    assert scores["token_budget"]["prefix_positions_mean"] <= 4
+
+
 def test_parts_check_themselves(llama_folder: Path) -> None:
     with pytest.raises(ConfigError, match="length=0, expected at least 1"):
         deep(length=0)
@@ -86,6 +105,10 @@ def test_parts_check_themselves(llama_folder: Path) -> None:
         ATTACHMENTS.config("coprocessor", in_place=False)
     with pytest.raises(ConfigError, match="'coprocessor': text is empty"):
         ATTACHMENTS.config("coprocessor", text=" ")
+    with pytest.raises(ConfigError, match=r"layers=\(1, 1\), expected different numbers from 0"):
+        ATTACHMENTS.config("cross_attention", layers=(1, 1))
+    with pytest.raises(ConfigError, match="width=10 does not divide among heads=4"):
+        ATTACHMENTS.config("cross_attention", width=10)
     both = (deep(), ATTACHMENTS.config("coprocessor"))
     with pytest.raises(ConfigError, match=r"deep \('deep' and 'coprocessor' do\); keep one"):
         tiny_config(llama_folder, attachments=both)

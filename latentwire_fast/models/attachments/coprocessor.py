@@ -103,4 +103,4 @@ class KVCoprocessor(DeepPrefix):
     @torch.no_grad()
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:
         """RMS of keys and of values, and how far the gates are open: the mean of `|tanh(gate)|`."""
-        return {**super().rms(latent_BMd), "gate": self.gate.tanh().abs().mean().item()}
+        return {**super().rms(latent_BMd), "kv_gate": self.gate.tanh().abs().mean().item()}
