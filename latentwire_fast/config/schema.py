@@ -211,12 +211,13 @@ class RunConfig(Settings):
 
     def _check_attachments(self) -> None:
         require(bool(self.attachments), "attachments: at least one is needed, soft or deep")
-        given = [attachment.gives for attachment in self.attachments]
-        for attachment, place in zip(self.attachments, given, strict=True):
+        for attachment in self.attachments:
+            place = attachment.gives
+            rivals = [other.kind for other in self.attachments if other.gives == place]
             require(
-                given.count(place) == 1,
+                len(rivals) == 1,
                 f"attachments: {attachment.kind!r} is not the only one that makes a reader's "
-                f"{place}; keep one of them",
+                f"{place} ({' and '.join(map(repr, rivals))} do); keep one of them",
             )
 
     def _check_slots(self) -> None:

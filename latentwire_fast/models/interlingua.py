@@ -31,6 +31,7 @@ from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.models.slots import Slots
+from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
@@ -168,6 +169,11 @@ class Interlingua(nn.Module):
         """How many of a reader's positions a latent takes, at most."""
         return max(map(self.positions_of, self.cards))
 
+    def compared_positions_of(self, reader: str) -> int:
+        """How many positions of text a latent is compared with: those that it takes of one reader,
+        and what layers attend to besides."""
+        return sum(part.compared_positions for part in self.parts(reader).values())
+
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
         straight through."""
@@ -188,6 +194,15 @@ class Interlingua(nn.Module):
             return None
         return cast(Tensor, deep(self.slots.of(reader, latent_BMd), gain=gain))
 
+    def layer_updates(
+        self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0
+    ) -> LayerUpdates | None:
+        """Updates of the hidden states between one reader's layers; None where it has none."""
+        layers = self.attachment(reader, "layers")
+        if layers is None:
+            return None
+        return cast(LayerUpdates, layers(self.slots.of(reader, latent_BMd), gain=gain))
+
     def reader_inputs(
         self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
     ) -> ReaderInputs:
@@ -206,6 +221,7 @@ class Interlingua(nn.Module):
             "prefixes": soft,
             "deep": self.deep_prefix(reader, latent_BMd, gain=gain),
             "head": 0 if deep is None else deep.head_positions,
+            "layers": self.layer_updates(reader, latent_BMd, gain=gain),
         }
 
     @torch.no_grad()

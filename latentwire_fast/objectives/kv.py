@@ -37,6 +37,13 @@ class KV(Objective):
                 run.encoder.selects_positions and run.gives("deep"),
                 f"objective {self.kind!r} needs encoder pooler 'selected' and an attachment 'deep'",
             )
+            for attachment in run.attachments:
+                length = getattr(attachment, "length", None)
+                require(
+                    attachment.gives != "deep" or length in (None, run.encoder.latents),
+                    f"objective {self.kind!r} teaches one position per latent, and attachment "
+                    f"{attachment.kind!r} has length={length}; leave the length out",
+                )
 
     def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
         """Counts texts."""

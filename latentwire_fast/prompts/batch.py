@@ -7,7 +7,7 @@ all, in the cache (`CacheFiller` puts it there).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,8 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.builder import Prompt
 
 PaddingSide = Literal["left", "right"]
+# Hidden states [B, T, D] behind a decoder layer to what the next one gets, by that layer's number.
+LayerUpdates = Mapping[int, Callable[[Tensor], Tensor]]
 
 
 @dataclass
@@ -35,6 +37,7 @@ class PromptBatch:
         places_P2: (row, column) of every prefix position, in prefix order.
         side: where the padding is.
         deep: the deep prefix that the cache must hold, if any.
+        layers: what changes the hidden states between the layers, if anything does.
     """
 
     ids_BT: Tensor
@@ -48,6 +51,7 @@ class PromptBatch:
     places_P2: Tensor
     side: PaddingSide
     deep: Tensor | None = None
+    layers: LayerUpdates | None = None
 
     @property
     def lengths_B(self) -> Tensor:
@@ -87,18 +91,21 @@ def collate(
     pad_id: int,
     prefixes: Sequence[Tensor] | Tensor | None = None,
     deep: Tensor | None = None,
+    layers: LayerUpdates | None = None,
     side: PaddingSide = "right",
 ) -> PromptBatch:
     """Pad prompts, with row i's prefix `[M_i, D]` before its `ids[latent_at]`.
 
     Args:
         deep: a deep prefix, for the cache; the prompts' own positions count on behind it.
+        layers: updates of hidden states, which take no positions.
 
     Raises:
         ConfigError: a prompt with a latent place came without a prefix, or the other way round; a
             deep prefix for another number of prompts.
     """
-    _check_prefixes(prompts, has_prefix=prefixes is not None or deep is not None, deep=deep)
+    given = (prefixes, deep, layers)
+    _check_prefixes(prompts, has_prefix=any(x is not None for x in given), deep=deep)
     sizes_B = [0] * len(prompts) if prefixes is None else [len(prefix) for prefix in prefixes]
     lengths_B = [len(p.ids) + size for p, size in zip(prompts, sizes_B, strict=True)]
     width = max(lengths_B)  # T
@@ -137,6 +144,7 @@ def collate(
         places_P2=places_P2,
         side=side,
         deep=deep,
+        layers=layers,
     )
 
 

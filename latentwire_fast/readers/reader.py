@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from latentwire_fast.config.schema import LoraSettings, PromptConfig, ReaderConfig
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.ops.bf16 import is_fast_at_bf16
-from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
+from latentwire_fast.prompts.batch import LayerUpdates, PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.arriving_layer import training_cache
 from latentwire_fast.readers.decoding_cache import decoding_cache
@@ -37,6 +37,7 @@ from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
 from latentwire_fast.readers.frozen_lm import FrozenLM
 from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers
 from latentwire_fast.readers.kv_geometry import KVGeometry
+from latentwire_fast.readers.layer_updates import updated_layers
 from latentwire_fast.readers.loading import (
     check_attention,
     load_tokenizer,
@@ -210,6 +211,7 @@ class Reader(FrozenLM):
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
         head: int = 0,
+        layers: LayerUpdates | None = None,
         side: PaddingSide = "right",
     ) -> PromptBatch:
         """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at` and, for the
@@ -217,6 +219,7 @@ class Reader(FrozenLM):
 
         Args:
             head: how many of each prompt's first ids the deep prefix holds already.
+            layers: what changes the hidden states between the layers.
 
         Raises:
             ConfigError: prompts and prefixes do not match, or padding where the reader takes none.
@@ -233,6 +236,7 @@ class Reader(FrozenLM):
             pad_id=self.pad_id,
             prefixes=prefixes,
             deep=deep,
+            layers=layers,
             side=side,
         )
         self.check_positions(batch.deep_positions + batch.ids_BT.shape[1])
@@ -282,7 +286,8 @@ class Reader(FrozenLM):
             cache = training_cache(batch.deep.shape[0])
             self.filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
         inputs = batch.model_inputs()
-        return self.backbone(**inputs, past_key_values=cache, use_cache=False, **options)
+        with updated_layers(self.model, batch.layers):
+            return self.backbone(**inputs, past_key_values=cache, use_cache=False, **options)
 
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
         """Log-probabilities `[N, vocabulary]` at the scored positions, fp32."""
@@ -295,18 +300,21 @@ class Reader(FrozenLM):
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
         head: int = 0,
+        layers: LayerUpdates | None = None,
         side: PaddingSide = "right",
     ) -> TargetScores:
         """Log-probabilities of the prompts' answer tokens, in one teacher-forced pass; gradients
         flow to the prefixes.
 
         Args:
-            prefixes, deep, head, side: as in `collate`.
+            prefixes, deep, head, layers, side: as in `collate`.
 
         Raises:
             ConfigError, DataError: as `collate`.
         """
-        batch = self.collate(prompts, prefixes=prefixes, deep=deep, head=head, side=side)
+        batch = self.collate(
+            prompts, prefixes=prefixes, deep=deep, head=head, layers=layers, side=side
+        )
         return TargetScores(
             hidden_ND=self.target_hidden(batch),
             head=self.output_head,

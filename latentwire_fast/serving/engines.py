@@ -24,9 +24,18 @@ from latentwire_fast.serving.decode_step import DecodeStep
 from latentwire_fast.serving.options import Engine
 from latentwire_fast.serving.static_cache import set_length, write_through
 
+# Why nothing is captured or compiled where there is cross-attention.
+HOOKS = (
+    "hidden states between its layers attend to the latents through hooks that are there for one "
+    "pass alone"
+)
 
-def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
+
+def choose_engine(engine: Engine, reader: Reader, *, updated: bool = False) -> tuple[Engine, str]:
     """The engine that a receiver of this reader gets when it asks for `engine`, and why.
+
+    Args:
+        updated: whether hidden states between the reader's layers are changed.
 
     Raises:
         ConfigError: the engine that was asked for cannot read with this reader.
@@ -35,7 +44,9 @@ def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
     assert reader.abilities  # and for a reader that no engine can decode with
     if engine == "eager":
         return engine, "asked for"
-    fault = why_no_graph(reader) if engine != "compile" else why_not_mask_free(reader)
+    fault: str | None = HOOKS
+    if not updated:
+        fault = why_not_mask_free(reader) if engine == "compile" else why_no_graph(reader)
     if fault is None:
         return ("graph" if engine == "auto" else engine), "the reader can be captured"
     if engine == "auto":

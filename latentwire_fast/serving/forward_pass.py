@@ -16,16 +16,18 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from latentwire_fast.models.attachments.base import Attachment
+from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.arriving_layer import settle
 from latentwire_fast.readers.attention import causal_mask, mask_free
 from latentwire_fast.readers.decoding_cache import decoding_cache
+from latentwire_fast.readers.layer_updates import updated_layers
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.batch import Batch
 from latentwire_fast.serving.graphs import CapturedPass, GraphMemory
 from latentwire_fast.serving.input_buffer import InputBuffer
 from latentwire_fast.serving.options import Mark
 from latentwire_fast.serving.payload_batch import Parcel
-from latentwire_fast.serving.prefixes import TrainedParts, put_soft
+from latentwire_fast.serving.prefixes import Given, TrainedParts, put_soft
 from latentwire_fast.serving.prompt_head import Head
 from latentwire_fast.serving.static_cache import write_through
 from latentwire_fast.wire import Header
@@ -66,9 +68,8 @@ class ForwardPass:
         deep = None if self.parts is None else self.parts.deep_prefix
         return deep.head_positions if isinstance(deep, Attachment) else 0
 
-    def prefixes(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Soft tokens `[R, M, D]` and deep prefix `[L, 2, R, H, P, d_head]` of a batch's payloads,
-        each where it is trained.
+    def prefixes(self, batch: Batch) -> Given:
+        """What the reader is given of a batch's payloads.
 
         Raises:
             PayloadError: values that no encoder sends.
@@ -78,8 +79,9 @@ class ForwardPass:
         inputs = self._send(batch)
         return self.parts(inputs, batch.header, mark=self.mark)
 
-    def run(self, batch: Batch) -> tuple[Tensor, DynamicCache]:
-        """Logits `[B, V]` of the next token, and the cache behind the prompts.
+    def run(self, batch: Batch) -> tuple[Tensor, DynamicCache, LayerUpdates | None]:
+        """Logits `[B, V]` of the next token, the cache behind the prompts, and what changes the
+        hidden states of the tokens that follow too.
 
         Raises:
             PayloadError: values that no encoder sends.
@@ -87,15 +89,16 @@ class ForwardPass:
         inputs = self._send(batch)
         self.mark("parse")
         cache = decoding_cache(self.reader.model)
-        logits_BV = self._forward(
+        given = self._given(inputs, batch.header)
+        logits_BV = self._read(
             inputs,
-            batch.header,
+            given,
             target=cache,
             cache=lambda: cache,
             head=batch.head,
             embeddings=batch.embeddings,
         )
-        return logits_BV, cache
+        return logits_BV, cache, None if given is None else given.layers
 
     def capture(self, batch: Batch, *, new_tokens: int, memory: GraphMemory) -> CapturedPass:
         """The pass as a graph for batches of this shape, with a cache of its own that has room for
@@ -112,7 +115,7 @@ class ForwardPass:
         with mask_free(model) as needs_no_mask:
             embeddings = self.reader.embedding.weight
             forward = partial(
-                self._forward,
+                self._given_and_read,
                 header=batch.header,
                 head=batch.head,
                 target=static,
@@ -132,10 +135,23 @@ class ForwardPass:
         inputs.fill(batch.values())
         return inputs.tensors
 
-    def _forward(
+    def _given(self, inputs: Mapping[str, Tensor], header: Header | None) -> Given | None:
+        """What is made of payloads; None where there are none."""
+        if header is None:
+            return None
+        assert self.parts is not None
+        return self.parts(inputs, header, mark=self.mark)
+
+    def _given_and_read(
+        self, inputs: Mapping[str, Tensor], header: Header | None, **options: Any
+    ) -> Tensor:
+        """`_read` of payloads."""
+        return self._read(inputs, self._given(inputs, header), **options)
+
+    def _read(
         self,
         inputs: Mapping[str, Tensor],
-        header: Header | None,
+        given: Given | None,
         *,
         target: Cache,
         cache: Callable[[], Cache],
@@ -155,13 +171,11 @@ class ForwardPass:
         if embeddings is not None:
             soft_ND = torch.cat([*embeddings]).to(embeds_BTD.device)
             embeds_BTD = put_soft(embeds_BTD, soft_ND, inputs["source"])
-        if header is not None:
-            assert self.parts is not None
-            soft_RMD, deep_L2RHPd = self.parts(inputs, header, mark=self.mark)
-            if soft_RMD is not None:
-                embeds_BTD = put_soft(embeds_BTD, soft_RMD.flatten(0, 1), inputs["source"])
-            if head is not None:  # then no deep prefix is trained
-                deep_L2RHPd = head.deep_L21HPD
+        if given is not None:
+            if given.soft is not None:
+                embeds_BTD = put_soft(embeds_BTD, given.soft.flatten(0, 1), inputs["source"])
+            # Where a head is kept, no deep prefix is trained.
+            deep_L2RHPd = given.deep if head is None else head.deep_L21HPD
             if deep_L2RHPd is not None:
                 first = deep_L2RHPd.shape[4]
                 self.reader.filler.fill(
@@ -169,14 +183,15 @@ class ForwardPass:
                 )
             self.mark("placement")
         positions_1T = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
-        hidden_BTD = self._backbone(
-            compiled=embeddings is None,
-            inputs_embeds=embeds_BTD,
-            attention_mask=attention_mask,
-            position_ids=positions_1T,
-            past_key_values=cache(),
-            use_cache=True,
-        )
+        with updated_layers(self.reader.model, None if given is None else given.layers):
+            hidden_BTD = self._backbone(
+                compiled=embeddings is None,
+                inputs_embeds=embeds_BTD,
+                attention_mask=attention_mask,
+                position_ids=positions_1T,
+                past_key_values=cache(),
+                use_cache=True,
+            )
         last_B = inputs["last"].to(hidden_BTD.device)
         rows = torch.arange(len(last_B), device=hidden_BTD.device)
         logits_BV = self.reader.logits(hidden_BTD[rows, last_B])

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
@@ -61,6 +62,8 @@ class Receiver:
         payload_kind: of the payloads that the adapter was trained for; None for text.
         deep_prefix: latent to keys and values `[L, 2, R, H, P, d_head]`, P likewise; None without
             one.
+        layers: latent to updates of the hidden states between the reader's layers, which are read
+            op by op; None without any.
         options: see `ReceiverOptions`.
 
     Attributes:
@@ -81,17 +84,20 @@ class Receiver:
         *,
         payload_kind: PayloadKind | None = None,
         deep_prefix: nn.Module | None = None,
+        layers: nn.Module | None = None,
         options: ReceiverOptions | None = None,
     ) -> None:
         self.reader = reader
         self.options = options = options or ReceiverOptions()
         self.engine: Engine
-        self.engine, self.reason = choose_engine(options.engine, reader)
+        updated = layers is not None
+        self.engine, self.reason = choose_engine(options.engine, reader, updated=updated)
         parts = None
         if payload_kind is not None:
             parts = TrainedParts(
                 adapter,
                 deep_prefix,
+                layers,
                 reader=reader,
                 gain=options.prefix_gain,
                 view=payload_kind.view,
@@ -100,7 +106,9 @@ class Receiver:
             reader, parts, compiled=self.engine == "compile", mark=options.mark
         )
         heads = None
-        if options.keep_head and deep_prefix is None and not reader.abilities.deep:
+        # A head that attends to the latent, too, is not the same from request to request.
+        can_keep = deep_prefix is None and layers is None and not reader.abilities.deep
+        if options.keep_head and can_keep:
             heads = PromptHeads(reader)
         self._intake = Intake(self._pass, payload_kind, heads)
         self._graphs = GraphEngine(self._pass, options) if self.engine == "graph" else None
@@ -135,6 +143,7 @@ class Receiver:
             reader,
             model.attachment(reader.name, "prefixes"),
             deep_prefix=model.attachment(reader.name, "deep"),
+            layers=model.attachment(reader.name, "layers"),
             payload_kind=kind,
             options=options,
         )
@@ -240,12 +249,17 @@ class Receiver:
     def _score(self, prompts: Sequence[Prompt], batch: Batch) -> TargetScores:
         if batch.parcel is None:
             return self.reader.score(prompts, prefixes=batch.embeddings)
-        soft_RMD, deep_L2RHPd = self._pass.prefixes(batch)
+        given = self._pass.prefixes(batch)
+        soft_RMD = given.soft
         if soft_RMD is None:
             soft_RMD = self.reader.embedding.weight.new_zeros(1, 0, self.reader.d_model)
-        soft_BMD = soft_RMD.expand(len(prompts), -1, -1)
-        head = self._pass.head_positions
-        return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd, head=head)
+        return self.reader.score(
+            prompts,
+            prefixes=soft_RMD.expand(len(prompts), -1, -1),
+            deep=given.deep,
+            head=self._pass.head_positions,
+            layers=given.layers,
+        )
 
     @torch.no_grad()
     def capture(
@@ -302,8 +316,8 @@ class Receiver:
     # --- engines ----------------------------------------------------------------------------------
 
     def _read(self, batch: Batch) -> Prefilled:
-        logits_BV, cache = self._pass.run(batch)
-        return self._outcome(batch, logits_BV, cache=cache, captured=None)
+        logits_BV, cache, layers = self._pass.run(batch)
+        return self._outcome(batch, logits_BV, cache=cache, layers=layers)
 
     def _with_graphs(self, batch: Batch) -> Prefilled | None:
         """None where the engine was left to the receiver, and a capture fails."""
@@ -322,7 +336,13 @@ class Receiver:
         logger.warning("reader %r is read op by op from now on: %s", self.reader.name, self.reason)
 
     def _outcome(
-        self, batch: Batch, logits_BV: Tensor, *, cache: Cache, captured: CapturedPass | None
+        self,
+        batch: Batch,
+        logits_BV: Tensor,
+        *,
+        cache: Cache,
+        captured: CapturedPass | None = None,
+        layers: LayerUpdates | None = None,
     ) -> Prefilled:
         lengths_B, positions = self._places(batch)
         step = None
@@ -335,6 +355,7 @@ class Receiver:
             lengths_B=lengths_B,
             positions=positions,
             captured=captured,
+            layers=layers,
             step=step,
         )
 

@@ -139,7 +139,7 @@ def _card(shape: Shape) -> ReaderCard:
     """The card of a reader of which only the shape is known."""
     rms = ((1.0, 1.0),) * shape.layers
     geometry = KVGeometry(shape.layers, shape.kv_heads, shape.head_width, rms)
-    return ReaderCard(shape.width, 1.0, "", geometry)
+    return ReaderCard(shape.width, 1.0, "", geometry, layers=shape.layers)
 
 
 def _by_part(model: Interlingua, *, trained: bool) -> dict[str, int]:

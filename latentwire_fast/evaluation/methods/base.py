@@ -70,8 +70,8 @@ class EvaluationCase:
 
     @property
     def positions(self) -> int:
-        """How many of the reader's positions a latent takes."""
-        return self.model.positions_of(self.reader.name)
+        """How many positions of text a latent is compared with."""
+        return self.model.compared_positions_of(self.reader.name)
 
     @property
     def free_label(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 from torch import Tensor, nn
 
 from latentwire_fast.config.schema import AttachmentConfig, Mode
+from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.reader import Reader
 
@@ -21,21 +22,23 @@ class ReaderInputs(TypedDict):
     prefixes: soft tokens `[B, M, D]`, none of them (M = 0) where the prefix is deep only.
     deep: keys and values `[L, 2, B, H, P, d_head]`, or None.
     head: how many of a prompt's first ids the deep prefix holds already.
+    layers: updates of the hidden states between the reader's layers, or None.
     """
 
     prefixes: Tensor
     deep: Tensor | None
     head: int
+    layers: LayerUpdates | None
 
 
-Place = Literal["prefixes", "deep"]
+Place = Literal["prefixes", "deep", "layers"]
 
 
 class Attachment(nn.Module):
     """Latents to one entry of a reader's inputs.
 
-    An attachment of a new kind that gives a reader something else (cross-attention into its layers,
-    say) adds an entry to `ReaderInputs`, and what reads it to `Reader`.
+    An attachment of a new kind that gives a reader something else adds an entry to `ReaderInputs`,
+    and what reads it to `Reader`.
 
     Attributes:
         gives: that entry.
@@ -66,6 +69,11 @@ class Attachment(nn.Module):
         """How many of these hold the first ids of a prompt (template and label), not the latent."""
         return 0
 
+    @property
+    def compared_positions(self) -> int:
+        """How many positions of text it is compared with: those that it takes for the latent."""
+        return self.positions - self.head_positions
+
     def start(self, reader: Reader, *, mode: Mode, contexts: Sequence[str]) -> None:
         """Take from the reader what a fresh attachment begins with.
 
@@ -73,7 +81,7 @@ class Attachment(nn.Module):
             contexts: a few texts of the training data.
         """
 
-    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
+    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | LayerUpdates:
         """The entry of the reader's inputs that `gives` names.
 
         Args:
