@@ -32,7 +32,7 @@ from latentwire_fast.registry import ADAPTERS, ATTACHMENTS, BOTTLENECKS, ENCODER
 from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
 
 LORA_METHODS = ("text_lora", "closed_book_lora")  # of readers with a LoRA
-OPTIONAL_METHODS = ("pca",)  # where a run asks for them
+OPTIONAL_METHODS = ("pca", "latent_alone")  # where a run asks for them
 METHODS = (  # what an evaluation gives a reader to read
     "text",
     "latent",

@@ -234,11 +234,15 @@ class Interlingua(nn.Module):
 
         Args:
             reader: leave out the slots that are other readers' own; None for all readers.
+
+        Raises:
+            ConfigError: no adapter was trained for that reader.
         """
         bits = self.bottleneck.config.bits if bits is None else bits
-        owner = None if reader is None else self.slots.owner(reader)
+        owner = None
         if reader is not None:
-            latent_BMd = self.slots.of(reader, latent_BMd)
+            self.parts(reader)
+            owner, latent_BMd = self.slots.owner(reader), self.slots.of(reader, latent_BMd)
         return self.bottleneck.pack(latent_BMd, bits=bits, fingerprint=self.fingerprints[owner])
 
     @torch.no_grad()
@@ -256,7 +260,8 @@ class Interlingua(nn.Module):
             reader: as in `payloads`.
 
         Raises:
-            ConfigError: as `encode`. DataError: a text is longer than the encoder reads.
+            ConfigError: as `encode` and `payloads`.
+            DataError: a text is longer than the encoder reads.
         """
         self._check_texts(contexts, questions)
         for text, question in zip(contexts, questions or repeat(None), strict=False):
@@ -271,9 +276,12 @@ class Interlingua(nn.Module):
             reader: allow payloads for this reader alone too, whose latents have fewer slots.
 
         Raises:
+            ConfigError: no adapter was trained for that reader.
             PayloadError: damaged bytes, another shape, another model's fingerprint, or payloads for
                 another reader.
         """
+        if reader is not None:
+            self.parts(reader)
         device = next(self.parameters()).device
         latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
         for i, header in enumerate(headers):

@@ -171,12 +171,16 @@ def _method_rows(
             "note": note if methods[key] is not None or not fits_not(reason) else DOES_NOT_FIT,
             "kind": method.kind if method else "budget",
             "cells": [show((methods[key] or {}).get(score)) for _, score, show in _COLUMNS],
-            "bytes": _bytes_of(method, metrics),
+            "bytes": _bytes_of(method, methods[key] or {}, metrics),
         }
 
 
-def _bytes_of(method: EvaluationMethod | None, metrics: Mapping[str, Any]) -> str:
+def _bytes_of(
+    method: EvaluationMethod | None, entry: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> str:
     """Bytes that a method sends in place of the text, where it has a size of its own."""
+    if entry.get("payload_mean") is not None:
+        return size(entry["payload_mean"])
     sizes, payload = metrics.get("bytes") or {}, size(_payload(metrics))
     sends = method.sends if method else "nothing"
     if sends == "text":
@@ -288,6 +292,8 @@ def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
             f"groups of {latent.get('group_size')}",
         )
+    if latent.get("private_slots"):
+        yield "Slots", _slots(metrics)
     encoder = metrics.get("encoder") or {}
     if encoder.get("explained_variance") is not None:
         yield (
@@ -308,6 +314,16 @@ def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     versions = sorted((run.get("versions") or {}).items())
     if versions:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions)
+
+
+def _slots(metrics: Mapping[str, Any]) -> str:
+    """Whose the slots are, and what a payload for one reader alone takes."""
+    latent = metrics["latent"]
+    private, bits = latent["private_slots"], str(latent.get("bits"))
+    owned = ", ".join(f"{count} of {name} alone" for name, count in private.items())
+    alone = (metrics.get("bytes") or {}).get("payload_alone_mean") or {}
+    sizes = ", ".join(f"{size(found.get(bits))} bytes for {name}" for name, found in alone.items())
+    return f"{latent['M'] - sum(private.values())} shared, {owned}; alone: {sizes}"
 
 
 def _commands(run: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
