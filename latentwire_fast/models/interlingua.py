@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentwire_fast.config.schema import AttachmentConfig, BottleneckConfig, EncoderConfig, Mode
-from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
+from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.tensors import parameter_digest, read_tensors
 from latentwire_fast.models import saved_model
 from latentwire_fast.models.attachments.base import Attachment, Place, ReaderInputs
@@ -284,21 +284,8 @@ class Interlingua(nn.Module):
             self.parts(reader)
         device = next(self.parameters()).device
         latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
-        for i, header in enumerate(headers):
-            if header.fingerprint not in self.fingerprints.values():
-                raise PayloadError(
-                    f"payload {i} was written by model {header.fingerprint:#06x}, this is "
-                    f"{self.fingerprint:#06x}; decode it with the model that encoded it"
-                )
-        self.slots.check_owners(headers, self.fingerprints, reader)
-        found, width = headers[0], self.encoder_config.d_z
-        is_whole = reader is None or found.fingerprint == self.fingerprint
-        latents = self.slots.latents if is_whole else self.slots.count(cast(str, reader))
-        if (found.latents, found.d_z) != (latents, width):
-            raise PayloadError(
-                f"the payloads hold latents {(found.latents, found.d_z)}, this model's are "
-                f"{(latents, width)}"
-            )
+        width = self.encoder_config.d_z
+        self.slots.check(headers, self.fingerprints, d_z=width, reader=reader)
         return latent_BMd
 
     def check_reader(self, reader: Reader) -> None:

@@ -30,6 +30,7 @@ from latentwire_fast.evaluation.report.formatting import (
     size,
 )
 from latentwire_fast.evaluation.report.hypothesis_rows import hypothesis_row, verdict
+from latentwire_fast.evaluation.report.latent_facts import latent_facts
 from latentwire_fast.evaluation.report.sanity_checks import find_warnings
 from latentwire_fast.evaluation.report.shown_examples import choose_examples
 
@@ -282,25 +283,11 @@ def _extra_rows(extra: Means) -> Iterator[dict[str, Any]]:
 
 
 def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    run, latent = metrics.get("run") or {}, metrics.get("latent") or {}
+    run = metrics.get("run") or {}
     for label, key in (("Run", "name"), ("Preset", "preset"), ("Mode", "mode"), ("Seed", "seed")):
         if run.get(key) is not None:
             yield label, str(run[key])
-    if latent:
-        yield (
-            "Latent",
-            f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
-            f"groups of {latent.get('group_size')}",
-        )
-    if latent.get("private_slots"):
-        yield "Slots", _slots(metrics)
-    encoder = metrics.get("encoder") or {}
-    if encoder.get("explained_variance") is not None:
-        yield (
-            "Principal components",
-            f"{percent(encoder['explained_variance']).text}% of the variance of "
-            f"{number(encoder.get('vectors') or 0, digits=0)} vectors",
-        )
+    yield from latent_facts(metrics)
     yield "Examples", number(metrics.get("examples") or 0, digits=0)
     if run.get("wall_seconds") is not None:
         yield "Time", f"{number(run['wall_seconds'] / 60)} minutes"
@@ -314,16 +301,6 @@ def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     versions = sorted((run.get("versions") or {}).items())
     if versions:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions)
-
-
-def _slots(metrics: Mapping[str, Any]) -> str:
-    """Whose the slots are, and what a payload for one reader alone takes."""
-    latent = metrics["latent"]
-    private, bits = latent["private_slots"], str(latent.get("bits"))
-    owned = ", ".join(f"{count} of {name} alone" for name, count in private.items())
-    alone = (metrics.get("bytes") or {}).get("payload_alone_mean") or {}
-    sizes = ", ".join(f"{size(found.get(bits))} bytes for {name}" for name, found in alone.items())
-    return f"{latent['M'] - sum(private.values())} shared, {owned}; alone: {sizes}"
 
 
 def _commands(run: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
