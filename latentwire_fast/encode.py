@@ -45,6 +45,8 @@ class EncodeArguments:
             printed on standard error.
         question: only for a model of pure mode, whose latent holds the question too.
         bits: per value, 16, 8, 6 or 4; the model's own number if not given.
+        reader: leave out the slots that are other readers' own, where the model has such slots: the
+            payload is then for this reader alone.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the encoder computes in; float32, as it was trained, unless given.
         imports: a Python module to import first, repeatable: it registers parts of your own
@@ -56,6 +58,7 @@ class EncodeArguments:
     out: Path
     question: str | None = None
     bits: int | None = None
+    reader: str | None = None
     device: str | None = None
     dtype: Dtype | None = None
     imports: Imports = ()
@@ -98,7 +101,7 @@ def _encode(args: EncodeArguments, stream: BinaryIO | None) -> None:
     loaded = time.perf_counter()
     questions = None if args.question is None else [args.question]
     with _computing_in(args.dtype, device):
-        payload = model.encode_payloads([text], questions, bits=args.bits)[0]
+        (payload,) = model.encode_payloads([text], questions, bits=args.bits, reader=args.reader)
     encoded = time.perf_counter()
     if stream is None:
         wire.write_payloads(args.out, [payload])

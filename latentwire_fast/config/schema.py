@@ -225,10 +225,8 @@ class RunConfig(Settings):
             where = f"private_slots[{name!r}]"
             require(count >= 1, f"{where}={count}, expected at least 1; leave out a reader with 0")
             require(
-                (name in self.readers) == (self.base is None),
-                f"{where}: the run's readers are {sorted(self.readers)}; name one of them"
-                if self.base is None
-                else f"{where} are of a reader of the base; give the added reader another name",
+                name in self.readers or self.base is not None,  # the base's readers have them
+                f"{where}: the run's readers are {sorted(self.readers)}; name one of them",
             )
         private, latents = sum(self.private_slots.values()), self.encoder.latents
         require(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
@@ -67,18 +69,29 @@ class Evaluator:
         )
         self.bar = tqdm(disable=not progress, desc="evaluate", unit="batch", dynamic_ncols=True)
 
-    @torch.no_grad()
-    def encode(self) -> dict[int, list[bytes]]:
-        """Payloads of every example at every bit width, the widest first."""
+    def encode(self, reader: str | None = None) -> dict[int, list[bytes]]:
+        """Payloads of every example at every bit width, the widest first.
+
+        Args:
+            reader: as in `Interlingua.payloads`.
+        """
         widths = sorted({*self.config.evaluation.bits, self.bits}, reverse=True)
         payloads: dict[int, list[bytes]] = {bits: [] for bits in widths}
+        for latent_BMd in self._latents:
+            for bits in widths:
+                payloads[bits] += self.model.payloads(latent_BMd, bits=bits, reader=reader)
+        return payloads
+
+    @cached_property
+    @torch.no_grad()
+    def _latents(self) -> list[Tensor]:
+        """Latents of every example, by batch."""
+        found = []
         for rows in self._batches():
             batch = [self.examples[i] for i in rows]
             questions = [e.question for e in batch] if self.model.mode == "pure" else None
-            latent_BMd = self.model.encode([e.context for e in batch], questions)
-            for bits in widths:
-                payloads[bits] += self.model.payloads(latent_BMd, bits=bits)
-        return payloads
+            found.append(self.model.encode([e.context for e in batch], questions))
+        return found
 
     @torch.no_grad()
     def run(self) -> EvaluationResults:
@@ -87,12 +100,14 @@ class Evaluator:
         sizes = {bits: [len(p) for p in items] for bits, items in payloads.items()}
         results = EvaluationResults(self.config, self.examples, sizes)
         results.payloads = payloads[self.bits]
-        cases = {
-            name: EvaluationCase(
-                self.model, receiver.reader, self.examples, payloads, self.training_texts
+        cases = {}
+        for name, receiver in self.receivers.items():
+            alone = self.encode(name) if self.model.slots.private else {}
+            if alone:
+                results.sizes_alone[name] = {b: [len(p) for p in ps] for b, ps in alone.items()}
+            cases[name] = EvaluationCase(
+                self.model, receiver.reader, self.examples, payloads, self.training_texts, alone
             )
-            for name, receiver in self.receivers.items()
-        }
         results.not_measured = self._not_measured(next(iter(cases.values())))
         for name, case in cases.items():
             if case.reader.lora is not None:

@@ -37,6 +37,8 @@ class EvaluationResults:
 
     Attributes:
         payload_sizes: per bit width, the bytes of each example's payload.
+        sizes_alone: the same of payloads for one reader alone, by reader, where readers have slots
+            of their own.
         payloads: of the examples, at the run's own bit width.
         readers: by reader.
         joint: joint rescoring, with two readers or more.
@@ -53,6 +55,7 @@ class EvaluationResults:
     not_measured: dict[str, str] = field(default_factory=dict)
     lora: dict[str, dict[str, int]] = field(default_factory=dict)
     payloads: Sequence[bytes] = ()
+    sizes_alone: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     @property
     def contexts(self) -> list[str]:
@@ -88,6 +91,12 @@ class EvaluationResults:
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
         }
+        if self.sizes_alone:
+            measured["latent"]["private_slots"] = dict(self.config.private_slots)
+            measured["bytes"]["payload_alone_mean"] = {
+                name: {str(b): mean(v) for b, v in sizes.items()}
+                for name, sizes in self.sizes_alone.items()
+            }
         if self.not_measured:
             measured["not_measured"] = dict(self.not_measured)
         if self.lora:

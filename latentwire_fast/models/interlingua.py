@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentwire_fast.config.schema import AttachmentConfig, BottleneckConfig, EncoderConfig, Mode
-from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
+from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.tensors import parameter_digest, read_tensors
 from latentwire_fast.models import saved_model
 from latentwire_fast.models.attachments.base import Attachment, Place, ReaderInputs
@@ -253,11 +253,15 @@ class Interlingua(nn.Module):
 
         Args:
             reader: leave out the slots that are other readers' own; None for all readers.
+
+        Raises:
+            ConfigError: no adapter was trained for that reader.
         """
         bits = self.bottleneck.config.bits if bits is None else bits
-        owner = None if reader is None else self.slots.owner(reader)
+        owner = None
         if reader is not None:
-            latent_BMd = self.slots.of(reader, latent_BMd)
+            self.parts(reader)
+            owner, latent_BMd = self.slots.owner(reader), self.slots.of(reader, latent_BMd)
         return self.bottleneck.pack(latent_BMd, bits=bits, fingerprint=self.fingerprints[owner])
 
     @torch.no_grad()
@@ -275,7 +279,8 @@ class Interlingua(nn.Module):
             reader: as in `payloads`.
 
         Raises:
-            ConfigError: as `encode`. DataError: a text is longer than the encoder reads.
+            ConfigError: as `encode` and `payloads`.
+            DataError: a text is longer than the encoder reads.
         """
         self._check_texts(contexts, questions)
         for text, question in zip(contexts, questions or repeat(None), strict=False):
@@ -290,26 +295,16 @@ class Interlingua(nn.Module):
             reader: allow payloads for this reader alone too, whose latents have fewer slots.
 
         Raises:
+            ConfigError: no adapter was trained for that reader.
             PayloadError: damaged bytes, another shape, another model's fingerprint, or payloads for
                 another reader.
         """
+        if reader is not None:
+            self.parts(reader)
         device = next(self.parameters()).device
         latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
-        for i, header in enumerate(headers):
-            if header.fingerprint not in self.fingerprints.values():
-                raise PayloadError(
-                    f"payload {i} was written by model {header.fingerprint:#06x}, this is "
-                    f"{self.fingerprint:#06x}; decode it with the model that encoded it"
-                )
-        self.slots.check_owners(headers, self.fingerprints, reader)
-        found, width = headers[0], self.encoder_config.d_z
-        is_whole = reader is None or found.fingerprint == self.fingerprint
-        latents = self.slots.latents if is_whole else self.slots.count(cast(str, reader))
-        if (found.latents, found.d_z) != (latents, width):
-            raise PayloadError(
-                f"the payloads hold latents {(found.latents, found.d_z)}, this model's are "
-                f"{(latents, width)}"
-            )
+        width = self.encoder_config.d_z
+        self.slots.check(headers, self.fingerprints, d_z=width, reader=reader)
         return latent_BMd
 
     def check_reader(self, reader: Reader) -> None:

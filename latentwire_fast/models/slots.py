@@ -91,13 +91,21 @@ class Slots:
             marks[owner] = mark
         return marks
 
-    def check_owners(
-        self, headers: Sequence[Header], marks: Mapping[str | None, int], reader: str | None
+    def check(
+        self,
+        headers: Sequence[Header],
+        marks: Mapping[str | None, int],
+        *,
+        d_z: int,
+        reader: str | None,
     ) -> None:
-        """Raise unless these payloads are all for all readers, or all for this one alone.
+        """Raise unless these payloads are of this model, and all for all readers or all for this
+        one alone.
 
         Args:
-            marks: of `fingerprints`; the payloads have no other.
+            headers: of payloads of one layout.
+            marks: of `fingerprints`.
+            d_z: the latent's width.
             reader: None where no reader is named.
 
         Raises:
@@ -105,15 +113,26 @@ class Slots:
         """
         own = {None} if reader is None else {None, self.owner(reader)}
         owners = {mark: owner for owner, mark in marks.items()}
-        found = [owners[header.fingerprint] for header in headers]
-        for i, owner in enumerate(found):
+        for i, header in enumerate(headers):
+            if header.fingerprint not in owners:
+                raise PayloadError(
+                    f"payload {i} was written by model {header.fingerprint:#06x}, this is "
+                    f"{marks[None]:#06x}; decode it with the model that encoded it"
+                )
+            owner, first = owners[header.fingerprint], owners[headers[0].fingerprint]
             if owner not in own:
                 raise PayloadError(f"payload {i} {self.refusal(owner, reader)}")
-            if owner != found[0]:
+            if owner != first:
                 raise PayloadError(
-                    f"payload {i} is {_for_whom(owner)}, payload 0 is {_for_whom(found[0])}; "
-                    "decode them in two batches"
+                    f"payload {i} is {_for_whom(owner)}, payload 0 is {_for_whom(first)}; decode "
+                    "them in two batches"
                 )
+        found, owner = headers[0], owners[headers[0].fingerprint]
+        wanted = self.latents if owner is None else self.count(owner), d_z
+        if (found.latents, found.d_z) != wanted:
+            raise PayloadError(
+                f"the payloads hold latents {(found.latents, found.d_z)}, this model's are {wanted}"
+            )
 
     def refusal(self, owner: str | None, reader: str | None) -> str:
         """Why a payload of an owner is not for a reader, and what to do."""

@@ -186,6 +186,12 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
             f"this run has another encoder, bottleneck, mode or private slots than its base {base},"
             " which it keeps"
         )
+    for name in readers:
+        if name in config.private_slots:
+            raise ConfigError(
+                f"{base} has slots that are for its reader {name!r} alone; give the added reader "
+                "another name"
+            )
     served = {card.fingerprint: name for name, card in model.cards.items()}
     for name, reader in readers.items():
         if reader.fingerprint in served:

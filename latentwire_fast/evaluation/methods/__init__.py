@@ -4,6 +4,7 @@ one."""
 PARTS = {
     "text": "latentwire_fast.evaluation.methods.text:Text",
     "latent": "latentwire_fast.evaluation.methods.latent:Latent",
+    "latent_alone": "latentwire_fast.evaluation.methods.latent_alone:LatentAlone",
     "token_budget": "latentwire_fast.evaluation.methods.token_budget:TokenBudget",
     "token_budget_question": (
         "latentwire_fast.evaluation.methods.token_budget_question:TokenBudgetQuestion"

@@ -25,7 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -54,6 +54,7 @@ class EvaluationCase:
         model: the trained interlingua; its mode says what a latent stands for.
         examples: each with at least one answer.
         payloads: at every bit width, one payload per example.
+        alone: the same for this reader alone, where it does not get all of a latent's slots.
         training_texts: texts that methods may be fitted to; none unless the run asks for it.
     """
 
@@ -62,6 +63,7 @@ class EvaluationCase:
     examples: Sequence[Example]
     payloads: Mapping[int, Sequence[bytes]]
     training_texts: Sequence[str] = ()
+    alone: Mapping[int, Sequence[bytes]] = field(default_factory=dict)
 
     @property
     def mode(self) -> Mode:

@@ -30,6 +30,7 @@ from latentwire_fast.evaluation.report.formatting import (
     size,
 )
 from latentwire_fast.evaluation.report.hypothesis_rows import hypothesis_row, verdict
+from latentwire_fast.evaluation.report.latent_facts import latent_facts
 from latentwire_fast.evaluation.report.sanity_checks import find_warnings
 from latentwire_fast.evaluation.report.shown_examples import choose_examples
 
@@ -171,12 +172,16 @@ def _method_rows(
             "note": note if methods[key] is not None or not fits_not(reason) else DOES_NOT_FIT,
             "kind": method.kind if method else "budget",
             "cells": [show((methods[key] or {}).get(score)) for _, score, show in _COLUMNS],
-            "bytes": _bytes_of(method, metrics),
+            "bytes": _bytes_of(method, methods[key] or {}, metrics),
         }
 
 
-def _bytes_of(method: EvaluationMethod | None, metrics: Mapping[str, Any]) -> str:
+def _bytes_of(
+    method: EvaluationMethod | None, entry: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> str:
     """Bytes that a method sends in place of the text, where it has a size of its own."""
+    if entry.get("payload_mean") is not None:
+        return size(entry["payload_mean"])
     sizes, payload = metrics.get("bytes") or {}, size(_payload(metrics))
     sends = method.sends if method else "nothing"
     if sends == "text":
@@ -278,23 +283,11 @@ def _extra_rows(extra: Means) -> Iterator[dict[str, Any]]:
 
 
 def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    run, latent = metrics.get("run") or {}, metrics.get("latent") or {}
+    run = metrics.get("run") or {}
     for label, key in (("Run", "name"), ("Preset", "preset"), ("Mode", "mode"), ("Seed", "seed")):
         if run.get(key) is not None:
             yield label, str(run[key])
-    if latent:
-        yield (
-            "Latent",
-            f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
-            f"groups of {latent.get('group_size')}",
-        )
-    encoder = metrics.get("encoder") or {}
-    if encoder.get("explained_variance") is not None:
-        yield (
-            "Principal components",
-            f"{percent(encoder['explained_variance']).text}% of the variance of "
-            f"{number(encoder.get('vectors') or 0, digits=0)} vectors",
-        )
+    yield from latent_facts(metrics)
     yield "Examples", number(metrics.get("examples") or 0, digits=0)
     if run.get("wall_seconds") is not None:
         yield "Time", f"{number(run['wall_seconds'] / 60)} minutes"
