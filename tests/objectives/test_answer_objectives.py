@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.objectives.entropy import entropy, predictions
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.training.builders import absolute_paths
@@ -165,6 +167,48 @@ def test_hard_answers_count_more(batch: StageBatch) -> None:
     assert_cut_alike(batch, config)
 
 
+@pytest.mark.parametrize("form", ["batch", "answer"])
+def test_entropy_of_first_tokens(batch: StageBatch, form: str) -> None:
+    config = objective("entropy", form=form, least=6.0)
+    losses = batch.compute(config)[0]
+    found = batch.gradients()
+    batch.model.zero_grad(set_to_none=True)
+    total = torch.zeros(())
+    for name in batch.readers:
+        logits_NV, labels_N, step_N = answer_logits(batch, name)
+        probs_AV = logits_NV[step_N == 0].softmax(-1)
+        entropy_A = -(probs_AV * probs_AV.log()).sum(-1)
+        if form == "answer":
+            expected = (6.0 - entropy_A).clamp(min=0).mean()
+        else:
+            mean_V = probs_AV.mean(0)
+            gold = F.one_hot(labels_N[step_N == 0], len(mean_V)).float().mean(0)
+            together = -(mean_V * mean_V.log()).sum()
+            expected = torch.special.entr(gold).sum() - (together - entropy_A.mean())
+        count = len(probs_AV)
+        assert losses.sums["entropy", name].item() == pytest.approx(
+            count * expected.item(), rel=1e-3, abs=1e-5
+        )
+        total = total + expected
+    assert total > 0
+    total.backward()
+    for key, gradient in batch.gradients().items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-6)
+    if form == "answer":
+        assert_cut_alike(batch, config)
+
+
+def test_rows_that_are_no_tokens_have_no_gradient(batch: StageBatch) -> None:
+    """A probability of exactly 0 makes no NaN."""
+    reader = batch.readers["llama"]
+    head = replace(reader.output_head, gaps=torch.tensor([3, 5]))
+    hidden = torch.randn(4, reader.d_model, requires_grad=True)
+    total, entropies = predictions(head, hidden)
+    (entropy(total / 4) + entropies.sum()).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
 def test_a_teacher_of_another_tokenizer_is_refused(batch: StageBatch, qwen_folder: Path) -> None:
     config = objective("teachers", teachers={"llama": (str(qwen_folder),)})
     with pytest.raises(ConfigError, match="has another tokenizer than reader 'llama'"):
@@ -198,6 +242,7 @@ def test_a_teachers_path_is_absolute(llama_folder: Path, monkeypatch: pytest.Mon
         ("first_token", {"auto_scale": -1.0}, "auto_scale=-1.0, expected at least 0"),
         ("hard_kd", {"missed": 0.0, "entropy": 0.0}, r"are \(0.0, 0.0, 0.0\), expected at least 0"),
         ("hard_kd", {"base": -1.0}, "expected at least 0, and one of them above"),
+        ("entropy", {"least": 0.0}, "least=0.0, expected above 0"),
         ("teachers", {}, "no teacher is named; give the sources of some by reader, or take"),
         ("teachers", {"teachers": {"a": ("b",)}, "tau": 0.0}, "tau=0.0, expected above 0"),
         ("hidden_kd", {"layers": ()}, r"layers=\(\), expected one number at least"),

@@ -149,12 +149,47 @@ def test_masked_tokens_are_not_asked_for(batch: StageBatch) -> None:
         assert asked[0] != asked[1], "drawn anew"
 
 
+@pytest.mark.parametrize("form", ["texts", "slots", "covariance"])
+def test_latents_that_are_alike_cost(batch: StageBatch, form: str) -> None:
+    config = objective("diversity", form=form, std=0.9, covariance=0.5)
+    losses = batch.compute(config)[0]
+    assert_reaches(batch, None)
+    assert set(losses.sums) == {("diversity", "llama")}, "once, however many readers"
+    latent = batch.reader_batch("llama", config).encoded.sent_BMd.detach()
+    texts, slots, width = latent.shape
+    keys = [(i.context, i.question if batch.model.mode == "pure" else "") for i in batch.items]
+    expected = 0.0
+    if form == "covariance":
+        for m in range(slots):
+            matrix = torch.cov(latent[:, m].T)
+            spread = (matrix.diagonal() + 1e-4).sqrt()
+            off = matrix - torch.diag(matrix.diagonal())
+            found = (0.9 - spread).clamp(min=0).mean() + 0.5 * off.square().sum() / width
+            expected += texts * found.item() / slots
+    for b in range(texts if form != "covariance" else 0):
+        for m in range(slots):
+            others = [(b, n) for n in range(slots) if n != m]
+            if form == "texts":
+                others = [(o, m) for o in range(texts) if keys[o] != keys[b]]
+            rows = torch.stack([latent[place] for place in others])
+            cosines = F.cosine_similarity(latent[b, m][None], rows, dim=1)
+            expected += cosines.square().mean().item() / slots
+    assert losses.total.item() == pytest.approx(expected / texts, rel=1e-4)
+    one = StageBatch(batch.model, batch.readers, batch.items[:1])
+    if form != "slots":
+        assert one.compute(config)[0].total.item() == 0.0
+    else:
+        assert_cut_alike(batch, config)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
         ("contrastive", {"temperature": 0.0}, "temperature=0.0, expected above 0"),
         ("contrastive", {"window": 0}, "window=0, expected at least 1"),
         ("reconstruct", {"width": 20, "heads": 8}, "width=20, expected an even number that divid"),
+        ("diversity", {"std": 2.0}, r"std=2.0, expected in \(0, 1\]"),
+        ("diversity", {"covariance": -1.0}, "covariance=-1.0, expected at least 0"),
         ("gist", {"mask": 1.0}, r"mask=1.0, expected in \[0, 1\)"),
         ("gist", {"width": 10, "heads": 4}, "width=10 does not divide among heads=4"),
     ],
@@ -164,7 +199,7 @@ def test_settings_are_checked(kind: str, settings: dict[str, Any], message: str)
         objective(kind, **settings)
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", [*HEADS, "diversity"])
 def test_what_needs_the_encoder_is_refused_on_a_base(kind: str, llama_folder: Path) -> None:
     stage = StageConfig("s", steps=1, objectives=(objective(kind), objective("answer")))
     config = tiny_config(llama_folder, stages=(stage,))

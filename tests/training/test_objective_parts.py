@@ -23,6 +23,8 @@ OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "hidden_kd": (objective("hidden_kd", layers=(1, -1)), objective("answer", weight=0.0)),
     "hard_kd": (objective("hard_kd"),),
     "teachers": (objective("teachers", teachers={"llama": ("TEACHER",)}, tau=2.0, tokens=2),),
+    "entropy": (objective("entropy"), objective("answer")),
+    "diversity": (objective("diversity", form="covariance"), objective("answer")),
     "contrastive": (objective("contrastive"),),
     "reconstruct": (objective("reconstruct", width=16, heads=2),),
     "gist": (objective("gist", width=16, heads=2),),
