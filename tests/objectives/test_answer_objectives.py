@@ -209,6 +209,43 @@ def test_rows_that_are_no_tokens_have_no_gradient(batch: StageBatch) -> None:
     assert hidden.grad.isfinite().all()
 
 
+def test_the_reader_goes_on_from_its_own_tokens(batch: StageBatch) -> None:
+    """With a share of 1: by hand, one prompt at a time."""
+    config = objective("sampled", share=1.0, tokens=3)
+    losses = batch.compute(config)[0]
+    for name, reader in batch.readers.items():
+        ours_NV, labels_N, step_N = answer_logits(batch, name)
+        own = ours_NV.argmax(-1).tolist()
+        read = batch.reader_batch(name, objective("answer"))
+        expected, correct, n, changed = 0.0, 0, 0, 0
+        for b, prompt in enumerate(read.prompts("latent")):
+            ids, first = [*prompt.ids], n
+            for i, is_target in enumerate(prompt.is_target):
+                if is_target:
+                    if ids[i] != reader.prompts.eos_id and own[n] not in reader.stop_ids:
+                        ids[i] = own[n]
+                        changed += own[n] != prompt.ids[i]
+                    n += 1
+            given: Any = {**read.inputs, "prefixes": read.inputs["prefixes"][b : b + 1]}
+            rows = reader.collate([replace(prompt, ids=ids)], **given)
+            logits = reader.output_head.logits(reader.target_hidden(rows))
+            counts, labels = step_N[first:n] < 3, labels_N[first:n]
+            expected += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
+            correct += int((logits.argmax(-1) == labels)[counts].sum())
+        assert changed > 0
+        assert losses.sums["sampled", name].item() == pytest.approx(expected, rel=1e-4)
+        found = losses.measures["sampled_accuracy", name].item()
+        assert found == pytest.approx(correct / int((step_N < 3).sum()))
+    assert_cut_alike(batch, config)
+
+
+def test_without_a_share_the_true_tokens_are_read(batch: StageBatch) -> None:
+    config = objective("sampled", share=0.0)
+    losses = batch.compute(config, objective("answer", weight=0.0))[0]
+    for name in batch.readers:
+        torch.testing.assert_close(losses.sums["sampled", name], losses.sums["answer", name])
+
+
 def test_a_teacher_of_another_tokenizer_is_refused(batch: StageBatch, qwen_folder: Path) -> None:
     config = objective("teachers", teachers={"llama": (str(qwen_folder),)})
     with pytest.raises(ConfigError, match="has another tokenizer than reader 'llama'"):
@@ -243,6 +280,7 @@ def test_a_teachers_path_is_absolute(llama_folder: Path, monkeypatch: pytest.Mon
         ("hard_kd", {"missed": 0.0, "entropy": 0.0}, r"are \(0.0, 0.0, 0.0\), expected at least 0"),
         ("hard_kd", {"base": -1.0}, "expected at least 0, and one of them above"),
         ("entropy", {"least": 0.0}, "least=0.0, expected above 0"),
+        ("sampled", {"share": 1.5}, r"share=1.5, expected in \[0, 1\]"),
         ("teachers", {}, "no teacher is named; give the sources of some by reader, or take"),
         ("teachers", {"teachers": {"a": ("b",)}, "tau": 0.0}, "tau=0.0, expected above 0"),
         ("hidden_kd", {"layers": ()}, r"layers=\(\), expected one number at least"),
