@@ -1,11 +1,10 @@
-"""Entropy of the first tokens: a reader that says the same first token of every text is stopped.
+"""Entropy of the first tokens: answers whose first tokens are predicted alike cost.
 
 Shapes: A answers, D the reader's width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,14 +22,15 @@ from latentwire_fast.readers.reader import Reader
 
 
 class Entropy(Objective):
-    """How far the entropy of the predicted first tokens is below what it should be, in nats.
+    """How far the predicted first tokens say less than the true ones, in nats.
 
-    `batch`: of the mean prediction over the answers of a micro-batch, against the entropy of their
-    true first tokens. The answers together are to be as different as they are, and each of them may
-    be sure.
+    `batch`: the information that the predictions of a micro-batch have of which answer they are
+    for, `H(mean) - mean H` (Bridle et al. 1991), against the entropy of the true first tokens. So
+    answers have to be different, and each of them sure.
 
-    `answer`: of each prediction by itself, against `least`. A control: a reader that is unsure of
-    every answer, in the same way, satisfies it.
+    `answer`: the entropy of each prediction by itself, against `least`. A control: a reader that is
+    unsure of every answer, in the same way, satisfies it. Collapse looks like this: flat
+    predictions, and always the same token on top.
     """
 
     @dataclass(frozen=True)
@@ -64,34 +64,26 @@ class Entropy(Objective):
         answers, head = batch.answers, batch.reader.output_head
         is_first_N = answers.first_N(1)
         hidden_AD = answers.hidden_ND[is_first_N]
+        # Some answers at a time, whose logits are made again in the backward pass.
+        parts = [
+            checkpoint(predictions, head, chunk_nD, use_reentrant=False)
+            for (chunk_nD,) in head.chunks(hidden_AD)
+        ]
+        entropy_A = torch.cat([entropy_n for _, entropy_n in parts])
         if self.config.form == "answer":
-            entropy_A = torch.cat(_by_chunks(_entropies, head, hidden_AD))
             return (self.config.least - entropy_A).clamp(min=0).sum()
-        total_V = torch.stack(_by_chunks(_total, head, hidden_AD)).sum(0)
-        found = _entropy(total_V / len(hidden_AD))
+        mean_V = torch.stack([total_V for total_V, _ in parts]).sum(0) / len(entropy_A)
         counts = answers.batch.labels_N[is_first_N].unique(return_counts=True)[1]
-        wanted = _entropy(counts.to(total_V) / len(hidden_AD))
-        return len(hidden_AD) * (wanted - found).clamp(min=0)
+        wanted = entropy(counts.to(mean_V) / len(entropy_A))
+        return len(entropy_A) * (wanted - entropy(mean_V) + entropy_A.mean()).clamp(min=0)
 
 
-def _by_chunks(
-    measure: Callable[[OutputHead, Tensor], Tensor], head: OutputHead, hidden_AD: Tensor
-) -> list[Tensor]:
-    """A measure of some answers at a time, whose logits are made again in the backward pass."""
-    chunks = head.chunks(hidden_AD)
-    return [checkpoint(measure, head, chunk, use_reentrant=False) for (chunk,) in chunks]
+def predictions(head: OutputHead, hidden_nD: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum `[V]` of some predictions, and the entropy of each."""
+    probs_nV = head.logits(hidden_nD).softmax(-1)
+    return probs_nV.sum(0), entropy(probs_nV)
 
 
-def _total(head: OutputHead, hidden_nD: Tensor) -> Tensor:
-    """The sum `[V]` of predictions."""
-    return head.logits(hidden_nD).softmax(-1).sum(0)
-
-
-def _entropies(head: OutputHead, hidden_nD: Tensor) -> Tensor:
-    """The entropy of each prediction."""
-    return _entropy(head.logits(hidden_nD).softmax(-1))
-
-
-def _entropy(probs: Tensor) -> Tensor:
+def entropy(probs: Tensor) -> Tensor:
     """The entropy of probabilities `[..., V]` in nats; where one is 0, its gradient is finite."""
     return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)

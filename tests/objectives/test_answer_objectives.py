@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.objectives.entropy import _entropies, _entropy, _total
+from latentwire_fast.objectives.entropy import entropy, predictions
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.training.builders import absolute_paths
@@ -169,7 +169,7 @@ def test_hard_answers_count_more(batch: StageBatch) -> None:
 
 @pytest.mark.parametrize("form", ["batch", "answer"])
 def test_entropy_of_first_tokens(batch: StageBatch, form: str) -> None:
-    config = objective("entropy", form=form, least=3.0)
+    config = objective("entropy", form=form, least=6.0)
     losses = batch.compute(config)[0]
     found = batch.gradients()
     batch.model.zero_grad(set_to_none=True)
@@ -177,14 +177,14 @@ def test_entropy_of_first_tokens(batch: StageBatch, form: str) -> None:
     for name in batch.readers:
         logits_NV, labels_N, step_N = answer_logits(batch, name)
         probs_AV = logits_NV[step_N == 0].softmax(-1)
+        entropy_A = -(probs_AV * probs_AV.log()).sum(-1)
         if form == "answer":
-            missing_A = 3.0 + (probs_AV * probs_AV.log()).sum(-1)
-            expected = missing_A.clamp(min=0).mean()
+            expected = (6.0 - entropy_A).clamp(min=0).mean()
         else:
             mean_V = probs_AV.mean(0)
             gold = F.one_hot(labels_N[step_N == 0], len(mean_V)).float().mean(0)
-            expected = torch.special.entr(gold).sum() + (mean_V * mean_V.log()).sum()
-            expected = expected.clamp(min=0)
+            together = -(mean_V * mean_V.log()).sum()
+            expected = torch.special.entr(gold).sum() - (together - entropy_A.mean())
         count = len(probs_AV)
         assert losses.sums["entropy", name].item() == pytest.approx(
             count * expected.item(), rel=1e-3, abs=1e-5
@@ -203,11 +203,47 @@ def test_rows_that_are_no_tokens_have_no_gradient(batch: StageBatch) -> None:
     reader = batch.readers["llama"]
     head = replace(reader.output_head, gaps=torch.tensor([3, 5]))
     hidden = torch.randn(4, reader.d_model, requires_grad=True)
-    for measure in (_entropies, _total):
-        found = measure(head, hidden)
-        _entropy(found / found.sum()).backward()
-        assert hidden.grad is not None
-        assert hidden.grad.isfinite().all()
+    total, entropies = predictions(head, hidden)
+    (entropy(total / 4) + entropies.sum()).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+def test_the_reader_goes_on_from_its_own_tokens(batch: StageBatch) -> None:
+    """With a share of 1: by hand, one prompt at a time."""
+    config = objective("sampled", share=1.0, tokens=3)
+    losses = batch.compute(config)[0]
+    for name, reader in batch.readers.items():
+        ours_NV, labels_N, step_N = answer_logits(batch, name)
+        own = ours_NV.argmax(-1).tolist()
+        read = batch.reader_batch(name, objective("answer"))
+        expected, correct, n, changed = 0.0, 0, 0, 0
+        for b, prompt in enumerate(read.prompts("latent")):
+            ids, first = [*prompt.ids], n
+            for i, is_target in enumerate(prompt.is_target):
+                if is_target:
+                    if ids[i] != reader.prompts.eos_id and own[n] not in reader.stop_ids:
+                        ids[i] = own[n]
+                        changed += own[n] != prompt.ids[i]
+                    n += 1
+            given: Any = {**read.inputs, "prefixes": read.inputs["prefixes"][b : b + 1]}
+            rows = reader.collate([replace(prompt, ids=ids)], **given)
+            logits = reader.output_head.logits(reader.target_hidden(rows))
+            counts, labels = step_N[first:n] < 3, labels_N[first:n]
+            expected += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
+            correct += int((logits.argmax(-1) == labels)[counts].sum())
+        assert changed > 0
+        assert losses.sums["sampled", name].item() == pytest.approx(expected, rel=1e-4)
+        found = losses.measures["sampled_accuracy", name].item()
+        assert found == pytest.approx(correct / int((step_N < 3).sum()))
+    assert_cut_alike(batch, config)
+
+
+def test_without_a_share_the_true_tokens_are_read(batch: StageBatch) -> None:
+    config = objective("sampled", share=0.0)
+    losses = batch.compute(config, objective("answer", weight=0.0))[0]
+    for name in batch.readers:
+        torch.testing.assert_close(losses.sums["sampled", name], losses.sums["answer", name])
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(batch: StageBatch, qwen_folder: Path) -> None:
@@ -244,6 +280,7 @@ def test_a_teachers_path_is_absolute(llama_folder: Path, monkeypatch: pytest.Mon
         ("hard_kd", {"missed": 0.0, "entropy": 0.0}, r"are \(0.0, 0.0, 0.0\), expected at least 0"),
         ("hard_kd", {"base": -1.0}, "expected at least 0, and one of them above"),
         ("entropy", {"least": 0.0}, "least=0.0, expected above 0"),
+        ("sampled", {"share": 1.5}, r"share=1.5, expected in \[0, 1\]"),
         ("teachers", {}, "no teacher is named; give the sources of some by reader, or take"),
         ("teachers", {"teachers": {"a": ("b",)}, "tau": 0.0}, "tau=0.0, expected above 0"),
         ("hidden_kd", {"layers": ()}, r"layers=\(\), expected one number at least"),

@@ -11,6 +11,7 @@ from latentwire_fast.config.schema import ObjectiveConfig, RunConfig, StageConfi
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.errors import RunStopped
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.registry import SCHEDULES
 from latentwire_fast.training.trainer import Trainer
 from runs import assert_same_run, new_process, records, tiny_config, train
 from stage_batches import objective
@@ -25,10 +26,12 @@ OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "teachers": (objective("teachers", teachers={"llama": ("TEACHER",)}, tau=2.0, tokens=2),),
     "entropy": (objective("entropy"), objective("answer")),
     "diversity": (objective("diversity", form="covariance"), objective("answer")),
+    "sampled": (objective("sampled"),),
     "contrastive": (objective("contrastive"),),
     "reconstruct": (objective("reconstruct", width=16, heads=2),),
     "gist": (objective("gist", width=16, heads=2),),
 }
+RAMP = SCHEDULES.config("linear", start=0.0, end=1.0)
 
 
 def config_of(name: str, *folders: Path, teacher: Path) -> RunConfig:
@@ -37,7 +40,8 @@ def config_of(name: str, *folders: Path, teacher: Path) -> RunConfig:
         o.map_sources(lambda source: source.replace("TEACHER", str(teacher)))
         for o in OBJECTIVES_OF[name]
     )
-    stage = StageConfig("s", steps=2, objectives=objectives, quantize=6)
+    schedules = {"sampled.share": RAMP} if name == "sampled" else {}
+    stage = StageConfig("s", steps=2, objectives=objectives, quantize=6, schedules=schedules)
     return tiny_config(*folders, stages=(stage,))
 
 
