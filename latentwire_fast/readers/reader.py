@@ -209,6 +209,7 @@ class Reader(FrozenLM):
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        deep_lengths: Sequence[int] | None = None,
         head: int = 0,
         side: PaddingSide = "right",
     ) -> PromptBatch:
@@ -216,6 +217,8 @@ class Reader(FrozenLM):
         cache, a deep prefix.
 
         Args:
+            deep_lengths: how many positions of the deep prefix are real in each row, the last ones;
+                None: all.
             head: how many of each prompt's first ids the deep prefix holds already.
 
         Raises:
@@ -233,8 +236,14 @@ class Reader(FrozenLM):
             pad_id=self.pad_id,
             prefixes=prefixes,
             deep=deep,
+            deep_lengths=deep_lengths,
             side=side,
         )
+        if batch.deep_lengths_B is not None and self.abilities.left:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no deep prefixes of several lengths "
+                f"in a batch: {self.abilities.left}; give it prompts with as many payloads each"
+            )
         self.check_positions(batch.deep_positions + batch.ids_BT.shape[1])
         return batch
 
@@ -282,6 +291,7 @@ class Reader(FrozenLM):
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        deep_lengths: Sequence[int] | None = None,
         head: int = 0,
         side: PaddingSide = "right",
     ) -> TargetScores:
@@ -289,12 +299,19 @@ class Reader(FrozenLM):
         flow to the prefixes.
 
         Args:
-            prefixes, deep, head, side: as in `collate`.
+            prefixes, deep, deep_lengths, head, side: as in `collate`.
 
         Raises:
             ConfigError, DataError: as `collate`.
         """
-        batch = self.collate(prompts, prefixes=prefixes, deep=deep, head=head, side=side)
+        batch = self.collate(
+            prompts,
+            prefixes=prefixes,
+            deep=deep,
+            deep_lengths=deep_lengths,
+            head=head,
+            side=side,
+        )
         return TargetScores(
             hidden_ND=self.target_hidden(batch),
             head=self.output_head,
