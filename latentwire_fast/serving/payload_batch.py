@@ -3,7 +3,10 @@
 Values that are not the latent's own codes are unpacked by the bottleneck that made them, before
 they go to the reader's device.
 
-Shapes: R payloads, M latents, d latent width, c code bytes, G groups.
+A prompt may be about several payloads, which stand one behind the other in its text's place. Here
+they are a message.
+
+Shapes: R payloads of all messages, M latents, d latent width, c code bytes, G groups.
 """
 
 from __future__ import annotations
@@ -17,9 +20,13 @@ from torch import Tensor
 
 from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.models.joined import Pieces
 from latentwire_fast.serving.input_buffer import Fields
 from latentwire_fast.wire.header import Header, check_frame, located
 from latentwire_fast.wire.payload import split_bodies
+
+# What one prompt is about: a payload, or several in their order.
+Message = bytes | Sequence[bytes]
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,20 @@ class Parcel:
 
     Attributes:
         header: of each.
-        payloads: R of them.
+        payloads: R of them, those of a message one behind the other.
+        pieces: how many there are in each message.
         latent_RMd: fp32 latents, where a bottleneck has unpacked them; else None.
     """
 
     header: Header
     payloads: Sequence[bytes]
+    pieces: Pieces
     latent_RMd: Tensor | None = None
+
+    @property
+    def messages(self) -> int:
+        """How many there are: one that all prompts read, or one for each."""
+        return len(self.pieces.per_prompt)
 
     @property
     def fields(self) -> Fields:
@@ -56,15 +70,17 @@ class Parcel:
         return {"codes": codes_Rc, "scales": scales_RG}
 
     def with_rows(self, rows: int) -> Parcel:
-        """With so many payloads: the last one again in the place of those that are added. One that
+        """With so many messages: the last one again in the place of those that are added. One that
         all prompts read stays one."""
-        if len(self.payloads) == 1:
+        if self.messages == 1:
             return self
-        added = rows - len(self.payloads)
-        payloads, latent_RMd = [*self.payloads, *[self.payloads[-1]] * added], self.latent_RMd
+        added = rows - self.messages
+        last, latent_RMd = self.pieces.rows[-1], self.latent_RMd
+        payloads = [*self.payloads, *[self.payloads[r] for r in last] * added]
         if latent_RMd is not None:
-            latent_RMd = torch.cat([latent_RMd, latent_RMd[-1:].expand(added, -1, -1)])
-        return Parcel(self.header, payloads, latent_RMd)
+            latent_RMd = torch.cat([latent_RMd, latent_RMd[last.start :].repeat(added, 1, 1)])
+        pieces = self.pieces.of([*range(self.messages), *[self.messages - 1] * added])
+        return Parcel(self.header, payloads, pieces, latent_RMd)
 
     def verify(self) -> None:
         """Check every value, as unpacking on the host does.
@@ -90,22 +106,29 @@ class PayloadKind:
     fingerprint: int
     unpack: Callable[[Sequence[bytes]], Tensor] | None = None
 
-    def open(self, payloads: Sequence[bytes]) -> Parcel:
+    def open(self, messages: Sequence[Message]) -> Parcel:
         """Check everything about payloads but the values that they carry.
 
         Raises:
             PayloadError: none; bytes that are no payload; one of another model, of another shape or
-                of another precision than the first (the message has its index).
+                of another precision than the first (the text says which it is).
         """
-        if not payloads:
+        if not messages:
             raise PayloadError("no payloads to read; give at least one")
-        headers = []
-        for i, payload in enumerate(payloads):
-            with located(f"payload {i}"):
-                headers.append(check_frame(payload))
-                self._check(headers[i], headers[0])
+        payloads: list[bytes] = []
+        headers: list[Header] = []
+        for i, message in enumerate(messages):
+            several = message if isinstance(message, list | tuple) else None
+            if several is not None and not several:
+                raise PayloadError(f"prompt {i} has no payloads; give it at least one")
+            for j, payload in enumerate([message] if several is None else several):
+                with located(f"payload {i}" if several is None else f"payload {j} of prompt {i}"):
+                    headers.append(check_frame(payload))
+                    self._check(headers[-1], headers[0])
+                payloads.append(payload)
         latent_RMd = None if self.unpack is None else self.unpack(payloads)
-        return Parcel(headers[0], payloads, latent_RMd)
+        counts = (len(m) if isinstance(m, list | tuple) else 1 for m in messages)
+        return Parcel(headers[0], payloads, Pieces(tuple(counts)), latent_RMd)
 
     def _check(self, header: Header, first: Header) -> None:
         if header.fingerprint != self.fingerprint:

@@ -1,6 +1,6 @@
 """A payload's codes to what its reader takes in: soft tokens, keys and values, or both.
 
-Shapes: B rows, T columns, R payloads (1 or B), M latents, d latent width, D `d_model`; L layers, H
+Shapes: B rows, T columns, R payloads, M latents, d latent width, D `d_model`; L layers, H
 key/value heads, P deep positions.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.attachments.base import Attachment
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.wire import Header
+from latentwire_fast.serving.payload_batch import Parcel
 from latentwire_fast.wire.payload import dequantize
 
 
@@ -67,7 +67,7 @@ class TrainedParts:
         )
 
     def __call__(
-        self, inputs: Mapping[str, Tensor], header: Header, *, mark: Callable[[str], None]
+        self, inputs: Mapping[str, Tensor], parcel: Parcel, *, mark: Callable[[str], None]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Soft tokens `[R, M, D]` and deep prefix `[L, 2, R, H, P, d_head]`, each if it is trained.
 
@@ -77,11 +77,12 @@ class TrainedParts:
         nothing here.
         """
         with torch.autocast(self._device_type, enabled=False):
-            return self._make(inputs, header, mark=mark)
+            return self._make(inputs, parcel, mark=mark)
 
     def _make(
-        self, inputs: Mapping[str, Tensor], header: Header, *, mark: Callable[[str], None]
+        self, inputs: Mapping[str, Tensor], parcel: Parcel, *, mark: Callable[[str], None]
     ) -> tuple[Tensor | None, Tensor | None]:
+        header = parcel.header
         unpacked_RMd = inputs.get("latent")
         if self._reads_codes and header.bits != 16 and unpacked_RMd is None:
             assert isinstance(self.adapter, Attachment)

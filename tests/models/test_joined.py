@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.interlingua import Interlingua
@@ -63,8 +64,6 @@ def test_a_turned_key_stands_where_it_would_have_been_computed(reader: Reader) -
     half = ids.shape[1] // 2
 
     def first_layer(places: Tensor) -> Tensor:
-        from transformers import DynamicCache
-
         cache = DynamicCache()
         reader.backbone(
             input_ids=ids[:, : len(places)], position_ids=places[None], past_key_values=cache
