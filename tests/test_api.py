@@ -34,6 +34,10 @@ SIGNATURES = {
         "(self, contexts: 'Sequence[str]', questions: 'Sequence[str] | None' = None, *, "
         "bits: 'int | None' = None) -> 'list[bytes]'"
     ),
+    "Interlingua.encode_chunks": (
+        "(self, contexts: 'Sequence[str]', questions: 'Sequence[str] | None' = None, *, "
+        "length: 'int | None' = None, bits: 'int | None' = None) -> 'list[tuple[bytes, ...]]'"
+    ),
     "Interlingua.payloads": (
         "(self, latent_BMd: 'Tensor', *, bits: 'int | None' = None) -> 'list[bytes]'"
     ),
@@ -71,8 +75,8 @@ SIGNATURES = {
     ),
     "Reader.score": (
         "(self, prompts: 'Sequence[Prompt]', *, prefixes: 'Sequence[Tensor] | Tensor | "
-        "None' = None, deep: 'Tensor | None' = None, head: 'int' = 0, side: 'PaddingSide' "
-        "= 'right') -> 'TargetScores'"
+        "None' = None, deep: 'Tensor | None' = None, deep_lengths: 'Sequence[int] | None' = None, "
+        "head: 'int' = 0, side: 'PaddingSide' = 'right') -> 'TargetScores'"
     ),
     "Reader.decode": "(self, ids: 'Sequence[int]') -> 'str'",
     "ReaderConfig": (
@@ -99,16 +103,16 @@ SIGNATURES = {
         "(reader: 'Reader', *, options: 'ReceiverOptions | None' = None) -> 'Receiver'"
     ),
     "Receiver.prefill": (
-        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[bytes] | None' = "
+        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[Message] | None' = "
         "None, embeddings: 'Sequence[Tensor] | None' = None) -> 'Prefilled'"
     ),
     "Receiver.generate": (
-        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[bytes] | None' = "
+        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[Message] | None' = "
         "None, embeddings: 'Sequence[Tensor] | None' = None, options: 'DecodeOptions | "
         "None' = None, numbers: 'Sequence[int] | None' = None) -> 'list[list[int]]'"
     ),
     "Receiver.score": (
-        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[bytes] | None' = "
+        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[Message] | None' = "
         "None, embeddings: 'Sequence[Tensor] | None' = None) -> 'TargetScores'"
     ),
     "RunConfig": (

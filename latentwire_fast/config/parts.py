@@ -187,6 +187,7 @@ class ObjectiveConfig(PartSettings):
         reports_accuracy: whether it reports how often the answers' tokens are right.
         reads_answers: whether it is about questions and answers; a text without any is then no
             item for it.
+        takes_chunks: whether a text may be several latents, one for each of its chunks.
     """
 
     registry: ClassVar[Registry] = OBJECTIVES
@@ -194,6 +195,7 @@ class ObjectiveConfig(PartSettings):
     teaches_positions: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
     reports_accuracy: ClassVar[bool] = False
+    takes_chunks: ClassVar[bool] = False
 
     weight: float = 1.0
 

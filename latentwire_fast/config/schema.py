@@ -72,6 +72,9 @@ class DataConfig(Settings):
         max_context_tokens: examples with a longer context, in any reader's tokens, are left out.
         train_contexts: train on at most so many contexts, drawn by `seed`; None: all. What frozen
             models make of a context is computed once: fewer are seen more often in the same time.
+        chunk_length: contexts are cut at sentence ends into chunks of at most so many of the
+            encoder's tokens (of its bytes, where it reads these), each with a latent of its own;
+            None: one latent for each context, and what is too long for it is cut off.
         facts: testbed: facts per passage at the end of the curriculum.
         similar: testbed: share of training passages with only two kinds of facts, which have to
             be told apart.
@@ -84,6 +87,7 @@ class DataConfig(Settings):
     text_share: float | None = None
     max_context_tokens: int | None = None
     train_contexts: int | None = None
+    chunk_length: int | None = None
     facts: int = 4
     similar: float = 0.0
     questions_per_context: int = 4
@@ -95,7 +99,11 @@ class DataConfig(Settings):
         require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
         self.at_least_one(
-            "questions_per_context", "eval_examples", "max_context_tokens", "train_contexts"
+            "questions_per_context",
+            "eval_examples",
+            "max_context_tokens",
+            "train_contexts",
+            "chunk_length",
         )
         share = self.text_share
         require(share is None or 0 <= share <= 1, f"text_share={share}, expected 0 to 1, or none")
@@ -244,6 +252,12 @@ class RunConfig(Settings):
                 self.mode in objective.modes,
                 f"objective {objective.kind!r} needs mode={' or '.join(map(repr, objective.modes))}"
                 f", this run has mode={self.mode!r}",
+            )
+            require(
+                self.data.chunk_length is None or objective.takes_chunks,
+                f"objective {objective.kind!r} is about one latent of each text, and "
+                "data.chunk_length makes several; leave out one of them, or train without chunks "
+                "first and go on from that run (`warm_start`)",
             )
             objective.check(self)
         require(

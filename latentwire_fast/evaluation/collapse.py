@@ -42,7 +42,8 @@ def measure_collapse(
     Args:
         results: of the evaluation; equal payloads are counted once.
     """
-    different = list(dict.fromkeys(results.payloads))[:TEXTS]
+    single = (p for m in results.payloads for p in ([m] if isinstance(m, bytes) else m))
+    different = list(dict.fromkeys(single))[:TEXTS]
     latent_NMd = model.decode_payloads(different)
     return {
         "texts": len(different),

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
+from latentwire_fast import wire
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.encoding import encode_examples
 from latentwire_fast.evaluation.fitting import fits_not, why_too_long
 from latentwire_fast.evaluation.joint import rescore
 from latentwire_fast.evaluation.methods.base import (
@@ -29,6 +31,7 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.lora import base_parameters
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
+from latentwire_fast.serving.payload_batch import Message
 
 logger = logging.getLogger(__name__)
 
@@ -65,27 +68,32 @@ class Evaluator:
         self.bar = tqdm(disable=not progress, desc="evaluate", unit="batch", dynamic_ncols=True)
 
     @torch.no_grad()
-    def encode(self) -> dict[int, list[bytes]]:
+    def encode(self) -> dict[int, list[Message]]:
         """Payloads of every example at every bit width, the widest first."""
         widths = sorted({*self.config.evaluation.bits, self.bits}, reverse=True)
-        payloads: dict[int, list[bytes]] = {bits: [] for bits in widths}
+        payloads: dict[int, list[Message]] = {bits: [] for bits in widths}
         for rows in self._batches():
-            batch = [self.examples[i] for i in rows]
-            questions = [e.question for e in batch] if self.model.mode == "pure" else None
-            latent_BMd = self.model.encode([e.context for e in batch], questions)
+            made = encode_examples(
+                self.model,
+                [self.examples[i] for i in rows],
+                bits=widths,
+                chunk_length=self.config.data.chunk_length,
+            )
             for bits in widths:
-                payloads[bits] += self.model.payloads(latent_BMd, bits=bits)
+                payloads[bits] += made[bits]
         return payloads
 
     @torch.no_grad()
     def run(self) -> EvaluationResults:
         """Score everything."""
         payloads = self.encode()
-        sizes = {bits: [len(p) for p in items] for bits, items in payloads.items()}
+        sizes = {bits: [*map(wire.payload_bytes, items)] for bits, items in payloads.items()}
         results = EvaluationResults(self.config, self.examples, sizes)
         results.payloads = payloads[self.bits]
         cases = {
-            name: EvaluationCase(self.model, receiver.reader, self.examples, payloads)
+            name: EvaluationCase(
+                self.model, receiver.reader, self.examples, payloads, self.config.data.chunk_length
+            )
             for name, receiver in self.receivers.items()
         }
         results.not_measured = self._not_measured(next(iter(cases.values())))
@@ -175,7 +183,7 @@ class Evaluator:
             results.methods[key].end_to_end_ms = end_to_end
         return results
 
-    def _rescore(self, results: EvaluationResults, payloads: Sequence[bytes]) -> None:
+    def _rescore(self, results: EvaluationResults, payloads: Sequence[Message]) -> None:
         """Joint rescoring, with two readers or more."""
         if len(self.receivers) > 1:
             results.joint = rescore(

@@ -16,6 +16,7 @@ from latentwire_fast.evaluation.methods.base import bits_key
 from latentwire_fast.evaluation.metrics import normalize_answer
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.registry import METHODS
+from latentwire_fast.serving.payload_batch import Message
 
 
 @dataclass
@@ -52,7 +53,7 @@ class EvaluationResults:
     joint: JointResult | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
     lora: dict[str, dict[str, int]] = field(default_factory=dict)
-    payloads: Sequence[bytes] = ()
+    payloads: Sequence[Message] = ()
 
     @property
     def contexts(self) -> list[str]:
@@ -88,6 +89,9 @@ class EvaluationResults:
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
         }
+        if self.config.data.chunk_length is not None:
+            measured["latent"]["chunk_length"] = self.config.data.chunk_length
+            measured["latent"]["payloads_mean"] = mean([len(p) for p in self.payloads])
         if self.not_measured:
             measured["not_measured"] = dict(self.not_measured)
         if self.lora:

@@ -29,6 +29,7 @@ from latentwire_fast.models import saved_model
 from latentwire_fast.models.attachments.base import Attachment, Place, ReaderInputs
 from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.encoders.base import Encoder
+from latentwire_fast.models.encoders.chunks import Chunks, chunks_of
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
@@ -233,6 +234,46 @@ class Interlingua(nn.Module):
         for text, question in zip(contexts, questions or repeat(None), strict=False):
             self.encoder.check_length(text, question)
         return self.payloads(self.encode(contexts, questions), bits=bits)
+
+    def cut(
+        self,
+        contexts: Sequence[str],
+        questions: Sequence[str] | None = None,
+        *,
+        length: int | None = None,
+    ) -> Chunks:
+        """Contexts in chunks of at most `length`, in the encoder's unit, at sentence ends; whole
+        ones where there is none.
+
+        Raises:
+            ConfigError, DataError: as `encode` and `cut_into_chunks`.
+        """
+        self._check_texts(contexts, questions)
+        return chunks_of(self.encoder, contexts, questions, length=length)
+
+    @torch.no_grad()
+    def encode_chunks(
+        self,
+        contexts: Sequence[str],
+        questions: Sequence[str] | None = None,
+        *,
+        length: int | None = None,
+        bits: int | None = None,
+    ) -> list[tuple[bytes, ...]]:
+        """Texts of any length to several payloads each, which a `Receiver` takes in the place of
+        one.
+
+        Args:
+            length: of a chunk at most, in the encoder's unit, with the context's label (and the
+                question in pure mode); as much as the encoder reads unless given.
+
+        Raises:
+            ConfigError, DataError: as `cut`.
+        """
+        length = self.encoder.limit.length if length is None else length
+        chunks = self.cut(contexts, questions, length=length)
+        latent_RMd = self.encode(chunks.contexts, chunks.questions)
+        return chunks.pieces.group(self.payloads(latent_RMd, bits=bits))
 
     def decode_payloads(self, payloads: Sequence[bytes]) -> Tensor:
         """Latents `[B, M, d_z]` of payloads of one width that this model's encoder wrote, unpacked

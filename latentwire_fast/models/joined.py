@@ -55,6 +55,10 @@ class Pieces:
         ends = np.cumsum(self.per_prompt).tolist()
         return [range(end - count, end) for end, count in zip(ends, self.per_prompt, strict=True)]
 
+    def group(self, payloads: Sequence[bytes]) -> list[tuple[bytes, ...]]:
+        """The payloads of each prompt."""
+        return [tuple(payloads[r] for r in rows) for rows in self.rows]
+
     def of(self, prompts: Sequence[int]) -> Pieces:
         """Those of some of the prompts, in this order."""
         slots = None

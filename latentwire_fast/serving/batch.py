@@ -21,20 +21,21 @@ class Shape:
     """The shape that one captured graph can serve; the deep prefix is the receiver's.
 
     Attributes:
-        messages: 0 for text, 1 for one that all rows read, or B.
+        payloads: 0 for text, 1 for one that all rows read, or B; each may be several.
         rows, width: B and T, see `buckets.py`.
         bits, group_size: of the payloads; 0 for text.
         head: ids whose keys and values the graph holds.
-        payloads, latents: of each message, and of each payload.
+        several: how many payloads each of them is.
+        latents: of a payload.
     """
 
-    messages: int
+    payloads: int
     rows: int
     width: int
     bits: int = 0
     group_size: int = 0
     head: tuple[int, ...] = ()
-    payloads: int = 0
+    several: int = 0
     latents: int = 0
 
 
@@ -120,7 +121,7 @@ class Batch:
             header.bits,
             header.group_size,
             head,
-            payloads=self.parcel.pieces.per_prompt[0],
+            several=self.parcel.pieces.per_prompt[0],
             latents=header.latents,
         )
 

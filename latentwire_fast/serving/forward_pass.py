@@ -6,7 +6,7 @@ key/value heads, P deep positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,6 @@ from latentwire_fast.serving.graphs import CapturedPass, GraphMemory
 from latentwire_fast.serving.input_buffer import InputBuffer
 from latentwire_fast.serving.options import Mark
 from latentwire_fast.serving.prefixes import TrainedParts, put_soft
-from latentwire_fast.serving.prompt_head import Head
 from latentwire_fast.serving.static_cache import write_through
 from latentwire_fast.wire import Header
 

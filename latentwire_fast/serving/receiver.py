@@ -190,8 +190,7 @@ class Receiver:
         """Prompts of a reader that cannot decode several lengths in one batch, one by one."""
         self.reader.warn_once(
             "apart",
-            f"reader {self.reader.name!r} reads prompts of several lengths one by one: "
-            f"{why}",
+            f"reader {self.reader.name!r} reads prompts of several lengths one by one: {why}",
         )
         parts = []
         for row, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Several latents in one prompt are read as one latent whose prefix is as long as theirs together."""
+"""Several latents in one prompt are read as one, whose prefix is as long as theirs together."""
 
 from __future__ import annotations
 

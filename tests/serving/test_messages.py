@@ -1,5 +1,5 @@
-"""Prompts about several payloads: in a batch each is what it is alone, and what transformers makes of
-one prefix of the joined length."""
+"""Prompts about several payloads: in a batch each is what it is alone, and what transformers makes
+of one prefix of the joined length."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def test_what_cannot_be_is_refused(reader: Reader) -> None:
     receiver, payloads = Receiver.of(model, reader), random_payloads(model, 2)
     with pytest.raises(PayloadError, match="prompt 1 has no payloads"):
         receiver.prefill(prompts, payloads=[payloads, []])
-    with pytest.raises(PayloadError, match="payload 1 of prompt 0: .*cut short"):
+    with pytest.raises(PayloadError, match=r"payload 1 of prompt 0: .*cut short"):
         receiver.prefill(prompts, payloads=[[payloads[0], payloads[1][:-1]], payloads[0]])
-    with pytest.raises(PayloadError, match="payload 0: .*joined with something"):
+    with pytest.raises(PayloadError, match=r"payload 0: .*joined with something"):
         receiver.prefill(prompts[:1], payloads=[payloads[0] + payloads[1]])
     with pytest.raises(ConfigError, match=r"3 payloads for 2 prompts.*a list in the place"):
         receiver.prefill(prompts, payloads=[payloads, payloads, payloads])

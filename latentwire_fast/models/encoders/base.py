@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         if length > limit.length:
             raise DataError(
                 f"the text has {length:,} {limit.unit}, the encoder reads {limit.length:,}; cut it "
-                "into several"
+                "into several (`encode_chunks`, or --chunk-length of the command `encode`)"
             )
 
     def keep_states(self, folder: Path, *, rank: int) -> None:
