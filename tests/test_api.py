@@ -212,6 +212,7 @@ SIGNATURES = {
         "(latent_BMD: 'Tensor', *, bits: 'int', group_size: 'int', fingerprint: 'int' = "
         "0) -> 'list[bytes]'"
     ),
+    "wire.payload_bytes": "(payload: 'bytes | Sequence[bytes]') -> 'int'",
     "wire.read_header": "(payload: 'bytes') -> 'Header'",
     "wire.read_payload_stream": "(stream: 'BinaryIO', *, name: 'str') -> 'Iterator[bytes]'",
     "wire.read_payloads": "(path: 'Path') -> 'Iterator[bytes]'",

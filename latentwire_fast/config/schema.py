@@ -268,6 +268,11 @@ class RunConfig(Settings):
             "each other: add it to a stage",
         )
 
+    @property
+    def scored_chunk_length(self) -> int | None:
+        """The length of the chunks that scored contexts are cut into; None: they are whole."""
+        return self.evaluation.chunk_length or self.data.chunk_length
+
     def gives(self, place: str) -> bool:
         """Whether an attachment makes this entry of a reader's inputs."""
         return any(attachment.gives == place for attachment in self.attachments)

@@ -22,7 +22,8 @@ def encode_examples(
     """One payload per example at each bit width, the model's own unless some are given.
 
     Args:
-        chunk_length: `DataConfig.chunk_length`. Each example then has all payloads of its chunks.
+        chunk_length: of the chunks that contexts are cut into: each example then has the payloads
+            of all of its chunks. None: one payload.
     """
     questions = [e.question for e in examples] if model.mode == "pure" else None
     chunks = model.cut([e.context for e in examples], questions, length=chunk_length)

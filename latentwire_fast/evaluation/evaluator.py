@@ -77,7 +77,7 @@ class Evaluator:
                 self.model,
                 [self.examples[i] for i in rows],
                 bits=widths,
-                chunk_length=self.config.data.chunk_length,
+                chunk_length=self.config.scored_chunk_length,
             )
             for bits in widths:
                 payloads[bits] += made[bits]
@@ -90,10 +90,9 @@ class Evaluator:
         sizes = {bits: [*map(wire.payload_bytes, items)] for bits, items in payloads.items()}
         results = EvaluationResults(self.config, self.examples, sizes)
         results.payloads = payloads[self.bits]
+        length = self.config.scored_chunk_length
         cases = {
-            name: EvaluationCase(
-                self.model, receiver.reader, self.examples, payloads, self.config.data.chunk_length
-            )
+            name: EvaluationCase(self.model, receiver.reader, self.examples, payloads, length)
             for name, receiver in self.receivers.items()
         }
         results.not_measured = self._not_measured(next(iter(cases.values())))

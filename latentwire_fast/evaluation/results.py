@@ -89,8 +89,8 @@ class EvaluationResults:
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
         }
-        if self.config.data.chunk_length is not None:
-            measured["latent"]["chunk_length"] = self.config.data.chunk_length
+        if self.config.scored_chunk_length is not None:
+            measured["latent"]["chunk_length"] = self.config.scored_chunk_length
             measured["latent"]["payloads_mean"] = mean([len(p) for p in self.payloads])
         if self.not_measured:
             measured["not_measured"] = dict(self.not_measured)

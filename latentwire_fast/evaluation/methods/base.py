@@ -54,7 +54,7 @@ class EvaluationCase:
         model: the trained interlingua; its mode says what a latent stands for.
         examples: each with at least one answer.
         payloads: at every bit width, one payload per example, or all those of its chunks.
-        chunk_length: `DataConfig.chunk_length`.
+        chunk_length: `RunConfig.scored_chunk_length`.
     """
 
     model: Interlingua
