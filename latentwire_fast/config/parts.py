@@ -55,6 +55,11 @@ class EncoderConfig(PartSettings):
         """Whether its latents stand at positions of the text, which a stage has to teach it."""
         return False
 
+    @property
+    def varies(self) -> bool:
+        """Whether a text may get fewer latents than `latents`."""
+        return False
+
     def with_source(self, source: str) -> EncoderConfig:
         """A copy of these settings that starts from another LM.
 
@@ -86,6 +91,11 @@ class PoolerConfig(PartSettings):
     def selects_positions(self) -> bool:
         """Whether its states are those of positions of the text, which a stage has to teach it."""
         return bool(self.registry.part_of(self).selects_positions)
+
+    @property
+    def varies(self) -> bool:
+        """Whether it can make fewer than M latents of a text."""
+        return bool(self.registry.part_of(self).varies)
 
     @property
     def needs_lm(self) -> bool:
@@ -159,6 +169,11 @@ class AttachmentConfig(PartSettings):
         return place
 
     @property
+    def varies(self) -> bool:
+        """Whether it takes a latent with fewer than M vectors."""
+        return bool(self.registry.part_of(self).varies)
+
+    @property
     def starts_from_texts(self) -> bool:
         """Whether a fresh one begins with what its reader computes of a few training texts."""
         return False
@@ -187,7 +202,8 @@ class ObjectiveConfig(PartSettings):
         reports_accuracy: whether it reports how often the answers' tokens are right.
         reads_answers: whether it is about questions and answers; a text without any is then no
             item for it.
-        takes_chunks: whether a text may be several latents, one for each of its chunks.
+        takes_chunks: whether a text may be several latents, one for each of its chunks, or one with
+            fewer than M vectors.
     """
 
     registry: ClassVar[Registry] = OBJECTIVES

@@ -259,6 +259,11 @@ class RunConfig(Settings):
                 "data.chunk_length makes several; leave out one of them, or train without chunks "
                 "first and go on from that run (`warm_start`)",
             )
+            require(
+                not self.encoder.varies or objective.takes_chunks,
+                f"objective {objective.kind!r} is about M latents of each text, and "
+                "encoder.tokens_per_latent makes fewer of some; leave out one of them",
+            )
             objective.check(self)
         require(
             not self.encoder.selects_positions

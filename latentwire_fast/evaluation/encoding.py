@@ -30,6 +30,6 @@ def encode_examples(
     latent_RMd = model.encode(chunks.contexts, chunks.questions)
     made: dict[int, list[Message]] = {}
     for width in bits or [model.bottleneck_config.bits]:
-        payloads = model.payloads(latent_RMd, bits=width)
+        payloads = model.payloads(latent_RMd, bits=width, slots=chunks.pieces.slots)
         made[width] = [*payloads] if chunk_length is None else [*chunks.pieces.group(payloads)]
     return made

@@ -89,6 +89,9 @@ class EvaluationResults:
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
         }
+        if encoder.varies:
+            single = [p for m in self.payloads for p in ([m] if isinstance(m, bytes) else m)]
+            measured["latent"]["M_mean"] = mean([wire.read_header(p).latents for p in single])
         if self.config.scored_chunk_length is not None:
             measured["latent"]["chunk_length"] = self.config.scored_chunk_length
             measured["latent"]["payloads_mean"] = mean([len(p) for p in self.payloads])

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentwire_fast import wire
 from latentwire_fast.config.schema import AttachmentConfig, BottleneckConfig, EncoderConfig, Mode
 from latentwire_fast.errors import CheckpointError, ConfigError, PayloadError
 from latentwire_fast.files.tensors import parameter_digest, read_tensors
@@ -158,6 +160,17 @@ class Interlingua(nn.Module):
         parts = self.parts(next(iter(self.cards))).values()
         return sum(part.positions - part.head_positions for part in parts)
 
+    def latents_of(self, payload: bytes) -> int:
+        """How many latents a payload holds."""
+        shape = self.encoder_config
+        return wire.read_header(payload).latents if shape.varies else shape.latents
+
+    def positions_of(self, payload: bytes) -> int:
+        """How many of a reader's positions a payload takes."""
+        latents = self.latents_of(payload)
+        parts = self.parts(next(iter(self.cards))).values()
+        return sum(part.positions_of(latents) for part in parts)
+
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
         straight through."""
@@ -171,19 +184,41 @@ class Interlingua(nn.Module):
             return latent_BMd.new_zeros(len(latent_BMd), 0, self.cards[reader].d_model)
         return cast(Tensor, soft(latent_BMd, gain=gain))
 
-    def deep_prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | None:
-        """Keys and values `[L, 2, B, H, P, d_head]` of one reader; None where it has none."""
+    def deep_prefix(
+        self,
+        reader: str,
+        latent_BMd: Tensor,
+        *,
+        gain: float = 1.0,
+        absent_BM: Tensor | None = None,
+    ) -> Tensor | None:
+        """Keys and values `[L, 2, B, H, P, d_head]` of one reader; None where it has none.
+
+        Args:
+            absent_BM: vectors that a latent does not have.
+        """
         deep = self.attachment(reader, "deep")
-        return None if deep is None else cast(Tensor, deep(latent_BMd, gain=gain))
+        if deep is None:
+            return None
+        options = {} if absent_BM is None else {"absent_BM": absent_BM}
+        return cast(Tensor, deep(latent_BMd, gain=gain, **options))
 
     def reader_inputs(
-        self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
+        self,
+        reader: str,
+        latent_BMd: Tensor,
+        *,
+        gain: float = 1.0,
+        task: Task | None = None,
+        absent_BM: Tensor | None = None,
     ) -> ReaderInputs:
         """Inputs of one reader in the latent's place.
 
         Args:
             gain: see the attachments.
             task: puts a pretraining task's token behind the soft tokens.
+            absent_BM: vectors that a latent does not have (`Pieces.absent_RM`). What is made in
+                their place is padding, for `joined_inputs` to leave out.
         """
         soft = self.prefix(reader, latent_BMd, gain=gain)
         if task is not None:
@@ -192,7 +227,7 @@ class Interlingua(nn.Module):
         deep = self.attachment(reader, "deep")
         return {
             "prefixes": soft,
-            "deep": self.deep_prefix(reader, latent_BMd, gain=gain),
+            "deep": self.deep_prefix(reader, latent_BMd, gain=gain, absent_BM=absent_BM),
             "head": 0 if deep is None else deep.head_positions,
         }
 
@@ -212,10 +247,34 @@ class Interlingua(nn.Module):
         """
         return int(parameter_digest(self.encoder.state_dict().items())[:4], 16)
 
-    def payloads(self, latent_BMd: Tensor, *, bits: int | None = None) -> list[bytes]:
-        """One payload per latent, made on the latents' device: only the bytes leave it."""
+    def payloads(
+        self,
+        latent_BMd: Tensor,
+        *,
+        bits: int | None = None,
+        slots: Sequence[int] | None = None,
+    ) -> list[bytes]:
+        """One payload per latent, made on the latents' device: only the bytes leave it.
+
+        Args:
+            slots: how many vectors of each latent are sent, the first ones; None: all. Needed where
+                the encoder's number of latents varies (`Encoder.latent_counts`).
+
+        Raises:
+            ConfigError: they are needed.
+        """
         bits = self.bottleneck.config.bits if bits is None else bits
-        return self.bottleneck.pack(latent_BMd, bits=bits, fingerprint=self.fingerprint)
+        if slots is None and self.encoder_config.varies:
+            raise ConfigError(
+                "this model's number of latents goes by the text's length: `payloads` needs it as "
+                "slots=model.encoder.latent_counts(contexts, questions)"
+            )
+        packed: dict[int, bytes] = {}
+        for count, rows in _rows_by(slots or [latent_BMd.shape[1]] * len(latent_BMd)).items():
+            part = latent_BMd if len(rows) == len(latent_BMd) else latent_BMd[rows]
+            made = self.bottleneck.pack(part[:, :count], bits=bits, fingerprint=self.fingerprint)
+            packed |= dict(zip(rows, made, strict=True))
+        return [packed[row] for row in range(len(latent_BMd))]
 
     @torch.no_grad()
     def encode_payloads(
@@ -233,7 +292,8 @@ class Interlingua(nn.Module):
         self._check_texts(contexts, questions)
         for text, question in zip(contexts, questions or repeat(None), strict=False):
             self.encoder.check_length(text, question)
-        return self.payloads(self.encode(contexts, questions), bits=bits)
+        slots = self.encoder.latent_counts(contexts, questions)
+        return self.payloads(self.encode(contexts, questions), bits=bits, slots=slots)
 
     def cut(
         self,
@@ -273,15 +333,30 @@ class Interlingua(nn.Module):
         length = self.encoder.limit.length if length is None else length
         chunks = self.cut(contexts, questions, length=length)
         latent_RMd = self.encode(chunks.contexts, chunks.questions)
-        return chunks.pieces.group(self.payloads(latent_RMd, bits=bits))
+        payloads = self.payloads(latent_RMd, bits=bits, slots=chunks.pieces.slots)
+        return chunks.pieces.group(payloads)
 
     def decode_payloads(self, payloads: Sequence[bytes]) -> Tensor:
         """Latents `[B, M, d_z]` of payloads of one width that this model's encoder wrote, unpacked
-        on the model's device.
+        on the model's device. Where a payload has fewer than M, zeros stand for the others.
 
         Raises:
             PayloadError: damaged bytes, another shape, or another model's fingerprint.
         """
+        if not (self.encoder_config.varies and payloads):
+            return self._unpack(payloads)
+        latents = self.encoder_config.latents
+        counts = [wire.read_header(payload).latents for payload in payloads]
+        rows_of = _rows_by(counts)
+        parts = {
+            row: F.pad(latent_Md, (0, 0, 0, latents - count))
+            for count, rows in rows_of.items()
+            for row, latent_Md in zip(rows, self._unpack([payloads[r] for r in rows]), strict=True)
+        }
+        return torch.stack([parts[row] for row in range(len(payloads))])
+
+    def _unpack(self, payloads: Sequence[bytes]) -> Tensor:
+        """Latents of payloads with one number of them."""
         device = next(self.parameters()).device
         latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
         for i, header in enumerate(headers):
@@ -291,7 +366,8 @@ class Interlingua(nn.Module):
                     f"{self.fingerprint:#06x}; decode it with the model that encoded it"
                 )
         found, expected = headers[0], self.encoder_config
-        if (found.latents, found.d_z) != (expected.latents, expected.d_z):
+        is_fewer = expected.varies and found.latents < expected.latents
+        if found.d_z != expected.d_z or not (is_fewer or found.latents == expected.latents):
             raise PayloadError(
                 f"the payloads hold latents {(found.latents, found.d_z)}, this model's are "
                 f"{(expected.latents, expected.d_z)}"
@@ -393,3 +469,11 @@ class Interlingua(nn.Module):
         for name in saved.lora:
             model.lora[name] = ReaderLora.load(folder / LORA / name)
         return model.eval()
+
+
+def _rows_by(counts: Sequence[int]) -> dict[int, list[int]]:
+    """The rows of each count."""
+    rows: dict[int, list[int]] = {}
+    for row, count in enumerate(counts):
+        rows.setdefault(count, []).append(row)
+    return rows

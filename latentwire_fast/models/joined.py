@@ -55,6 +55,13 @@ class Pieces:
         ends = np.cumsum(self.per_prompt).tolist()
         return [range(end - count, end) for end, count in zip(ends, self.per_prompt, strict=True)]
 
+    def absent_RM(self, latents: int, *, device: torch.device) -> Tensor | None:
+        """The vectors that a latent does not have; None where each has all."""
+        if self.slots is None:
+            return None
+        count_R1 = torch.tensor(self.slots, device=device)[:, None]
+        return torch.arange(latents, device=device) >= count_R1
+
     def group(self, payloads: Sequence[bytes]) -> list[tuple[bytes, ...]]:
         """The payloads of each prompt."""
         return [tuple(payloads[r] for r in rows) for rows in self.rows]

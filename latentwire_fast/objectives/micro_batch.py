@@ -71,10 +71,11 @@ class EncodedBatch:
         self._dropout = dropout
         self._cuts: list[tuple[Tensor, Tensor]] = []  # (end of the encoder's graph, leaf behind it)
         self._sent: dict[tuple[Texts, Texts | None], Tensor] = {}
-        self.pieces = Pieces(tuple(len(p.chunks) for p in items))
         contexts = tuple(chunk for p in items for chunk in p.chunks)
         asked = (p.question for p in items for _ in p.chunks)
         questions = tuple(question for question in asked if question is not None) or None
+        slots = model.encoder.latent_counts(contexts, questions)
+        self.pieces = Pieces(tuple(len(p.chunks) for p in items), slots)
         self.selection: Selection | None = None
         if select:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not hold):
@@ -198,7 +199,11 @@ class ReaderBatch:
     @cached_property
     def inputs(self) -> ReaderInputs:
         """The reader's inputs in the place of the items' latents."""
-        return self.inputs_of(self.encoded.sent_BMd)
+        sent_BMd, pieces = self.encoded.sent_BMd, self.encoded.pieces
+        absent_BM = pieces.absent_RM(sent_BMd.shape[1], device=sent_BMd.device)
+        return self.model.reader_inputs(
+            self.reader.name, sent_BMd, gain=self.encoded.gain, absent_BM=absent_BM
+        )
 
     @cached_property
     def prompt_inputs(self) -> dict[str, Any]:

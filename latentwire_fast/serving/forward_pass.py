@@ -26,9 +26,9 @@ from latentwire_fast.serving.batch import Batch, Spans, deep_positions
 from latentwire_fast.serving.graphs import CapturedPass, GraphMemory
 from latentwire_fast.serving.input_buffer import InputBuffer
 from latentwire_fast.serving.options import Mark
+from latentwire_fast.serving.payload_batch import Parcel
 from latentwire_fast.serving.prefixes import TrainedParts, put_soft
 from latentwire_fast.serving.static_cache import write_through
-from latentwire_fast.wire import Header
 
 
 class ForwardPass:
@@ -47,14 +47,13 @@ class ForwardPass:
         # One compilation for all lengths of a batch; one for each takes a minute of a reader.
         self._compiled = torch.compile(reader.backbone, dynamic=True) if compiled else None
 
-    def spans(self, header: Header) -> Spans:
-        """The positions that a payload takes."""
+    def spans(self, parcel: Parcel) -> Spans:
+        """The positions that a payload takes, padding included."""
         assert self.parts is not None
-        head = self.head_positions
         return Spans(
-            _positions(self.parts.adapter, header),
-            _positions(self.parts.deep_prefix, header) - head,
-            head,
+            _positions(self.parts.adapter, parcel.latents),
+            _positions(self.parts.deep_prefix, parcel.latents),
+            self.head_positions,
         )
 
     @property
@@ -230,8 +229,8 @@ def _mask_of_uneven(batch: Batch, device: torch.device) -> Tensor | None:
     return torch.from_numpy(np.concatenate([deep_BP, own_BT], 1)).long().to(device)
 
 
-def _positions(part: nn.Module | None, header: Header) -> int:
+def _positions(part: nn.Module | None, latents: int) -> int:
     """How many positions a trained part makes of a payload; one per latent unless it says."""
     if part is None:
         return 0
-    return part.positions if isinstance(part, Attachment) else header.latents
+    return part.positions_of(latents) if isinstance(part, Attachment) else latents

@@ -54,7 +54,7 @@ class Intake:
         spans = Spans()
         head = self._head(prompts) if parcel is not None else None
         if parcel is not None:
-            spans = self._pass.spans(parcel.header)
+            spans = self._pass.spans(parcel)
             sizes = parcel.pieces.sizes(spans.soft) if spans.soft else [0]
             soft = sizes[0] if len(sizes) == 1 else sizes
             before = self._pass.head_positions if head is None else len(head.ids)

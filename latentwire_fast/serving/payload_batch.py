@@ -46,6 +46,14 @@ class Parcel:
     latent_RMd: Tensor | None = None
 
     @property
+    def latents(self) -> int:
+        """M of the tensors that the payloads become."""
+        if self.pieces.slots is None:
+            return self.header.latents
+        assert self.latent_RMd is not None
+        return self.latent_RMd.shape[1]
+
+    @property
     def messages(self) -> int:
         """How many there are: one that all prompts read, or one for each."""
         return len(self.pieces.per_prompt)
@@ -99,12 +107,15 @@ class PayloadKind:
     Attributes:
         unpack: payloads to latents `[R, M, d]` fp32, where their values are not the latent's own
             codes; None where they are, and the reader's device unpacks them.
+        decode: payloads with any number of latents up to `latents`, to `[R, latents, d]` with zeros
+            behind them; None where all payloads have `latents`.
     """
 
     latents: int
     d_z: int
     fingerprint: int
     unpack: Callable[[Sequence[bytes]], Tensor] | None = None
+    decode: Callable[[Sequence[bytes]], Tensor] | None = None
 
     def open(self, messages: Sequence[Message]) -> Parcel:
         """Check everything about payloads but the values that they carry.
@@ -126,9 +137,13 @@ class PayloadKind:
                     headers.append(check_frame(payload))
                     self._check(headers[-1], headers[0])
                 payloads.append(payload)
-        latent_RMd = None if self.unpack is None else self.unpack(payloads)
-        counts = (len(m) if isinstance(m, list | tuple) else 1 for m in messages)
-        return Parcel(headers[0], payloads, Pieces(tuple(counts)), latent_RMd)
+        counts = tuple(len(m) if isinstance(m, list | tuple) else 1 for m in messages)
+        latents = tuple(header.latents for header in headers)
+        if len({*latents}) > 1:
+            assert self.decode is not None
+            return Parcel(headers[0], payloads, Pieces(counts, latents), self.decode(payloads))
+        latent_RMd = None if self.unpack is None else self.unpack(payloads)[:, : latents[0]]
+        return Parcel(headers[0], payloads, Pieces(counts), latent_RMd)
 
     def _check(self, header: Header, first: Header) -> None:
         if header.fingerprint != self.fingerprint:
@@ -136,12 +151,13 @@ class PayloadKind:
                 f"it was written by model {header.fingerprint:#06x}, this receiver reads "
                 f"{self.fingerprint:#06x}; decode it with the model that encoded it"
             )
-        if (header.latents, header.d_z) != (self.latents, self.d_z):
+        is_fewer = self.decode is not None and header.latents < self.latents
+        if header.d_z != self.d_z or not (is_fewer or header.latents == self.latents):
             raise PayloadError(
                 f"it holds a latent ({header.latents}, {header.d_z}), this receiver reads "
                 f"({self.latents}, {self.d_z})"
             )
-        if header != first:
+        if (header.bits, header.group_size) != (first.bits, first.group_size):
             raise PayloadError(
                 f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
                 f"{first.bits} in groups of {first.group_size}; read them in two batches"

@@ -99,10 +99,12 @@ class TrainedParts:
             unpacked_RMd = dequantize(inputs["codes"], inputs["scales"], header)
         latent_RMd = unpacked_RMd.to(self._dtype)
         mark("dequantise")
-        soft, deep = (
-            None if part is None else part(latent_RMd, gain=self._gain)
-            for part in (self.adapter, self.deep_prefix)
-        )
+        absent_RM = parcel.pieces.absent_RM(latent_RMd.shape[1], device=latent_RMd.device)
+        soft = None if self.adapter is None else self.adapter(latent_RMd, gain=self._gain)
+        deep = None
+        if self.deep_prefix is not None:
+            options = {} if absent_RM is None else {"absent_BM": absent_RM}
+            deep = self.deep_prefix(latent_RMd, gain=self._gain, **options)
         mark("adapter")
         return soft, deep
 

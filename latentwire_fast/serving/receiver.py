@@ -123,6 +123,7 @@ class Receiver:
             encoder.d_z,
             model.fingerprint,
             unpack=None if model.bottleneck.sends_codes else model.decode_payloads,
+            decode=model.decode_payloads if encoder.varies else None,
         )
         return cls(
             reader,

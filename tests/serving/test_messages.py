@@ -18,6 +18,7 @@ from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
 from receiving import asking, at_most, gpt2_reader, make_model, random_payloads
+from varying import TEXTS, model_of
 
 NEW = 16
 PREFIXES = ["soft", "deep", "both"]
@@ -135,3 +136,19 @@ def test_a_reader_with_a_table_of_positions_takes_soft_ones(reader: Reader) -> N
     deep = make_model(other, "deep")
     with pytest.raises(ConfigError, match="several payloads in one prompt"):
         Receiver.of(deep, other).prefill(prompts[:1], payloads=messages_of(deep, (2,)))
+
+
+@pytest.mark.usefixtures("engine")
+def test_payloads_with_several_numbers_of_latents(reader: Reader) -> None:
+    model, prompts = model_of(reader), asking(reader, QUESTIONS)
+    receiver, payloads = Receiver.of(model, reader), model.encode_payloads(TEXTS)
+    first = receiver.prefill(prompts, payloads=payloads)
+    tokens = first.generate(at_most(6))
+    for row, (prompt, payload) in enumerate(zip(prompts, payloads, strict=True)):
+        alone = receiver.prefill([prompt], payloads=[payload])
+        torch.testing.assert_close(first.logits_BV[row], alone.logits_BV[0], rtol=1e-4, atol=1e-4)
+        assert tokens[row] == alone.generate(at_most(6))[0]
+    mixed = receiver.prefill(prompts, payloads=[payloads, payloads[:1], payloads[1:]])
+    for row, message in enumerate([payloads, payloads[:1], payloads[1:]]):
+        alone = receiver.prefill(prompts[row : row + 1], payloads=[message])
+        torch.testing.assert_close(mixed.logits_BV[row], alone.logits_BV[0], rtol=1e-4, atol=1e-4)

@@ -74,7 +74,8 @@ class EvaluationCase:
 
     def positions(self, payload: Message) -> int:
         """How many of the reader's positions a payload takes, or several of one text."""
-        return self.model.positions * (1 if isinstance(payload, bytes) else len(payload))
+        single = [payload] if isinstance(payload, bytes) else payload
+        return sum(map(self.model.positions_of, single))
 
     def positions_of(self, i: int) -> int:
         """How many of them the latents of example `i` take."""
@@ -88,10 +89,13 @@ class EvaluationCase:
 
     def zero_payload(self, i: int, *, bits: int) -> Message:
         """Like the payload of example `i`, of latents that are zero everywhere."""
-        shape = self.model.encoder_config
-        (payload,) = self.model.payloads(torch.zeros(1, shape.latents, shape.d_z), bits=bits)
         own = self.payloads[bits][i]
-        return payload if isinstance(own, bytes) else (payload,) * len(own)
+        single = [own] if isinstance(own, bytes) else own
+        shape = self.model.encoder_config
+        latents = [self.model.latents_of(payload) for payload in single]
+        zeros = torch.zeros(len(single), shape.latents, shape.d_z)
+        made = self.model.payloads(zeros, bits=bits, slots=latents)
+        return made[0] if isinstance(own, bytes) else tuple(made)
 
     @cached_property
     def other_contexts(self) -> list[int]:

@@ -39,11 +39,13 @@ class Attachment(nn.Module):
 
     Attributes:
         gives: that entry.
+        varies: whether it takes latents with fewer than M vectors, and makes a position of each.
         config: its settings.
     """
 
     Config: ClassVar[type[AttachmentConfig]] = AttachmentConfig
     gives: ClassVar[Place]
+    varies: ClassVar[bool] = False
 
     def __init__(self, config: AttachmentConfig) -> None:
         super().__init__()
@@ -80,6 +82,10 @@ class Attachment(nn.Module):
             gain: a factor on its strength, which a user may give when decoding.
         """
         raise NotImplementedError
+
+    def positions_of(self, latents: int) -> int:
+        """How many positions it makes of so many latents, those of a prompt's head aside."""
+        return latents if self.varies else self.positions - self.head_positions
 
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:
         """Root mean squares of what it makes, by name, for the log."""

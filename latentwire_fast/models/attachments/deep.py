@@ -90,6 +90,7 @@ class DeepPrefix(Attachment):
             )
 
     gives = "deep"
+    varies = True
     config: Config
     table_parameters: ClassVar[tuple[str, ...]] = ("slots",)
 
@@ -166,20 +167,23 @@ class DeepPrefix(Attachment):
             self.head = torch.empty_like(saved, device=self.head.device)
         super()._load_from_state_dict(state, prefix, *rest)
 
-    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
+    def forward(
+        self, latent_BMd: Tensor, *, gain: float = 1.0, absent_BM: Tensor | None = None
+    ) -> Tensor:
         """Keys and values `[L, 2, B, H, P, D]`, in the generator's dtype.
 
         Args:
             gain: multiplies the values (prefix gain); the keys, and so the attention, stay.
+            absent_BM: vectors that a latent does not have, the last ones: no other sees them.
         """
         g = self.geometry
-        lifted_BMW = self.lift(latent_BMd) + self.slots
+        lifted_BMW = self.lift(latent_BMd) + self.slots[: latent_BMd.shape[1]]
         inner = nn.functional.silu(self.up(self.norm(lifted_BMW)))
         hidden_BMW = lifted_BMW + self.dropout(self.down(inner))
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
         made = ops.project_calibrate(
-            self.body(hidden_BMW),
+            self.body(hidden_BMW, src_key_padding_mask=absent_BM),
             *(self.project.weight, self.project.bias),
             target_rms=1.0,
             gain=scale_L2.flatten(),

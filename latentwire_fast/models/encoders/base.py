@@ -82,6 +82,13 @@ class Encoder(nn.Module):
         """
         raise ConfigError(f"encoder {self.config.kind!r} selects no positions")
 
+    def latent_counts(
+        self, contexts: Texts, questions: Texts | None = None
+    ) -> tuple[int, ...] | None:
+        """How many latents each text gets, the first of M: `forward` gives zeros in the place of
+        the others. None where each gets M."""
+        return None
+
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read.
 

@@ -27,7 +27,7 @@ class Chunks:
     Attributes:
         contexts: all chunks of the first prompt's context, then those of the second, and so on.
         questions: in pure mode, the question of each of these.
-        pieces: how many belong to each prompt.
+        pieces: how many belong to each prompt, and how many vectors each latent has.
     """
 
     contexts: tuple[str, ...]
@@ -55,8 +55,9 @@ def chunks_of(
     repeated = None
     if questions is not None:
         repeated = tuple(q for q, own in zip(questions, parts, strict=True) for _ in own)
-    pieces = Pieces(tuple(map(len, parts)))
-    return Chunks(tuple(chunk for own in parts for chunk in own), repeated, pieces)
+    chunks = tuple(chunk for own in parts for chunk in own)
+    pieces = Pieces(tuple(map(len, parts)), encoder.latent_counts(chunks, repeated))
+    return Chunks(chunks, repeated, pieces)
 
 
 def cut_into_chunks(
