@@ -25,6 +25,7 @@ from latentwire_fast.errors import ConfigError
 
 # What a trained run can be read with anew: all else is in its weights.
 OF_A_TRAINED_RUN = ("readers", "evaluation")
+OF_ITS_DATA = ("facts",)  # and this of the texts that it is scored on
 
 
 def with_assignments(
@@ -81,10 +82,12 @@ def _check_reader_option(steps: Sequence[str], text: str) -> None:
 
 
 def _for_a_trained_run(steps: list[str], option: str, text: str) -> list[str]:
-    if steps[0] not in OF_A_TRAINED_RUN or steps[-1] == "source":
+    is_of_data = steps[0] == "data" and steps[1:] in [[name] for name in OF_ITS_DATA]
+    if not is_of_data and (steps[0] not in OF_A_TRAINED_RUN or steps[-1] == "source"):
         raise ConfigError(
             f"{option} {text!r}: that is fixed when a run is trained; what can be set then is "
-            f"{' and '.join(OF_A_TRAINED_RUN)}, without the readers' sources"
+            f"{' and '.join(OF_A_TRAINED_RUN)}, without the readers' sources, and data."
+            f"{' and data.'.join(OF_ITS_DATA)} of what it is scored on"
         )
     is_dtype = steps[0] == "readers" and steps[2:] == ["dtype"]
     return [*steps[:2], "compute_dtype"] if is_dtype else steps

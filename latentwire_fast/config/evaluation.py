@@ -44,6 +44,8 @@ class EvalConfig(Settings):
     """Evaluation after training.
 
     Attributes:
+        chunk_length: of the chunks that scored contexts are cut into; None: as in training
+            (`DataConfig.chunk_length`).
         continuation: a measure of running text beside the questions; context mode only.
         pca_texts: fit principal components of each reader's embeddings to so many training texts,
             and score latents of these too (method `pca`); 0 for none.
@@ -57,12 +59,15 @@ class EvalConfig(Settings):
     first_token_temperature: float = 0.0
     first_token_top_p: float = 1.0
     eos_ban_steps: int = 0
+    chunk_length: int | None = None
     continuation: ContinuationConfig | None = None
     pca_texts: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
+        self.at_least_one(
+            "batch_size", "max_new_tokens", "timing_examples", "resamples", "chunk_length"
+        )
         for bits in self.bits:
             require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
         require(self.pca_texts >= 0, f"pca_texts={self.pca_texts}, expected at least 0")

@@ -60,6 +60,11 @@ class EncoderConfig(PartSettings):
         """How many training texts a fresh encoder is fitted to (`Encoder.fit`); 0 for none."""
         return 0
 
+    @property
+    def varies(self) -> bool:
+        """Whether a text may get fewer latents than `latents`."""
+        return False
+
     def with_source(self, source: str) -> EncoderConfig:
         """A copy of these settings that starts from another LM.
 
@@ -91,6 +96,11 @@ class PoolerConfig(PartSettings):
     def selects_positions(self) -> bool:
         """Whether its states are those of positions of the text, which a stage has to teach it."""
         return bool(self.registry.part_of(self).selects_positions)
+
+    @property
+    def varies(self) -> bool:
+        """Whether it can make fewer than M latents of a text."""
+        return bool(self.registry.part_of(self).varies)
 
     @property
     def needs_lm(self) -> bool:
@@ -164,6 +174,11 @@ class AttachmentConfig(PartSettings):
         return place
 
     @property
+    def varies(self) -> bool:
+        """Whether it takes a latent with fewer than M vectors."""
+        return bool(self.registry.part_of(self).varies)
+
+    @property
     def starts_from_texts(self) -> bool:
         """Whether a fresh one begins with what its reader computes of a few training texts."""
         return False
@@ -195,6 +210,8 @@ class ObjectiveConfig(PartSettings):
         of_latents: whether it is about latents alone, before any reader: a run on a base, which
             keeps its encoder, has nothing to learn from it.
         head_fields: the settings that decide the shape of its head (`Objective.build_head`).
+        takes_chunks: whether a text may be several latents, one for each of its chunks, or one with
+            fewer than M vectors.
     """
 
     registry: ClassVar[Registry] = OBJECTIVES
@@ -204,6 +221,7 @@ class ObjectiveConfig(PartSettings):
     reports_accuracy: ClassVar[bool] = False
     of_latents: ClassVar[bool] = False
     head_fields: ClassVar[tuple[str, ...]] = ()
+    takes_chunks: ClassVar[bool] = False
 
     weight: float = 1.0
 

@@ -72,6 +72,9 @@ class DataConfig(Settings):
         max_context_tokens: examples with a longer context, in any reader's tokens, are left out.
         train_contexts: train on at most so many contexts, drawn by `seed`; None: all. What frozen
             models make of a context is computed once: fewer are seen more often in the same time.
+        chunk_length: contexts are cut at sentence ends into chunks of at most so many of the
+            encoder's tokens (of its bytes, where it reads these), each with a latent of its own;
+            None: one latent for each context, and what is too long for it is cut off.
         facts: testbed: facts per passage at the end of the curriculum.
         similar: testbed: share of training passages with only two kinds of facts, which have to
             be told apart.
@@ -84,6 +87,7 @@ class DataConfig(Settings):
     text_share: float | None = None
     max_context_tokens: int | None = None
     train_contexts: int | None = None
+    chunk_length: int | None = None
     facts: int = 4
     similar: float = 0.0
     questions_per_context: int = 4
@@ -95,7 +99,11 @@ class DataConfig(Settings):
         require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
         self.at_least_one(
-            "questions_per_context", "eval_examples", "max_context_tokens", "train_contexts"
+            "questions_per_context",
+            "eval_examples",
+            "max_context_tokens",
+            "train_contexts",
+            "chunk_length",
         )
         share = self.text_share
         require(share is None or 0 <= share <= 1, f"text_share={share}, expected 0 to 1, or none")
@@ -202,6 +210,7 @@ class RunConfig(Settings):
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
         self._check_stages()
         self._check_slots()
+        self._check_chunks()
         require(
             self.base is None or "encoder" not in self.warm_start,
             "warm_start: the encoder is the base's, and stays as it is; leave out one of them",
@@ -219,6 +228,13 @@ class RunConfig(Settings):
                 f"attachments: {attachment.kind!r} is not the only one that makes a reader's "
                 f"{place} ({' and '.join(map(repr, rivals))} do); keep one of them",
             )
+
+    def _check_chunks(self) -> None:
+        require(
+            self.scored_chunk_length is None or not self.gives("layers"),
+            "chunk_length makes several latents of a text, and an attachment between a reader's "
+            "layers ('cross_attention') reads one; leave out one of them",
+        )
 
     def _check_slots(self) -> None:
         for name, count in self.private_slots.items():
@@ -269,6 +285,17 @@ class RunConfig(Settings):
                 f"objective {objective.kind!r} trains latents, and the encoder of {self.base} "
                 "stays as it is; leave it out",
             )
+            require(
+                self.data.chunk_length is None or objective.takes_chunks,
+                f"objective {objective.kind!r} is about one latent of each text, and "
+                "data.chunk_length makes several; leave out one of them, or train without chunks "
+                "first and go on from that run (`warm_start`)",
+            )
+            require(
+                not self.encoder.varies or objective.takes_chunks,
+                f"objective {objective.kind!r} is about M latents of each text, and "
+                "encoder.tokens_per_latent makes fewer of some; leave out one of them",
+            )
             objective.check(self)
         self._check_heads(objectives)
         require(
@@ -290,6 +317,11 @@ class RunConfig(Settings):
                 f"stages: objective {objective.kind!r} has one head for all of them; give it the "
                 f"same {', '.join(names)} in each",
             )
+
+    @property
+    def scored_chunk_length(self) -> int | None:
+        """The length of the chunks that scored contexts are cut into; None: they are whole."""
+        return self.evaluation.chunk_length or self.data.chunk_length
 
     def gives(self, place: str) -> bool:
         """Whether an attachment makes this entry of a reader's inputs."""

@@ -7,15 +7,16 @@ builder, one receiver and one clock (`timing.py`); `methods/` says what they are
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from latentwire_fast import wire
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.encoding import EncodedExamples, encode_examples
 from latentwire_fast.evaluation.fitting import fits_not, why_too_long
 from latentwire_fast.evaluation.joint import rescore
 from latentwire_fast.evaluation.methods.base import (
@@ -31,6 +32,7 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.lora import base_parameters
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
+from latentwire_fast.serving.payload_batch import Message
 
 logger = logging.getLogger(__name__)
 
@@ -69,44 +71,48 @@ class Evaluator:
         )
         self.bar = tqdm(disable=not progress, desc="evaluate", unit="batch", dynamic_ncols=True)
 
-    def encode(self, reader: str | None = None) -> dict[int, list[bytes]]:
+    def encode(self, reader: str | None = None) -> dict[int, list[Message]]:
         """Payloads of every example at every bit width, the widest first.
 
         Args:
             reader: as in `Interlingua.payloads`.
         """
         widths = sorted({*self.config.evaluation.bits, self.bits}, reverse=True)
-        payloads: dict[int, list[bytes]] = {bits: [] for bits in widths}
-        for latent_BMd in self._latents:
+        payloads: dict[int, list[Message]] = {bits: [] for bits in widths}
+        for encoded in self._encoded:
             for bits in widths:
-                payloads[bits] += self.model.payloads(latent_BMd, bits=bits, reader=reader)
+                payloads[bits] += encoded.messages(self.model, bits=bits, reader=reader)
         return payloads
 
     @cached_property
     @torch.no_grad()
-    def _latents(self) -> list[Tensor]:
+    def _encoded(self) -> list[EncodedExamples]:
         """Latents of every example, by batch."""
-        found = []
-        for rows in self._batches():
-            batch = [self.examples[i] for i in rows]
-            questions = [e.question for e in batch] if self.model.mode == "pure" else None
-            found.append(self.model.encode([e.context for e in batch], questions))
-        return found
+        length = self.config.scored_chunk_length
+        return [
+            encode_examples(self.model, [self.examples[i] for i in rows], chunk_length=length)
+            for rows in self._batches()
+        ]
 
     @torch.no_grad()
     def run(self) -> EvaluationResults:
         """Score everything."""
         payloads = self.encode()
-        sizes = {bits: [len(p) for p in items] for bits, items in payloads.items()}
-        results = EvaluationResults(self.config, self.examples, sizes)
+        results = EvaluationResults(self.config, self.examples, _sizes(payloads))
         results.payloads = payloads[self.bits]
         cases = {}
         for name, receiver in self.receivers.items():
             alone = self.encode(name) if self.model.slots.private else {}
             if alone:
-                results.sizes_alone[name] = {b: [len(p) for p in ps] for b, ps in alone.items()}
+                results.sizes_alone[name] = _sizes(alone)
             cases[name] = EvaluationCase(
-                self.model, receiver.reader, self.examples, payloads, self.training_texts, alone
+                self.model,
+                receiver.reader,
+                self.examples,
+                payloads,
+                self.training_texts,
+                alone,
+                self.config.scored_chunk_length,
             )
         results.not_measured = self._not_measured(next(iter(cases.values())))
         for name, case in cases.items():
@@ -196,7 +202,7 @@ class Evaluator:
             results.methods[key].end_to_end_ms = end_to_end
         return results
 
-    def _rescore(self, results: EvaluationResults, payloads: Sequence[bytes]) -> None:
+    def _rescore(self, results: EvaluationResults, payloads: Sequence[Message]) -> None:
         """Joint rescoring, with two readers or more."""
         if len(self.receivers) > 1:
             results.joint = rescore(
@@ -207,3 +213,8 @@ class Evaluator:
                 answers={n: r.methods["latent"].predictions for n, r in results.readers.items()},
                 batch_size=self.config.evaluation.batch_size,
             )
+
+
+def _sizes(payloads: Mapping[int, Sequence[Message]]) -> dict[int, list[int]]:
+    """Bytes that are sent of each example, by bit width."""
+    return {bits: [*map(wire.payload_bytes, items)] for bits, items in payloads.items()}

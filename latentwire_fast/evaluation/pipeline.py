@@ -219,6 +219,8 @@ def _truncated(evaluator: Evaluator) -> dict[str, Any]:
     where the encoder reads all of it."""
     texts = ((e.context, e.question) for e in evaluator.examples)
     model = evaluator.model
+    if evaluator.config.scored_chunk_length is not None:
+        return {}
     truncation = measure_truncation(model.encoder, texts, mode=model.mode)
     if not truncation.cut:
         return {}

@@ -16,6 +16,7 @@ from latentwire_fast.evaluation.methods.base import bits_key
 from latentwire_fast.evaluation.metrics import normalize_answer
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.registry import METHODS
+from latentwire_fast.serving.payload_batch import Message, payloads_of
 
 
 @dataclass
@@ -54,7 +55,7 @@ class EvaluationResults:
     joint: JointResult | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
     lora: dict[str, dict[str, int]] = field(default_factory=dict)
-    payloads: Sequence[bytes] = ()
+    payloads: Sequence[Message] = ()
     sizes_alone: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     @property
@@ -97,6 +98,12 @@ class EvaluationResults:
                 name: {str(b): mean(v) for b, v in sizes.items()}
                 for name, sizes in self.sizes_alone.items()
             }
+        if encoder.varies:
+            single = [p for message in self.payloads for p in payloads_of(message)]
+            measured["latent"]["M_mean"] = mean([wire.read_header(p).latents for p in single])
+        if self.config.scored_chunk_length is not None:
+            measured["latent"]["chunk_length"] = self.config.scored_chunk_length
+            measured["latent"]["payloads_mean"] = mean([len(p) for p in self.payloads])
         if self.not_measured:
             measured["not_measured"] = dict(self.not_measured)
         if self.lora:

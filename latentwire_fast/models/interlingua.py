@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentwire_fast import wire
 from latentwire_fast.config.schema import AttachmentConfig, BottleneckConfig, EncoderConfig, Mode
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.tensors import parameter_digest, read_tensors
@@ -29,6 +31,7 @@ from latentwire_fast.models import saved_model
 from latentwire_fast.models.attachments.base import Attachment, Place, ReaderInputs
 from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.encoders.base import Encoder
+from latentwire_fast.models.encoders.chunks import Chunks, chunks_of
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.models.slots import Slots
 from latentwire_fast.prompts.batch import LayerUpdates
@@ -160,19 +163,27 @@ class Interlingua(nn.Module):
         found = (part for part in self.parts(reader).values() if part.gives == gives)
         return next(found, None)
 
-    def positions_of(self, reader: str) -> int:
-        """How many of one reader's positions a latent takes."""
-        return sum(p.positions - p.head_positions for p in self.parts(reader).values())
+    def positions_of(self, reader: str, payload: bytes | None = None) -> int:
+        """How many of one reader's positions a payload takes; a latent, at most, where none is
+        given."""
+        latents = self.encoder_config.latents if payload is None else self.latents_of(payload)
+        return sum(part.positions_of(latents) for part in self.parts(reader).values())
 
     @property
     def positions(self) -> int:
         """How many of a reader's positions a latent takes, at most."""
         return max(map(self.positions_of, self.cards))
 
-    def compared_positions_of(self, reader: str) -> int:
-        """How many positions of text a latent is compared with: those that it takes of one reader,
-        and what layers attend to besides."""
-        return sum(part.compared_positions for part in self.parts(reader).values())
+    def compared_positions_of(self, reader: str, payload: bytes | None = None) -> int:
+        """How many positions of text it is compared with: those that it takes of one reader, and
+        what layers attend to besides."""
+        latents = self.encoder_config.latents if payload is None else self.latents_of(payload)
+        return sum(part.compared_positions_of(latents) for part in self.parts(reader).values())
+
+    def latents_of(self, payload: bytes) -> int:
+        """How many latents a payload for all readers holds."""
+        shape = self.encoder_config
+        return wire.read_header(payload).latents if shape.varies else shape.latents
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
@@ -187,12 +198,24 @@ class Interlingua(nn.Module):
             return latent_BMd.new_zeros(len(latent_BMd), 0, self.cards[reader].d_model)
         return cast(Tensor, soft(self.slots.of(reader, latent_BMd), gain=gain))
 
-    def deep_prefix(self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | None:
-        """Keys and values `[L, 2, B, H, P, d_head]` of one reader; None where it has none."""
+    def deep_prefix(
+        self,
+        reader: str,
+        latent_BMd: Tensor,
+        *,
+        gain: float = 1.0,
+        absent_BM: Tensor | None = None,
+    ) -> Tensor | None:
+        """Keys and values `[L, 2, B, H, P, d_head]` of one reader; None where it has none.
+
+        Args:
+            absent_BM: vectors that a latent does not have.
+        """
         deep = self.attachment(reader, "deep")
         if deep is None:
             return None
-        return cast(Tensor, deep(self.slots.of(reader, latent_BMd), gain=gain))
+        options = {} if absent_BM is None else {"absent_BM": absent_BM}
+        return cast(Tensor, deep(self.slots.of(reader, latent_BMd), gain=gain, **options))
 
     def layer_updates(
         self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0
@@ -204,13 +227,21 @@ class Interlingua(nn.Module):
         return cast(LayerUpdates, layers(self.slots.of(reader, latent_BMd), gain=gain))
 
     def reader_inputs(
-        self, reader: str, latent_BMd: Tensor, *, gain: float = 1.0, task: Task | None = None
+        self,
+        reader: str,
+        latent_BMd: Tensor,
+        *,
+        gain: float = 1.0,
+        task: Task | None = None,
+        absent_BM: Tensor | None = None,
     ) -> ReaderInputs:
         """Inputs of one reader in the latent's place.
 
         Args:
             gain: see the attachments.
             task: puts a pretraining task's token behind the soft tokens.
+            absent_BM: vectors that a latent does not have (`Pieces.absent_RM`). What is made in
+                their place is padding, for `joined_inputs` to leave out.
         """
         soft = self.prefix(reader, latent_BMd, gain=gain)
         if task is not None:
@@ -219,7 +250,7 @@ class Interlingua(nn.Module):
         deep = self.attachment(reader, "deep")
         return {
             "prefixes": soft,
-            "deep": self.deep_prefix(reader, latent_BMd, gain=gain),
+            "deep": self.deep_prefix(reader, latent_BMd, gain=gain, absent_BM=absent_BM),
             "head": 0 if deep is None else deep.head_positions,
             "layers": self.layer_updates(reader, latent_BMd, gain=gain),
         }
@@ -247,22 +278,40 @@ class Interlingua(nn.Module):
         return self.slots.fingerprints(self.fingerprint)
 
     def payloads(
-        self, latent_BMd: Tensor, *, bits: int | None = None, reader: str | None = None
+        self,
+        latent_BMd: Tensor,
+        *,
+        bits: int | None = None,
+        reader: str | None = None,
+        slots: Sequence[int] | None = None,
     ) -> list[bytes]:
         """One payload per latent, made on the latents' device: only the bytes leave it.
 
         Args:
             reader: leave out the slots that are other readers' own; None for all readers.
+            slots: how many vectors of each latent are sent, the first ones; None: all. Needed where
+                the encoder's number of latents varies (`Encoder.latent_counts`).
 
         Raises:
-            ConfigError: no adapter was trained for that reader.
+            ConfigError: no adapter was trained for that reader; `slots` are needed.
         """
         bits = self.bottleneck.config.bits if bits is None else bits
+        if slots is None and self.encoder_config.varies:
+            raise ConfigError(
+                "this model's number of latents goes by the text's length: `payloads` needs it as "
+                "slots=model.encoder.latent_counts(contexts, questions)"
+            )
         owner = None
         if reader is not None:
             self.parts(reader)
             owner, latent_BMd = self.slots.owner(reader), self.slots.of(reader, latent_BMd)
-        return self.bottleneck.pack(latent_BMd, bits=bits, fingerprint=self.fingerprints[owner])
+        mark = self.fingerprints[owner]
+        packed: dict[int, bytes] = {}
+        for count, rows in _rows_by(slots or [latent_BMd.shape[1]] * len(latent_BMd)).items():
+            part = latent_BMd if len(rows) == len(latent_BMd) else latent_BMd[rows]
+            made = self.bottleneck.pack(part[:, :count], bits=bits, fingerprint=mark)
+            packed |= dict(zip(rows, made, strict=True))
+        return [packed[row] for row in range(len(latent_BMd))]
 
     @torch.no_grad()
     def encode_payloads(
@@ -285,11 +334,56 @@ class Interlingua(nn.Module):
         self._check_texts(contexts, questions)
         for text, question in zip(contexts, questions or repeat(None), strict=False):
             self.encoder.check_length(text, question)
-        return self.payloads(self.encode(contexts, questions), bits=bits, reader=reader)
+        slots = self.encoder.latent_counts(contexts, questions)
+        latent_BMd = self.encode(contexts, questions)
+        return self.payloads(latent_BMd, bits=bits, reader=reader, slots=slots)
+
+    def cut(
+        self,
+        contexts: Sequence[str],
+        questions: Sequence[str] | None = None,
+        *,
+        length: int | None = None,
+    ) -> Chunks:
+        """Contexts in chunks of at most `length`, in the encoder's unit, at sentence ends; whole
+        ones where there is none.
+
+        Raises:
+            ConfigError, DataError: as `encode` and `cut_into_chunks`.
+        """
+        self._check_texts(contexts, questions)
+        return chunks_of(self.encoder, contexts, questions, length=length)
+
+    @torch.no_grad()
+    def encode_chunks(
+        self,
+        contexts: Sequence[str],
+        questions: Sequence[str] | None = None,
+        *,
+        length: int | None = None,
+        bits: int | None = None,
+        reader: str | None = None,
+    ) -> list[tuple[bytes, ...]]:
+        """Texts of any length to several payloads each, which a `Receiver` takes in the place of
+        one.
+
+        Args:
+            length: of a chunk at most, in the encoder's unit, with the context's label (and the
+                question in pure mode); as much as the encoder reads unless given.
+            reader: as in `payloads`.
+
+        Raises:
+            ConfigError, DataError: as `cut` and `payloads`.
+        """
+        length = self.encoder.limit.length if length is None else length
+        chunks = self.cut(contexts, questions, length=length)
+        latent_RMd = self.encode(chunks.contexts, chunks.questions)
+        slots = chunks.pieces.slots
+        return chunks.pieces.group(self.payloads(latent_RMd, bits=bits, reader=reader, slots=slots))
 
     def decode_payloads(self, payloads: Sequence[bytes], *, reader: str | None = None) -> Tensor:
         """Latents `[B, M, d_z]` of payloads of one width that this model's encoder wrote, unpacked
-        on the model's device.
+        on the model's device. Where a payload has fewer than M, zeros stand for the others.
 
         Args:
             reader: allow payloads for this reader alone too, whose latents have fewer slots.
@@ -301,10 +395,22 @@ class Interlingua(nn.Module):
         """
         if reader is not None:
             self.parts(reader)
+        if not (self.encoder_config.varies and payloads):
+            return self._unpack(payloads, reader)
+        latents = self.encoder_config.latents
+        rows_of = _rows_by([wire.read_header(payload).latents for payload in payloads])
+        parts: dict[int, Tensor] = {}
+        for count, rows in rows_of.items():
+            latent_Rmd = self._unpack([payloads[row] for row in rows], reader)
+            parts |= dict(zip(rows, F.pad(latent_Rmd, (0, 0, 0, latents - count)), strict=True))
+        return torch.stack([parts[row] for row in range(len(payloads))])
+
+    def _unpack(self, payloads: Sequence[bytes], reader: str | None) -> Tensor:
+        """Latents of payloads with one number of them."""
         device = next(self.parameters()).device
         latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
-        width = self.encoder_config.d_z
-        self.slots.check(headers, self.fingerprints, d_z=width, reader=reader)
+        shape, marks = self.encoder_config, self.fingerprints
+        self.slots.check(headers, marks, d_z=shape.d_z, reader=reader, fewer=shape.varies)
         return latent_BMd
 
     def check_reader(self, reader: Reader) -> None:
@@ -405,3 +511,11 @@ class Interlingua(nn.Module):
         for name in saved.lora:
             model.lora[name] = ReaderLora.load(folder / LORA / name)
         return model.eval()
+
+
+def _rows_by(counts: Sequence[int]) -> dict[int, list[int]]:
+    """The rows of each count."""
+    rows: dict[int, list[int]] = {}
+    for row, count in enumerate(counts):
+        rows.setdefault(count, []).append(row)
+    return rows

@@ -98,6 +98,7 @@ class Slots:
         *,
         d_z: int,
         reader: str | None,
+        fewer: bool = False,
     ) -> None:
         """Raise unless these payloads are of this model, and all for all readers or all for this
         one alone.
@@ -107,6 +108,7 @@ class Slots:
             marks: of `fingerprints`.
             d_z: the latent's width.
             reader: None where no reader is named.
+            fewer: whether a latent for all readers may have fewer slots than M.
 
         Raises:
             PayloadError: they are not; the message has the index of the first that is not.
@@ -129,7 +131,8 @@ class Slots:
                 )
         found, owner = headers[0], owners[headers[0].fingerprint]
         wanted = self.latents if owner is None else self.count(owner), d_z
-        if (found.latents, found.d_z) != wanted:
+        is_fewer = fewer and found.latents < self.latents
+        if found.d_z != d_z or not (is_fewer or found.latents == wanted[0]):
             raise PayloadError(
                 f"the payloads hold latents {(found.latents, found.d_z)}, this model's are {wanted}"
             )

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentwire_fast.models.attachments.base import ReaderInputs
 from latentwire_fast.models.interlingua import Interlingua, Task
+from latentwire_fast.models.joined import Pieces, joined_inputs
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.objectives.teacher_cache import TeacherCache
@@ -42,6 +44,7 @@ class EncodedBatch:
             cut, and `backward` goes on from there, once for all readers.
 
     Attributes:
+        pieces: how many latents each item has; `B` counts latents where an item has several.
         latent_BMd: the items' latents before quantisation, detached.
         sent_BMd: what the readers get of them.
         selection: the positions and their scores; None unless `select`.
@@ -68,8 +71,11 @@ class EncodedBatch:
         self._dropout = dropout
         self._cuts: list[tuple[Tensor, Tensor]] = []  # (end of the encoder's graph, leaf behind it)
         self._sent: dict[tuple[Texts, Texts | None], Tensor] = {}
-        contexts = tuple(p.item.context for p in items)
-        questions = tuple(p.question for p in items if p.question is not None) or None
+        contexts = tuple(chunk for p in items for chunk in p.chunks)
+        asked = (p.question for p in items for _ in p.chunks)
+        questions = tuple(question for question in asked if question is not None) or None
+        slots = model.encoder.latent_counts(contexts, questions)
+        self.pieces = Pieces(tuple(len(p.chunks) for p in items), slots)
         self.selection: Selection | None = None
         if select:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not hold):
@@ -201,7 +207,17 @@ class ReaderBatch:
     @cached_property
     def inputs(self) -> ReaderInputs:
         """The reader's inputs in the place of the items' latents."""
-        return self.inputs_of(self.encoded.sent_BMd)
+        sent_BMd, pieces = self.encoded.sent_BMd, self.encoded.pieces
+        absent_BM = pieces.absent_RM(sent_BMd.shape[1], device=sent_BMd.device)
+        return self.model.reader_inputs(
+            self.reader.name, sent_BMd, gain=self.encoded.gain, absent_BM=absent_BM
+        )
+
+    @cached_property
+    def prompt_inputs(self) -> dict[str, Any]:
+        """The same in the place of the items' texts, those of an item's latents one behind the
+        other: arguments of `Reader.collate`."""
+        return joined_inputs(self.inputs, self.encoded.pieces, reader=self.reader)
 
     def inputs_of(self, sent_BMd: Tensor, *, task: Task | None = None) -> ReaderInputs:
         """The reader's inputs in the place of latents; `task` as in `Interlingua`."""
@@ -211,7 +227,7 @@ class ReaderBatch:
     @cached_property
     def answers(self) -> AnswerPass:
         """The forward pass over the answers behind the latents (prompts of kind `latent`)."""
-        batch = self.reader.collate(self.prompts("latent"), **self.inputs)
+        batch = self.reader.collate(self.prompts("latent"), **self.prompt_inputs)
         if not self._layers:
             return AnswerPass(batch, self.reader.target_hidden(batch))
         hidden_ND, states_KND = self.reader.target_layers(batch, self._layers)

@@ -52,6 +52,7 @@ class ObjectiveSet:
     Args:
         readers: frozen readers by name.
         teacher: cache of the text-prompted teacher's hidden states; None computes them each time.
+        chunk_length: of the chunks that contexts are cut into (`DataConfig.chunk_length`).
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class ObjectiveSet:
         readers: Mapping[str, Reader],
         *,
         teacher: TeacherCache | None = None,
+        chunk_length: int | None = None,
     ) -> None:
         self.model = model
         self.readers = readers
         self.teacher = teacher
+        self.chunk_length = chunk_length
         self._levels: Mapping[str, float] = {}
         self._parts: dict[StageConfig, dict[str, Objective]] = {}
 
@@ -97,6 +100,10 @@ class ObjectiveSet:
         result = []
         for item in items:
             prepared = PreparedItem(item, self.model.mode)
+            if self.chunk_length is not None:
+                asked = None if prepared.question is None else [prepared.question]
+                cut = self.model.cut([item.context], asked, length=self.chunk_length)
+                prepared.chunks = cut.contexts
             for reader in readers:
                 for kind, objective in self.of(stage).items():
                     if objective.config.reads_answers and not item.turns:

@@ -20,6 +20,7 @@ class PreparedItem:
 
     Attributes:
         mode: what the latent stands for.
+        chunks: of the context, a latent for each.
         prompts: by (kind of prompt, reader). Objectives that read the same prompt use one kind.
         counts: by (objective, reader), how many terms its sum has for this item.
     """
@@ -28,6 +29,10 @@ class PreparedItem:
     mode: Mode
     prompts: dict[Key, Prompt] = field(default_factory=dict)
     counts: Counter[Key] = field(default_factory=Counter)
+    chunks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.chunks = self.chunks or (self.item.context,)
 
     @property
     def question(self) -> str | None:

@@ -40,6 +40,7 @@ class Sampled(Objective):
         """
 
         reads_answers: ClassVar[bool] = True
+        takes_chunks: ClassVar[bool] = True
 
         share: float = 0.25
         tokens: int | None = None
@@ -65,7 +66,7 @@ class Sampled(Objective):
         is_drawn_N = torch.rand(len(own_N)) < self.config.share
         kept = torch.tensor([token not in reader.stop_ids for token in own_N.tolist()])
         prompts = _with_tokens(batch.prompts("latent"), own_N, is_drawn_N & kept)
-        read = reader.collate(prompts, **batch.inputs)
+        read = reader.collate(prompts, **batch.prompt_inputs)
         counts_N = answers.first_N(self.config.tokens)
         losses = reader.output_head.losses(
             reader.target_hidden(read)[counts_N],

@@ -48,6 +48,7 @@ class Teachers(Objective):
         """
 
         reads_answers: ClassVar[bool] = True
+        takes_chunks: ClassVar[bool] = True
 
         teachers: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
         own: bool = True

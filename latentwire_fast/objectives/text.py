@@ -27,6 +27,7 @@ class Text(Objective):
         """Settings of the answers behind the text: their weight alone."""
 
         reads_answers: ClassVar[bool] = True
+        takes_chunks: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless every reader has something that it trains."""

@@ -210,6 +210,7 @@ class Reader(FrozenLM):
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        deep_lengths: Sequence[int] | None = None,
         head: int = 0,
         layers: LayerUpdates | None = None,
         side: PaddingSide = "right",
@@ -218,6 +219,8 @@ class Reader(FrozenLM):
         cache, a deep prefix.
 
         Args:
+            deep_lengths: how many positions of the deep prefix are real in each row, the last ones;
+                None: all.
             head: how many of each prompt's first ids the deep prefix holds already.
             layers: what changes the hidden states between the layers.
 
@@ -237,8 +240,14 @@ class Reader(FrozenLM):
             prefixes=prefixes,
             deep=deep,
             layers=layers,
+            deep_lengths=deep_lengths,
             side=side,
         )
+        if batch.deep_lengths_B is not None and self.abilities.left:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no deep prefixes of several lengths "
+                f"in a batch: {self.abilities.left}; give it prompts with as many payloads each"
+            )
         self.check_positions(batch.deep_positions + batch.ids_BT.shape[1])
         return batch
 
@@ -299,6 +308,7 @@ class Reader(FrozenLM):
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        deep_lengths: Sequence[int] | None = None,
         head: int = 0,
         layers: LayerUpdates | None = None,
         side: PaddingSide = "right",
@@ -307,13 +317,19 @@ class Reader(FrozenLM):
         flow to the prefixes.
 
         Args:
-            prefixes, deep, head, layers, side: as in `collate`.
+            prefixes, deep, deep_lengths, head, layers, side: as in `collate`.
 
         Raises:
             ConfigError, DataError: as `collate`.
         """
         batch = self.collate(
-            prompts, prefixes=prefixes, deep=deep, head=head, layers=layers, side=side
+            prompts,
+            prefixes=prefixes,
+            deep=deep,
+            deep_lengths=deep_lengths,
+            head=head,
+            layers=layers,
+            side=side,
         )
         return TargetScores(
             hidden_ND=self.target_hidden(batch),

@@ -3,7 +3,10 @@
 Values that are not the latent's own codes are unpacked by the bottleneck that made them, before
 they go to the reader's device.
 
-Shapes: R payloads, M latents, d latent width, c code bytes, G groups.
+A prompt may be about several payloads, which stand one behind the other in its text's place. Here
+they are a message.
+
+Shapes: R payloads of all messages, M latents, d latent width, c code bytes, G groups.
 """
 
 from __future__ import annotations
@@ -18,10 +21,19 @@ from torch import Tensor
 
 from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.models.joined import Pieces
 from latentwire_fast.models.slots import Slots
 from latentwire_fast.serving.input_buffer import Fields
 from latentwire_fast.wire.header import Header, check_frame, located
 from latentwire_fast.wire.payload import split_bodies
+
+# What one prompt is about: a payload, or several in their order.
+Message = bytes | Sequence[bytes]
+
+
+def payloads_of(message: Message) -> Sequence[bytes]:
+    """The payloads of a message."""
+    return [message] if isinstance(message, bytes) else message
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,28 @@ class Parcel:
 
     Attributes:
         header: of each.
-        payloads: R of them.
+        payloads: R of them, those of a message one behind the other.
+        pieces: how many there are in each message.
         latent_RMd: fp32 latents, where a bottleneck has unpacked them; else None.
     """
 
     header: Header
     payloads: Sequence[bytes]
+    pieces: Pieces
     latent_RMd: Tensor | None = None
+
+    @property
+    def latents(self) -> int:
+        """M of the tensors that the payloads become."""
+        if self.pieces.slots is None:
+            return self.header.latents
+        assert self.latent_RMd is not None
+        return self.latent_RMd.shape[1]
+
+    @property
+    def messages(self) -> int:
+        """How many there are: one that all prompts read, or one for each."""
+        return len(self.pieces.per_prompt)
 
     @property
     def fields(self) -> Fields:
@@ -58,15 +85,17 @@ class Parcel:
         return {"codes": codes_Rc, "scales": scales_RG}
 
     def with_rows(self, rows: int) -> Parcel:
-        """With so many payloads: the last one again in the place of those that are added. One that
+        """With so many messages: the last one again in the place of those that are added. One that
         all prompts read stays one."""
-        if len(self.payloads) == 1:
+        if self.messages == 1:
             return self
-        added = rows - len(self.payloads)
-        payloads, latent_RMd = [*self.payloads, *[self.payloads[-1]] * added], self.latent_RMd
+        added = rows - self.messages
+        last, latent_RMd = self.pieces.rows[-1], self.latent_RMd
+        payloads = [*self.payloads, *[self.payloads[r] for r in last] * added]
         if latent_RMd is not None:
-            latent_RMd = torch.cat([latent_RMd, latent_RMd[-1:].expand(added, -1, -1)])
-        return Parcel(self.header, payloads, latent_RMd)
+            latent_RMd = torch.cat([latent_RMd, latent_RMd[last.start :].repeat(added, 1, 1)])
+        pieces = self.pieces.of([*range(self.messages), *[self.messages - 1] * added])
+        return Parcel(self.header, payloads, pieces, latent_RMd)
 
     def verify(self) -> None:
         """Check every value, as unpacking on the host does.
@@ -87,6 +116,8 @@ class PayloadKind:
             codes; None where they are, and the reader's device unpacks them.
         slots, reader: how the latent's slots are shared out among readers, and which of them this
             receiver reads for; None where all readers get all of them.
+        decode: payloads with any number of latents up to `latents`, to `[R, latents, d]` with zeros
+            behind them; None where all payloads have `latents`.
     """
 
     latents: int
@@ -95,6 +126,7 @@ class PayloadKind:
     unpack: Callable[[Sequence[bytes]], Tensor] | None = None
     slots: Slots | None = None
     reader: str = ""
+    decode: Callable[[Sequence[bytes]], Tensor] | None = None
 
     @property
     def view(self) -> Callable[[Tensor], Tensor] | None:
@@ -109,22 +141,33 @@ class PayloadKind:
         marks = self.slots.fingerprints(self.fingerprint)
         return {mark: owner for owner, mark in marks.items()}
 
-    def open(self, payloads: Sequence[bytes]) -> Parcel:
+    def open(self, messages: Sequence[Message]) -> Parcel:
         """Check everything about payloads but the values that they carry.
 
         Raises:
             PayloadError: none; bytes that are no payload; one of another model, of another shape or
-                of another precision than the first (the message has its index).
+                of another precision than the first (the text says which it is).
         """
-        if not payloads:
+        if not messages:
             raise PayloadError("no payloads to read; give at least one")
-        headers = []
-        for i, payload in enumerate(payloads):
-            with located(f"payload {i}"):
-                headers.append(check_frame(payload))
-                self._check(headers[i], headers[0])
-        latent_RMd = None if self.unpack is None else self.unpack(payloads)
-        return Parcel(headers[0], payloads, latent_RMd)
+        payloads: list[bytes] = []
+        headers: list[Header] = []
+        for i, message in enumerate(messages):
+            several = message if isinstance(message, list | tuple) else None
+            if several is not None and not several:
+                raise PayloadError(f"prompt {i} has no payloads; give it at least one")
+            for j, payload in enumerate([message] if several is None else several):
+                with located(f"payload {i}" if several is None else f"payload {j} of prompt {i}"):
+                    headers.append(check_frame(payload))
+                    self._check(headers[-1], headers[0])
+                payloads.append(payload)
+        counts = tuple(len(m) if isinstance(m, list | tuple) else 1 for m in messages)
+        latents = tuple(header.latents for header in headers)
+        if len({*latents}) > 1:
+            assert self.decode is not None
+            return Parcel(headers[0], payloads, Pieces(counts, latents), self.decode(payloads))
+        latent_RMd = None if self.unpack is None else self.unpack(payloads)[:, : latents[0]]
+        return Parcel(headers[0], payloads, Pieces(counts), latent_RMd)
 
     def _check(self, header: Header, first: Header) -> None:
         if header.fingerprint not in self._owners:
@@ -133,7 +176,8 @@ class PayloadKind:
                 f"{self.fingerprint:#06x}; decode it with the model that encoded it"
             )
         latents = self._latents_of(self._owners[header.fingerprint])
-        if (header.latents, header.d_z) != (latents, self.d_z):
+        is_fewer = self.decode is not None and header.latents < latents
+        if header.d_z != self.d_z or not (is_fewer or header.latents == latents):
             raise PayloadError(
                 f"it holds a latent ({header.latents}, {header.d_z}), this receiver reads "
                 f"({latents}, {self.d_z})"
@@ -143,7 +187,7 @@ class PayloadKind:
                 "one of it and payload 0 is for all readers, the other for this one alone; read "
                 "them in two batches"
             )
-        if header != first:
+        if (header.bits, header.group_size) != (first.bits, first.group_size):
             raise PayloadError(
                 f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
                 f"{first.bits} in groups of {first.group_size}; read them in two batches"

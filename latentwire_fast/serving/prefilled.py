@@ -46,6 +46,7 @@ class Prefilled:
         cache: of the padded prompts and what is before them, padding at the end of each row.
         lengths_B: real positions of each row, the deep ones included.
         positions: see above.
+        padding_B: at each row's end. Before its deep prefix there may be more.
         captured: the graph that made it, if one did, and that owns the cache.
         layers: what changes the hidden states between the reader's layers, for each new token too.
         step: starts the graph that decodes from that cache, and gives what reads a token of each
@@ -60,6 +61,7 @@ class Prefilled:
         cache: Cache,
         lengths_B: np.ndarray,
         positions: int,
+        padding_B: np.ndarray,
         captured: CapturedPass | None,
         layers: LayerUpdates | None = None,
         step: Callable[[], Callable[[Tensor], Tensor] | None] | None = None,
@@ -75,7 +77,7 @@ class Prefilled:
         self._finished = Finished([logits_BV, *tensors_of(cache)])
         self._serial = captured.serial if captured else 0
         self._padded_right = isinstance(cache, StaticCache)
-        self._padding_B = positions - lengths_B
+        self._padding_B = padding_B
         self._moved = self._padded_right or not self._padding_B.any()
 
     @property

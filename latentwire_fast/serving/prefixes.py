@@ -1,6 +1,6 @@
 """A payload's codes to what its reader takes in: soft tokens, keys and values, updates of layers.
 
-Shapes: B rows, T columns, R payloads (1 or B), M latents, d latent width, D `d_model`; L layers, H
+Shapes: B rows, T columns, R payloads, M latents, d latent width, D `d_model`; L layers, H
 key/value heads, P deep positions.
 """
 
@@ -17,7 +17,7 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.attachments.base import Attachment
 from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.wire import Header
+from latentwire_fast.serving.payload_batch import Parcel
 from latentwire_fast.wire.payload import dequantize
 
 
@@ -96,7 +96,7 @@ class TrainedParts:
         )
 
     def __call__(
-        self, inputs: Mapping[str, Tensor], header: Header, *, mark: Callable[[str], None]
+        self, inputs: Mapping[str, Tensor], parcel: Parcel, *, mark: Callable[[str], None]
     ) -> Given:
         """What the reader is given of payloads.
 
@@ -106,11 +106,12 @@ class TrainedParts:
         nothing here.
         """
         with torch.autocast(self._device_type, enabled=False):
-            return self._make(inputs, header, mark=mark)
+            return self._make(inputs, parcel, mark=mark)
 
     def _make(
-        self, inputs: Mapping[str, Tensor], header: Header, *, mark: Callable[[str], None]
+        self, inputs: Mapping[str, Tensor], parcel: Parcel, *, mark: Callable[[str], None]
     ) -> Given:
+        header = parcel.header
         unpacked_RMd = inputs.get("latent")
         if self._reads_codes and header.bits != 16 and unpacked_RMd is None:
             assert isinstance(self.adapter, Attachment)
@@ -129,10 +130,15 @@ class TrainedParts:
             unpacked_RMd = self._view(unpacked_RMd)
         latent_RMd = unpacked_RMd.to(self._dtype)
         mark("dequantise")
-        parts = (self.adapter, self.deep_prefix, self.layers)
-        given = [None if part is None else part(latent_RMd, gain=self._gain) for part in parts]
+        absent_RM = parcel.pieces.absent_RM(latent_RMd.shape[1], device=latent_RMd.device)
+        soft = None if self.adapter is None else self.adapter(latent_RMd, gain=self._gain)
+        deep = None
+        if self.deep_prefix is not None:
+            options = {} if absent_RM is None else {"absent_BM": absent_RM}
+            deep = self.deep_prefix(latent_RMd, gain=self._gain, **options)
+        layers = None if self.layers is None else self.layers(latent_RMd, gain=self._gain)
         mark("adapter")
-        return Given(*given)
+        return Given(soft, deep, layers)
 
 
 def _in_dtype(part: nn.Module | None, dtype: torch.dtype) -> nn.Module | None:

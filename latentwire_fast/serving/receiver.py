@@ -9,7 +9,10 @@ device it is one graph from the payload's codes to the logits, captured once for
 (`graphs.py`). What cannot be captured is read op by op as well, with the same result: `engine` says
 which it is, `reason` why. `docs/prefill.md` has the timings.
 
-Shapes: B rows, T columns of the padded prompts, R payloads (1 or B), M latents, d latent width, D
+A prompt may be about several payloads (a long text in chunks, say): a list of them in the place of
+one. A graph has one number of payloads for each row; rows with different numbers are read op by op.
+
+Shapes: B rows, T columns of the padded prompts, R payloads, M latents, d latent width, D
 `d_model`, V vocabulary; L layers, H key/value heads, P deep positions.
 """
 
@@ -30,7 +33,7 @@ from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.target_scores import TargetScores
-from latentwire_fast.serving.batch import Batch
+from latentwire_fast.serving.batch import Batch, deep_positions
 from latentwire_fast.serving.buckets import row_bucket
 from latentwire_fast.serving.engines import choose_engine
 from latentwire_fast.serving.forward_pass import ForwardPass
@@ -39,7 +42,7 @@ from latentwire_fast.serving.graphs import CapturedPass
 from latentwire_fast.serving.intake import Intake
 from latentwire_fast.serving.options import Engine, ReceiverOptions
 from latentwire_fast.serving.pass_cache import PassCache
-from latentwire_fast.serving.payload_batch import PayloadKind
+from latentwire_fast.serving.payload_batch import Message, PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
 from latentwire_fast.serving.prefilled_apart import PrefilledApart
 from latentwire_fast.serving.prefixes import TrainedParts
@@ -129,15 +132,15 @@ class Receiver:
         """
         model.adapt(reader, merge=options is not None and options.merge_lora)
         encoder = model.encoder_config
+        decode = partial(model.decode_payloads, reader=reader.name)
         kind = PayloadKind(
             encoder.latents,
             encoder.d_z,
             model.fingerprint,
-            unpack=None
-            if model.bottleneck.sends_codes
-            else partial(model.decode_payloads, reader=reader.name),
+            unpack=None if model.bottleneck.sends_codes else decode,
             slots=model.slots if model.slots.private else None,
             reader=reader.name,
+            decode=decode if encoder.varies else None,
         )
         return cls(
             reader,
@@ -158,7 +161,7 @@ class Receiver:
         self,
         prompts: Sequence[Prompt],
         *,
-        payloads: Sequence[bytes] | None = None,
+        payloads: Sequence[Message] | None = None,
         embeddings: Sequence[Tensor] | None = None,
     ) -> Prefilled:
         """Read prompts up to the first token's logits.
@@ -166,7 +169,8 @@ class Receiver:
         Args:
             prompts: without their answers. Built with `latent=` where payloads or embeddings are
                 given, as text where neither is.
-            payloads: one per prompt, or one that all prompts ask about; all of one bit width.
+            payloads: one per prompt, or one that all prompts ask about; all of one bit width. A
+                list of payloads in the place of one: they stand one behind the other.
             embeddings: ready soft tokens `[M_i, D]` per prompt, in their place. They are always
                 read op by op, and without a deep prefix.
 
@@ -182,27 +186,30 @@ class Receiver:
     def _prefill(
         self,
         prompts: Sequence[Prompt],
-        payloads: Sequence[bytes] | None,
+        payloads: Sequence[Message] | None,
         embeddings: Sequence[Tensor] | None,
     ) -> Prefilled:
         batch = self._batch(prompts, payloads, embeddings)
-        if len(prompts) > 1 and self.reader.abilities.together and not batch.is_even:
-            return self._apart(prompts, payloads, embeddings)
-        if self._graphs is not None and embeddings is None:
+        if len(prompts) > 1 and not batch.is_even:
+            abilities = self.reader.abilities
+            padded_first = "" if batch.deep_lengths_B is None else abilities.left
+            if why := abilities.together or padded_first:
+                return self._apart(prompts, payloads, embeddings, why)
+        if self._graphs is not None and embeddings is None and batch.is_uniform:
             return self._with_graphs(batch) or self._read(batch)
         return self._read(batch)
 
     def _apart(
         self,
         prompts: Sequence[Prompt],
-        payloads: Sequence[bytes] | None,
+        payloads: Sequence[Message] | None,
         embeddings: Sequence[Tensor] | None,
+        why: str,
     ) -> Prefilled:
         """Prompts of a reader that cannot decode several lengths in one batch, one by one."""
         self.reader.warn_once(
             "apart",
-            f"reader {self.reader.name!r} reads prompts of several lengths one by one: "
-            f"{self.reader.abilities.together}",
+            f"reader {self.reader.name!r} reads prompts of several lengths one by one: {why}",
         )
         parts = []
         for row, prompt in enumerate(prompts):
@@ -220,7 +227,7 @@ class Receiver:
         self,
         prompts: Sequence[Prompt],
         *,
-        payloads: Sequence[bytes] | None = None,
+        payloads: Sequence[Message] | None = None,
         embeddings: Sequence[Tensor] | None = None,
         options: DecodeOptions | None = None,
         numbers: Sequence[int] | None = None,
@@ -236,7 +243,7 @@ class Receiver:
         self,
         prompts: Sequence[Prompt],
         *,
-        payloads: Sequence[bytes] | None = None,
+        payloads: Sequence[Message] | None = None,
         embeddings: Sequence[Tensor] | None = None,
     ) -> TargetScores:
         """Log-probabilities of the answers that the prompts end in, in one teacher-forced pass.
@@ -249,24 +256,14 @@ class Receiver:
     def _score(self, prompts: Sequence[Prompt], batch: Batch) -> TargetScores:
         if batch.parcel is None:
             return self.reader.score(prompts, prefixes=batch.embeddings)
-        given = self._pass.prefixes(batch)
-        soft_RMD = given.soft
-        if soft_RMD is None:
-            soft_RMD = self.reader.embedding.weight.new_zeros(1, 0, self.reader.d_model)
-        return self.reader.score(
-            prompts,
-            prefixes=soft_RMD.expand(len(prompts), -1, -1),
-            deep=given.deep,
-            head=self._pass.head_positions,
-            layers=given.layers,
-        )
+        return self.reader.score(prompts, **self._pass.reader_inputs(batch))
 
     @torch.no_grad()
     def capture(
         self,
         prompts: Sequence[Prompt],
         *,
-        payloads: Sequence[bytes] | None = None,
+        payloads: Sequence[Message] | None = None,
         rows: Sequence[int] = (1,),
         shared: bool = False,
     ) -> int:
@@ -308,7 +305,7 @@ class Receiver:
     def _batch(
         self,
         prompts: Sequence[Prompt],
-        payloads: Sequence[bytes] | None,
+        payloads: Sequence[Message] | None,
         embeddings: Sequence[Tensor] | None,
     ) -> Batch:
         return self._intake.batch(prompts, payloads, embeddings, padded=self.engine != "eager")
@@ -354,6 +351,7 @@ class Receiver:
             cache=cache,
             lengths_B=lengths_B,
             positions=positions,
+            padding_B=batch.layout.width - batch.layout.lengths_B,
             captured=captured,
             layers=layers,
             step=step,
@@ -361,5 +359,6 @@ class Receiver:
 
     def _places(self, batch: Batch) -> tuple[np.ndarray, int]:
         """Real positions of each row, and columns of the cache, deep ones included."""
-        deep = self._pass.deep_positions(batch.parcel, batch.head)
-        return batch.layout.lengths_B + deep, deep + batch.layout.width
+        deep = deep_positions(batch.parcel, batch.head, batch.spans)
+        deep_B = deep if batch.deep_lengths_B is None else batch.deep_lengths_B
+        return batch.layout.lengths_B + deep_B, deep + batch.layout.width

@@ -14,6 +14,7 @@ allocator keeps besides (count on a tenth).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -84,10 +85,16 @@ class RunCosts:
         return self.config.data.questions_per_context if self.config.mode == "context" else 1
 
     @property
+    def chunks(self) -> int:
+        """Latents of an example."""
+        length = self.config.data.chunk_length
+        return 1 if length is None else max(1, math.ceil(self.lengths.context / length))
+
+    @property
     def with_latent(self) -> float:
         """Positions of a prompt that has the latent in the place of text."""
         asked = self.lengths.question if self.config.mode == "context" else 0
-        return self.model.positions + asked + self.lengths.answer + TEMPLATE_TOKENS
+        return self.chunks * self.model.positions + asked + self.lengths.answer + TEMPLATE_TOKENS
 
     @property
     def with_text(self) -> float:
@@ -101,7 +108,7 @@ class RunCosts:
         asked = self.lengths.question if self.config.mode == "pure" else 0
         length = self.lengths.context + asked + TEMPLATE_TOKENS
         longest = getattr(self.config.encoder, "max_tokens", length)
-        return min(length, longest) + self.config.encoder.latents
+        return min(length, self.chunks * longest) + self.chunks * self.config.encoder.latents
 
     # --- operations -------------------------------------------------------------------------------
 

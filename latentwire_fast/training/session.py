@@ -203,9 +203,9 @@ def open_session(
     check_frozen(config.stages, [name for name, _ in model.trained_parameters()])
     optimizers = build_optimizers(model, config.optim)
     check_answers(heldout, readers, source=f"{config.data.source} (held out)")
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and config.data.chunk_length is None:
         warn_of_truncation(model.encoder, stream, config.mode)
-    objectives = ObjectiveSet(model, readers)
+    objectives = ObjectiveSet(model, readers, chunk_length=config.data.chunk_length)
     # Where data has no end, no prompt comes twice.
     if cache and isinstance(stream, ExampleStream) and keeps(objectives, config, stream, folder):
         rank = accelerator.process_index
@@ -225,7 +225,9 @@ def open_session(
         validator=validator_of(
             config,
             data.validation,
-            partial(ask_latents, model=model, readers=readers),
+            partial(
+                ask_latents, model=model, readers=readers, chunk_length=config.data.chunk_length
+            ),
             modules=[model],
         ),
     )

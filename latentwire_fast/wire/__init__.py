@@ -14,7 +14,7 @@ from latentwire_fast.config.schema import BITS
 from latentwire_fast.wire.files import read_payload_stream, read_payloads, write_payloads
 from latentwire_fast.wire.header import HEADER_BYTES, MAGIC, VERSION, Header, read_header
 from latentwire_fast.wire.payload import pack, pack_batch, unpack, unpack_batch
-from latentwire_fast.wire.sizes import brotli_bytes, utf8_bytes
+from latentwire_fast.wire.sizes import brotli_bytes, payload_bytes, utf8_bytes
 
 __all__ = [
     "BITS",
@@ -25,6 +25,7 @@ __all__ = [
     "brotli_bytes",
     "pack",
     "pack_batch",
+    "payload_bytes",
     "read_header",
     "read_payload_stream",
     "read_payloads",

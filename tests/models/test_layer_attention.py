@@ -262,6 +262,7 @@ def test_a_receiver_reads_and_decodes_as_scoring_does(
     assert model.compared_positions_of(next(iter(model.cards))) == M * (taken + 1)
     prompts = latent_prompts(reader, examples[:3], answered=False)
     payloads = model.payloads(torch.randn(3, M, D_Z), bits=8)
+    hooks = [{*layer._forward_hooks} for layer in decoder_layers(reader.model)]
     receiver = Receiver.of(model, reader, options=ReceiverOptions(keep_head=True))
     assert receiver.engine == "eager"
     assert "attend to the latents through hooks" in receiver.reason
@@ -285,7 +286,7 @@ def test_a_receiver_reads_and_decodes_as_scoring_does(
         assert together[row] == ids
     other = receiver.prefill(prompts, payloads=payloads[:1]).logits_BV
     assert not torch.allclose(other[1], receiver.prefill(prompts, payloads=payloads).logits_BV[1])
-    assert not any(layer._forward_hooks for layer in decoder_layers(reader.model))
+    assert [{*layer._forward_hooks} for layer in decoder_layers(reader.model)] == hooks
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "GPT-2", "Falcon, ALiBi", "LFM2"])

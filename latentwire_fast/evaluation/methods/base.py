@@ -32,6 +32,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from latentwire_fast import wire
 from latentwire_fast.config.base import PartSettings
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.data.examples import Example
@@ -41,6 +42,7 @@ from latentwire_fast.prompts.builder import Prompt, Turn, question_text
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.self_information import word_self_information
 from latentwire_fast.registry import METHODS, Registry
+from latentwire_fast.serving.payload_batch import Message, payloads_of
 
 Kind = Literal["reference", "ours", "budget", "floor"]
 KINDS: tuple[Kind, ...] = ("reference", "ours", "budget", "floor")  # as the report orders them
@@ -53,27 +55,41 @@ class EvaluationCase:
     Attributes:
         model: the trained interlingua; its mode says what a latent stands for.
         examples: each with at least one answer.
-        payloads: at every bit width, one payload per example.
-        alone: the same for this reader alone, where it does not get all of a latent's slots.
+        payloads: at every bit width, one payload per example, or all those of its chunks.
         training_texts: texts that methods may be fitted to; none unless the run asks for it.
+        alone: as `payloads`, for this reader alone, where it does not get all of a latent's slots.
+        chunk_length: `RunConfig.scored_chunk_length`.
     """
 
     model: Interlingua
     reader: Reader
     examples: Sequence[Example]
-    payloads: Mapping[int, Sequence[bytes]]
+    payloads: Mapping[int, Sequence[Message]]
     training_texts: Sequence[str] = ()
-    alone: Mapping[int, Sequence[bytes]] = field(default_factory=dict)
+    alone: Mapping[int, Sequence[Message]] = field(default_factory=dict)
+    chunk_length: int | None = None
 
     @property
     def mode(self) -> Mode:
         """The part of a prompt that a latent stands for."""
         return self.model.mode
 
-    @property
-    def positions(self) -> int:
-        """How many positions of text a latent is compared with."""
-        return self.model.compared_positions_of(self.reader.name)
+    def payload_size(self, i: int, *, bits: int) -> int:
+        """Bytes of what is sent of example `i`."""
+        return wire.payload_bytes(self.payloads[bits][i])
+
+    def taken(self, payload: Message) -> int:
+        """How many of the reader's positions a payload takes, or several of one text."""
+        return sum(self.model.positions_of(self.reader.name, p) for p in payloads_of(payload))
+
+    def positions(self, payload: Message) -> int:
+        """How many positions of text it is compared with."""
+        model, name = self.model, self.reader.name
+        return sum(model.compared_positions_of(name, p) for p in payloads_of(payload))
+
+    def positions_of(self, i: int) -> int:
+        """How many positions of text the latents of example `i` are compared with."""
+        return self.positions(next(iter(self.payloads.values()))[i])
 
     @property
     def free_label(self) -> int:
@@ -81,11 +97,15 @@ class EvaluationCase:
         no method anything."""
         return len(self.reader.prompts.label_ids) if self.mode == "context" else 0
 
-    def zero_payload(self, bits: int) -> bytes:
-        """A payload of a latent that is zero everywhere."""
+    def zero_payload(self, i: int, *, bits: int) -> Message:
+        """Like the payload of example `i`, of latents that are zero everywhere."""
+        own = self.payloads[bits][i]
+        single = payloads_of(own)
         shape = self.model.encoder_config
-        (payload,) = self.model.payloads(torch.zeros(1, shape.latents, shape.d_z), bits=bits)
-        return payload
+        latents = [self.model.latents_of(payload) for payload in single]
+        zeros = torch.zeros(len(single), shape.latents, shape.d_z)
+        made = self.model.payloads(zeros, bits=bits, slots=latents)
+        return made[0] if isinstance(own, bytes) else tuple(made)
 
     @cached_property
     def other_contexts(self) -> list[int]:
@@ -117,14 +137,14 @@ class MethodInput:
     Attributes:
         prompts: one per example, with the gold answer as targets.
         positions: per prompt, how many positions the latent, or the text in its place, takes.
-        payloads: one per prompt, all of one bit width.
+        payloads: one per prompt, or several in its place, all of one bit width.
         embeddings: ready soft prefixes `[M_i, D]`, one per prompt.
         answers: ready answers, where no reader is asked; there are no prompts then.
     """
 
     prompts: list[Prompt]
     positions: list[int]
-    payloads: list[bytes] | None = None
+    payloads: list[Message] | None = None
     embeddings: list[Tensor] | None = None
     answers: list[str] | None = None
 
@@ -262,13 +282,13 @@ def text_input(
     return MethodInput(prompts, content_positions(case, prompts, examples))
 
 
-def latent_input(case: EvaluationCase, rows: range, payloads: list[bytes]) -> MethodInput:
+def latent_input(case: EvaluationCase, rows: range, payloads: list[Message]) -> MethodInput:
     """Prompts in which these payloads stand in the text's place, one per example."""
     prompts = [
         case.reader.prompts.build(turns(example), context=example.context, latent=case.mode)
         for example in (case.examples[i] for i in rows)
     ]
-    return MethodInput(prompts, [case.positions] * len(prompts), payloads=payloads)
+    return MethodInput(prompts, [*map(case.positions, payloads)], payloads=payloads)
 
 
 def content_positions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from latentwire_fast import wire
 from latentwire_fast.evaluation.method_result import mean
 from latentwire_fast.evaluation.methods.base import (
     EvaluationCase,
@@ -37,9 +38,8 @@ class LatentAlone(EvaluationMethod):
 
     def facts(self, case: EvaluationCase) -> dict[str, float]:
         """Its bytes at the run's bits."""
-        return {
-            "payload_mean": mean([len(p) for p in case.alone[case.model.bottleneck.config.bits]])
-        }
+        alone = case.alone[case.model.bottleneck.config.bits]
+        return {"payload_mean": mean([*map(wire.payload_bytes, alone)])}
 
     def build(self, case: EvaluationCase, rows: range, *, bits: int) -> MethodInput:
         """The payloads as they are."""

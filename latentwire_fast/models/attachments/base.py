@@ -42,11 +42,13 @@ class Attachment(nn.Module):
 
     Attributes:
         gives: that entry.
+        varies: whether it takes latents with fewer than M vectors, and makes a position of each.
         config: its settings.
     """
 
     Config: ClassVar[type[AttachmentConfig]] = AttachmentConfig
     gives: ClassVar[Place]
+    varies: ClassVar[bool] = False
 
     def __init__(self, config: AttachmentConfig) -> None:
         super().__init__()
@@ -69,11 +71,6 @@ class Attachment(nn.Module):
         """How many of these hold the first ids of a prompt (template and label), not the latent."""
         return 0
 
-    @property
-    def compared_positions(self) -> int:
-        """How many positions of text it is compared with: those that it takes for the latent."""
-        return self.positions - self.head_positions
-
     def start(self, reader: Reader, *, mode: Mode, contexts: Sequence[str]) -> None:
         """Take from the reader what a fresh attachment begins with.
 
@@ -88,6 +85,16 @@ class Attachment(nn.Module):
             gain: a factor on its strength, which a user may give when decoding.
         """
         raise NotImplementedError
+
+    def positions_of(self, latents: int) -> int:
+        """How many positions it makes of so many latents, those of a prompt's head aside. Latents
+        that are other readers' own may be among them: it makes nothing of these."""
+        most = self.positions - self.head_positions
+        return min(latents, most) if self.config.varies else most
+
+    def compared_positions_of(self, latents: int) -> int:
+        """How many positions of text it is compared with: those that it takes for the latents."""
+        return self.positions_of(latents)
 
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:
         """Root mean squares of what it makes, by name, for the log."""

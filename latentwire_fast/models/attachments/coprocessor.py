@@ -91,14 +91,15 @@ class KVCoprocessor(DeepPrefix):
         self.head = head.clone()
         self.base.copy_(base)
 
-    def made(self, latent_BMd: Tensor, *, gain: float) -> Tensor:
+    def made(self, latent_BMd: Tensor, *, gain: float, absent_BM: Tensor | None = None) -> Tensor:
         """The base with what the latent changes, `[L, 2, B, H, P, D]`.
 
         Args:
             gain: multiplies what the latent adds to the values; the base, and the keys, stay.
         """
         gate = self.gate.tanh()[:, :, None, None, None, None]
-        return self.base + gate * super().made(latent_BMd, gain=gain)
+        changes = super().made(latent_BMd, gain=gain, absent_BM=absent_BM)
+        return self.base[..., : changes.shape[4], :] + gate * changes
 
     @torch.no_grad()
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:

@@ -32,7 +32,8 @@ from latentwire_fast.readers.reader import Reader
 
 class CrossAttention(Attachment):
     """The latents, lifted to width W and told apart by a learned vector each, and a `Block` behind
-    each of the chosen layers that reads them.
+    each of the chosen layers that reads them. All M of one latent for each prompt: several payloads
+    in one prompt, and latents with fewer vectors, are refused.
 
     Args:
         latents: M. d_z: width of the latent. d_model: D.
@@ -118,10 +119,9 @@ class CrossAttention(Attachment):
         """None of the reader's."""
         return 0
 
-    @property
-    def compared_positions(self) -> int:
+    def compared_positions_of(self, latents: int) -> int:
         """One per latent: as many are attended to beside the reader's own."""
-        return self.latents
+        return min(latents, self.latents)
 
     @property
     def _numbered(self) -> list[tuple[int, Block]]:

@@ -79,6 +79,11 @@ class DeepPrefix(Attachment):
         calibration: Calibration = "none"
 
         @property
+        def varies(self) -> bool:
+            """Unless it has a length of its own, which goes by nothing."""
+            return self.length is None and super().varies
+
+        @property
         def starts_from_texts(self) -> bool:
             """In place, unless it is calibrated to the reader's own sizes."""
             return self.in_place and self.calibration == "none"
@@ -93,6 +98,7 @@ class DeepPrefix(Attachment):
             )
 
     gives = "deep"
+    varies = True
     config: Config
     table_parameters: ClassVar[tuple[str, ...]] = ("slots",)
 
@@ -178,22 +184,25 @@ class DeepPrefix(Attachment):
             self.head = torch.empty_like(saved, device=self.head.device)
         super()._load_from_state_dict(state, prefix, *rest)
 
-    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
+    def forward(
+        self, latent_BMd: Tensor, *, gain: float = 1.0, absent_BM: Tensor | None = None
+    ) -> Tensor:
         """Keys and values `[L, 2, B, H, P, D]`, in the generator's dtype.
 
         Args:
             gain: multiplies the values (prefix gain); the keys, and so the attention, stay.
+            absent_BM: vectors that a latent does not have, the last ones: no other sees them.
         """
-        made = self.made(latent_BMd, gain=gain)
+        made = self.made(latent_BMd, gain=gain, absent_BM=absent_BM)
         if not self.head_positions:
             return made
         head = self.head.to(made.dtype).expand(-1, -1, len(latent_BMd), -1, -1, -1)
         return torch.cat([head, made], 4)
 
-    def made(self, latent_BMd: Tensor, *, gain: float) -> Tensor:
+    def made(self, latent_BMd: Tensor, *, gain: float, absent_BM: Tensor | None = None) -> Tensor:
         """What is made of the latent alone, without the prompt's head."""
         g = self.geometry
-        lifted_BMW = self.lift(latent_BMd) + self.slots
+        lifted_BMW = self.lift(latent_BMd) + self.slots[: latent_BMd.shape[1]]
         inner = nn.functional.silu(self.up(self.norm(lifted_BMW)))
         hidden = lifted_BMW + self.dropout(self.down(inner))  # [B, M, W]
         if self.read is not None:
@@ -201,7 +210,7 @@ class DeepPrefix(Attachment):
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
         made = ops.project_calibrate(
-            self.body(hidden),
+            self.body(hidden, src_key_padding_mask=absent_BM),
             *(self.project.weight, self.project.bias),
             target_rms=1.0,
             gain=scale_L2.flatten(),

@@ -90,6 +90,13 @@ class Encoder(nn.Module):
         """
         raise ConfigError(f"encoder {self.config.kind!r} selects no positions")
 
+    def latent_counts(
+        self, contexts: Texts, questions: Texts | None = None
+    ) -> tuple[int, ...] | None:
+        """How many latents each text gets, the first of M: `forward` gives zeros in the place of
+        the others. None where each gets M."""
+        return None
+
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read.
 
@@ -118,7 +125,7 @@ class Encoder(nn.Module):
         if length > limit.length:
             raise DataError(
                 f"the text has {length:,} {limit.unit}, the encoder reads {limit.length:,}; cut it "
-                "into several"
+                "into several (`encode_chunks`, or --chunk-length of the command `encode`)"
             )
 
     def keep_states(self, folder: Path, *, rank: int) -> None:
