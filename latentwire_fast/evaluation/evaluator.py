@@ -90,9 +90,15 @@ class Evaluator:
         sizes = {bits: [*map(wire.payload_bytes, items)] for bits, items in payloads.items()}
         results = EvaluationResults(self.config, self.examples, sizes)
         results.payloads = payloads[self.bits]
-        length = self.config.scored_chunk_length
         cases = {
-            name: EvaluationCase(self.model, receiver.reader, self.examples, payloads, length)
+            name: EvaluationCase(
+                self.model,
+                receiver.reader,
+                self.examples,
+                payloads,
+                chunk_length=self.config.scored_chunk_length,
+                hybrid_tokens=self.config.evaluation.hybrid_tokens,
+            )
             for name, receiver in self.receivers.items()
         }
         results.not_measured = self._not_measured(next(iter(cases.values())))

@@ -23,7 +23,7 @@ def why_too_long(case: EvaluationCase, method: EvaluationMethod, *, bits: int) -
     most = 0
     for rows in batches(len(case.examples), BATCH):
         inputs = method.build(case, rows, bits=bits)
-        most = max([most, *_positions(inputs)])
+        most = max([most, *_positions(case, inputs)])
         if most > reader.max_positions and inputs.payloads is not None:
             raise DataError(
                 f"a prompt with a latent takes {most:,} positions, and reader {reader.name!r} "
@@ -42,11 +42,12 @@ def fits_not(reason: str | None) -> bool:
     return reason is not None and reason.startswith(DOES_NOT_FIT)
 
 
-def _positions(inputs: MethodInput) -> list[int]:
+def _positions(case: EvaluationCase, inputs: MethodInput) -> list[int]:
     """The positions of each prompt, its gold answer included."""
     sizes = [len(prompt.ids) for prompt in inputs.prompts]
     if inputs.payloads is not None:
-        return [size + taken for size, taken in zip(sizes, inputs.positions, strict=True)]
+        taken = map(case.positions, inputs.payloads)
+        return [size + positions for size, positions in zip(sizes, taken, strict=True)]
     if inputs.embeddings is not None:
         pairs = zip(sizes, inputs.embeddings, strict=True)
         return [size + len(embedding) for size, embedding in pairs]

@@ -9,6 +9,7 @@ PARTS = {
         "latentwire_fast.evaluation.methods.token_budget_question:TokenBudgetQuestion"
     ),
     "byte_budget": "latentwire_fast.evaluation.methods.byte_budget:ByteBudget",
+    "hybrid": "latentwire_fast.evaluation.methods.hybrid:Hybrid",
     "text_lora": "latentwire_fast.evaluation.methods.text_lora:TextLora",
     "closed_book": "latentwire_fast.evaluation.methods.closed_book:ClosedBook",
     "closed_book_lora": "latentwire_fast.evaluation.methods.closed_book_lora:ClosedBookLora",

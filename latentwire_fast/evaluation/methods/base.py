@@ -25,7 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -55,6 +55,7 @@ class EvaluationCase:
         examples: each with at least one answer.
         payloads: at every bit width, one payload per example, or all those of its chunks.
         chunk_length: `RunConfig.scored_chunk_length`.
+        hybrid_tokens: `EvalConfig.hybrid_tokens`.
     """
 
     model: Interlingua
@@ -62,6 +63,7 @@ class EvaluationCase:
     examples: Sequence[Example]
     payloads: Mapping[int, Sequence[Message]]
     chunk_length: int | None = None
+    hybrid_tokens: int | None = None
 
     @property
     def mode(self) -> Mode:
@@ -79,7 +81,11 @@ class EvaluationCase:
 
     def positions_of(self, i: int) -> int:
         """How many of them the latents of example `i` take."""
-        return self.positions(next(iter(self.payloads.values()))[i])
+        return self.positions(self._any_payload(i))
+
+    def _any_payload(self, i: int) -> Message:
+        """What is sent of example `i`, at one of the bit widths."""
+        return next(iter(self.payloads.values()))[i]
 
     @property
     def free_label(self) -> int:
@@ -89,7 +95,7 @@ class EvaluationCase:
 
     def zero_payload(self, i: int, *, bits: int) -> Message:
         """Like the payload of example `i`, of latents that are zero everywhere."""
-        own = self.payloads[bits][i]
+        own = self._any_payload(i)
         single = [own] if isinstance(own, bytes) else own
         shape = self.model.encoder_config
         latents = [self.model.latents_of(payload) for payload in single]
@@ -112,6 +118,8 @@ class MethodInput:
         positions: per prompt, how many positions the latent, or the text in its place, takes.
         payloads: one per prompt, or several in its place, all of one bit width.
         embeddings: ready soft prefixes `[M_i, D]`, one per prompt.
+        sent_bytes: per prompt, what is sent in the text's place, where that is neither the text nor
+            the example's own payload.
         answers: ready answers, where no reader is asked; there are no prompts then.
     """
 
@@ -120,6 +128,7 @@ class MethodInput:
     payloads: list[Message] | None = None
     embeddings: list[Tensor] | None = None
     answers: list[str] | None = None
+    sent_bytes: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,7 @@ class EvaluationMethod(ABC):
     note: ClassVar[str] = ""
     kind: ClassVar[Kind] = "budget"
     console_label: ClassVar[str | None] = ""
-    sends: ClassVar[Literal["text", "payload", "at most payload", "nothing"]] = "nothing"
+    sends: ClassVar[Literal["text", "payload", "at most payload", "both", "nothing"]] = "nothing"
     is_timed: ClassVar[bool] = False
     is_control: ClassVar[bool] = False
     in_model_card: ClassVar[bool] = False

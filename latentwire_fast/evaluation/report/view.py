@@ -168,11 +168,13 @@ def _method_rows(
             "note": note if methods[key] is not None or not fits_not(reason) else DOES_NOT_FIT,
             "kind": method.kind if method else "budget",
             "cells": [show((methods[key] or {}).get(score)) for _, score, show in _COLUMNS],
-            "bytes": _bytes_of(method, metrics),
+            "bytes": _bytes_of(method, methods[key] or {}, metrics),
         }
 
 
-def _bytes_of(method: EvaluationMethod | None, metrics: Mapping[str, Any]) -> str:
+def _bytes_of(
+    method: EvaluationMethod | None, entry: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> str:
     """Bytes that a method sends in place of the text, where it has a size of its own."""
     sizes, payload = metrics.get("bytes") or {}, size(_payload(metrics))
     sends = method.sends if method else "nothing"
@@ -181,6 +183,8 @@ def _bytes_of(method: EvaluationMethod | None, metrics: Mapping[str, Any]) -> st
         return f"{utf8}, brotli {brotli}"
     if sends == "payload":
         return payload
+    if sends == "both":
+        return size(entry.get("sent_bytes_mean"))
     return f"≤ {payload}" if sends == "at most payload" and payload != MISSING else MISSING
 
 
@@ -282,7 +286,7 @@ def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if latent:
         yield (
             "Latent",
-            f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
+            f"{_latents(latent)}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
             f"groups of {latent.get('group_size')}",
         )
     yield "Examples", number(metrics.get("examples") or 0, digits=0)
@@ -339,3 +343,13 @@ def _f1(methods: Mapping[str, Any], method: str) -> str:
 def _quotient(top: Any, bottom: Any) -> float | None:
     upper, lower = mean(top), mean(bottom)
     return None if upper is None or not lower else upper / lower
+
+
+def _latents(latent: Mapping[str, Any]) -> str:
+    """How many vectors a latent has, and how many latents a text."""
+    text = f"M = {latent.get('M')}"
+    if latent.get("M_mean") is not None:
+        text = f"M up to {latent.get('M')}, {number(latent['M_mean'], digits=1)} on average"
+    if latent.get("payloads_mean") is not None:
+        text += f", {number(latent['payloads_mean'], digits=1)} payloads of a text"
+    return text
