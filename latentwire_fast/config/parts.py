@@ -202,8 +202,8 @@ class ObjectiveConfig(PartSettings):
         reports_accuracy: whether it reports how often the answers' tokens are right.
         reads_answers: whether it is about questions and answers; a text without any is then no
             item for it.
-        takes_chunks: whether a text may be several latents, one for each of its chunks, or one with
-            fewer than M vectors.
+        takes_chunks: whether a text may be several latents, one for each of its chunks.
+        takes_fewer: whether a latent may have fewer than M vectors.
     """
 
     registry: ClassVar[Registry] = OBJECTIVES
@@ -212,6 +212,7 @@ class ObjectiveConfig(PartSettings):
     reads_answers: ClassVar[bool] = False
     reports_accuracy: ClassVar[bool] = False
     takes_chunks: ClassVar[bool] = False
+    takes_fewer: ClassVar[bool] = False
 
     weight: float = 1.0
 

@@ -43,7 +43,8 @@ LENGTH = 24  # tokens of a chunk: two facts
 
 def config_of(folder: Path, **changes: Any) -> RunConfig:
     """Passages of one to four facts, with a soft and a deep prefix of each chunk."""
-    stage = StageConfig("s", steps=2, objectives=weighted(answer=1.0, kd=0.5), quantize=6)
+    objectives = weighted(answer=1.0, kd=0.5, autoencode=0.1)
+    stage = StageConfig("s", steps=2, objectives=objectives, quantize=6)
     config = tiny_config(
         folder,
         attachments=(soft(expansion=1, dropout=0.1), deep(width=16, heads=2, expansion=2)),
@@ -109,7 +110,7 @@ def test_a_batch_gives_the_loss_of_its_items_alone(trained: Trainer) -> None:
     items = [stream.batch(0, 1, facts=facts)[0] for facts in (1, 3, 4, 6)]
     prepared = session.objectives.prepare(items, stage, ["llama"])
     assert len({len(item.chunks) for item in prepared}) > 2
-    counts = {("answer", "llama"): 1, ("kd", "llama"): 1}
+    counts = {(kind, "llama"): 1 for kind in ("answer", "kd", "autoencode")}
     together = session.objectives.compute(prepared, stage, counts)
     alone = [session.objectives.compute([item], stage, counts) for item in prepared]
     for key, value in together.sums.items():
@@ -137,8 +138,8 @@ def test_a_long_text_in_python(trained: Trainer) -> None:
 
 
 def test_objectives_about_one_latent_are_refused(llama_folder: Path) -> None:
-    stage = StageConfig("s", steps=1, objectives=weighted(answer=1.0, autoencode=0.5))
-    with pytest.raises(ConfigError, match=r"'autoencode' is about one latent .*chunk_length"):
+    stage = StageConfig("s", steps=1, objectives=weighted(answer=1.0, continuation=0.5))
+    with pytest.raises(ConfigError, match=r"'continuation' is about one latent .*chunk_length"):
         config_of(llama_folder, stages=(stage,))
     with pytest.raises(ConfigError, match="chunk_length=0"):
         config_of(llama_folder, data={"chunk_length": 0})
@@ -172,8 +173,8 @@ def test_a_long_text_on_the_command_line(trained: Trainer, tmp_path: Path) -> No
         ({"attachments": (ATTACHMENTS.config("soft_matched"),)}, "attachment 'soft_matched'"),
         ({"attachments": (soft(calibration="example"),)}, "calibration='example' is over all M"),
         (
-            {"stages": (StageConfig("s", steps=1, objectives=weighted(autoencode=1.0)),)},
-            "'autoencode' is about M latents",
+            {"stages": (StageConfig("s", steps=1, objectives=weighted(attention=1.0)),)},
+            "'attention' is about M latents",
         ),
         ({"evaluation": {"continuation": ContinuationConfig("text=x")}}, "evaluation.continuation"),
     ],
@@ -184,3 +185,16 @@ def test_parts_that_take_one_number_of_latents_are_refused(
     config = config_of(llama_folder, data={"chunk_length": None})
     with pytest.raises(ConfigError, match=match):
         changed(config, **{"encoder": VARYING, **changes})
+
+
+def test_continuation_takes_fewer_latents(llama_folder: Path, tmp_path: Path) -> None:
+    stage = StageConfig("s", steps=1, objectives=weighted(continuation=1.0))
+    config = config_of(llama_folder, data={"chunk_length": None}, stages=(stage,))
+    config = changed(config, encoder=VARYING, attachments=(soft(expansion=1),))
+    session = train(config, tmp_path).session
+    items = [session.stream.batch(0, 1, facts=facts)[0] for facts in (1, 4)]
+    prepared = session.objectives.prepare(items, stage, ["llama"])
+    counts = {("continuation", "llama"): 1}
+    together = session.objectives.compute(prepared, stage, counts).total
+    alone = [session.objectives.compute([item], stage, counts).total for item in prepared]
+    torch.testing.assert_close(together, torch.stack(alone).sum())
