@@ -210,8 +210,8 @@ class ObjectiveConfig(PartSettings):
         of_latents: whether it is about latents alone, before any reader: a run on a base, which
             keeps its encoder, has nothing to learn from it.
         head_fields: the settings that decide the shape of its head (`Objective.build_head`).
-        takes_chunks: whether a text may be several latents, one for each of its chunks, or one with
-            fewer than M vectors.
+        takes_chunks: whether a text may be several latents, one for each of its chunks.
+        takes_fewer: whether a latent may have fewer than M vectors.
     """
 
     registry: ClassVar[Registry] = OBJECTIVES
@@ -222,6 +222,7 @@ class ObjectiveConfig(PartSettings):
     of_latents: ClassVar[bool] = False
     head_fields: ClassVar[tuple[str, ...]] = ()
     takes_chunks: ClassVar[bool] = False
+    takes_fewer: ClassVar[bool] = False
 
     weight: float = 1.0
 

@@ -292,7 +292,7 @@ class RunConfig(Settings):
                 "first and go on from that run (`warm_start`)",
             )
             require(
-                not self.encoder.varies or objective.takes_chunks,
+                not self.encoder.varies or objective.takes_fewer,
                 f"objective {objective.kind!r} is about M latents of each text, and "
                 "encoder.tokens_per_latent makes fewer of some; leave out one of them",
             )

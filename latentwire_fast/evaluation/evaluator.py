@@ -110,9 +110,10 @@ class Evaluator:
                 receiver.reader,
                 self.examples,
                 payloads,
-                self.training_texts,
-                alone,
-                self.config.scored_chunk_length,
+                training_texts=self.training_texts,
+                alone=alone,
+                chunk_length=self.config.scored_chunk_length,
+                hybrid_tokens=self.config.evaluation.hybrid_tokens,
             )
         results.not_measured = self._not_measured(next(iter(cases.values())))
         for name, case in cases.items():

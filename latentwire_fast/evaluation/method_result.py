@@ -27,6 +27,7 @@ class MethodResult:
         predictions, em, f1: the answer, its exact match and its F1.
         positions: how many positions the prefix, or the text in its place, takes; like all that
             follows, empty where no reader was asked.
+        sent_bytes: what is sent in the text's place, of methods that count it themselves.
         first_token_ids: the likeliest first token.
         first_token_margins, first_token_entropies: how sure the reader is of the gold first token
             (`Confidence`).
@@ -42,6 +43,7 @@ class MethodResult:
     em: list[float]
     f1: list[float]
     positions: list[int] = field(default_factory=list)
+    sent_bytes: list[int] = field(default_factory=list)
     first_token_ids: list[int | None] = field(default_factory=list)
     first_token_margins: list[float] = field(default_factory=list)
     first_token_entropies: list[float] = field(default_factory=list)
@@ -84,6 +86,7 @@ class MethodResult:
             "prefill_ms_p50": self.prefill_ms,
             "end_to_end_ms_p50": self.end_to_end_ms,
             **self.facts,
+            **({"sent_bytes_mean": mean(self.sent_bytes)} if self.sent_bytes else {}),
         }
 
     def minus(self, other: MethodResult, **options: Any) -> dict[str, Any]:
@@ -110,6 +113,8 @@ class MethodResult:
         entry = self.scores_of(i)
         if self.positions:
             entry["positions"] = self.positions[i]
+        if self.sent_bytes:
+            entry["sent_bytes"] = self.sent_bytes[i]
         if self.nll:
             entry["first_token_id"] = self.first_token_ids[i]
             entry["first_token_reciprocal_rank"] = self.reciprocal_ranks[i]

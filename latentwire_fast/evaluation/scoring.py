@@ -99,6 +99,7 @@ class Scorer:
         for rows in batches(len(self.case.examples), self.batch_size):
             inputs = method.build(self.case, rows, bits=bits)
             likelihoods.positions += inputs.positions
+            likelihoods.sent_bytes += inputs.sent_bytes
             if inputs.answers is None:
                 reading = self._read(method, inputs, rows, with_likelihoods=with_likelihoods)
                 answers += reading.answers

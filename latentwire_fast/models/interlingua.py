@@ -245,7 +245,7 @@ class Interlingua(nn.Module):
         """
         soft = self.prefix(reader, latent_BMd, gain=gain)
         if task is not None:
-            token = self.task_tokens[reader][TASKS.index(task)]
+            token = self.task_token(reader, task)
             soft = torch.cat([soft, token.expand(len(soft), 1, -1)], 1)
         deep = self.attachment(reader, "deep")
         return {
@@ -254,6 +254,10 @@ class Interlingua(nn.Module):
             "head": 0 if deep is None else deep.head_positions,
             "layers": self.layer_updates(reader, latent_BMd, gain=gain),
         }
+
+    def task_token(self, reader: str, task: Task) -> Tensor:
+        """The embedding `[D]` that tells a reader which pretraining task is meant."""
+        return self.task_tokens[reader][TASKS.index(task)]
 
     @torch.no_grad()
     def prefix_rms(self, reader: str, latent_BMd: Tensor) -> dict[str, float]:

@@ -29,6 +29,7 @@ class Answer(Objective):
 
         reads_answers: ClassVar[bool] = True
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
         reports_accuracy: ClassVar[bool] = True
 
         tokens: int | None = None

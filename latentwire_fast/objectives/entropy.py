@@ -44,6 +44,7 @@ class Entropy(Objective):
 
         reads_answers: ClassVar[bool] = True
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         form: Literal["batch", "answer"] = "batch"
         least: float = 1.0

@@ -34,6 +34,7 @@ class FirstToken(Objective):
 
         reads_answers: ClassVar[bool] = True
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         auto_scale: float = 0.0
 

@@ -39,6 +39,7 @@ class HardKD(Objective):
 
         reads_answers: ClassVar[bool] = True
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         base: float = 0.0
         missed: float = 1.0

@@ -40,6 +40,7 @@ class HiddenKD(Objective):
 
         reads_answers: ClassVar[bool] = True
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         layers: tuple[int, ...] = (-1,)
         form: Form = "mse"

@@ -94,6 +94,11 @@ class EncodedBatch:
             self._sent[key] = self._send(self._encode(contexts, questions))
         return self._sent[key]
 
+    def pieces_of(self, contexts: Texts, questions: Texts | None) -> Pieces:
+        """One latent for each of these texts, with as many vectors as the text gets."""
+        counts = self.model.encoder.latent_counts(contexts, questions)
+        return Pieces((1,) * len(contexts), counts)
+
     def _encode(self, contexts: Texts, questions: Texts | None) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._hold):
             return self.model.encode(contexts, questions)
@@ -207,7 +212,9 @@ class ReaderBatch:
     @cached_property
     def inputs(self) -> ReaderInputs:
         """The reader's inputs in the place of the items' latents."""
-        sent_BMd, pieces = self.encoded.sent_BMd, self.encoded.pieces
+        return self._inputs(self.encoded.sent_BMd, self.encoded.pieces)
+
+    def _inputs(self, sent_BMd: Tensor, pieces: Pieces) -> ReaderInputs:
         absent_BM = pieces.absent_RM(sent_BMd.shape[1], device=sent_BMd.device)
         return self.model.reader_inputs(
             self.reader.name, sent_BMd, gain=self.encoded.gain, absent_BM=absent_BM
@@ -223,6 +230,16 @@ class ReaderBatch:
         """The reader's inputs in the place of latents; `task` as in `Interlingua`."""
         gain = self.encoded.gain
         return self.model.reader_inputs(self.reader.name, sent_BMd, gain=gain, task=task)
+
+    def task_inputs(self, task: Task, sent_BMd: Tensor, pieces: Pieces) -> dict[str, Any]:
+        """Inputs in the place of texts, those of a text's latents one behind the other, then a
+        pretraining task's token: arguments of `Reader.collate`."""
+        if pieces.is_single:
+            return {**self.inputs_of(sent_BMd, task=task)}
+        joined = joined_inputs(self._inputs(sent_BMd, pieces), pieces, reader=self.reader)
+        token_1D = self.model.task_token(self.reader.name, task)[None]
+        joined["prefixes"] = [torch.cat([soft, token_1D]) for soft in joined["prefixes"]]
+        return joined
 
     @cached_property
     def answers(self) -> AnswerPass:
@@ -311,7 +328,9 @@ class ReaderBatch:
         reports, self._reports = self._reports, {}
         return reports
 
-    def cross_entropy(self, kind: str, inputs: ReaderInputs, *, trained: bool = True) -> Tensor:
+    def cross_entropy(
+        self, kind: str, inputs: Mapping[str, Any], *, trained: bool = True
+    ) -> Tensor:
         """Cross-entropy summed over all target tokens of the prompts of one kind, 0-d.
 
         Args:

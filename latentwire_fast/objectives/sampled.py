@@ -41,6 +41,7 @@ class Sampled(Objective):
 
         reads_answers: ClassVar[bool] = True
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         share: float = 0.25
         tokens: int | None = None

@@ -29,6 +29,7 @@ class Scales(Objective):
         """Settings of the penalty: its weight alone."""
 
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless the run has soft tokens with a scale and a shift."""

@@ -49,6 +49,7 @@ class Teachers(Objective):
 
         reads_answers: ClassVar[bool] = True
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         teachers: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
         own: bool = True

@@ -28,6 +28,7 @@ class Text(Objective):
 
         reads_answers: ClassVar[bool] = True
         takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless every reader has something that it trains."""

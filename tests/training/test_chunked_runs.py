@@ -1,4 +1,5 @@
-"""Runs whose contexts are several latents each: trained, stopped, resumed, validated, evaluated."""
+"""Runs whose contexts are several latents, and whose latents differ in number: trained, stopped,
+resumed, validated, evaluated."""
 
 from __future__ import annotations
 
@@ -10,11 +11,16 @@ import torch
 
 from latentwire_fast import wire
 from latentwire_fast.config.presets import weighted
-from latentwire_fast.config.schema import RunConfig, StageConfig, ValidationConfig
+from latentwire_fast.config.schema import (
+    ContinuationConfig,
+    RunConfig,
+    StageConfig,
+    ValidationConfig,
+)
 from latentwire_fast.errors import ConfigError, RunStopped
 from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.registry import POOLERS
+from latentwire_fast.registry import ATTACHMENTS, POOLERS
 from latentwire_fast.serving import Receiver
 from latentwire_fast.training.trainer import Trainer
 from receiving import asking, at_most
@@ -37,7 +43,8 @@ LENGTH = 24  # tokens of a chunk: two facts
 
 def config_of(folder: Path, **changes: Any) -> RunConfig:
     """Passages of one to four facts, with a soft and a deep prefix of each chunk."""
-    stage = StageConfig("s", steps=2, objectives=weighted(answer=1.0, kd=0.5), quantize=6)
+    objectives = weighted(answer=1.0, kd=0.5, autoencode=0.1)
+    stage = StageConfig("s", steps=2, objectives=objectives, quantize=6)
     config = tiny_config(
         folder,
         attachments=(soft(expansion=1, dropout=0.1), deep(width=16, heads=2, expansion=2)),
@@ -47,21 +54,33 @@ def config_of(folder: Path, **changes: Any) -> RunConfig:
     config = changed(
         config,
         encoder={"pooler": POOLERS.config("spans"), "frozen": True},
-        evaluation={"bits": (6,), "max_new_tokens": 2},
+        evaluation={"bits": (6,), "max_new_tokens": 2, "hybrid_tokens": 8},
     )
     return changed(config, **changes)
 
 
-@pytest.fixture(scope="module")
-def trained(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+VARYING: dict[str, Any] = {
+    "pooler": POOLERS.config("spans"), "frozen": True, "tokens_per_latent": 9.0
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["fixed", "varying"])
+def trained(
+    request: pytest.FixtureRequest,
+    llama_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trainer:
     """A run of two steps, without dropout."""
     parts = (soft(expansion=1), deep(width=16, heads=2, expansion=2))
-    folder = tmp_path_factory.mktemp("chunked")
-    return train_on_the_cpu(config_of(llama_folder, attachments=parts), folder)
+    config = config_of(llama_folder, attachments=parts)
+    if request.param == "varying":
+        config = changed(config, encoder=VARYING)
+    return train_on_the_cpu(config, tmp_path_factory.mktemp("chunked"))
 
 
 def test_a_run_is_trained_resumed_and_evaluated(llama_folder: Path, tmp_path: Path) -> None:
-    config = config_of(llama_folder, validation=ValidationConfig(every=2, examples=2))
+    validation = ValidationConfig(every=2, examples=2)
+    config = config_of(llama_folder, validation=validation, encoder=VARYING)
     whole = train(config, tmp_path / "whole")
     new_process(1)
     cut = Trainer(config, tmp_path / "cut", progress=False)
@@ -75,12 +94,13 @@ def test_a_run_is_trained_resumed_and_evaluated(llama_folder: Path, tmp_path: Pa
     assert latent["chunk_length"] == LENGTH
     assert latent["payloads_mean"] >= 2
     model = Interlingua.from_pretrained(whole.folder.model)
-    (alone,) = model.encode_payloads(["Nulnak lives in Bakrim."])
-    assert metrics["bytes"]["payload_mean"]["6"] == latent["payloads_mean"] * len(alone)
-    assert metrics["latent"]["M"] == model.encoder_config.latents
+    assert 1 < latent["M_mean"] < latent["M"] == model.encoder_config.latents
     assert "truncated" not in metrics
-    positions = metrics["readers"]["llama"]["latent"]["prefix_positions_mean"]
-    assert positions == pytest.approx(latent["payloads_mean"] * model.positions)
+    methods = metrics["readers"]["llama"]
+    assert methods["hybrid"]["sent_bytes_mean"] > 16
+    positions = methods["latent"]["prefix_positions_mean"]
+    # Soft tokens and a deep prefix of each payload.
+    assert positions == pytest.approx(2 * latent["payloads_mean"] * latent["M_mean"])
 
 
 def test_a_batch_gives_the_loss_of_its_items_alone(trained: Trainer) -> None:
@@ -90,7 +110,7 @@ def test_a_batch_gives_the_loss_of_its_items_alone(trained: Trainer) -> None:
     items = [stream.batch(0, 1, facts=facts)[0] for facts in (1, 3, 4, 6)]
     prepared = session.objectives.prepare(items, stage, ["llama"])
     assert len({len(item.chunks) for item in prepared}) > 2
-    counts = {("answer", "llama"): 1, ("kd", "llama"): 1}
+    counts = {(kind, "llama"): 1 for kind in ("answer", "kd", "autoencode")}
     together = session.objectives.compute(prepared, stage, counts)
     alone = [session.objectives.compute([item], stage, counts) for item in prepared]
     for key, value in together.sums.items():
@@ -118,8 +138,8 @@ def test_a_long_text_in_python(trained: Trainer) -> None:
 
 
 def test_objectives_about_one_latent_are_refused(llama_folder: Path) -> None:
-    stage = StageConfig("s", steps=1, objectives=weighted(answer=1.0, autoencode=0.5))
-    with pytest.raises(ConfigError, match=r"'autoencode' is about one latent .*chunk_length"):
+    stage = StageConfig("s", steps=1, objectives=weighted(answer=1.0, continuation=0.5))
+    with pytest.raises(ConfigError, match=r"'continuation' is about one latent .*chunk_length"):
         config_of(llama_folder, stages=(stage,))
     with pytest.raises(ConfigError, match="chunk_length=0"):
         config_of(llama_folder, data={"chunk_length": 0})
@@ -144,3 +164,37 @@ def test_a_long_text_on_the_command_line(trained: Trainer, tmp_path: Path) -> No
     assert f"{size} bytes, payload to logits" in output
     status, output, error = in_this_process("generate", *asked)
     assert output.count("answer: ") == len(payloads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"encoder": VARYING | {"pooler": POOLERS.config("hierarchical", heads=2)}}, "pooler 'hi"),
+        ({"attachments": (ATTACHMENTS.config("soft_matched"),)}, "attachment 'soft_matched'"),
+        ({"attachments": (soft(calibration="example"),)}, "calibration='example' is over all M"),
+        (
+            {"stages": (StageConfig("s", steps=1, objectives=weighted(attention=1.0)),)},
+            "'attention' is about M latents",
+        ),
+        ({"evaluation": {"continuation": ContinuationConfig("text=x")}}, "evaluation.continuation"),
+    ],
+)
+def test_parts_that_take_one_number_of_latents_are_refused(
+    llama_folder: Path, changes: dict[str, Any], match: str
+) -> None:
+    config = config_of(llama_folder, data={"chunk_length": None})
+    with pytest.raises(ConfigError, match=match):
+        changed(config, **{"encoder": VARYING, **changes})
+
+
+def test_continuation_takes_fewer_latents(llama_folder: Path, tmp_path: Path) -> None:
+    stage = StageConfig("s", steps=1, objectives=weighted(continuation=1.0))
+    config = config_of(llama_folder, data={"chunk_length": None}, stages=(stage,))
+    config = changed(config, encoder=VARYING, attachments=(soft(expansion=1),))
+    session = train(config, tmp_path).session
+    items = [session.stream.batch(0, 1, facts=facts)[0] for facts in (1, 4)]
+    prepared = session.objectives.prepare(items, stage, ["llama"])
+    counts = {("continuation", "llama"): 1}
+    together = session.objectives.compute(prepared, stage, counts).total
+    alone = [session.objectives.compute([item], stage, counts).total for item in prepared]
+    torch.testing.assert_close(together, torch.stack(alone).sum())

@@ -10,6 +10,7 @@ PARTS = {
         "latentwire_fast.evaluation.methods.token_budget_question:TokenBudgetQuestion"
     ),
     "byte_budget": "latentwire_fast.evaluation.methods.byte_budget:ByteBudget",
+    "hybrid": "latentwire_fast.evaluation.methods.hybrid:Hybrid",
     "selective_context": "latentwire_fast.evaluation.methods.selective_context:SelectiveContext",
     "selective_context_bytes": (
         "latentwire_fast.evaluation.methods.selective_context_bytes:SelectiveContextBytes"

@@ -59,6 +59,7 @@ class EvaluationCase:
         training_texts: texts that methods may be fitted to; none unless the run asks for it.
         alone: as `payloads`, for this reader alone, where it does not get all of a latent's slots.
         chunk_length: `RunConfig.scored_chunk_length`.
+        hybrid_tokens: `EvalConfig.hybrid_tokens`.
     """
 
     model: Interlingua
@@ -68,6 +69,7 @@ class EvaluationCase:
     training_texts: Sequence[str] = ()
     alone: Mapping[int, Sequence[Message]] = field(default_factory=dict)
     chunk_length: int | None = None
+    hybrid_tokens: int | None = None
 
     @property
     def mode(self) -> Mode:
@@ -89,7 +91,11 @@ class EvaluationCase:
 
     def positions_of(self, i: int) -> int:
         """How many positions of text the latents of example `i` are compared with."""
-        return self.positions(next(iter(self.payloads.values()))[i])
+        return self.positions(self._any_payload(i))
+
+    def _any_payload(self, i: int) -> Message:
+        """What is sent of example `i`, at one of the bit widths."""
+        return next(iter(self.payloads.values()))[i]
 
     @property
     def free_label(self) -> int:
@@ -99,7 +105,7 @@ class EvaluationCase:
 
     def zero_payload(self, i: int, *, bits: int) -> Message:
         """Like the payload of example `i`, of latents that are zero everywhere."""
-        own = self.payloads[bits][i]
+        own = self._any_payload(i)
         single = payloads_of(own)
         shape = self.model.encoder_config
         latents = [self.model.latents_of(payload) for payload in single]
@@ -139,6 +145,8 @@ class MethodInput:
         positions: per prompt, how many positions the latent, or the text in its place, takes.
         payloads: one per prompt, or several in its place, all of one bit width.
         embeddings: ready soft prefixes `[M_i, D]`, one per prompt.
+        sent_bytes: per prompt, what is sent in the text's place, where that is neither the text nor
+            the example's own payload.
         answers: ready answers, where no reader is asked; there are no prompts then.
     """
 
@@ -147,6 +155,7 @@ class MethodInput:
     payloads: list[Message] | None = None
     embeddings: list[Tensor] | None = None
     answers: list[str] | None = None
+    sent_bytes: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,7 @@ class EvaluationMethod(ABC):
     note: ClassVar[str] = ""
     kind: ClassVar[Kind] = "budget"
     console_label: ClassVar[str | None] = ""
-    sends: ClassVar[Literal["text", "payload", "at most payload", "nothing"]] = "nothing"
+    sends: ClassVar[Literal["text", "payload", "at most payload", "both", "nothing"]] = "nothing"
     is_timed: ClassVar[bool] = False
     is_control: ClassVar[bool] = False
     in_model_card: ClassVar[bool] = False

@@ -14,7 +14,7 @@ def latent_facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if latent:
         yield (
             "Latent",
-            f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
+            f"{_latents(latent)}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
             f"groups of {latent.get('group_size')}",
         )
     if latent.get("private_slots"):
@@ -36,3 +36,13 @@ def _slots(latent: Mapping[str, Any], sizes: Mapping[str, Any]) -> str:
         for name, found in (sizes.get("payload_alone_mean") or {}).items()
     )
     return f"{latent['M'] - sum(private.values())} shared, {owned}; alone: {alone}"
+
+
+def _latents(latent: Mapping[str, Any]) -> str:
+    """How many vectors a latent has, and how many latents a text."""
+    text = f"M = {latent.get('M')}"
+    if latent.get("M_mean") is not None:
+        text = f"M up to {latent.get('M')}, {number(latent['M_mean'], digits=1)} on average"
+    if latent.get("payloads_mean") is not None:
+        text += f", {number(latent['payloads_mean'], digits=1)} payloads of a text"
+    return text

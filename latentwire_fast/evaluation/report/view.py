@@ -189,6 +189,8 @@ def _bytes_of(
         return f"{utf8}, brotli {brotli}"
     if sends == "payload":
         return payload
+    if sends == "both":
+        return size(entry.get("sent_bytes_mean"))
     return f"≤ {payload}" if sends == "at most payload" and payload != MISSING else MISSING
 
 
