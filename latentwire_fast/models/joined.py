@@ -125,17 +125,28 @@ def joined_inputs(inputs: ReaderInputs, pieces: Pieces, *, reader: Reader) -> di
     if pieces.is_single:
         return {**inputs}
     if inputs["layers"] is not None:
-        raise ConfigError(
-            f"reader {reader.name!r} attends to latents between its layers (attachment "
-            "'cross_attention'), to those of one whole latent for each prompt; send one payload, "
-            "or train another attachment"
-        )
+        refuse_layers(pieces, reader)
     joined: dict[str, Any] = {**inputs, "prefixes": join_soft(inputs["prefixes"], pieces)}
     if inputs["deep"] is not None:
         joined["deep"], joined["deep_lengths"] = join_deep_pieces(
             inputs["deep"], pieces, head=inputs["head"], reader=reader
         )
     return joined
+
+
+def refuse_layers(pieces: Pieces, reader: Reader) -> None:
+    """Raise where a reader whose layers read the latents is given more or less than one whole
+    latent for each prompt.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if not pieces.is_single:
+        raise ConfigError(
+            f"reader {reader.name!r} attends to latents between its layers (attachment "
+            "'cross_attention'), to those of one whole latent for each prompt; send one payload, "
+            "or train another attachment"
+        )
 
 
 def join_soft(soft_RMD: Tensor, pieces: Pieces) -> list[Tensor]:

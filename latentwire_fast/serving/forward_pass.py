@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from latentwire_fast.models.attachments.base import Attachment, ReaderInputs
-from latentwire_fast.models.joined import join_deep, joined_inputs
+from latentwire_fast.models.joined import join_deep, joined_inputs, refuse_layers
 from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.arriving_layer import settle
 from latentwire_fast.readers.attention import causal_mask, mask_free
@@ -50,8 +50,14 @@ class ForwardPass:
         self._compiled = torch.compile(reader.backbone, dynamic=True) if compiled else None
 
     def spans(self, parcel: Parcel) -> Spans:
-        """The positions that a payload takes, padding included."""
+        """The positions that a payload takes, padding included.
+
+        Raises:
+            ConfigError: several payloads in a prompt, and layers that read them.
+        """
         assert self.parts is not None
+        if self.parts.layers is not None:
+            refuse_layers(parcel.pieces, self.reader)
         return Spans(
             _positions(self.parts.adapter, parcel.latents),
             _positions(self.parts.deep_prefix, parcel.latents),
