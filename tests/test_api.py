@@ -39,13 +39,14 @@ SIGNATURES = {
         "length: 'int | None' = None, bits: 'int | None' = None) -> 'list[tuple[bytes, ...]]'"
     ),
     "Interlingua.payloads": (
-        "(self, latent_BMd: 'Tensor', *, bits: 'int | None' = None) -> 'list[bytes]'"
+        "(self, latent_BMd: 'Tensor', *, bits: 'int | None' = None, "
+        "slots: 'Sequence[int] | None' = None) -> 'list[bytes]'"
     ),
     "Interlingua.decode_payloads": "(self, payloads: 'Sequence[bytes]') -> 'Tensor'",
     "Interlingua.quantize": ("(self, latent_BMd: 'Tensor', bits: 'int | None' = None) -> 'Tensor'"),
     "Interlingua.reader_inputs": (
         "(self, reader: 'str', latent_BMd: 'Tensor', *, gain: 'float' = 1.0, task: 'Task "
-        "| None' = None) -> 'ReaderInputs'"
+        "| None' = None, absent_BM: 'Tensor | None' = None) -> 'ReaderInputs'"
     ),
     "PromptBuilder": (
         "(tokenizer: 'PreTrainedTokenizerBase', config: 'PromptConfig | None' = None) -> 'None'"

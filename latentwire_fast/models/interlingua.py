@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.models.encoders.chunks import Chunks, chunks_of
 from latentwire_fast.models.poolers.base import Selection
+from latentwire_fast.models.ragged import pack_ragged, unpack_ragged
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
@@ -268,17 +268,18 @@ class Interlingua(nn.Module):
             ConfigError: they are needed.
         """
         bits = self.bottleneck.config.bits if bits is None else bits
-        if slots is None and self.encoder_config.varies:
+
+        def pack(latent_bmd: Tensor) -> list[bytes]:
+            return self.bottleneck.pack(latent_bmd, bits=bits, fingerprint=self.fingerprint)
+
+        if slots is not None:
+            return pack_ragged(pack, latent_BMd, slots)
+        if self.encoder_config.varies:
             raise ConfigError(
                 "this model's number of latents goes by the text's length: `payloads` needs it as "
                 "slots=model.encoder.latent_counts(contexts, questions)"
             )
-        packed: dict[int, bytes] = {}
-        for count, rows in _rows_by(slots or [latent_BMd.shape[1]] * len(latent_BMd)).items():
-            part = latent_BMd if len(rows) == len(latent_BMd) else latent_BMd[rows]
-            made = self.bottleneck.pack(part[:, :count], bits=bits, fingerprint=self.fingerprint)
-            packed |= dict(zip(rows, made, strict=True))
-        return [packed[row] for row in range(len(latent_BMd))]
+        return pack(latent_BMd)
 
     @torch.no_grad()
     def encode_payloads(
@@ -347,17 +348,13 @@ class Interlingua(nn.Module):
         Raises:
             PayloadError: damaged bytes, another shape, or another model's fingerprint.
         """
-        if not (self.encoder_config.varies and payloads):
+        shape = self.encoder_config
+        if not (shape.varies and payloads):
             return self._unpack(payloads)
-        latents = self.encoder_config.latents
-        counts = [wire.read_header(payload).latents for payload in payloads]
-        rows_of = _rows_by(counts)
-        parts = {
-            row: F.pad(latent_Md, (0, 0, 0, latents - count))
-            for count, rows in rows_of.items()
-            for row, latent_Md in zip(rows, self._unpack([payloads[r] for r in rows]), strict=True)
-        }
-        return torch.stack([parts[row] for row in range(len(payloads))])
+        counts = [*map(self.latents_of, payloads)]
+        if max(counts) > shape.latents:
+            return self._unpack(payloads)  # which says what is wrong
+        return unpack_ragged(self._unpack, payloads, counts, latents=shape.latents)
 
     def _unpack(self, payloads: Sequence[bytes]) -> Tensor:
         """Latents of payloads with one number of them."""
@@ -473,11 +470,3 @@ class Interlingua(nn.Module):
         for name in saved.lora:
             model.lora[name] = ReaderLora.load(folder / LORA / name)
         return model.eval()
-
-
-def _rows_by(counts: Sequence[int]) -> dict[int, list[int]]:
-    """The rows of each count."""
-    rows: dict[int, list[int]] = {}
-    for row, count in enumerate(counts):
-        rows.setdefault(count, []).append(row)
-    return rows

@@ -62,6 +62,17 @@ class ForwardPass:
         deep = None if self.parts is None else self.parts.deep_prefix
         return deep.head_positions if isinstance(deep, Attachment) else 0
 
+    def prefixes(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Soft tokens `[R, M, D]` and deep prefix `[L, 2, R, H, P, d_head]` of a batch's payloads,
+        each where it is trained.
+
+        Raises:
+            PayloadError: values that no encoder sends.
+        """
+        assert self.parts is not None
+        assert batch.parcel is not None
+        return self.parts(self._send(batch), batch.parcel, mark=self.mark)
+
     def reader_inputs(self, batch: Batch) -> dict[str, Any]:
         """What stands in the place of the texts of a batch with payloads: arguments of
         `Reader.score`.
@@ -69,9 +80,8 @@ class ForwardPass:
         Raises:
             PayloadError: values that no encoder sends.
         """
-        assert self.parts is not None
         assert batch.parcel is not None
-        soft_RMD, deep_L2RHPd = self.parts(self._send(batch), batch.parcel, mark=self.mark)
+        soft_RMD, deep_L2RHPd = self.prefixes(batch)
         if soft_RMD is None:
             rows = len(batch.parcel.payloads)
             soft_RMD = self.reader.embedding.weight.new_zeros(rows, 0, self.reader.d_model)
