@@ -13,13 +13,12 @@ Shapes: B batch, M latents, d the latent's width, D a reader's; L layers, H key/
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import repeat
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.models.encoders.chunks import Chunks, chunks_of
 from latentwire_fast.models.poolers.base import Selection
+from latentwire_fast.models.ragged import pack_ragged, unpack_ragged
 from latentwire_fast.models.slots import Slots
 from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.card import ReaderCard
@@ -300,22 +300,19 @@ class Interlingua(nn.Module):
             ConfigError: no adapter was trained for that reader; `slots` are needed.
         """
         bits = self.bottleneck.config.bits if bits is None else bits
-        if slots is None and self.encoder_config.varies:
-            raise ConfigError(
-                "this model's number of latents goes by the text's length: `payloads` needs it as "
-                "slots=model.encoder.latent_counts(contexts, questions)"
-            )
         owner = None
         if reader is not None:
             self.parts(reader)
             owner, latent_BMd = self.slots.owner(reader), self.slots.of(reader, latent_BMd)
-        mark = self.fingerprints[owner]
-        packed: dict[int, bytes] = {}
-        for count, rows in _rows_by(slots or [latent_BMd.shape[1]] * len(latent_BMd)).items():
-            part = latent_BMd if len(rows) == len(latent_BMd) else latent_BMd[rows]
-            made = self.bottleneck.pack(part[:, :count], bits=bits, fingerprint=mark)
-            packed |= dict(zip(rows, made, strict=True))
-        return [packed[row] for row in range(len(latent_BMd))]
+        pack = partial(self.bottleneck.pack, bits=bits, fingerprint=self.fingerprints[owner])
+        if slots is not None:
+            return pack_ragged(pack, latent_BMd, slots)
+        if self.encoder_config.varies:
+            raise ConfigError(
+                "this model's number of latents goes by the text's length: `payloads` needs it as "
+                "slots=model.encoder.latent_counts(contexts, questions)"
+            )
+        return pack(latent_BMd)
 
     @torch.no_grad()
     def encode_payloads(
@@ -399,15 +396,13 @@ class Interlingua(nn.Module):
         """
         if reader is not None:
             self.parts(reader)
-        if not (self.encoder_config.varies and payloads):
-            return self._unpack(payloads, reader)
-        latents = self.encoder_config.latents
-        rows_of = _rows_by([wire.read_header(payload).latents for payload in payloads])
-        parts: dict[int, Tensor] = {}
-        for count, rows in rows_of.items():
-            latent_Rmd = self._unpack([payloads[row] for row in rows], reader)
-            parts |= dict(zip(rows, F.pad(latent_Rmd, (0, 0, 0, latents - count)), strict=True))
-        return torch.stack([parts[row] for row in range(len(payloads))])
+        shape, unpack = self.encoder_config, partial(self._unpack, reader=reader)
+        if not (shape.varies and payloads):
+            return unpack(payloads)
+        counts = [*map(self.latents_of, payloads)]
+        if max(counts) > shape.latents:
+            return unpack(payloads)  # which says what is wrong
+        return unpack_ragged(unpack, payloads, counts, latents=shape.latents)
 
     def _unpack(self, payloads: Sequence[bytes], reader: str | None) -> Tensor:
         """Latents of payloads with one number of them."""
@@ -515,11 +510,3 @@ class Interlingua(nn.Module):
         for name in saved.lora:
             model.lora[name] = ReaderLora.load(folder / LORA / name)
         return model.eval()
-
-
-def _rows_by(counts: Sequence[int]) -> dict[int, list[int]]:
-    """The rows of each count."""
-    rows: dict[int, list[int]] = {}
-    for row, count in enumerate(counts):
-        rows.setdefault(count, []).append(row)
-    return rows

@@ -70,6 +70,16 @@ class ForwardPass:
         deep = None if self.parts is None else self.parts.deep_prefix
         return deep.head_positions if isinstance(deep, Attachment) else 0
 
+    def prefixes(self, batch: Batch) -> Given:
+        """What the reader is given of a batch's payloads.
+
+        Raises:
+            PayloadError: values that no encoder sends.
+        """
+        given = self._given(self._send(batch), batch)
+        assert given is not None
+        return given
+
     def reader_inputs(self, batch: Batch) -> dict[str, Any]:
         """What stands in the place of the texts of a batch with payloads: arguments of
         `Reader.score`.
@@ -78,8 +88,7 @@ class ForwardPass:
             PayloadError: values that no encoder sends.
         """
         assert batch.parcel is not None
-        given = self._given(self._send(batch), batch)
-        assert given is not None
+        given = self.prefixes(batch)
         soft_RMD = given.soft
         if soft_RMD is None:
             rows = len(batch.parcel.payloads)

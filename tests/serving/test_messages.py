@@ -16,7 +16,7 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.joined import Pieces, joined_inputs
 from latentwire_fast.prompts.builder import Prompt, Turn
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.serving import Receiver
+from latentwire_fast.serving import Receiver, ReceiverOptions
 from receiving import asking, at_most, gpt2_reader, make_model, random_payloads
 from varying import TEXTS, model_of
 
@@ -101,6 +101,18 @@ def test_a_list_of_one_is_a_payload(reader: Reader) -> None:
     plain = receiver.prefill(prompts, payloads=payloads)
     listed = receiver.prefill(prompts, payloads=[[payload] for payload in payloads])
     assert torch.equal(plain.logits_BV, listed.logits_BV)
+
+
+def test_a_kept_head_stands_before_all_of_them(reader: Reader) -> None:
+    model, prompts = make_model(reader, "soft"), asking(reader, QUESTIONS)
+    messages = messages_of(model, (2, 1, 3))
+    plain, kept = (
+        Receiver.of(model, reader, options=ReceiverOptions(keep_head=keep)).prefill(
+            prompts, payloads=messages
+        )
+        for keep in (False, True)
+    )
+    torch.testing.assert_close(plain.logits_BV, kept.logits_BV, rtol=1e-4, atol=1e-4)
 
 
 def test_order_matters(reader: Reader) -> None:
