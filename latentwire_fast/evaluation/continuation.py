@@ -200,7 +200,7 @@ class _Scores:
         else:
             prompt.add(builder.label_ids)
         if way == "token_budget":
-            prompt.add(first[label:][-self._model.positions_of(self._reader.name) :], content=True)
+            prompt.add(first[label:][-self._model.positions_for(self._reader.name) :], content=True)
         elif way in ("latent", "shuffled_latent"):
             prompt.latent_at = len(prompt.ids)
         prompt.add(self._rest_ids[i], target=True)

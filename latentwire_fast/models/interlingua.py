@@ -156,14 +156,14 @@ class Interlingua(nn.Module):
         found = (part for part in self.parts(reader).values() if part.gives == gives)
         return next(found, None)
 
-    def positions_of(self, reader: str) -> int:
+    def positions_for(self, reader: str) -> int:
         """How many of one reader's positions a latent takes."""
         return sum(p.positions - p.head_positions for p in self.parts(reader).values())
 
     @property
     def positions(self) -> int:
         """How many of a reader's positions a latent takes, at most."""
-        return max(map(self.positions_of, self.cards))
+        return max(map(self.positions_for, self.cards))
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass

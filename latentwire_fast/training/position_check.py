@@ -70,7 +70,7 @@ def _check(
 ) -> None:
     positions = len(prompt.ids)
     if prompt.latent_at is not None:
-        positions += objectives.model.positions_of(reader.name) + with_task
+        positions += objectives.model.positions_for(reader.name) + with_task
     if positions > reader.max_positions:
         raise DataError(
             f"{where}: it takes {positions:,} positions, and reader {reader.name!r} knows "

@@ -88,7 +88,7 @@ def test_a_reader_reads_its_own_payload_as_that_for_all(model: Interlingua, read
         all_of_it = model.reader_inputs(name, model.decode_payloads(whole))[place]  # type: ignore[literal-required]
         alone = model.reader_inputs(name, given)[place]  # type: ignore[literal-required]
         assert all_of_it is alone is None or torch.equal(all_of_it, alone)
-    assert model.positions_of(name) == 6
+    assert model.positions_for(name) == 6
     receiver = Receiver.of(model, reader)
     prompts = reader.prompts.build_many([Turn("How old?"), Turn("Where?")], latent="context")
     answers = [receiver.generate(prompts, payloads=payloads) for payloads in (whole, own)]

@@ -71,7 +71,7 @@ class EvaluationCase:
     @property
     def positions(self) -> int:
         """How many of the reader's positions a latent takes."""
-        return self.model.positions_of(self.reader.name)
+        return self.model.positions_for(self.reader.name)
 
     @property
     def free_label(self) -> int:
