@@ -179,12 +179,16 @@ def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
 
 def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> Encoder:
     model = Interlingua.from_pretrained(RunFolder(Path(base)).model)
-    kept = config.bottleneck, config.mode, config.private_slots
+    kept = config.bottleneck, config.mode
     fits = config.encoder.allows(model.encoder_config)
-    if not fits or (model.bottleneck_config, model.mode, model.slots.private) != kept:
+    if not fits or (model.bottleneck_config, model.mode) != kept:
         raise ConfigError(
-            f"this run has another encoder, bottleneck, mode or private slots than its base {base},"
-            " which it keeps"
+            f"this run has another encoder, bottleneck or mode than its base {base}, which it keeps"
+        )
+    if model.slots.private != config.private_slots:
+        raise ConfigError(
+            f"private_slots={config.private_slots}, and those of the base {base}, which are kept, "
+            f"are {dict(model.slots.private)}"
         )
     for name in readers:
         if name in config.private_slots:

@@ -22,6 +22,7 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import POOLERS
 from latentwire_fast.training.trainer import Trainer
 from runs import assert_same_run, deep, new_process, soft, tiny_config, train
+from test_entry_points import in_this_process
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -96,6 +97,21 @@ def test_bytes_of_both_payloads_are_reported(run: Trainer, examples: list[Exampl
     assert bits == 6
     assert facts["Slots"].startswith("2 shared, 1 of llama alone, 1 of qwen2 alone; alone: ")
     assert "bytes,latent_6_bits_for_llama,payload_mean," in metrics_csv(metrics, {})
+
+
+def test_the_command_writes_a_payload_for_one_reader(run: Trainer, tmp_path: Path) -> None:
+    note, out = tmp_path / "note.txt", tmp_path / "note.lwire"
+    note.write_text(TEXTS[0])
+    arguments = ("--run", run.folder.path, "--context", note, "--out", out, "--device", "cpu")
+    status, output, errors = in_this_process("encode", *arguments, "--reader", "llama")
+    assert status == 0, errors
+    model = Interlingua.from_pretrained(run.folder.model)
+    own = model.encode_payloads([TEXTS[0]], reader="llama")[0]
+    assert out.read_bytes() == own
+    assert f"{len(own)} bytes for" in output
+    status, _, errors = in_this_process("encode", *arguments, "--reader", "lama")
+    assert status == 2
+    assert "no adapter for reader 'lama'; there are ['llama', 'qwen2']" in errors
 
 
 def test_an_added_reader_gets_the_shared_slots(
