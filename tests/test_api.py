@@ -71,8 +71,8 @@ SIGNATURES = {
     ),
     "Reader.score": (
         "(self, prompts: 'Sequence[Prompt]', *, prefixes: 'Sequence[Tensor] | Tensor | "
-        "None' = None, deep: 'Tensor | None' = None, head: 'int' = 0, side: 'PaddingSide' "
-        "= 'right') -> 'TargetScores'"
+        "None' = None, deep: 'Tensor | None' = None, head: 'int' = 0, layers: "
+        "'LayerUpdates | None' = None, side: 'PaddingSide' = 'right') -> 'TargetScores'"
     ),
     "Reader.decode": "(self, ids: 'Sequence[int]') -> 'str'",
     "ReaderConfig": (
@@ -88,8 +88,8 @@ SIGNATURES = {
     ),
     "Receiver": (
         "(reader: 'Reader', adapter: 'nn.Module | None' = None, *, payload_kind: "
-        "'PayloadKind | None' = None, deep_prefix: 'nn.Module | None' = None, options: "
-        "'ReceiverOptions | None' = None) -> 'None'"
+        "'PayloadKind | None' = None, deep_prefix: 'nn.Module | None' = None, layers: "
+        "'nn.Module | None' = None, options: 'ReceiverOptions | None' = None) -> 'None'"
     ),
     "Receiver.of": (
         "(model: 'Interlingua', reader: 'Reader', *, options: 'ReceiverOptions | None' = "
