@@ -24,6 +24,7 @@ from latentwire_fast.serving.decode_step import DecodeStep
 from latentwire_fast.serving.options import Engine
 from latentwire_fast.serving.static_cache import set_length, write_through
 
+_USES = {"graph": "run as a CUDA graph", "compile": "be compiled"}
 # Why nothing is captured or compiled where there is cross-attention.
 HOOKS = (
     "hidden states between its layers attend to the latents through hooks that are there for one "
@@ -31,11 +32,8 @@ HOOKS = (
 )
 
 
-def choose_engine(engine: Engine, reader: Reader, *, updated: bool = False) -> tuple[Engine, str]:
+def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
     """The engine that a receiver of this reader gets when it asks for `engine`, and why.
-
-    Args:
-        updated: whether hidden states between the reader's layers are changed.
 
     Raises:
         ConfigError: the engine that was asked for cannot read with this reader.
@@ -44,14 +42,24 @@ def choose_engine(engine: Engine, reader: Reader, *, updated: bool = False) -> t
     assert reader.abilities  # and for a reader that no engine can decode with
     if engine == "eager":
         return engine, "asked for"
-    fault: str | None = HOOKS
-    if not updated:
-        fault = why_not_mask_free(reader) if engine == "compile" else why_no_graph(reader)
+    fault = why_no_graph(reader) if engine != "compile" else why_not_mask_free(reader)
     if fault is None:
         return ("graph" if engine == "auto" else engine), "the reader can be captured"
     if engine == "auto":
         return "eager", fault
-    raise refusal(reader, "run as a CUDA graph" if engine == "graph" else "be compiled", fault)
+    raise refusal(reader, _USES[engine], fault)
+
+
+def choose_with_hooks(engine: Engine, reader: Reader) -> tuple[Engine, str]:
+    """`choose_engine` where hidden states between the reader's layers attend to a latent.
+
+    Raises:
+        ConfigError: as `choose_engine`; a graph or compiled code was asked for.
+    """
+    if engine in _USES:
+        raise refusal(reader, _USES[engine], HOOKS)
+    _, reason = choose_engine("eager", reader)
+    return "eager", reason if engine == "eager" else HOOKS
 
 
 def refusal(reader: Reader, what: str, fault: str) -> ConfigError:

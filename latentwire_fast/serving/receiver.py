@@ -35,7 +35,7 @@ from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.serving.batch import Batch, deep_positions
 from latentwire_fast.serving.buckets import row_bucket
-from latentwire_fast.serving.engines import choose_engine
+from latentwire_fast.serving.engines import choose_engine, choose_with_hooks
 from latentwire_fast.serving.forward_pass import ForwardPass
 from latentwire_fast.serving.graph_engine import GraphEngine
 from latentwire_fast.serving.graphs import CapturedPass
@@ -93,8 +93,8 @@ class Receiver:
         self.reader = reader
         self.options = options = options or ReceiverOptions()
         self.engine: Engine
-        updated = layers is not None
-        self.engine, self.reason = choose_engine(options.engine, reader, updated=updated)
+        choose = choose_engine if layers is None else choose_with_hooks
+        self.engine, self.reason = choose(options.engine, reader)
         parts = None
         if payload_kind is not None:
             parts = TrainedParts(

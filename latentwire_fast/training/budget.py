@@ -122,7 +122,8 @@ def budget(config: RunConfig) -> Budget:
 
 def _model(config: RunConfig, shapes: Mapping[str, Shape]) -> Interlingua:
     """What is trained, on the meta device."""
-    cards = {name: _card(shape) for name, shape in shapes.items()}
+    sources = {name: reader.source for name, reader in config.readers.items()}
+    cards = {name: _card(shape, sources[name]) for name, shape in shapes.items()}
     encoder: Encoder = ENCODERS.part_of(config.encoder).outline(config.encoder)
     with torch.device("meta"):
         return Interlingua(
@@ -135,11 +136,11 @@ def _model(config: RunConfig, shapes: Mapping[str, Shape]) -> Interlingua:
         )
 
 
-def _card(shape: Shape) -> ReaderCard:
+def _card(shape: Shape, source: str) -> ReaderCard:
     """The card of a reader of which only the shape is known."""
     rms = ((1.0, 1.0),) * shape.layers
     geometry = KVGeometry(shape.layers, shape.kv_heads, shape.head_width, rms)
-    return ReaderCard(shape.width, 1.0, "", geometry, layers=shape.layers)
+    return ReaderCard(shape.width, 1.0, "", geometry, source, shape.layers)
 
 
 def _by_part(model: Interlingua, *, trained: bool) -> dict[str, int]:

@@ -1,9 +1,12 @@
 """Latent `[B, M, d_z]` to changes of a cache that the reader has made itself: a coprocessor of it.
 
 A plain deep prefix makes every key and value anew. Here the reader has read a fixed text where the
-latent stands, and the latent adds differences to the keys and values of that: a frozen model and
-its own cache, which a trained module changes (Deliberation in Latent Space via Differentiable Cache
-Augmentation, arXiv:2412.17747; the seeds' latent coprocessor, log of 2025-10-10).
+latent stands, and differences to the keys and values of that are made of the latent.
+
+A trained module that works on the cache of a frozen model is that of Deliberation in Latent Space
+via Differentiable Cache Augmentation (arXiv:2412.17747), which appends to the cache of a prompt.
+A receiver has no text to make a cache of, so there is a fixed one, and it is changed, not appended
+to: the form of the seeds ("KV deltas blend with deep-prefix caches", log of 2025-10-10).
 
 Shapes: L layers, 2 keys and values, B batch, H key/value heads, P positions, D head width.
 """
@@ -31,11 +34,10 @@ class KVCoprocessor(DeepPrefix):
     """`base + tanh(gate) * made`: what a deep prefix makes of the latent, blended into a base.
 
     The gates, one for the keys and one for the values of each layer, start at zero: at first the
-    reader reads the base's text and nothing else. The base is the reader's own reading of a text,
-    not a free parameter, as in the paper: what a reader takes for a cache is a small part of what
-    fits into one (a prefix of the right size and no more says "the wrong thing", see `DeepPrefix`),
-    and the differences start from a point inside of it. With `learned_base` it is trained on from
-    there, as in prefix tuning.
+    reader reads the base's text and nothing else. The base is what the reader itself computes of a
+    text, as in the paper, and no free parameter: few of the tensors that fit into a cache are one
+    that a reader can use (see `DeepPrefix.start`), and the differences begin at one of these. With
+    `learned_base` it is trained on from there, as in prefix tuning.
 
     Args: those of `DeepPrefix`.
     """
