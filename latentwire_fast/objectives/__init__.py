@@ -25,4 +25,8 @@ PARTS: dict[str, str] = {
     "entropy": "latentwire_fast.objectives.entropy:Entropy",
     "scales": "latentwire_fast.objectives.scales:Scales",
     "text": "latentwire_fast.objectives.text:Text",
+    # Controls, which are known to make latents alike.
+    "align_readers": "latentwire_fast.objectives.align_readers:AlignReaders",
+    "align_mean": "latentwire_fast.objectives.align_mean:AlignMean",
+    "semantic_anchor": "latentwire_fast.objectives.semantic_anchor:SemanticAnchor",
 }
