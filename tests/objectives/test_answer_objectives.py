@@ -119,6 +119,28 @@ def test_hidden_states_behind_a_deep_prefix(llama_folder: Path) -> None:
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_text_is_read_once_for_all_that_distil(
+    batch: StageBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so are the answers behind the latents."""
+    passes: list[str] = []
+    read = Reader._read
+
+    def watched(reader: Reader, *arguments: Any, **options: Any) -> Any:
+        passes.append(reader.name)
+        return read(reader, *arguments, **options)
+
+    monkeypatch.setattr(Reader, "_read", watched)
+    alone = {kind: batch.compute(objective(kind))[0].sums for kind in ("kd", "hard_kd")}
+    passes.clear()
+    kinds = ("kd", "hard_kd", "hidden_kd", "answer", "first_token", "entropy")
+    together = batch.compute(*map(objective, kinds))[0].sums
+    assert sorted(passes) == sorted([*batch.readers] * 2)
+    for sums in alone.values():
+        for key, value in sums.items():
+            torch.testing.assert_close(together[key], value)
+
+
 def test_layers_that_a_reader_lacks_are_named(batch: StageBatch) -> None:
     with pytest.raises(ConfigError, match="reader 'llama' has 2 layers; give numbers from -3 to 2"):
         batch.compute(objective("hidden_kd", layers=(3,)))
