@@ -5,9 +5,9 @@ PARTS names each objective's class; it is imported when a stage asks for it.
 
 PARTS: dict[str, str] = {
     "answer": "latentwire_fast.objectives.answer:Answer",
+    "kd": "latentwire_fast.objectives.kd:KD",
     "first_token": "latentwire_fast.objectives.first_token:FirstToken",
     "sampled": "latentwire_fast.objectives.sampled:Sampled",
-    "kd": "latentwire_fast.objectives.kd:KD",
     "teachers": "latentwire_fast.objectives.teachers:Teachers",
     "hard_kd": "latentwire_fast.objectives.hard_kd:HardKD",
     "hidden_kd": "latentwire_fast.objectives.hidden_kd:HiddenKD",
