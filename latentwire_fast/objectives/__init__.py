@@ -5,9 +5,9 @@ PARTS names each objective's class; it is imported when a stage asks for it.
 
 PARTS: dict[str, str] = {
     "answer": "latentwire_fast.objectives.answer:Answer",
+    "kd": "latentwire_fast.objectives.kd:KD",
     "first_token": "latentwire_fast.objectives.first_token:FirstToken",
     "sampled": "latentwire_fast.objectives.sampled:Sampled",
-    "kd": "latentwire_fast.objectives.kd:KD",
     "teachers": "latentwire_fast.objectives.teachers:Teachers",
     "hard_kd": "latentwire_fast.objectives.hard_kd:HardKD",
     "hidden_kd": "latentwire_fast.objectives.hidden_kd:HiddenKD",
@@ -25,4 +25,8 @@ PARTS: dict[str, str] = {
     "entropy": "latentwire_fast.objectives.entropy:Entropy",
     "scales": "latentwire_fast.objectives.scales:Scales",
     "text": "latentwire_fast.objectives.text:Text",
+    # Controls, which are known to make latents alike.
+    "align_readers": "latentwire_fast.objectives.align_readers:AlignReaders",
+    "align_mean": "latentwire_fast.objectives.align_mean:AlignMean",
+    "semantic_anchor": "latentwire_fast.objectives.semantic_anchor:SemanticAnchor",
 }

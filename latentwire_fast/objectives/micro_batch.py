@@ -263,20 +263,27 @@ class ReaderBatch:
         prompts = self.prompts("text")
         if self._teacher is not None:
             return self._teacher.hidden(teacher, prompts)
+        if teacher is self.reader and self._layers:
+            return self._text_pass[0]
         with torch.no_grad(), teacher.base():
             return teacher.target_hidden(teacher.collate(prompts))
 
     @cached_property
     def teacher_layers(self) -> Mapping[int, Tensor]:
         """The teacher's hidden states `[N, D]` there in other layers, by number."""
-        prompts = self.prompts("text")
-        if self._teacher is not None:
-            states_KND = self._teacher.layers(self.reader, prompts, self._layers)
+        if self._teacher is None:
+            states_KND = self._text_pass[1]
         else:
-            with torch.no_grad(), self.reader.base():
-                read = self.reader.collate(prompts)
-                _, states_KND = self.reader.target_layers(read, self._layers)
+            states_KND = self._teacher.layers(self.reader, self.prompts("text"), self._layers)
         return dict(zip(self._layers, states_KND, strict=True))
+
+    @cached_property
+    def _text_pass(self) -> tuple[Tensor, Tensor]:
+        """One pass of the teacher for its last states and those of the layers that are asked for,
+        where neither is kept on disk."""
+        with torch.no_grad(), self.reader.base():
+            read = self.reader.collate(self.prompts("text"))
+            return self.reader.target_layers(read, self._layers)
 
     @cached_property
     def observation(self) -> Observation:

@@ -17,7 +17,7 @@ from latentwire_fast.objectives.entropy import entropy, predictions
 from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.training.builders import absolute_paths
-from runs import soft, tiny_config
+from runs import deep, soft, tiny_config
 from stage_batches import StageBatch, assert_cut_alike, objective
 
 
@@ -100,6 +100,45 @@ def test_hidden_states_are_those_with_the_text(
         for key, value in kept.items():
             assert value.item() == pytest.approx(losses.sums[key].item(), rel=5e-3)
     assert (cache.hits, cache.misses) == (len(batch.items) * len(batch.readers), 0)
+
+
+def test_hidden_states_behind_a_deep_prefix(llama_folder: Path) -> None:
+    """And with activations that are computed again, as large readers need it."""
+    parts = (deep(width=16, heads=2), soft("linear"))
+    config = objective("hidden_kd", layers=(0, 1, -1))
+    found = []
+    for again in (False, True):
+        one = StageBatch.of(llama_folder, attachments=parts)
+        if again:
+            one.readers["llama"].enable_gradient_checkpointing()
+        loss = one.compute(config, objective("answer"))[0].total.item()
+        found.append((loss, one.gradients()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert any("deep" in name for name in found[0][1])
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_text_is_read_once_for_all_that_distil(
+    batch: StageBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so are the answers behind the latents."""
+    passes: list[str] = []
+    read = Reader._read
+
+    def watched(reader: Reader, *arguments: Any, **options: Any) -> Any:
+        passes.append(reader.name)
+        return read(reader, *arguments, **options)
+
+    monkeypatch.setattr(Reader, "_read", watched)
+    alone = {kind: batch.compute(objective(kind))[0].sums for kind in ("kd", "hard_kd")}
+    passes.clear()
+    kinds = ("kd", "hard_kd", "hidden_kd", "answer", "first_token", "entropy")
+    together = batch.compute(*map(objective, kinds))[0].sums
+    assert sorted(passes) == sorted([*batch.readers] * 2)
+    for sums in alone.values():
+        for key, value in sums.items():
+            torch.testing.assert_close(together[key], value)
 
 
 def test_layers_that_a_reader_lacks_are_named(batch: StageBatch) -> None:

@@ -8,24 +8,35 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.errors import ConfigError
-from latentwire_fast.prompts.builder import replaced_text
-from runs import soft, tiny_config
+from latentwire_fast.models.text_model import TextModel
+from latentwire_fast.objectives.objective_set import ObjectiveSet
+from latentwire_fast.objectives.prepared import total_counts
+from latentwire_fast.prompts.builder import encoded_text, replaced_text
+from runs import deep, soft, tiny_config
 from stage_batches import StageBatch, assert_cut_alike, objective
 
-HEADS = {
+HEADS: dict[str, dict[str, Any]] = {
     "contrastive": {"width": 16},
     "reconstruct": {"width": 16, "heads": 2},
     "gist": {"width": 16, "heads": 2},
+    "align_readers": {"width": 8},
+    "semantic_anchor": {"source": "BERT"},
 }
 
 
 @pytest.fixture(scope="module", params=["context", "pure"])
-def batch(request: pytest.FixtureRequest, llama_folder: Path, qwen_folder: Path) -> StageBatch:
-    objectives = tuple(objective(kind, **settings) for kind, settings in HEADS.items())
+def batch(
+    request: pytest.FixtureRequest, llama_folder: Path, qwen_folder: Path, bert_folder: Path
+) -> StageBatch:
+    objectives = tuple(
+        objective(kind, **settings).map_sources(lambda _: str(bert_folder))
+        for kind, settings in HEADS.items()
+    )
     stages = (StageConfig("s", steps=1, objectives=objectives),)
     return StageBatch.of(
         llama_folder,
@@ -182,6 +193,106 @@ def test_latents_that_are_alike_cost(batch: StageBatch, form: str) -> None:
         assert_cut_alike(batch, config)
 
 
+def test_readers_are_drawn_together(batch: StageBatch) -> None:
+    config = objective("align_readers", width=8)
+    losses = batch.compute(config)[0]
+    read = batch.reader_batch("llama", config)
+    mapped = []
+    for name, reader in batch.readers.items():
+        soft_tokens = batch.model.prefix(name, read.encoded.sent_BMd) / reader.embedding_rms
+        part: Any = batch.model.heads["align_readers"][name]  # type: ignore[index]
+        identity = part.map_DW.T @ part.map_DW
+        torch.testing.assert_close(identity, torch.eye(8), rtol=0, atol=1e-5)
+        mapped.append(soft_tokens @ part.map_DW)
+    first, second = mapped
+    expected = (first - second).square().mean().item() / 4
+    assert losses.total.item() == pytest.approx(expected, rel=1e-4)
+    found = {name for name, gradient in batch.gradients().items() if gradient.abs().sum() > 0}
+    for name in batch.readers:
+        assert any(key.startswith(f"attachments.{name}.") for key in found), "both are drawn"
+    assert any(key.startswith("encoder.") for key in found)
+    assert not any(key.startswith("heads.") for key in found), "the maps are fixed"
+    assert_cut_alike(batch, config)
+
+
+def test_soft_tokens_are_drawn_to_the_mean(batch: StageBatch) -> None:
+    config = objective("align_mean")
+    losses = batch.compute(config)[0]
+    latent = batch.reader_batch("llama", config).encoded.sent_BMd
+    for name, reader in batch.readers.items():
+        expected = 0.0
+        for b, item in enumerate(batch.items):
+            text = replaced_text(item.context, item.question, mode=batch.model.mode)
+            wanted = reader.embedding.weight[reader.prompts.text_ids(text)].mean(0)
+            error = batch.model.prefix(name, latent[b : b + 1])[0] - wanted
+            expected += error.square().mean().item() / reader.embedding_rms**2
+        assert losses.sums["align_mean", name].item() == pytest.approx(expected, rel=1e-4)
+    assert_cut_alike(batch, config)
+
+
+@pytest.mark.parametrize("form", ["mse", "cosine"])
+def test_latents_are_drawn_to_a_sentence_vector(
+    batch: StageBatch, form: str, bert_folder: Path
+) -> None:
+    config = objective("semantic_anchor", source=str(bert_folder), form=form)
+    losses = batch.compute(config)[0]
+    assert_reaches(batch, "semantic_anchor")
+    latent = batch.reader_batch("llama", config).encoded.sent_BMd
+    anchor = TextModel.of(str(bert_folder))
+    assert sum(p.numel() for p in batch.model.heads["semantic_anchor"].parameters()) == 32 * 9
+    expected = 0.0
+    for b, item in enumerate(batch.items):
+        question = item.question if batch.model.mode == "pure" else None
+        ids = anchor.text.ids(encoded_text(item.context, question))
+        wanted = F.layer_norm(anchor.run([ids], [2])[0][0].mean(0), (32,))
+        found = batch.model.heads["semantic_anchor"](latent[b].mean(0))
+        if form == "mse":
+            expected += ((found - wanted).square().mean() / wanted.square().mean()).item()
+        else:
+            expected += 1 - F.cosine_similarity(found, wanted, dim=0).item()
+    assert losses.total.item() == pytest.approx(expected / 5, rel=1e-4)
+    assert_cut_alike(batch, config)
+
+
+def test_controls_check_the_run(llama_folder: Path, qwen_folder: Path) -> None:
+    for kind, options, message in (
+        ("align_readers", {}, "'align_readers' needs two readers at least, and an attachment"),
+        ("align_mean", {"attachments": (deep(width=16, heads=2),)}, "needs an attachment 'soft'"),
+    ):
+        stage = StageConfig("s", steps=1, objectives=(objective(kind),))
+        with pytest.raises(ConfigError, match=message):
+            tiny_config(llama_folder, stages=(stage,), **options)
+    stage = StageConfig("s", steps=1, objectives=(objective("align_readers", width=40),))
+    with pytest.raises(ConfigError, match="width=40, and the narrowest reader has 32; give that"):
+        StageBatch.of(llama_folder, qwen_folder, stages=(stage,))
+
+
+@pytest.mark.parametrize("bits", [None, 6])
+def test_one_reader_after_the_other_gives_the_same_gradients(
+    batch: StageBatch, bert_folder: Path, bits: int | None
+) -> None:
+    """All of them at once, with the answers."""
+    kinds = {**HEADS, "align_mean": {}, "diversity": {}, "answer": {}}
+    objectives = tuple(
+        objective(kind, **settings).map_sources(lambda _: str(bert_folder))
+        for kind, settings in kinds.items()
+    )
+    stage = StageConfig("s", steps=1, objectives=objectives, quantize=bits)
+    items = batch.prepare(stage)
+    parts = ObjectiveSet(batch.model, batch.readers)
+    found = []
+    for backward in (None, Tensor.backward):
+        batch.model.zero_grad(set_to_none=True)
+        losses = parts.compute(items, stage, total_counts(items), backward=backward)
+        if backward is None:
+            losses.total.backward()
+        found.append(batch.gradients())
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        largest = gradient.abs().max().item()
+        assert (found[1][name] - gradient).abs().max().item() <= 1e-5 * largest, name
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
@@ -199,7 +310,9 @@ def test_settings_are_checked(kind: str, settings: dict[str, Any], message: str)
         objective(kind, **settings)
 
 
-@pytest.mark.parametrize("kind", [*HEADS, "diversity"])
+@pytest.mark.parametrize(
+    "kind", ["contrastive", "reconstruct", "gist", "diversity", "semantic_anchor"]
+)
 def test_what_needs_the_encoder_is_refused_on_a_base(kind: str, llama_folder: Path) -> None:
     stage = StageConfig("s", steps=1, objectives=(objective(kind), objective("answer")))
     config = tiny_config(llama_folder, stages=(stage,))

@@ -30,15 +30,17 @@ OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "contrastive": (objective("contrastive"),),
     "reconstruct": (objective("reconstruct", width=16, heads=2),),
     "gist": (objective("gist", width=16, heads=2),),
+    "align_readers": (objective("align_readers"),),
+    "align_mean": (objective("align_mean"),),
+    "semantic_anchor": (objective("semantic_anchor", source="ANCHOR"),),
 }
 RAMP = SCHEDULES.config("linear", start=0.0, end=1.0)
 
 
-def config_of(name: str, *folders: Path, teacher: Path) -> RunConfig:
+def config_of(name: str, *folders: Path, files: dict[str, Path]) -> RunConfig:
     """Two steps of an objective, at 6 bits."""
     objectives = tuple(
-        o.map_sources(lambda source: source.replace("TEACHER", str(teacher)))
-        for o in OBJECTIVES_OF[name]
+        o.map_sources(lambda source: str(files.get(source, source))) for o in OBJECTIVES_OF[name]
     )
     schedules = {"sampled.share": RAMP} if name == "sampled" else {}
     stage = StageConfig("s", steps=2, objectives=objectives, quantize=6, schedules=schedules)
@@ -47,9 +49,15 @@ def config_of(name: str, *folders: Path, teacher: Path) -> RunConfig:
 
 @pytest.mark.parametrize("name", OBJECTIVES_OF)
 def test_an_objective_is_trained_saved_loaded_and_resumed(
-    name: str, llama_folder: Path, qwen_folder: Path, other_llama: Path, tmp_path: Path
+    name: str,
+    llama_folder: Path,
+    qwen_folder: Path,
+    other_llama: Path,
+    bert_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    config = config_of(name, llama_folder, qwen_folder, teacher=other_llama)
+    files = {"TEACHER": other_llama, "ANCHOR": bert_folder}
+    config = config_of(name, llama_folder, qwen_folder, files=files)
     assert run_config_from_json(to_json(config)) == config
     whole = train(config, tmp_path / "whole")
     new_process(1)
