@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from latentwire_fast.config.base import Settings, require
-from latentwire_fast.config.parts import BITS
 
 
 def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
@@ -44,6 +43,8 @@ class EvalConfig(Settings):
     """Evaluation after training.
 
     Attributes:
+        bits: the widths that payloads are scored at, beside the run's own. A bottleneck that sends
+            none of them is scored at all that it sends.
         continuation: a measure of running text beside the questions; context mode only.
     """
 
@@ -61,5 +62,5 @@ class EvalConfig(Settings):
         super().__post_init__()
         self.at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
         for bits in self.bits:
-            require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
+            require(bits >= 1, f"bits={bits}, expected widths that the bottleneck sends")
         check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)

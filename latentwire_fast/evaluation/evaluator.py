@@ -67,7 +67,10 @@ class Evaluator:
     @torch.no_grad()
     def encode(self) -> dict[int, list[bytes]]:
         """Payloads of every example at every bit width, the widest first."""
-        widths = sorted({*self.config.evaluation.bits, self.bits}, reverse=True)
+        rates = self.model.bottleneck_config.rates
+        wanted = self.config.evaluation.bits
+        asked = set(wanted) & set(rates) if set(wanted) & set(rates) or not wanted else set(rates)
+        widths = sorted({*asked, self.bits}, reverse=True)
         payloads: dict[int, list[bytes]] = {bits: [] for bits in widths}
         for rows in self._batches():
             batch = [self.examples[i] for i in rows]

@@ -12,6 +12,8 @@ Shapes: B batch, M latents, d the latent's width, D a reader's; L layers, H key/
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import repeat
@@ -34,6 +36,7 @@ from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS
+from latentwire_fast.wire.header import Header
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -71,11 +74,11 @@ class Interlingua(nn.Module):
         self.cards = dict(readers)
         self.attachment_configs = tuple(attachments)
         self.encoder = encoder
-        self.bottleneck: Bottleneck = BOTTLENECKS.part_of(bottleneck)(bottleneck)
         self.attachments = nn.ModuleDict()
         self.task_tokens = nn.ParameterDict()
         self.lora = nn.ModuleDict()
         shape = {"latents": encoder.config.latents, "d_z": encoder.config.d_z}
+        self.bottleneck: Bottleneck = BOTTLENECKS.part_of(bottleneck).build(bottleneck, **shape)
         for name, card in self.cards.items():
             built = {
                 config.kind: ATTACHMENTS.part_of(config).build(config, card, **shape)
@@ -203,13 +206,30 @@ class Interlingua(nn.Module):
             rms |= part.rms(latent_BMd)
         return rms
 
-    @cached_property
+    @property
     def fingerprint(self) -> int:
-        """16 bits of the encoder's digest: payloads carry it, so that a stranger's are refused.
+        """16 bits of a digest, which the payloads that it writes carry, so that a stranger's are
+        refused.
 
         Cached: read it only once training is over.
         """
-        return int(parameter_digest(self.encoder.state_dict().items())[:4], 16)
+        return self._fingerprints[self.bottleneck.version]
+
+    @cached_property
+    def _fingerprints(self) -> dict[int, int]:
+        """By version of the wire format: 16 bits of the encoder's digest; in version 2 of all that
+        a body is read with, since its frame says nothing else about that."""
+        encoder = parameter_digest(self.encoder.state_dict().items())
+        facts = json.dumps([encoder, *self.bottleneck.format_facts()])
+        tensors = parameter_digest(self.bottleneck.format_tensors().items())
+        whole = hashlib.sha256(f"{facts} {tensors}".encode()).hexdigest()
+        return {1: int(encoder[:4], 16), 2: int(whole[:4], 16)}
+
+    def fit_bottleneck(self, latents: Sequence[Tensor]) -> None:
+        """Have the bottleneck learn what it can from latents `[B, M, d]` of training texts, now
+        that the encoder stays as it is. Payloads that were made before are another model's then."""
+        self.bottleneck.fit(latents)
+        self.__dict__.pop("_fingerprints", None)
 
     def payloads(self, latent_BMd: Tensor, *, bits: int | None = None) -> list[bytes]:
         """One payload per latent, made on the latents' device: only the bytes leave it."""
@@ -241,13 +261,18 @@ class Interlingua(nn.Module):
         Raises:
             PayloadError: damaged bytes, another shape, or another model's fingerprint.
         """
+        return self.open_payloads(payloads)[0]
+
+    def open_payloads(self, payloads: Sequence[bytes]) -> tuple[Tensor, list[Header]]:
+        """As `decode_payloads`, with the payloads' headers."""
         device = next(self.parameters()).device
         latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
         for i, header in enumerate(headers):
-            if header.fingerprint != self.fingerprint:
+            own = self._fingerprints[header.version]
+            if header.fingerprint != own:
                 raise PayloadError(
                     f"payload {i} was written by model {header.fingerprint:#06x}, this is "
-                    f"{self.fingerprint:#06x}; decode it with the model that encoded it"
+                    f"{own:#06x}; decode it with the model that encoded it"
                 )
         found, expected = headers[0], self.encoder_config
         if (found.latents, found.d_z) != (expected.latents, expected.d_z):
@@ -255,7 +280,7 @@ class Interlingua(nn.Module):
                 f"the payloads hold latents {(found.latents, found.d_z)}, this model's are "
                 f"{(expected.latents, expected.d_z)}"
             )
-        return latent_BMd
+        return latent_BMd, headers
 
     def check_reader(self, reader: Reader) -> None:
         """Raise unless this is the reader, weight for weight, that the adapter was trained for."""

@@ -14,5 +14,6 @@ PARTS: dict[str, str] = {
     "attention": "latentwire_fast.objectives.attention:Attention",
     "attention_continued": "latentwire_fast.objectives.attention_continued:AttentionContinued",
     "scales": "latentwire_fast.objectives.scales:Scales",
+    "commitment": "latentwire_fast.objectives.commitment:Commitment",
     "text": "latentwire_fast.objectives.text:Text",
 }

@@ -81,14 +81,15 @@ class PayloadKind:
     """The kind of payloads that a receiver was made for.
 
     Attributes:
-        unpack: payloads to latents `[R, M, d]` fp32, where their values are not the latent's own
-            codes; None where they are, and the reader's device unpacks them.
+        unpack: payloads to latents `[R, M, d]` fp32 and headers, all checked, where their values
+            are not the latent's own codes; None where they are, and the reader's device unpacks
+            them.
     """
 
     latents: int
     d_z: int
     fingerprint: int
-    unpack: Callable[[Sequence[bytes]], Tensor] | None = None
+    unpack: Callable[[Sequence[bytes]], tuple[Tensor, Sequence[Header]]] | None = None
 
     def open(self, payloads: Sequence[bytes]) -> Parcel:
         """Check everything about payloads but the values that they carry.
@@ -99,13 +100,15 @@ class PayloadKind:
         """
         if not payloads:
             raise PayloadError("no payloads to read; give at least one")
+        if self.unpack is not None:
+            latent_RMd, opened = self.unpack(payloads)
+            return Parcel(opened[0], payloads, latent_RMd)
         headers = []
         for i, payload in enumerate(payloads):
             with located(f"payload {i}"):
                 headers.append(check_frame(payload))
                 self._check(headers[i], headers[0])
-        latent_RMd = None if self.unpack is None else self.unpack(payloads)
-        return Parcel(headers[0], payloads, latent_RMd)
+        return Parcel(headers[0], payloads)
 
     def _check(self, header: Header, first: Header) -> None:
         if header.fingerprint != self.fingerprint:

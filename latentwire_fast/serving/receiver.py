@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from latentwire_fast import wire
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
@@ -115,11 +116,12 @@ class Receiver:
         """
         model.adapt(reader, merge=options is not None and options.merge_lora)
         encoder = model.encoder_config
+        sends_codes = model.bottleneck.sends_codes and model.bottleneck.version == wire.VERSION
         kind = PayloadKind(
             encoder.latents,
             encoder.d_z,
             model.fingerprint,
-            unpack=None if model.bottleneck.sends_codes else model.decode_payloads,
+            unpack=None if sends_codes else model.open_payloads,
         )
         return cls(
             reader,
