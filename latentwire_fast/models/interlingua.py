@@ -36,7 +36,7 @@ from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS
-from latentwire_fast.wire.header import Header
+from latentwire_fast.wire.header import Header, located
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -265,15 +265,17 @@ class Interlingua(nn.Module):
 
     def open_payloads(self, payloads: Sequence[bytes]) -> tuple[Tensor, list[Header]]:
         """As `decode_payloads`, with the payloads' headers."""
-        device = next(self.parameters()).device
-        latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
-        for i, header in enumerate(headers):
+        for i, payload in enumerate(payloads):
+            with located(f"payload {i}"):
+                header = self.bottleneck.read_header(payload)
             own = self._fingerprints[header.version]
             if header.fingerprint != own:
                 raise PayloadError(
                     f"payload {i} was written by model {header.fingerprint:#06x}, this is "
                     f"{own:#06x}; decode it with the model that encoded it"
                 )
+        device = next(self.parameters()).device
+        latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
         found, expected = headers[0], self.encoder_config
         if (found.latents, found.d_z) != (expected.latents, expected.d_z):
             raise PayloadError(

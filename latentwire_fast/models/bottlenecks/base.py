@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentwire_fast.config.schema import BottleneckConfig
-from latentwire_fast.wire.header import VERSION, Header
+from latentwire_fast.wire.header import VERSION, Header, check_frame
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,14 @@ class Bottleneck(nn.Module):
         """One payload per latent, made on the latents' device: in the wire format, whose header a
         receiver checks."""
         raise NotImplementedError
+
+    def read_header(self, payload: bytes) -> Header:
+        """What a payload says of itself, checked but for the values that it carries.
+
+        Raises:
+            PayloadError: bytes that are no payload.
+        """
+        return check_frame(payload)
 
     def unpack(
         self, payloads: Sequence[bytes], *, device: torch.device

@@ -159,6 +159,14 @@ class SymbolBottleneck(Bottleneck):
             for of_text in symbols
         ]
 
+    def read_header(self, payload: bytes) -> Header:
+        """What a payload says of itself, and the model of it.
+
+        Raises:
+            PayloadError: bytes that are no payload of version 2, or not one of this layout.
+        """
+        return self._header(read_frame(payload))
+
     def unpack(
         self, payloads: Sequence[bytes], *, device: torch.device
     ) -> tuple[Tensor, list[Header]]:

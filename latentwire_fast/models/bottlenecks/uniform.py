@@ -18,7 +18,7 @@ from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.errors import PayloadError
 from latentwire_fast.models.bottlenecks.symbols import Alphabet, SymbolBottleneck, SymbolConfig
-from latentwire_fast.wire.header import Header
+from latentwire_fast.wire.header import Header, check_frame
 from latentwire_fast.wire.payload import require_range
 
 # A scale's sign is never set and its exponent never 31, so it is below 0x7c00: 496 values of its
@@ -86,6 +86,15 @@ class UniformQuantizer(SymbolBottleneck):
         return wire.pack_batch(
             latent_BMd, bits=bits, group_size=self.config.group_size, fingerprint=fingerprint
         )
+
+    def read_header(self, payload: bytes) -> Header:
+        """What a payload of either version says of itself.
+
+        Raises:
+            PayloadError: bytes that are no payload that it reads.
+        """
+        is_first = self.version == 1 or not wire.is_frame(payload)
+        return check_frame(payload) if is_first else super().read_header(payload)
 
     def unpack(
         self, payloads: Sequence[bytes], *, device: torch.device
