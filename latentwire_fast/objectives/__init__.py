@@ -15,5 +15,6 @@ PARTS: dict[str, str] = {
     "attention_continued": "latentwire_fast.objectives.attention_continued:AttentionContinued",
     "scales": "latentwire_fast.objectives.scales:Scales",
     "commitment": "latentwire_fast.objectives.commitment:Commitment",
+    "rate": "latentwire_fast.objectives.rate:Rate",
     "text": "latentwire_fast.objectives.text:Text",
 }

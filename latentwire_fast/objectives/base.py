@@ -28,12 +28,14 @@ class Objective(ABC):
         counted: what its sum is a sum over. Only tokens count as training speed.
         needs_positions: whether it needs the positions that an encoder has chosen
             (`EncodedBatch.selection`).
+        needs_rate: whether it needs what the payloads take (`EncodedBatch.rate_B`).
         config: its settings.
         model: what is trained.
     """
 
     counted: ClassVar[Literal["tokens", "texts", "embeddings"]] = "tokens"
     needs_positions: ClassVar[bool] = False
+    needs_rate: ClassVar[bool] = False
 
     def __init__(self, config: ObjectiveConfig, model: Interlingua) -> None:
         self.config = config

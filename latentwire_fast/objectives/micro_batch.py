@@ -34,6 +34,7 @@ class EncodedBatch:
 
     Args:
         bits: width that latents are quantised to on their way to the readers; None for none.
+        rate: also measure what the items' payloads take.
         select: also ask the encoder for the positions that its latents stand at.
         hold: the encoder is not trained.
         gain: what readers get is so many times as strong (see the attachments).
@@ -46,6 +47,7 @@ class EncodedBatch:
         sent_BMd: what the readers get of them.
         bottleneck_loss_B: by item, the bottleneck's own loss; None where it has none, or where the
             latents are not sent.
+        rate_B: by item, about the bits of its payload's body; None unless `rate`.
         selection: the positions and their scores; None unless `select`.
     """
 
@@ -56,6 +58,7 @@ class EncodedBatch:
         *,
         bits: int | None,
         select: bool,
+        rate: bool = False,
         cut: bool,
         hold: bool = False,
         gain: float = 1.0,
@@ -82,6 +85,9 @@ class EncodedBatch:
             latent_BMd = self._encode(contexts, questions)
         self.latent_BMd = latent_BMd.detach()
         self.bottleneck_loss_B: Tensor | None = None
+        self.rate_B: Tensor | None = None
+        if rate and bits is not None:
+            self.rate_B = self._leaf(model.bottleneck.rate(latent_BMd, bits))
         self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd, own=True)
 
     def sent(self, contexts: Texts, questions: Texts | None) -> Tensor:

@@ -15,7 +15,6 @@ read: bottlenecks write and read them (`models/bottlenecks/`), and files hold bo
 
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.wire.files import read_payload_stream, read_payloads, write_payloads
-from latentwire_fast.wire.frame import FRAME_BYTES, Frame, is_frame, read_frame, seal_frame
 from latentwire_fast.wire.header import HEADER_BYTES, MAGIC, VERSION, Header, read_header
 from latentwire_fast.wire.payload import pack, pack_batch, unpack, unpack_batch
 from latentwire_fast.wire.sizes import brotli_bytes, utf8_bytes
@@ -24,22 +23,17 @@ VERSIONS = (1, 2)  # that are read
 
 __all__ = [
     "BITS",
-    "FRAME_BYTES",
     "HEADER_BYTES",
     "MAGIC",
     "VERSION",
     "VERSIONS",
-    "Frame",
     "Header",
     "brotli_bytes",
-    "is_frame",
     "pack",
     "pack_batch",
-    "read_frame",
     "read_header",
     "read_payload_stream",
     "read_payloads",
-    "seal_frame",
     "unpack",
     "unpack_batch",
     "utf8_bytes",

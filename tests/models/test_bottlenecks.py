@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentwire_fast import reference, wire
+from latentwire_fast import reference
 from latentwire_fast.errors import ConfigError, PayloadError
 from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.bottlenecks.codebook import Codebook, CodebookConfig
 from latentwire_fast.models.bottlenecks.gradients import pass_gradient
 from latentwire_fast.models.bottlenecks.symbols import SymbolBottleneck
 from latentwire_fast.registry import BOTTLENECKS
+from latentwire_fast.wire.frame import FRAME_BYTES
 
 CPU = torch.device("cpu")
 M, D = 5, 6
@@ -93,7 +94,7 @@ def test_16_bits_are_half_precision() -> None:
     part = build("uniform")
     payloads = part.pack(latents(), bits=16, fingerprint=0)
     assert torch.equal(part.unpack(payloads, device=CPU)[0], latents().half().float())
-    assert all(len(payload) <= wire.FRAME_BYTES + 2 * M * D + 2 for payload in payloads)
+    assert all(len(payload) <= FRAME_BYTES + 2 * M * D + 2 for payload in payloads)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "soft_codebook"])
@@ -165,6 +166,13 @@ def test_what_cannot_be_sent_is_refused(kind: str) -> None:
         ("residual_vq", {"bits": 13}, "bits=13, expected 36, 27, 18 or 9"),
         ("residual_vq", {"stages": 0}, "stages=0"),
         ("residual_vq", {"dropout": 2.0}, "dropout=2.0"),
+        ("vq", {"running_prior": True}, "running_prior=True needs prior='static', and a bottl"),
+        ("fsq", {"running_prior": True, "prior": "flat"}, "running_prior=True needs prior='st"),
+        (
+            "uniform",
+            {"version": 2, "prior": "static", "bits": 16, "running_prior": True},
+            "running_prior=True needs codes: bits=16",
+        ),
         ("soft_codebook", {"codes": 1}, "codes=1, expected 2 to 4096"),
         ("soft_codebook", {"temperature": 0.0}, "temperature=0.0"),
     ],
@@ -286,3 +294,48 @@ def test_usage_and_perplexity_of_codes() -> None:
     assert set(build("fsq").describe(latents())) == {"channel"}
     assert set(build("residual_vq").describe(latents())) == {"0", "1", "2"}
     assert build("uniform", version=1, prior="flat").describe(latents()) == {}
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["uniform", "fsq", "soft_codebook"])
+def test_the_rate_is_what_symbols_cost_and_falls_along_its_gradient(kind: str) -> None:
+    part = build(kind, prior="static", running_prior=True, bits=3)
+    assert isinstance(part, SymbolBottleneck)
+    assert part.learns
+    assert part.measures_rate
+    latent_BMd = 0.7 * latents(30)
+    flat = part.rate(latent_BMd, 3)
+    values = M * D if kind != "fsq" else M * D / 2 * math.log2(8 * 5) / math.log2(7)
+    assert flat.tolist() == pytest.approx([values * math.log2(7)] * 30, rel=1e-4)
+    for _ in range(300):
+        part.learn(latent_BMd, 3)
+    moved = latent_BMd.clone().requires_grad_()
+    rates = [part.rate(latent_BMd, 3).sum()]
+    assert rates[0] < 0.97 * flat.sum()  # of random latents
+    for _ in range(60):
+        loss = part.rate(moved, 3).sum()
+        (grad,) = torch.autograd.grad(loss, moved)
+        moved.data -= 0.02 * grad / grad.abs().mean()
+        rates.append(loss.detach())
+    assert rates[-1] < 0.85 * rates[0]
+    part.fit([latent_BMd])
+    sizes = [
+        sum(map(len, part.pack(z.detach(), bits=3, fingerprint=0))) for z in (latent_BMd, moved)
+    ]
+    assert sizes[1] < sizes[0]
+
+
+def test_the_running_prior_is_saved_and_is_the_share_of_what_came() -> None:
+    part = build("fsq", prior="static", running_prior=True, bits=3)
+    for _ in range(600):
+        part.learn(latents(50), 3)
+    assert isinstance(part, SymbolBottleneck)
+    assert part.running is not None
+    symbols = part.symbols(latents(50), 3)[:, 1]
+    share = torch.bincount(symbols, minlength=5) / 50
+    assert torch.allclose(part.running.share_S[8:13], share, atol=0.01)
+    again = build("fsq", prior="static", running_prior=True, bits=3)
+    again.load_state_dict(part.state_dict())
+    assert torch.equal(again.rate(latents(), 3), part.rate(latents(), 3))

@@ -27,7 +27,7 @@ TEXT = "Nulnak is already 94 years old."
 SMALL = {"prior": "static", "prior_texts": 60}
 BOTTLENECK: dict[str, dict[str, Any]] = {
     "uniform": {"version": 2, "bits": 3, **SMALL},
-    "fsq": {"levels": (8, 5), **SMALL},
+    "fsq": {"levels": (8, 5), "running_prior": True, **SMALL},
     "vq": {"bits": 4, "update": "gradient", "passing": "rotation", **SMALL},
     "vq ema": {"bits": 4, "update": "ema", **SMALL},
     "residual_vq": {"bits": 10, "code_bits": 5, "stages": 3, **SMALL},
@@ -39,13 +39,14 @@ def config_of(name: str, folder: Path, **changes: Any) -> RunConfig:
     """Four steps, of which the last two send latents."""
     bottleneck = BOTTLENECKS.config(name.split()[0], **BOTTLENECK[name])
     losses = weighted(answer=1.0)
-    sent = weighted(answer=1.0, commitment=1.0) if "vq" in name else losses
+    own = {"commitment": 1.0} if "vq" in name else {"rate": 1e-3} if name == "fsq" else {}
+    sent = weighted(answer=1.0, **own)
     stages = (
         StageConfig("answer", steps=2, objectives=losses),
         StageConfig("quantized", steps=2, objectives=sent, quantize=bottleneck.bits),
     )
-    own = {"bottleneck": bottleneck, "stages": stages, "save_every": 1, "log_every": 1}
-    return tiny_config(folder, **own | changes)
+    settings = {"bottleneck": bottleneck, "stages": stages, "save_every": 1, "log_every": 1}
+    return tiny_config(folder, **settings | changes)
 
 
 class Crash(Exception):
@@ -79,6 +80,9 @@ def test_a_run_goes_on_bit_for_bit_and_its_model_says_the_same_anywhere(
     assert payloads == trained.encode_payloads([TEXT, "Zorb is 3 years old."])
     assert torch.equal(loaded.decode_payloads(payloads), trained.decode_payloads(payloads))
     _check_receiver(loaded, config, payloads)
+    if name == "fsq":
+        bits = records(tmp_path / "plain")[-1]["losses"][f"rate/{llama_folder.name}"]
+        assert 30 < bits < 8 * config.encoder.latents * config.encoder.d_z
     if "vq" in name:
         last = records(tmp_path / "plain")[-1]
         assert last["losses"][f"commitment/{llama_folder.name}"] > 0
@@ -121,6 +125,7 @@ def test_an_added_reader_reads_a_trained_codebook(
     assert torch.equal(added.decode_payloads(payloads), first.decode_payloads(payloads))
 
 
+@pytest.mark.slow
 def test_an_evaluation_scores_every_width_of_a_residual_codebook(
     llama_folder: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +174,10 @@ def test_an_evaluation_scores_every_width_of_a_residual_codebook(
                 )
             },
             "stage 's': objective 'commitment' is about the latents that are sent; set quantize=4",
+        ),
+        (
+            {"stages": (StageConfig("s", steps=1, quantize=4, objectives=weighted(rate=1.0)),)},
+            r"objective 'rate' needs a bottleneck with running_prior=True \(uniform of version 2",
         ),
     ],
 )

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
 from latentwire_fast.models.bottlenecks.symbols import SymbolBottleneck
 from latentwire_fast.registry import BOTTLENECKS
 from latentwire_fast.wire import range_coder
+from latentwire_fast.wire.frame import FRAME_BYTES, read_frame
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def corpus(part: SymbolBottleneck) -> list[bytes]:
 
 def repaired(payload: bytes | bytearray) -> bytes:
     """The payload with the CRC that its other bytes ask for."""
-    if len(payload) < wire.FRAME_BYTES:
+    if len(payload) < FRAME_BYTES:
         return bytes(payload)
     crc = zlib.crc32(payload[7:], zlib.crc32(bytes(payload[:3]) + bytes(4)))
     return bytes(payload[:3]) + struct.pack("<I", crc) + bytes(payload[7:])
@@ -136,7 +136,7 @@ def check(part: SymbolBottleneck, payload: bytes) -> str | None:
     assert latent_BMd.shape == (1, header.latents, D)
     assert latent_BMd.isfinite().all()
     rows = part.rows(header.bits, header.latents)
-    body = wire.read_frame(payload).body
+    body = read_frame(payload).body
     symbols = range_coder.decode([body], rows)
     assert range_coder.encode(symbols[0].tolist(), rows) == body, payload.hex()
     if part.config.kind == "uniform":  # the latent has one payload too, not only its symbols

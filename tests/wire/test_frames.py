@@ -28,6 +28,7 @@ from latentwire_fast.models.bottlenecks.symbols import SymbolBottleneck
 from latentwire_fast.registry import BOTTLENECKS
 from latentwire_fast.wire import frequencies, range_coder
 from latentwire_fast.wire.files import joined
+from latentwire_fast.wire.frame import Frame, read_frame, seal_frame
 
 SPECIFICATION = Path(__file__).parents[2] / "docs" / "wire_format.md"
 GOLDEN = Path(__file__).parent / "golden" / "v2"
@@ -92,7 +93,7 @@ def test_bodies_are_read_by_the_book(kind: str) -> None:
     for bits in part.config.rates:
         rows = part.rows(bits, 3)
         for payload in part.pack(fuzz_frames.latents(3, 3, seed=5), bits=bits, fingerprint=1):
-            body = wire.read_frame(payload).body
+            body = read_frame(payload).body
             symbols = by_the_book(body, [list(row) for row in rows])
             assert symbols == range_coder.decode([body], rows)[0].tolist()
 
@@ -114,7 +115,7 @@ def test_golden_payloads_of_version_2_decode_for_ever(folder: Path) -> None:
     for payload, entry in zip(payloads, expected, strict=True):
         latent_BMd, (header,) = part.unpack([payload], device=CPU)
         rows = [list(row) for row in part.rows(header.bits, header.latents)]
-        assert by_the_book(wire.read_frame(payload).body, rows) == entry.pop("symbols")
+        assert by_the_book(read_frame(payload).body, rows) == entry.pop("symbols")
         assert latent_BMd[0].tolist() == entry.pop("latent")
         assert {key: getattr(header, key) for key in entry} == entry
         assert header.version == 2
@@ -122,10 +123,10 @@ def test_golden_payloads_of_version_2_decode_for_ever(folder: Path) -> None:
         if part.config.kind in ("uniform", "vq"):  # for others, a latent's latent is another
             assert again == [payload]
         symbols = range_coder.decode(
-            [wire.read_frame(payload).body], part.rows(header.bits, header.latents)
+            [read_frame(payload).body], part.rows(header.bits, header.latents)
         )
         body = range_coder.encode(symbols[0].tolist(), part.rows(header.bits, header.latents))
-        assert body == wire.read_frame(payload).body
+        assert body == read_frame(payload).body
 
 
 def test_every_bottleneck_of_the_package_has_golden_payloads() -> None:
@@ -231,7 +232,7 @@ def test_W2_two_bit_flips_are_refused() -> None:
     for first, second in combinations(range(8 * size), 2):
         damaged = (number ^ (1 << first) ^ (1 << second)).to_bytes(size, "big")
         with pytest.raises(PayloadError):
-            wire.read_frame(damaged)
+            read_frame(damaged)
 
 
 @pytest.mark.parametrize("kind", fuzz_frames.KINDS)
@@ -247,7 +248,7 @@ def test_what_is_no_frame_is_refused(part: SymbolBottleneck, content: bytes) -> 
     with pytest.raises(PayloadError, match=r"payload 0: .*(cut short|else|release|bits is 0)"):
         part.unpack([content], device=CPU)
     with pytest.raises(PayloadError, match="bytes, got bytearray"):
-        wire.read_frame(bytearray(content))  # type: ignore[arg-type]
+        read_frame(bytearray(content))  # type: ignore[arg-type]
 
 
 def test_version_1_names_version_2(payloads: list[bytes]) -> None:
@@ -324,15 +325,15 @@ def test_every_cut_of_a_stream_is_noticed(payloads: list[bytes]) -> None:
 
 
 def test_W7_nothing_is_allocated_for_what_bytes_claim(part: SymbolBottleneck) -> None:
-    huge = wire.Frame(fingerprint=0, body=b"\1" * 50, latents=0xFFFF_FFFF)
-    long = wire.Frame(fingerprint=0, body=b"\1" * 3000)
+    huge = Frame(fingerprint=0, body=b"\1" * 50, latents=0xFFFF_FFFF)
+    long = Frame(fingerprint=0, body=b"\1" * 3000)
     stream = b"LW\x02\xa0\0\0" + b"\xff\xff\xff\xff\x0f" + bytes(50)
     part.pack(fuzz_frames.latents(1, 4, seed=0), bits=part.config.bits, fingerprint=0)
     tracemalloc.start()
     with pytest.raises(PayloadError, match="M is 4294967295"):
-        part.unpack([wire.seal_frame(huge)], device=CPU)
+        part.unpack([seal_frame(huge)], device=CPU)
     with pytest.raises(PayloadError, match="longer than any payload of this model"):
-        part.unpack([wire.seal_frame(long)], device=CPU)
+        part.unpack([seal_frame(long)], device=CPU)
     with pytest.raises(PayloadError, match="4294967295 bytes should follow, 50 do"):
         list(wire.read_payload_stream(io.BytesIO(stream), name="a pipe"))
     peak = tracemalloc.get_traced_memory()[1]

@@ -60,6 +60,16 @@ class Bottleneck(nn.Module):
         """As `forward`, with the bottleneck's own loss."""
         return Sent(self(latent_BMd, bits))
 
+    def rate(self, latent_BMd: Tensor, bits: int) -> Tensor:
+        """By text, about how many bits its payload's body takes, with a gradient to the latents
+        (the objective `rate`). Only where `measures_rate`."""
+        raise NotImplementedError
+
+    @property
+    def measures_rate(self) -> bool:
+        """Whether it has a `rate`."""
+        return False
+
     @property
     def learns(self) -> bool:
         """Whether it wants `learn` to be called."""

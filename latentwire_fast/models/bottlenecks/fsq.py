@@ -56,6 +56,7 @@ class FiniteScalars(SymbolBottleneck):
             return (self.bits,)
 
     config: Config
+    has_soft_symbols = True
 
     def __init__(self, config: Config, *, latents: int, d_z: int) -> None:
         super().__init__(config, latents=latents, d_z=d_z)
@@ -86,6 +87,10 @@ class FiniteScalars(SymbolBottleneck):
     def symbols(self, latent_BMd: Tensor, bits: int) -> Tensor:
         """The levels, row by row."""
         return self._levels(latent_BMd).flatten(1)
+
+    def soft_symbols(self, latent_BMd: Tensor, bits: int) -> Tensor:
+        """The levels before they are rounded."""
+        return (bounded(latent_BMd, self.counts_d) + self.counts_d // 2).flatten(1)
 
     def values(self, symbols_BN: Tensor, bits: int, latents: int) -> Tensor:
         """The latents `[B, M, d]` that levels stand for."""

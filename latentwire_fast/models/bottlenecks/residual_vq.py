@@ -96,6 +96,11 @@ class ResidualVectorQuantizer(SymbolBottleneck):
         is_drawn_B = torch.rand(shape, device=device) < self.config.dropout
         return torch.where(is_drawn_B, drawn_B, counts_B)
 
+    @property
+    def learns(self) -> bool:
+        """Its codes learn from each step."""
+        return True
+
     @torch.no_grad()
     def learn(self, latent_BMd: Tensor, bits: int) -> None:
         """Take in the latents of a step, each stage the rest that the ones before leave."""

@@ -72,6 +72,15 @@ class SoftCodebook(UniformQuantizer):
             mixed_BMd = self.mixed(latent_BMd)
         return super().pack(mixed_BMd, bits=bits, fingerprint=fingerprint)
 
+    def rate(self, latent_BMd: Tensor, bits: int) -> Tensor:
+        """By text, the bits of its mixtures' symbols under what has come so far."""
+        return super().rate(self.mixed(latent_BMd), bits)
+
+    def learn(self, latent_BMd: Tensor, bits: int) -> None:
+        """Count the symbols of a step's mixtures."""
+        with torch.no_grad():
+            super().learn(self.mixed(latent_BMd), bits)
+
     def fit(self, latents: Sequence[Tensor]) -> None:
         """Learn how often each symbol of the mixtures comes."""
         with torch.no_grad():

@@ -17,6 +17,7 @@ from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import BottleneckConfig
 from latentwire_fast.errors import PayloadError
 from latentwire_fast.models.bottlenecks.base import Bottleneck
+from latentwire_fast.models.bottlenecks.running_prior import RunningPrior
 from latentwire_fast.wire.frame import VERSION_2, Frame, read_frame, seal_frame
 from latentwire_fast.wire.frequencies import (
     fitted_frequencies,
@@ -37,14 +38,22 @@ class SymbolConfig(BottleneckConfig):
         prior: `static` learns how often each symbol comes, at the end of the training, so that
             payloads are short; `flat` takes all for equally likely.
         prior_texts: training texts that `static` learns from.
+        running_prior: keep in training how often each symbol comes, for the objective `rate`.
     """
 
     prior: Literal["flat", "static"] = "static"
     prior_texts: int = 2000
+    running_prior: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least_one("prior_texts")
+        if self.running_prior:
+            require(
+                self.registry.part_of(self).has_soft_symbols and self.prior == "static",
+                "running_prior=True needs prior='static', and a bottleneck whose symbols have an "
+                "order (uniform, fsq or soft_codebook)",
+            )
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class SymbolBottleneck(Bottleneck):
     Config: ClassVar[type[BottleneckConfig]] = SymbolConfig
     config: SymbolConfig
     version = VERSION_2
+    has_soft_symbols: ClassVar[bool] = False
 
     def __init__(self, config: SymbolConfig, *, latents: int, d_z: int) -> None:
         super().__init__(config)
@@ -76,6 +86,9 @@ class SymbolBottleneck(Bottleneck):
         if self.has_prior:
             flat = torch.from_numpy(flat_frequencies(self.alphabet(config.bits).sizes_N))
         self.register_buffer("frequencies_S", flat)
+        self.running: RunningPrior | None = None
+        if config.running_prior:
+            self.running = RunningPrior(self.alphabet(config.bits).sizes_N)
 
     @classmethod
     def build(cls, config: BottleneckConfig, *, latents: int, d_z: int) -> Bottleneck:
@@ -105,6 +118,11 @@ class SymbolBottleneck(Bottleneck):
         Raises:
             PayloadError: symbols that no latent has.
         """
+        raise NotImplementedError
+
+    def soft_symbols(self, latent_BMd: Tensor, bits: int) -> Tensor:
+        """The first symbols `[B, n]` before they are rounded, with a gradient to the latents: all
+        that the latents' values decide. Only where `has_soft_symbols`."""
         raise NotImplementedError
 
     @property
@@ -231,6 +249,29 @@ class SymbolBottleneck(Bottleneck):
             raise PayloadError(f"M is {latents}; this model has 1 to {self.latents} latents")
 
     # --- what it learns ---------------------------------------------------------------------------
+
+    @property
+    def measures_rate(self) -> bool:
+        """Whether it knows in training how often symbols come."""
+        return self.running is not None
+
+    def rate(self, latent_BMd: Tensor, bits: int) -> Tensor:
+        """By text, the bits of its symbols under what has come so far."""
+        assert self.running is not None
+        soft_Bn = self.soft_symbols(latent_BMd.float(), bits)
+        return self.running.bits(soft_Bn, self.places(bits, latent_BMd.shape[1]))
+
+    @property
+    def learns(self) -> bool:
+        """Whether it keeps something of each step."""
+        return self.running is not None
+
+    @torch.no_grad()
+    def learn(self, latent_BMd: Tensor, bits: int) -> None:
+        """Count the symbols of a step, at the width that the prior is of."""
+        if self.running is not None and bits == self.config.bits:
+            symbols_BN = self.symbols(latent_BMd.float(), bits)
+            self.running.learn(symbols_BN, self.places(bits, latent_BMd.shape[1]))
 
     @property
     def fits_texts(self) -> int:

@@ -18,6 +18,7 @@ from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.errors import PayloadError
 from latentwire_fast.models.bottlenecks.symbols import Alphabet, SymbolBottleneck, SymbolConfig
+from latentwire_fast.wire.frame import is_frame
 from latentwire_fast.wire.header import Header, check_frame
 from latentwire_fast.wire.payload import require_range
 
@@ -50,6 +51,10 @@ class UniformQuantizer(SymbolBottleneck):
         def __post_init__(self) -> None:
             super().__post_init__()
             require(
+                not self.running_prior or self.bits < 16,
+                "running_prior=True needs codes: bits=16 sends the values themselves",
+            )
+            require(
                 self.group_size in ops.GROUP_SIZES, f"group_size={self.group_size}: 16, 32 or 64"
             )
             require(
@@ -64,6 +69,7 @@ class UniformQuantizer(SymbolBottleneck):
 
     config: Config
     sends_codes = True
+    has_soft_symbols = True
 
     def __init__(self, config: Config, *, latents: int, d_z: int) -> None:
         super().__init__(config, latents=latents, d_z=d_z)
@@ -93,7 +99,7 @@ class UniformQuantizer(SymbolBottleneck):
         Raises:
             PayloadError: bytes that are no payload that it reads.
         """
-        is_first = self.version == 1 or not wire.is_frame(payload)
+        is_first = self.version == 1 or not is_frame(payload)
         return check_frame(payload) if is_first else super().read_header(payload)
 
     def unpack(
@@ -105,7 +111,7 @@ class UniformQuantizer(SymbolBottleneck):
         Raises:
             PayloadError: as `wire.unpack_batch`, or in version 2 as `SymbolBottleneck.unpack`.
         """
-        if self.version == 1 or (payloads and not wire.is_frame(payloads[0])):
+        if self.version == 1 or (payloads and not is_frame(payloads[0])):
             return wire.unpack_batch(payloads, device=device)
         return super().unpack(payloads, device=device)
 
@@ -149,6 +155,14 @@ class UniformQuantizer(SymbolBottleneck):
         codes, scales = self._quantize(latent_Bn, bits)
         # Twice, as version 1 does: what the result stands for then has these symbols again.
         return self._symbols_of(*self._quantize(self._dequantize(codes, scales), bits), bits)
+
+    def soft_symbols(self, latent_BMd: Tensor, bits: int) -> Tensor:
+        """The codes before they are rounded; scales count as constants, and are left out."""
+        latent_Bn, qmax = latent_BMd.flatten(1), reference.largest_code(bits)
+        size = self.config.group_size
+        _, scales_BG = self._quantize(latent_Bn.detach(), bits)
+        steps_Bn = scales_BG.float().repeat_interleave(size, -1)[:, : latent_Bn.shape[1]]
+        return (latent_Bn / steps_Bn.clamp(min=1e-30)).clamp(-qmax, qmax) + qmax
 
     def _quantize(self, latent_Bn: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """Codes `[B, n]` and scales `[B, G]`."""

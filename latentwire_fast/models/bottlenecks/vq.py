@@ -62,6 +62,11 @@ class VectorQuantizer(SymbolBottleneck):
         sent_BMd = pass_gradient(latent_BMd, chosen_BMd, self.config.passing)
         return Sent(sent_BMd, self.codebook.loss_B(latent_BMd, chosen_BMd))
 
+    @property
+    def learns(self) -> bool:
+        """Its codes learn from each step."""
+        return True
+
     def learn(self, latent_BMd: Tensor, bits: int) -> None:
         """Take in the latents of a step."""
         self.codebook.learn(latent_BMd.flatten(0, 1))
