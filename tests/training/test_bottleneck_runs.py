@@ -11,6 +11,7 @@ import torch
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import RunConfig, StageConfig
+from latentwire_fast.config.serialization import read_run_config
 from latentwire_fast.errors import ConfigError, PayloadError
 from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.models.interlingua import Interlingua
@@ -20,6 +21,7 @@ from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.registry import BOTTLENECKS
 from latentwire_fast.serving import Receiver
 from runs import assert_same_run, records, tiny_config, tiny_squad, train
+from test_entry_points import in_this_process
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -123,6 +125,33 @@ def test_an_added_reader_reads_a_trained_codebook(
     payloads = first.encode_payloads([TEXT])
     assert added.encode_payloads([TEXT]) == payloads
     assert torch.equal(added.decode_payloads(payloads), first.decode_payloads(payloads))
+
+
+def test_a_trained_run_gets_smaller_payloads_of_the_same_values(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(llama_folder, stages=(StageConfig("answer", steps=1, quantize=6),))
+    train(config, tmp_path / "run")
+    words = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "small"), "--device", "cpu"]
+    status, output, errors = in_this_process("repack", *words, "--texts", "60")
+    assert status == 0, errors
+    first, small = (
+        Interlingua.from_pretrained(tmp_path / name / "model") for name in ("run", "small")
+    )
+    assert f"model {small.fingerprint:#06x}, 6 bits" in output
+    payloads, smaller = (model.encode_payloads([TEXT]) for model in (first, small))
+    assert len(smaller[0]) < len(payloads[0]) - 9
+    assert torch.equal(small.decode_payloads(smaller), first.decode_payloads(payloads))
+    assert torch.equal(small.decode_payloads(payloads), first.decode_payloads(payloads))
+    assert evaluated_settings(tmp_path / "small") == small.bottleneck_config
+    status, _, errors = in_this_process("repack", *words)
+    assert status == 2
+    assert "holds something already; name a new folder" in errors
+
+
+def evaluated_settings(run: Path) -> Any:
+    """The bottleneck of a run's configuration, by which an evaluation checks the model."""
+    return read_run_config(run).bottleneck
 
 
 @pytest.mark.slow
