@@ -91,6 +91,7 @@ def _encode(args: EncodeArguments, stream: BinaryIO | None) -> None:
     from latentwire_fast.files.text import decode_text, read_text
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.prompts.builder import replaced_text
+    from latentwire_fast.wire.files import joined
 
     device = choose_device(args.device)
     if stream is None:
@@ -122,7 +123,7 @@ def _encode(args: EncodeArguments, stream: BinaryIO | None) -> None:
     if stream is None:
         wire.write_payloads(args.out, payloads)
     else:
-        stream.write(b"".join(payloads))
+        stream.write(joined(payloads))
         stream.flush()
     replaced = replaced_text(text, args.question or "", mode=model.mode)
     print(

@@ -29,7 +29,7 @@ FOLDERS = ("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "doc
 MADE_BY_USERS = ("bench/results",)
 # A file that docs/extending.md asks its readers to write.
 MODULES_TO_WRITE = ("latentwire_fast.models.encoders.letters",)
-COMMANDS = ("train", "train_text_lora", "evaluate", "encode", "generate")
+COMMANDS = ("train", "train_text_lora", "repack", "evaluate", "encode", "generate")
 SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py")
 OPTIONS_OF_OTHERS = {"--nproc-per-node", "--benchmark-only", "--predict"}  # torchrun, pytest
 each_document = pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from latentwire_fast.config.base import Settings, require
-from latentwire_fast.config.parts import BITS
 
 
 def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
@@ -44,6 +43,8 @@ class EvalConfig(Settings):
     """Evaluation after training.
 
     Attributes:
+        bits: the widths that payloads are scored at, beside the run's own. A bottleneck that sends
+            none of them is scored at all that it sends.
         chunk_length: of the chunks that scored contexts are cut into; None: as in training
             (`DataConfig.chunk_length`).
         hybrid_tokens: how many of a context's first tokens (the reader's own) the method `hybrid`
@@ -77,6 +78,6 @@ class EvalConfig(Settings):
             "hybrid_tokens",
         )
         for bits in self.bits:
-            require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
+            require(bits >= 1, f"bits={bits}, expected widths that the bottleneck sends")
         require(self.pca_texts >= 0, f"pca_texts={self.pca_texts}, expected at least 0")
         check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)

@@ -125,7 +125,8 @@ class BottleneckConfig(PartSettings):
     """The wire's precision: what the settings of every bottleneck have (`models/bottlenecks/`).
 
     Attributes:
-        bits: per value of a payload, unless another width is asked for; 16 sends fp16 values.
+        bits: the width that is sent unless another is asked for, as the bottleneck counts it: per
+            value, per channel or per latent.
     """
 
     registry: ClassVar[Registry] = BOTTLENECKS
@@ -134,7 +135,22 @@ class BottleneckConfig(PartSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.bits in BITS, f"bits={self.bits}, expected 16, 8, 6 or 4")
+        self.require_rate(self.bits, "bits")
+
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """The widths that can be sent, the largest first."""
+        return BITS
+
+    def require_rate(self, bits: int, name: str) -> None:
+        """Raise unless this width can be sent.
+
+        Raises:
+            ConfigError: it cannot; the message calls it `name`.
+        """
+        *more, last = map(str, self.rates)
+        known = f"{', '.join(more)} or {last}" if more else last
+        require(bits in self.rates, f"{name}={bits}, expected {known}")
 
 
 @dataclass(frozen=True)

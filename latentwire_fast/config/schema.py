@@ -251,7 +251,12 @@ class RunConfig(Settings):
         )
 
     def _check_stages(self) -> None:
+        for bits in set(self.evaluation.bits) - set(BITS):
+            self.bottleneck.require_rate(bits, "evaluation: bits")
         for stage in self.stages:
+            if stage.quantize is not None:
+                place = f"stage {stage.name!r}: quantize"
+                self.bottleneck.require_rate(stage.quantize, place)
             unknown = sorted(set(stage.readers) - set(self.readers))
             require(
                 not unknown,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from latentwire_fast.config.base import Settings, require
-from latentwire_fast.config.parts import BITS, ObjectiveConfig, ScheduleConfig, check_gain
+from latentwire_fast.config.parts import ObjectiveConfig, ScheduleConfig, check_gain
 from latentwire_fast.registry import OBJECTIVES, SCHEDULES
 
 FACTS = range(1, 19)  # how many facts a passage of the testbed may hold
@@ -23,7 +23,8 @@ class StageConfig(Settings):
         source: train on this one of the pieces of `data.source` alone; None: on all of them.
         objectives: what is trained on, each kind at most once.
         facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
-        quantize: straight-through codes at these bits; None trains on the unquantised latent.
+        quantize: send latents through the bottleneck at these bits; None trains on the unquantised
+            latent.
         lr: factor on the run's learning rates.
         batch_size: examples per step; None: the run's. Stages differ in what an example costs.
         hold_encoder: leave the encoder as it is, and train only what stands behind it. A first
@@ -77,8 +78,8 @@ class StageConfig(Settings):
         )
         require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
         require(
-            self.quantize is None or self.quantize in BITS,
-            f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
+            self.quantize is None or self.quantize >= 1,
+            f"{stage}: quantize={self.quantize}, expected a width that the bottleneck has, or none",
         )
         self._check_facts()
         for place, schedule in self.schedules.items():

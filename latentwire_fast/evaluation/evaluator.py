@@ -32,7 +32,7 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.lora import base_parameters
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
-from latentwire_fast.serving.payload_batch import Message
+from latentwire_fast.serving.payload_batch import Message, payloads_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,10 @@ class Evaluator:
         Args:
             reader: as in `Interlingua.payloads`.
         """
-        widths = sorted({*self.config.evaluation.bits, self.bits}, reverse=True)
+        rates = self.model.bottleneck_config.rates
+        wanted = self.config.evaluation.bits
+        asked = set(wanted) & set(rates) if set(wanted) & set(rates) or not wanted else set(rates)
+        widths = sorted({*asked, self.bits}, reverse=True)
         payloads: dict[int, list[Message]] = {bits: [] for bits in widths}
         for encoded in self._encoded:
             for bits in widths:
@@ -100,6 +103,8 @@ class Evaluator:
         payloads = self.encode()
         results = EvaluationResults(self.config, self.examples, _sizes(payloads))
         results.payloads = payloads[self.bits]
+        single = (p for message in results.payloads for p in payloads_of(message))
+        results.latents = [*map(self.model.latents_of, single)]
         cases = {}
         for name, receiver in self.receivers.items():
             alone = self.encode(name) if self.model.slots.private else {}

@@ -16,7 +16,7 @@ from latentwire_fast.evaluation.methods.base import bits_key
 from latentwire_fast.evaluation.metrics import normalize_answer
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.registry import METHODS
-from latentwire_fast.serving.payload_batch import Message, payloads_of
+from latentwire_fast.serving.payload_batch import Message
 
 
 @dataclass
@@ -41,6 +41,7 @@ class EvaluationResults:
         sizes_alone: the same of payloads for one reader alone, by reader, where readers have slots
             of their own.
         payloads: of the examples, at the run's own bit width.
+        latents: M of each of these.
         readers: by reader.
         joint: joint rescoring, with two readers or more.
         not_measured: why methods could not be measured on these examples, by method.
@@ -56,6 +57,7 @@ class EvaluationResults:
     not_measured: dict[str, str] = field(default_factory=dict)
     lora: dict[str, dict[str, int]] = field(default_factory=dict)
     payloads: Sequence[Message] = ()
+    latents: Sequence[int] = ()
     sizes_alone: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     @property
@@ -99,8 +101,7 @@ class EvaluationResults:
                 for name, sizes in self.sizes_alone.items()
             }
         if encoder.varies:
-            single = [p for message in self.payloads for p in payloads_of(message)]
-            measured["latent"]["M_mean"] = mean([wire.read_header(p).latents for p in single])
+            measured["latent"]["M_mean"] = mean(self.latents)
         if self.config.scored_chunk_length is not None:
             measured["latent"]["chunk_length"] = self.config.scored_chunk_length
             measured["latent"]["payloads_mean"] = mean([len(p) for p in self.payloads])

@@ -12,6 +12,8 @@ Shapes: B batch, M latents, d the latent's width, D a reader's; L layers, H key/
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from itertools import repeat
@@ -22,7 +24,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentwire_fast import wire
 from latentwire_fast.config.schema import AttachmentConfig, BottleneckConfig, EncoderConfig, Mode
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.tensors import parameter_digest, read_tensors
@@ -39,6 +40,7 @@ from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS
+from latentwire_fast.wire.header import Header, located
 
 Task = Literal["autoencode", "continue"]
 TASKS: tuple[Task, ...] = ("autoencode", "continue")
@@ -81,12 +83,13 @@ class Interlingua(nn.Module):
         self.cards = dict(readers)
         self.attachment_configs = tuple(attachments)
         self.encoder = encoder
-        self.bottleneck: Bottleneck = BOTTLENECKS.part_of(bottleneck)(bottleneck)
         self.attachments = nn.ModuleDict()
         self.task_tokens = nn.ParameterDict()
         self.lora = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.slots = Slots(encoder.config.latents, dict(private_slots or {}))
+        shape = {"latents": encoder.config.latents, "d_z": encoder.config.d_z}
+        self.bottleneck: Bottleneck = BOTTLENECKS.part_of(bottleneck).build(bottleneck, **shape)
         for name, card in self.cards.items():
             shape = {"latents": self.slots.count(name), "d_z": encoder.config.d_z}
             built = {
@@ -183,7 +186,7 @@ class Interlingua(nn.Module):
     def latents_of(self, payload: bytes) -> int:
         """How many latents a payload for all readers holds."""
         shape = self.encoder_config
-        return wire.read_header(payload).latents if shape.varies else shape.latents
+        return self.bottleneck.read_header(payload).latents if shape.varies else shape.latents
 
     def quantize(self, latent_BMd: Tensor, bits: int | None = None) -> Tensor:
         """What the receiver gets at this width (the bottleneck's own if not given); gradients pass
@@ -267,13 +270,30 @@ class Interlingua(nn.Module):
             rms |= part.rms(self.slots.of(reader, latent_BMd))
         return rms
 
-    @cached_property
+    @property
     def fingerprint(self) -> int:
-        """16 bits of the encoder's digest: payloads carry it, so that a stranger's are refused.
+        """16 bits of a digest, which the payloads that it writes carry, so that a stranger's are
+        refused.
 
         Cached: read it only once training is over.
         """
-        return int(parameter_digest(self.encoder.state_dict().items())[:4], 16)
+        return self._fingerprints[self.bottleneck.version]
+
+    @cached_property
+    def _fingerprints(self) -> dict[int, int]:
+        """By version of the wire format: 16 bits of the encoder's digest; in version 2 of all that
+        a body is read with, since its frame says nothing else about that."""
+        encoder = parameter_digest(self.encoder.state_dict().items())
+        facts = json.dumps([encoder, *self.bottleneck.format_facts()])
+        tensors = parameter_digest(self.bottleneck.format_tensors().items())
+        whole = hashlib.sha256(f"{facts} {tensors}".encode()).hexdigest()
+        return {1: int(encoder[:4], 16), 2: int(whole[:4], 16)}
+
+    def fit_bottleneck(self, latents: Sequence[Tensor]) -> None:
+        """Have the bottleneck learn what it can from latents `[B, M, d]` of training texts, now
+        that the encoder stays as it is. Payloads that were made before are another model's then."""
+        self.bottleneck.fit(latents)
+        self.__dict__.pop("_fingerprints", None)
 
     @cached_property
     def fingerprints(self) -> dict[str | None, int]:
@@ -394,23 +414,28 @@ class Interlingua(nn.Module):
             PayloadError: damaged bytes, another shape, another model's fingerprint, or payloads for
                 another reader.
         """
+        return self.open_payloads(payloads, reader=reader)[0]
+
+    def open_payloads(
+        self, payloads: Sequence[bytes], *, reader: str | None = None
+    ) -> tuple[Tensor, list[Header]]:
+        """As `decode_payloads`, with the payloads' headers."""
         if reader is not None:
             self.parts(reader)
-        shape, unpack = self.encoder_config, partial(self._unpack, reader=reader)
+        headers = []
+        for i, payload in enumerate(payloads):
+            with located(f"payload {i}"):
+                headers.append(self.bottleneck.read_header(payload))
+        shape, marks = self.encoder_config, self._fingerprints
+        self.slots.check(headers, marks, d_z=shape.d_z, reader=reader, fewer=shape.varies)
+        unpack = partial(self.bottleneck.unpack, device=next(self.parameters()).device)
         if not (shape.varies and payloads):
             return unpack(payloads)
-        counts = [*map(self.latents_of, payloads)]
-        if max(counts) > shape.latents:
-            return unpack(payloads)  # which says what is wrong
-        return unpack_ragged(unpack, payloads, counts, latents=shape.latents)
-
-    def _unpack(self, payloads: Sequence[bytes], reader: str | None) -> Tensor:
-        """Latents of payloads with one number of them."""
-        device = next(self.parameters()).device
-        latent_BMd, headers = self.bottleneck.unpack(payloads, device=device)
-        shape, marks = self.encoder_config, self.fingerprints
-        self.slots.check(headers, marks, d_z=shape.d_z, reader=reader, fewer=shape.varies)
-        return latent_BMd
+        counts = [header.latents for header in headers]
+        latent_BMd = unpack_ragged(
+            lambda several: unpack(several)[0], payloads, counts, latents=shape.latents
+        )
+        return latent_BMd, headers
 
     def check_reader(self, reader: Reader) -> None:
         """Raise unless this is the reader, weight for weight, that the adapter was trained for."""

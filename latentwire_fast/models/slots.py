@@ -94,7 +94,7 @@ class Slots:
     def check(
         self,
         headers: Sequence[Header],
-        marks: Mapping[str | None, int],
+        marks: Mapping[int, int],
         *,
         d_z: int,
         reader: str | None,
@@ -104,8 +104,8 @@ class Slots:
         one alone.
 
         Args:
-            headers: of payloads of one layout.
-            marks: of `fingerprints`.
+            marks: by version of the wire format, what the model marks payloads for all readers
+                with.
             d_z: the latent's width.
             reader: None where no reader is named.
             fewer: whether a latent for all readers may have fewer slots than M.
@@ -114,28 +114,34 @@ class Slots:
             PayloadError: they are not; the message has the index of the first that is not.
         """
         own = {None} if reader is None else {None, self.owner(reader)}
-        owners = {mark: owner for owner, mark in marks.items()}
+        owners = {
+            version: {mark: owner for owner, mark in self.fingerprints(model).items()}
+            for version, model in marks.items()
+        }
+        found: list[str | None] = []
         for i, header in enumerate(headers):
-            if header.fingerprint not in owners:
+            known = owners[header.version]
+            if header.fingerprint not in known:
                 raise PayloadError(
                     f"payload {i} was written by model {header.fingerprint:#06x}, this is "
-                    f"{marks[None]:#06x}; decode it with the model that encoded it"
+                    f"{marks[header.version]:#06x}; decode it with the model that encoded it"
                 )
-            owner, first = owners[header.fingerprint], owners[headers[0].fingerprint]
+            owner = known[header.fingerprint]
+            found.append(owner)
             if owner not in own:
                 raise PayloadError(f"payload {i} {self.refusal(owner, reader)}")
-            if owner != first:
+            if owner != found[0]:
                 raise PayloadError(
-                    f"payload {i} is {_for_whom(owner)}, payload 0 is {_for_whom(first)}; decode "
-                    "them in two batches"
+                    f"payload {i} is {_for_whom(owner)}, payload 0 is {_for_whom(found[0])}; "
+                    "decode them in two batches"
                 )
-        found, owner = headers[0], owners[headers[0].fingerprint]
-        wanted = self.latents if owner is None else self.count(owner), d_z
-        is_fewer = fewer and found.latents < self.latents
-        if found.d_z != d_z or not (is_fewer or found.latents == wanted[0]):
-            raise PayloadError(
-                f"the payloads hold latents {(found.latents, found.d_z)}, this model's are {wanted}"
-            )
+            latents = self.latents if owner is None else self.count(owner)
+            is_fewer = fewer and header.latents < latents
+            if header.d_z != d_z or not (is_fewer or header.latents == latents):
+                raise PayloadError(
+                    f"the payloads hold latents {(header.latents, header.d_z)}, this model's are "
+                    f"{(latents, d_z)}"
+                )
 
     def refusal(self, owner: str | None, reader: str | None) -> str:
         """Why a payload of an owner is not for a reader, and what to do."""

@@ -24,6 +24,8 @@ PARTS: dict[str, str] = {
     "diversity": "latentwire_fast.objectives.diversity:Diversity",
     "entropy": "latentwire_fast.objectives.entropy:Entropy",
     "scales": "latentwire_fast.objectives.scales:Scales",
+    "commitment": "latentwire_fast.objectives.commitment:Commitment",
+    "rate": "latentwire_fast.objectives.rate:Rate",
     "text": "latentwire_fast.objectives.text:Text",
     # Controls, which are known to make latents alike.
     "align_readers": "latentwire_fast.objectives.align_readers:AlignReaders",

@@ -31,6 +31,7 @@ class Objective(ABC):
             (`EncodedBatch.selection`).
         once: whether its sum is of the items alone: it is computed with the first of a step's
             readers, and counts once however many there are.
+        needs_rate: whether it needs what the payloads take (`EncodedBatch.rate_B`).
         config: its settings.
         model: what is trained.
     """
@@ -38,6 +39,7 @@ class Objective(ABC):
     counted: ClassVar[Literal["tokens", "texts", "embeddings"]] = "tokens"
     needs_positions: ClassVar[bool] = False
     once: ClassVar[bool] = False
+    needs_rate: ClassVar[bool] = False
 
     def __init__(self, config: ObjectiveConfig, model: Interlingua) -> None:
         self.config = config

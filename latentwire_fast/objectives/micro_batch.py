@@ -36,6 +36,7 @@ class EncodedBatch:
 
     Args:
         bits: width that latents are quantised to on their way to the readers; None for none.
+        rate: also measure what the items' payloads take.
         select: also ask the encoder for the positions that its latents stand at.
         hold: the encoder is not trained.
         gain: what readers get is so many times as strong (see the attachments).
@@ -47,6 +48,9 @@ class EncodedBatch:
         pieces: how many latents each item has; `B` counts latents where an item has several.
         latent_BMd: the items' latents before quantisation, detached.
         sent_BMd: what the readers get of them.
+        bottleneck_loss_B: by item, the bottleneck's own loss; None where it has none, or where the
+            latents are not sent.
+        rate_B: by item, about the bits of its payload's body; None unless `rate`.
         selection: the positions and their scores; None unless `select`.
     """
 
@@ -57,6 +61,7 @@ class EncodedBatch:
         *,
         bits: int | None,
         select: bool,
+        rate: bool = False,
         cut: bool,
         hold: bool = False,
         gain: float = 1.0,
@@ -85,7 +90,11 @@ class EncodedBatch:
         else:
             latent_BMd = self._encode(contexts, questions)
         self.latent_BMd = latent_BMd.detach()
-        self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd)
+        self.bottleneck_loss_B: Tensor | None = None
+        self.rate_B: Tensor | None = None
+        if rate and bits is not None:
+            self.rate_B = self._leaf(model.bottleneck.rate(latent_BMd, bits))
+        self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd, own=True)
 
     def sent(self, contexts: Texts, questions: Texts | None) -> Tensor:
         """Latents `[B, M, d]` of other texts as readers get them, encoded once for all readers."""
@@ -109,9 +118,17 @@ class EncodedBatch:
         assert self.selection is not None, "an objective without `needs_positions` asked for them"
         return self.selection
 
-    def _send(self, latent_BMd: Tensor) -> Tensor:
+    def _send(self, latent_BMd: Tensor, *, own: bool = False) -> Tensor:
+        """What readers get of latents.
+
+        Args:
+            own: they are those of the items, whose loss is kept.
+        """
         if self._bits is not None:
-            latent_BMd = self.model.quantize(latent_BMd, self._bits)
+            sent = self.model.bottleneck.send(latent_BMd, self._bits)
+            if own and sent.loss_B is not None:
+                self.bottleneck_loss_B = self._leaf(sent.loss_B)
+            latent_BMd = sent.latent_BMd
         if self._dropout:
             kept_BM1 = torch.rand_like(latent_BMd[..., :1]) >= self._dropout
             latent_BMd = latent_BMd * kept_BM1

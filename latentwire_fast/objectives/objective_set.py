@@ -142,6 +142,7 @@ class ObjectiveSet:
             items,
             self.model,
             bits=stage.quantize,
+            rate=any(objective.needs_rate for objective in parts.values()),
             select=any(objective.needs_positions for objective in parts.values()),
             cut=backward is not None,
             hold=stage.hold_encoder,

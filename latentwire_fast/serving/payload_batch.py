@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ from latentwire_fast.wire.payload import split_bodies
 
 # What one prompt is about: a payload, or several in their order.
 Message = bytes | Sequence[bytes]
+
+
+# Payloads to latents `[R, M, d]` fp32 and headers, all checked.
+Unpack = Callable[[Sequence[bytes]], tuple[Tensor, Sequence[Header]]]
 
 
 def payloads_of(message: Message) -> Sequence[bytes]:
@@ -112,21 +117,22 @@ class PayloadKind:
     """The kind of payloads that a receiver was made for.
 
     Attributes:
-        unpack: payloads to latents `[R, M, d]` fp32, where their values are not the latent's own
-            codes; None where they are, and the reader's device unpacks them.
+        unpack: payloads to latents `[R, M, d]` fp32 and headers, all checked, where their values
+            are not the latent's own codes; None where they are, and the reader's device unpacks
+            them.
         slots, reader: how the latent's slots are shared out among readers, and which of them this
             receiver reads for; None where all readers get all of them.
-        decode: payloads with any number of latents up to `latents`, to `[R, latents, d]` with zeros
-            behind them; None where all payloads have `latents`.
+        decode: as `unpack`, for payloads with any number of latents up to `latents`: zeros stand
+            behind these; None where all payloads have `latents`.
     """
 
     latents: int
     d_z: int
     fingerprint: int
-    unpack: Callable[[Sequence[bytes]], Tensor] | None = None
+    unpack: Unpack | None = None
     slots: Slots | None = None
     reader: str = ""
-    decode: Callable[[Sequence[bytes]], Tensor] | None = None
+    decode: Unpack | None = None
 
     @property
     def view(self) -> Callable[[Tensor], Tensor] | None:
@@ -150,26 +156,32 @@ class PayloadKind:
         """
         if not messages:
             raise PayloadError("no payloads to read; give at least one")
-        payloads: list[bytes] = []
+        places, payloads = _flat(messages)
         headers: list[Header] = []
-        for i, message in enumerate(messages):
-            several = message if isinstance(message, list | tuple) else None
-            if several is not None and not several:
-                raise PayloadError(f"prompt {i} has no payloads; give it at least one")
-            for j, payload in enumerate([message] if several is None else several):
-                with located(f"payload {i}" if several is None else f"payload {j} of prompt {i}"):
+        latent_RMd: Tensor | None = None
+        if self.unpack is not None:
+            latent_RMd, found = self.unpack(payloads)
+            headers = [*found]
+        for place, payload in zip(places, payloads, strict=True):
+            with located(place):
+                if self.unpack is None:
                     headers.append(check_frame(payload))
-                    self._check(headers[-1], headers[0])
-                payloads.append(payload)
-        counts = tuple(len(m) if isinstance(m, list | tuple) else 1 for m in messages)
+                    self._check(headers[-1])
+        for place, header in zip(places, headers, strict=True):
+            with located(place):
+                _check_alike(header, headers[0])
+        counts = tuple(len(payloads_of(message)) for message in messages)
         latents = tuple(header.latents for header in headers)
-        if len({*latents}) > 1:
+        if len({*latents}) == 1:
+            if latent_RMd is not None:
+                latent_RMd = latent_RMd[:, : latents[0]]
+            return Parcel(headers[0], payloads, Pieces(counts), latent_RMd)
+        if latent_RMd is None:
             assert self.decode is not None
-            return Parcel(headers[0], payloads, Pieces(counts, latents), self.decode(payloads))
-        latent_RMd = None if self.unpack is None else self.unpack(payloads)[:, : latents[0]]
-        return Parcel(headers[0], payloads, Pieces(counts), latent_RMd)
+            latent_RMd, _ = self.decode(payloads)
+        return Parcel(headers[0], payloads, Pieces(counts, latents), latent_RMd)
 
-    def _check(self, header: Header, first: Header) -> None:
+    def _check(self, header: Header) -> None:
         if header.fingerprint not in self._owners:
             raise PayloadError(
                 f"it was written by model {header.fingerprint:#06x}, this receiver reads "
@@ -181,16 +193,6 @@ class PayloadKind:
             raise PayloadError(
                 f"it holds a latent ({header.latents}, {header.d_z}), this receiver reads "
                 f"({latents}, {self.d_z})"
-            )
-        if header.fingerprint != first.fingerprint:
-            raise PayloadError(
-                "one of it and payload 0 is for all readers, the other for this one alone; read "
-                "them in two batches"
-            )
-        if (header.bits, header.group_size) != (first.bits, first.group_size):
-            raise PayloadError(
-                f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
-                f"{first.bits} in groups of {first.group_size}; read them in two batches"
             )
 
     def _latents_of(self, owner: str | None) -> int:
@@ -204,3 +206,41 @@ class PayloadKind:
         if owner != self.slots.owner(self.reader):
             raise PayloadError(f"it {self.slots.refusal(owner, self.reader)}")
         return self.slots.count(self.reader)
+
+
+def _flat(messages: Sequence[Message]) -> tuple[list[str], list[bytes]]:
+    """All payloads of messages, and what a message of an error calls each of them.
+
+    Raises:
+        PayloadError: a message without payloads.
+    """
+    places: list[str] = []
+    payloads: list[bytes] = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, list | tuple):
+            places.append(f"payload {i}")
+            payloads.append(cast(bytes, message))
+            continue
+        if not message:
+            raise PayloadError(f"prompt {i} has no payloads; give it at least one")
+        places += [f"payload {j} of prompt {i}" for j in range(len(message))]
+        payloads += message
+    return places, payloads
+
+
+def _check_alike(header: Header, first: Header) -> None:
+    """Raise unless one batch can have both.
+
+    Raises:
+        PayloadError: they are of different owners, or of different precision.
+    """
+    if header.fingerprint != first.fingerprint:
+        raise PayloadError(
+            "one of it and payload 0 is for all readers, the other for this one alone; read "
+            "them in two batches"
+        )
+    if (header.bits, header.group_size) != (first.bits, first.group_size):
+        raise PayloadError(
+            f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
+            f"{first.bits} in groups of {first.group_size}; read them in two batches"
+        )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from latentwire_fast import wire
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.prompts.builder import Prompt
@@ -132,15 +133,16 @@ class Receiver:
         """
         model.adapt(reader, merge=options is not None and options.merge_lora)
         encoder = model.encoder_config
-        decode = partial(model.decode_payloads, reader=reader.name)
+        sends_codes = model.bottleneck.sends_codes and model.bottleneck.version == wire.VERSION
+        opened = partial(model.open_payloads, reader=reader.name)
         kind = PayloadKind(
             encoder.latents,
             encoder.d_z,
             model.fingerprint,
-            unpack=None if model.bottleneck.sends_codes else decode,
+            unpack=None if sends_codes else opened,
             slots=model.slots if model.slots.private else None,
             reader=reader.name,
-            decode=decode if encoder.varies else None,
+            decode=opened if encoder.varies else None,
         )
         return cls(
             reader,

@@ -132,16 +132,17 @@ def build_model(
     for reader in readers.values():
         for attachment in config.attachments:
             reader.require(ATTACHMENTS.part_of(attachment).gives)
+    base = None if config.base is None else _base_model(config, config.base, readers)
     model = Interlingua(
-        _fresh_encoder(config, readers)
-        if config.base is None
-        else _base_encoder(config, config.base, readers),
+        _fresh_encoder(config, readers) if base is None else base.encoder,
         {name: ReaderCard.of(reader) for name, reader in readers.items()},
         bottleneck=config.bottleneck,
         attachments=config.attachments,
         mode=config.mode,
         private_slots=config.private_slots,
     )
+    if base is not None:
+        model.bottleneck = base.bottleneck
     if fitted:
         model.encoder.to(next(iter(readers.values())).device)  # where it will be trained
         questions = [item.question for item in fitted] if config.mode == "pure" else None
@@ -177,7 +178,8 @@ def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
         raise ConfigError(f"preset {config.preset!r}: {error}") from error
 
 
-def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> Encoder:
+def _base_model(config: RunConfig, base: str, readers: dict[str, Reader]) -> Interlingua:
+    """The model of a base, its encoder and bottleneck as they stay."""
     model = Interlingua.from_pretrained(RunFolder(Path(base)).model)
     kept = config.bottleneck, config.mode
     fits = config.encoder.allows(model.encoder_config)
@@ -203,7 +205,9 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
                 f"{base} has learned with reader {name!r} ({served[reader.fingerprint]!r} there); "
                 "name the readers to add with --reader"
             )
-    return model.encoder.requires_grad_(False)
+    model.encoder.requires_grad_(False)
+    model.bottleneck.requires_grad_(False)
+    return model
 
 
 @dataclass(frozen=True)

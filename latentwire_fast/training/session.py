@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.objectives.text_answers import TextAnswers
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.reader import Reader, load_readers
+from latentwire_fast.training.bottleneck_fit import fit_bottleneck
 from latentwire_fast.training.builders import (
     RunData,
     build_data,
@@ -116,9 +118,32 @@ class Session:
             },
         }
 
+    def after_step(self, stage: StageConfig, latents: Sequence[Tensor]) -> None:
+        """What a step changes beside what the optimisers do.
+
+        Args:
+            latents: `[B, M, d]` of each process's items, in the order of the processes.
+        """
+
+    @property
+    def wants_latents(self) -> bool:
+        """Whether `after_step` does something with them."""
+        return False
+
     def save(self, folder: Path) -> None:
         """Write what was trained."""
         raise NotImplementedError
+
+    def save_final(self, folder: Path, *, best: Path | None) -> None:
+        """Write what was trained for the last time.
+
+        Args:
+            best: the saved model to take, in the place of the one in memory.
+        """
+        if best is None:
+            self.save(folder)
+        else:
+            shutil.copytree(best, folder)
 
 
 @dataclass(frozen=True)
@@ -138,16 +163,42 @@ class LatentSession(Session):
             lora = self.model.lora_of(name)
             parts = [*self.model.parts(name).values(), *([] if lora is None else [lora])]
             found[name] = nn.ModuleList(parts)
+        if any(p.requires_grad for p in self.model.bottleneck.parameters()):
+            found["bottleneck"] = self.model.bottleneck
         return found
 
     def describe(self, latent_BMd: Tensor) -> dict[str, Any]:
         """Whether they differ, and the sizes of what readers are given of them."""
         rms = {name: self.model.prefix_rms(name, latent_BMd) for name in self.readers}
-        return {"latent": latent_statistics(latent_BMd), "rms": rms}
+        codes = self.model.bottleneck.describe(latent_BMd)
+        shown = {"codes": codes} if codes else {}
+        return {"latent": latent_statistics(latent_BMd), "rms": rms, **shown}
+
+    @property
+    def wants_latents(self) -> bool:
+        """Whether the bottleneck learns from them."""
+        return self.model.bottleneck.learns and self.config.base is None
+
+    def after_step(self, stage: StageConfig, latents: Sequence[Tensor]) -> None:
+        """Show the bottleneck what was sent, unless the stage leaves it as it is."""
+        if stage.quantize is not None and not is_within("bottleneck", stage.frozen):
+            device = next(self.model.parameters()).device
+            sent_BMd = torch.cat([latent_BMd.to(device) for latent_BMd in latents])
+            self.model.bottleneck.learn(sent_BMd, stage.quantize)
 
     def save(self, folder: Path) -> None:
         """Write the model."""
         self.model.save_pretrained(folder)
+
+    def save_final(self, folder: Path, *, best: Path | None) -> None:
+        """Write the model, its bottleneck fitted to the training texts."""
+        if not self.model.bottleneck.fits_texts or self.config.base is not None:
+            super().save_final(folder, best=best)
+            return
+        device = next(self.model.parameters()).device
+        model = self.model if best is None else Interlingua.from_pretrained(best).to(device)
+        fit_bottleneck(model, self.stream, self.config)
+        model.save_pretrained(folder)
 
 
 def begin(config: RunConfig, accelerator: Accelerator) -> None:
@@ -197,6 +248,7 @@ def open_session(
     model = build_model(config, readers, contexts, fitted).to(accelerator.device).train()
     if config.base:
         model.encoder.eval()
+        model.bottleneck.eval()
     if config.optim.gradient_checkpointing:
         for reader in readers.values():
             reader.enable_gradient_checkpointing()

@@ -158,6 +158,9 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     state.spikes.watch(loss.item(), step=state.step)
     for optimizer in state.optimizers:
         optimizer.step()
+    latent_BMd = torch.cat([losses.latent_BMd for losses in made])
+    if session.wants_latents:
+        session.after_step(stage, reducer.each(latent_BMd))
     elapsed = time.perf_counter() - start
     state.took(elapsed, for_cache=seconds_computing() - cache_start, stage=stage.name)
     return StepResult(
@@ -171,7 +174,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
         grad_norm=norm,
         grad_norms=norms,
         loss_norms=loss_norms,
-        latent_BMd=torch.cat([losses.latent_BMd for losses in made]),
+        latent_BMd=latent_BMd,
         first_ids=_joined([losses.first_ids for losses in made]),
         tokens=session.objectives.tokens(stage, counts),
         seconds=elapsed,

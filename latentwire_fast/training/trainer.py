@@ -13,7 +13,8 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -223,7 +224,8 @@ class Trainer:
         state.validations.append(found)
         if self.accelerator.is_main_process:
             if validator.best(state.validations) is found:
-                self._save_model(self.folder.unfinished_best_model, self.folder.best_model)
+                places = self.folder.unfinished_best_model, self.folder.best_model
+                self._save_model(*places, session.save)
             text = json.dumps(validator.summary(state.validations), indent=2) + "\n"
             write_atomically(self.folder.validation, text)
             if tracker is not None:
@@ -251,16 +253,14 @@ class Trainer:
         self.session.state.model.eval()  # as whoever goes on with it expects
         validation = self.config.validation
         best = self.folder.best_model if validation and validation.use_best else None
-        self._save_model(self.folder.unfinished_model, self.folder.model, copy=best)
+        write = partial(self.session.save_final, best=best)
+        self._save_model(self.folder.unfinished_model, self.folder.model, write)
 
-    def _save_model(self, temporary: Path, final: Path, *, copy: Path | None = None) -> None:
-        """Save the model as it is now, or a saved one again."""
+    def _save_model(self, temporary: Path, final: Path, write: Callable[[Path], None]) -> None:
+        """Have a model written to a folder that is there as a whole or not at all."""
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
-            if copy is None:
-                self.session.save(temporary)
-            else:
-                shutil.copytree(copy, temporary)
+            write(temporary)
             replace_folder(temporary, final)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(

@@ -23,7 +23,7 @@ What is registered is evaluated, and stands in metrics.json, the terminal and th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -263,6 +263,11 @@ def by_kind() -> dict[str, EvaluationMethod]:
 def bits_key(name: str) -> str:
     """A method's key for its scores at every bit width, beside its own key."""
     return f"{name}_bits"
+
+
+def sorted_widths(widths: Iterable[str]) -> list[str]:
+    """Bit widths, as keys of results, the widest first."""
+    return sorted(widths, key=int, reverse=True)
 
 
 def methods_by_bits() -> dict[str, EvaluationMethod]:

@@ -14,8 +14,8 @@ def latent_facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if latent:
         yield (
             "Latent",
-            f"{_latents(latent)}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
-            f"groups of {latent.get('group_size')}",
+            f"{_latents(latent)}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits"
+            + (f", groups of {latent['group_size']}" if latent.get("group_size") else ""),
         )
     if latent.get("private_slots"):
         yield "Slots", _slots(latent, metrics.get("bytes") or {})

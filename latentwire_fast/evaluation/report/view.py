@@ -10,12 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latentwire_fast.config.presets import PRESETS
-from latentwire_fast.config.schema import BITS
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
-from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
+from latentwire_fast.evaluation.methods.base import (
+    EvaluationMethod,
+    by_kind,
+    methods_by_bits,
+    sorted_widths,
+)
 from latentwire_fast.evaluation.report.collapse import collapse_view
 from latentwire_fast.evaluation.report.differences import continuation, difference_rows
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
@@ -205,9 +209,18 @@ def _width_columns(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _measured_widths(metrics: Mapping[str, Any]) -> list[str]:
+    """The bit widths that payloads or scores are of."""
+    found = set((metrics.get("bytes") or {}).get("payload_mean") or {})
+    for methods in _readers(metrics).values():
+        for key in methods_by_bits():
+            found |= set(methods.get(key) or {})
+    return sorted_widths(found)
+
+
 def _width_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     sizes = metrics.get("bytes") or {}
-    for bits in map(str, BITS):
+    for bits in _measured_widths(metrics):
         scores = [
             ((methods.get(key) or {}).get(bits) or {}).get(score)
             for methods in _readers(metrics).values()

@@ -31,6 +31,11 @@ def check_varying(pooler: PoolerConfig, run: RunConfig) -> None:
             f"{advice} 'token' or 'none'",
         )
     require(
+        getattr(run.bottleneck, "prior", "flat") == "flat",
+        f"bottleneck {run.bottleneck.kind!r}: prior='static' counts the symbols of M latents of "
+        "every text; leave out encoder.tokens_per_latent, or take prior='flat'",
+    )
+    require(
         not run.private_slots,
         "private_slots share out M latents of every text, and encoder.tokens_per_latent makes "
         "fewer of some; leave out one of them",
