@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 SIGNATURES = {
     "Interlingua": (
         "(encoder: 'Encoder', readers: 'Mapping[str, ReaderCard]', *, bottleneck: "
-        "'BottleneckConfig', attachments: 'Sequence[AttachmentConfig]', mode: 'Mode') -> "
-        "'None'"
+        "'BottleneckConfig', attachments: 'Sequence[AttachmentConfig]', mode: 'Mode', "
+        "private_slots: 'Mapping[str, int] | None' = None) -> 'None'"
     ),
     "Interlingua.from_pretrained": "(folder: 'str | Path') -> 'Interlingua'",
     "Interlingua.save_pretrained": "(self, folder: 'str | Path') -> 'Path'",
@@ -32,12 +32,15 @@ SIGNATURES = {
     ),
     "Interlingua.encode_payloads": (
         "(self, contexts: 'Sequence[str]', questions: 'Sequence[str] | None' = None, *, "
-        "bits: 'int | None' = None) -> 'list[bytes]'"
+        "bits: 'int | None' = None, reader: 'str | None' = None) -> 'list[bytes]'"
     ),
     "Interlingua.payloads": (
-        "(self, latent_BMd: 'Tensor', *, bits: 'int | None' = None) -> 'list[bytes]'"
+        "(self, latent_BMd: 'Tensor', *, bits: 'int | None' = None, reader: 'str | None' = None) "
+        "-> 'list[bytes]'"
     ),
-    "Interlingua.decode_payloads": "(self, payloads: 'Sequence[bytes]') -> 'Tensor'",
+    "Interlingua.decode_payloads": (
+        "(self, payloads: 'Sequence[bytes]', *, reader: 'str | None' = None) -> 'Tensor'"
+    ),
     "Interlingua.quantize": ("(self, latent_BMd: 'Tensor', bits: 'int | None' = None) -> 'Tensor'"),
     "Interlingua.reader_inputs": (
         "(self, reader: 'str', latent_BMd: 'Tensor', *, gain: 'float' = 1.0, task: 'Task "
@@ -120,7 +123,8 @@ SIGNATURES = {
         "(), optim: 'OptimConfig' = <factory>, evaluation: 'EvalConfig' = <factory>, "
         "validation: 'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: "
         "'int' = 200, minutes: 'float | None' = None, warm_start: 'dict[str, str]' = <factory>, "
-        "loss_norms_every: 'int | None' = None) -> None"
+        "loss_norms_every: 'int | None' = None, private_slots: 'dict[str, int]' = <factory>) -> "
+        "None"
     ),
     "Turn": "(question: 'str', answer: 'str | None' = None) -> None",
     "evaluate": (
