@@ -213,10 +213,10 @@ class Interlingua(nn.Module):
 
         Cached: read it only once training is over.
         """
-        return self._fingerprints[self.bottleneck.version]
+        return self.fingerprints[self.bottleneck.version]
 
     @cached_property
-    def _fingerprints(self) -> dict[int, int]:
+    def fingerprints(self) -> dict[int, int]:
         """By version of the wire format: 16 bits of the encoder's digest; in version 2 of all that
         a body is read with, since its frame says nothing else about that."""
         encoder = parameter_digest(self.encoder.state_dict().items())
@@ -229,7 +229,7 @@ class Interlingua(nn.Module):
         """Have the bottleneck learn what it can from latents `[B, M, d]` of training texts, now
         that the encoder stays as it is. Payloads that were made before are another model's then."""
         self.bottleneck.fit(latents)
-        self.__dict__.pop("_fingerprints", None)
+        self.__dict__.pop("fingerprints", None)
 
     def payloads(self, latent_BMd: Tensor, *, bits: int | None = None) -> list[bytes]:
         """One payload per latent, made on the latents' device: only the bytes leave it."""
@@ -268,7 +268,7 @@ class Interlingua(nn.Module):
         for i, payload in enumerate(payloads):
             with located(f"payload {i}"):
                 header = self.bottleneck.read_header(payload)
-            own = self._fingerprints[header.version]
+            own = self.fingerprints[header.version]
             if header.fingerprint != own:
                 raise PayloadError(
                     f"payload {i} was written by model {header.fingerprint:#06x}, this is "
