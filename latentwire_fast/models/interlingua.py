@@ -277,10 +277,10 @@ class Interlingua(nn.Module):
 
         Cached: read it only once training is over.
         """
-        return self._fingerprints[self.bottleneck.version]
+        return self.fingerprints[self.bottleneck.version]
 
     @cached_property
-    def _fingerprints(self) -> dict[int, int]:
+    def fingerprints(self) -> dict[int, int]:
         """By version of the wire format: 16 bits of the encoder's digest; in version 2 of all that
         a body is read with, since its frame says nothing else about that."""
         encoder = parameter_digest(self.encoder.state_dict().items())
@@ -293,13 +293,7 @@ class Interlingua(nn.Module):
         """Have the bottleneck learn what it can from latents `[B, M, d]` of training texts, now
         that the encoder stays as it is. Payloads that were made before are another model's then."""
         self.bottleneck.fit(latents)
-        self.__dict__.pop("_fingerprints", None)
-
-    @cached_property
-    def fingerprints(self) -> dict[str | None, int]:
-        """What payloads are marked with: those for all readers (None), and where readers have slots
-        of their own, those for one of them alone (`Slots.owner`)."""
-        return self.slots.fingerprints(self.fingerprint)
+        self.__dict__.pop("fingerprints", None)
 
     def payloads(
         self,
@@ -324,7 +318,8 @@ class Interlingua(nn.Module):
         if reader is not None:
             self.parts(reader)
             owner, latent_BMd = self.slots.owner(reader), self.slots.of(reader, latent_BMd)
-        pack = partial(self.bottleneck.pack, bits=bits, fingerprint=self.fingerprints[owner])
+        mark = self.slots.fingerprints(self.fingerprint)[owner]
+        pack = partial(self.bottleneck.pack, bits=bits, fingerprint=mark)
         if slots is not None:
             return pack_ragged(pack, latent_BMd, slots)
         if self.encoder_config.varies:
@@ -426,7 +421,7 @@ class Interlingua(nn.Module):
         for i, payload in enumerate(payloads):
             with located(f"payload {i}"):
                 headers.append(self.bottleneck.read_header(payload))
-        shape, marks = self.encoder_config, self._fingerprints
+        shape, marks = self.encoder_config, self.fingerprints
         self.slots.check(headers, marks, d_z=shape.d_z, reader=reader, fewer=shape.varies)
         unpack = partial(self.bottleneck.unpack, device=next(self.parameters()).device)
         if not (shape.varies and payloads):

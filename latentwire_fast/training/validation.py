@@ -188,7 +188,7 @@ def ask_latents(
     chunk_length: int | None = None,
 ) -> Ask:
     """Asks every reader about payloads of the model as it is now, at its bottleneck's bits."""
-    model.__dict__.pop("fingerprint", None)  # of the encoder as it was at the last validation
+    model.__dict__.pop("fingerprints", None)  # of the encoder as it was at the last validation
     receivers = {n: Receiver.of(model, reader, options=_EAGER) for n, reader in readers.items()}
 
     def ask(examples: Sequence[Example]) -> Iterator[tuple[str, MethodResult]]:
@@ -232,4 +232,4 @@ def _undisturbed(trained: Sequence[nn.Module]) -> Iterator[None]:
             module.training = mode
         restore_rng_state({}, tensors=tensors, state=state)
         for module in trained:
-            module.__dict__.pop("fingerprint", None)  # a model's: it goes on to change
+            module.__dict__.pop("fingerprints", None)  # a model's: it goes on to change

@@ -10,7 +10,7 @@ import torch
 
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.presets import weighted
-from latentwire_fast.config.schema import RunConfig, StageConfig
+from latentwire_fast.config.schema import RunConfig, StageConfig, ValidationConfig
 from latentwire_fast.config.serialization import read_run_config
 from latentwire_fast.errors import ConfigError, PayloadError
 from latentwire_fast.evaluation.pipeline import evaluate_run
@@ -125,6 +125,26 @@ def test_an_added_reader_reads_a_trained_codebook(
     payloads = first.encode_payloads([TEXT])
     assert added.encode_payloads([TEXT]) == payloads
     assert torch.equal(added.decode_payloads(payloads), first.decode_payloads(payloads))
+
+
+def test_the_best_model_of_the_validations_is_fitted_too(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    config = config_of(
+        "vq", llama_folder, validation=ValidationConfig(every=1, examples=4, use_best=True)
+    )
+    validated = train(config, tmp_path / "run").session.model  # type: ignore[attr-defined]
+    best, final = (
+        Interlingua.from_pretrained(tmp_path / "run" / name) for name in ("model_best", "model")
+    )
+    before, after = (m.bottleneck.format_tensors() for m in (best, final))
+    assert torch.equal(before["codes_Kd"], after["codes_Kd"])
+    assert not torch.equal(before["frequencies_S"], after["frequencies_S"])
+    assert final.decode_payloads(final.encode_payloads([TEXT])).isfinite().all()
+    # A validation reads the fingerprint of the model as it is then, not as it ends.
+    validated.save_pretrained(tmp_path / "end")
+    end = Interlingua.from_pretrained(tmp_path / "end")
+    assert end.fingerprint == validated.fingerprint
 
 
 def test_a_trained_run_gets_smaller_payloads_of_the_same_values(
