@@ -39,7 +39,7 @@ class Attachment(nn.Module):
 
     Attributes:
         gives: that entry.
-        varies: whether it takes latents with fewer than M vectors, and makes a position of each.
+        varies: whether it takes latents with fewer than M vectors; `positions_of` has to know then.
         config: its settings.
     """
 
@@ -85,7 +85,7 @@ class Attachment(nn.Module):
 
     def positions_of(self, latents: int) -> int:
         """How many positions it makes of so many latents, those of a prompt's head aside."""
-        return latents if self.varies else self.positions - self.head_positions
+        return self.positions - self.head_positions
 
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:
         """Root mean squares of what it makes, by name, for the log."""

@@ -134,6 +134,10 @@ class DeepPrefix(Attachment):
         """One per latent, and those of the prompt's head."""
         return self.latents + self.head_positions
 
+    def positions_of(self, latents: int) -> int:
+        """One for each latent less."""
+        return super().positions_of(latents) - (self.latents - latents)
+
     @property
     def head_positions(self) -> int:
         """How many hold the first ids of a prompt."""

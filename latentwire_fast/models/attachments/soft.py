@@ -91,6 +91,10 @@ class SoftPrompt(Attachment):
         """One per latent."""
         return self.latents
 
+    def positions_of(self, latents: int) -> int:
+        """One for each latent less."""
+        return super().positions_of(latents) - (self.latents - latents)
+
     def forward(
         self, latent_BMd: Tensor, *, gain: float = 1.0, calibration: Calibration | None = None
     ) -> Tensor:
