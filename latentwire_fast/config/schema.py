@@ -7,6 +7,7 @@ from typing import Literal
 
 from latentwire_fast.config.base import Settings, require
 from latentwire_fast.config.evaluation import ContinuationConfig, EvalConfig, check_decoding
+from latentwire_fast.config.latents import check_latents
 from latentwire_fast.config.lora import LoraSettings
 from latentwire_fast.config.parts import (
     BITS,
@@ -216,6 +217,7 @@ class RunConfig(Settings):
             )
 
     def _check_stages(self) -> None:
+        check_latents(self.stages, self.encoder.latents, base=self.base, validation=self.validation)
         for stage in self.stages:
             unknown = sorted(set(stage.readers) - set(self.readers))
             require(

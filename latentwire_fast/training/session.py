@@ -37,6 +37,7 @@ from latentwire_fast.training.epochs import with_steps
 from latentwire_fast.training.frozen_parts import check_frozen, is_within
 from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
+from latentwire_fast.training.hand_over import check_hand_overs, of_newest_step, wanted_latents
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
@@ -115,6 +116,11 @@ class Session:
             },
         }
 
+    @property
+    def must_hand_over(self) -> bool:
+        """Whether the next step is for another model, with fewer latents."""
+        return False
+
     def save(self, folder: Path) -> None:
         """Write what was trained."""
         raise NotImplementedError
@@ -143,6 +149,11 @@ class LatentSession(Session):
         """Whether they differ, and the sizes of what readers are given of them."""
         rms = {name: self.model.prefix_rms(name, latent_BMd) for name in self.readers}
         return {"latent": latent_statistics(latent_BMd), "rms": rms}
+
+    @property
+    def must_hand_over(self) -> bool:
+        """Whether the next step's stage has fewer latents than the model."""
+        return self.model.encoder_config.latents != wanted_latents(self.config, self.state.step)
 
     def save(self, folder: Path) -> None:
         """Write the model."""
@@ -191,7 +202,10 @@ def open_session(
     data = build_data(config, readers)
     config, stream = with_steps(config, data), data.stream
     contexts = _start_texts(config, stream)
-    model = build_model(config, readers, contexts).to(accelerator.device).train()
+    now = of_newest_step(config, folder.checkpoints)
+    model = build_model(now, readers, contexts).to(accelerator.device).train()
+    if now is not config:
+        check_hand_overs(config, model, partial(build_model, readers=readers, contexts=contexts))
     if config.base:
         model.encoder.eval()
     if config.optim.gradient_checkpointing:
@@ -248,5 +262,11 @@ def go_on(session: Session, accelerator: Accelerator) -> None:
         # The first weights are drawn alike everywhere, the dropout of the steps is not.
         set_seed(session.config.seed, device_specific=True)
     checkpoints, data = session.folder.checkpoints, session.stream.digest
-    if session.state.restore(checkpoints, rank=rank, processes=processes, data=data):
+    if session.state.restore(
+        checkpoints,
+        rank=rank,
+        processes=processes,
+        data=data,
+        hand_over_at=lambda step: session.config.stage_at(step)[0].hand_over,
+    ):
         logger.info("resumed %s at step %d", session.folder.path, session.state.step)
