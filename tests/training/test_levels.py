@@ -233,7 +233,10 @@ def test_schedules_are_checked(
             ("encodr",),
             "frozen='encodr' is no trained part of this run; there are attachments.llama",
         ),
-        (("encoder", "attachments", "task_tokens"), "everything is frozen"),
+        (
+            ("encoder", "attachments", "task_tokens"),
+            "everything is frozen; leave out one of encoder, attachments, task_tokens",
+        ),
     ],
 )
 def test_frozen_parts_are_checked(
