@@ -216,7 +216,7 @@ def test_each_run_gets_its_gpu_or_its_share_of_the_cores(monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_the_command_trains_smokes_side_by_side(repository: Path, tmp_path: Path) -> None:
-    """Two of the smokes of the tree, in processes, and what is there the second time."""
+    """Two of the smokes of the tree, in processes."""
     out = tmp_path / "out"
     smokes = repository / "configs" / "sweeps" / "smokes.json"
     only = [x for v in ("base", "pooler_mean") for x in ("--only", v)]
@@ -235,8 +235,6 @@ def test_the_command_trains_smokes_side_by_side(repository: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     table = json.loads((out / "table.json").read_text())
     assert set(table["variants"]["pooler_mean"]["readers"]) == {"llama", "qwen"}
-    assert len(history(out)) == 2
-    assert sweep(*only).returncode == 0
     assert len(history(out)) == 2
     again = sweep("--table")
     assert again.stdout.startswith("| variant |")
