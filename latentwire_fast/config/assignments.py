@@ -28,6 +28,18 @@ OF_A_TRAINED_RUN = ("readers", "evaluation")
 OF_ITS_DATA = ("facts",)  # and this of the texts that it is scored on
 
 
+class NothingThere(ConfigError):
+    """There is nothing within a field to set, for it is null.
+
+    Attributes:
+        behind: how many steps of the path are within it.
+    """
+
+    def __init__(self, step: str, *, behind: int) -> None:
+        super().__init__(f"{step} is null")
+        self.behind = behind
+
+
 def with_assignments(
     config: RunConfig,
     assignments: Sequence[str] = (),
@@ -63,6 +75,14 @@ def with_assignments(
                 steps = _for_a_trained_run(steps, option, text)
             try:
                 _assign(RunConfig, data, steps, _parsed(value))
+            except NothingThere as error:
+                whole, example = steps[: len(steps) - error.behind], _parsed(value)
+                for step in reversed(steps[len(whole) :]):
+                    example = {step: example}
+                raise ConfigError(
+                    f"{option} {text!r}: {error}; set it as a whole, such as "
+                    f"{'.'.join(whole)}={json.dumps(example)}"
+                ) from None
             except ConfigError as error:
                 raise ConfigError(f"{option} {text!r}: {error}") from None
     try:
@@ -134,7 +154,7 @@ def _assign(hint: Any, node: Any, steps: Sequence[str], value: Any) -> None:
     if not rest:
         node[key] = value
     elif node[key] is None:
-        raise ConfigError(f"{step} is null; set it as a whole, as JSON")
+        raise NothingThere(step, behind=len(rest))
     else:
         _assign(hint, node[key], rest, value)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from latentwire_fast.config.base import Settings, require
 from latentwire_fast.config.evaluation import ContinuationConfig, EvalConfig, check_decoding
+from latentwire_fast.config.latents import check_latents, has_curriculum
 from latentwire_fast.config.lora import LoraSettings
 from latentwire_fast.config.parts import (
     BITS,
@@ -253,6 +254,13 @@ class RunConfig(Settings):
     def _check_stages(self) -> None:
         for bits in set(self.evaluation.bits) - set(BITS):
             self.bottleneck.require_rate(bits, "evaluation: bits")
+        check_latents(self.stages, self.encoder.latents, base=self.base, validation=self.validation)
+        require(
+            not has_curriculum(self.stages, self.encoder.latents)
+            or not (self.private_slots or getattr(self.bottleneck, "prior", "flat") != "flat"),
+            "stages: latents become fewer, and private_slots and a bottleneck's prior='static' are "
+            "about places among all of them; leave them out, or take prior='flat'",
+        )
         for stage in self.stages:
             if stage.quantize is not None:
                 place = f"stage {stage.name!r}: quantize"

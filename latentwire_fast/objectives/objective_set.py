@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentwire_fast.config.schema import StageConfig, with_level
 from latentwire_fast.data.streams import TrainItem
+from latentwire_fast.models.dropout import DropoutRates
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.base import Objective
 from latentwire_fast.objectives.first_tokens import first_tokens
@@ -68,6 +69,7 @@ class ObjectiveSet:
         self.teacher = teacher
         self.chunk_length = chunk_length
         self._levels: Mapping[str, float] = {}
+        self._dropout = DropoutRates(model)
         self._parts: dict[StageConfig, dict[str, Objective]] = {}
 
     def of(self, stage: StageConfig) -> dict[str, Objective]:
@@ -86,6 +88,7 @@ class ObjectiveSet:
             levels: by place, as in `StageConfig.schedules`: all of them.
         """
         self._levels = levels
+        self._dropout.set(levels.get("dropout"))
         parts = self.of(stage)
         for place, value in levels.items():
             kind, _, name = place.partition(".")

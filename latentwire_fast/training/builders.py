@@ -252,7 +252,7 @@ def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
     )
     limit.report(data.source)
     check_answers(examples, readers, source=data.source)
-    named = _named_sources(config)
+    named = named_sources(config)
     if endless is not None:  # it is one source
         by_source: dict[str, Stream] = dict.fromkeys(named, endless)
         return RunData(endless, _validation_of_endless(config, readers), by_source)
@@ -282,7 +282,7 @@ def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
     return result
 
 
-def _named_sources(config: RunConfig) -> list[str]:
+def named_sources(config: RunConfig) -> list[str]:
     """The pieces of the run's source that stages name.
 
     Raises:

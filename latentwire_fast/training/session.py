@@ -40,6 +40,7 @@ from latentwire_fast.training.epochs import with_steps
 from latentwire_fast.training.frozen_parts import check_frozen, is_within
 from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
+from latentwire_fast.training.hand_over import check_hand_overs, of_newest_step, wanted_latents
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
@@ -130,6 +131,11 @@ class Session:
         """Whether `after_step` does something with them."""
         return False
 
+    @property
+    def must_hand_over(self) -> bool:
+        """Whether the next step is for another model, with fewer latents."""
+        return False
+
     def save(self, folder: Path) -> None:
         """Write what was trained."""
         raise NotImplementedError
@@ -185,6 +191,11 @@ class LatentSession(Session):
             device = next(self.model.parameters()).device
             sent_BMd = torch.cat([latent_BMd.to(device) for latent_BMd in latents])
             self.model.bottleneck.learn(sent_BMd, stage.quantize)
+
+    @property
+    def must_hand_over(self) -> bool:
+        """Whether the next step's stage has fewer latents than the model."""
+        return self.model.encoder_config.latents != wanted_latents(self.config, self.state.step)
 
     def save(self, folder: Path) -> None:
         """Write the model."""
@@ -243,9 +254,12 @@ def open_session(
     data = build_data(config, readers)
     config, stream = with_steps(config, data), data.stream
     contexts = _start_texts(config, stream)
+    now = of_newest_step(config, folder.checkpoints)
     # A checkpoint holds what the encoder was fitted to.
     fitted = [] if has_checkpoint(folder.checkpoints) else _texts_to_fit(config, stream)
-    model = build_model(config, readers, contexts, fitted).to(accelerator.device).train()
+    model = build_model(now, readers, contexts, fitted).to(accelerator.device).train()
+    if now is not config:
+        check_hand_overs(config, model, partial(build_model, readers=readers, contexts=contexts))
     if config.base:
         model.encoder.eval()
         model.bottleneck.eval()
@@ -317,5 +331,11 @@ def go_on(session: Session, accelerator: Accelerator) -> None:
         # The first weights are drawn alike everywhere, the dropout of the steps is not.
         set_seed(session.config.seed, device_specific=True)
     checkpoints, data = session.folder.checkpoints, session.stream.digest
-    if session.state.restore(checkpoints, rank=rank, processes=processes, data=data):
+    if session.state.restore(
+        checkpoints,
+        rank=rank,
+        processes=processes,
+        data=data,
+        hand_over_at=lambda step: session.config.stage_at(step)[0].hand_over,
+    ):
         logger.info("resumed %s at step %d", session.folder.path, session.state.step)

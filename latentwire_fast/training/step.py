@@ -124,7 +124,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     start, cache_start = time.perf_counter(), seconds_computing()
     stage, done = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
-    batch = _batch(session, stage, facts)
+    batch = _batch(session, stage, facts, done)
     levels = state.gates.levels(stage, done)
     session.objectives.set_levels(stage, levels)
     items = session.objectives.prepare(
@@ -181,11 +181,12 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     )
 
 
-def _batch(session: Session, stage: StageConfig, facts: int) -> list[TrainItem]:
-    """The items of the next step, of all processes."""
+def _batch(session: Session, stage: StageConfig, facts: int, done: int) -> list[TrainItem]:
+    """The items of the next step, of all processes, behind so many steps of its stage."""
     size = stage.batch_size or session.config.optim.batch_size
     stream, step = session.data.stream_of(stage), session.state.step
-    return stream.batch(step, size, facts=facts, texts=stage.takes_texts)
+    counted = session.state.gates.text_batches(stage, done)
+    return stream.batch(step, size, facts=facts, texts=stage.takes_texts, counted=counted)
 
 
 def _accumulate(
