@@ -3,6 +3,7 @@ reader, together."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,26 @@ PARTS: dict[str, tuple[AttachmentConfig, ...]] = {
 }
 
 
-def model_of(reader: Reader, encoder: Any, parts: tuple[AttachmentConfig, ...]) -> Interlingua:
+BOTTLENECKS_OF: dict[str, dict[str, Any]] = {
+    "uniform": {"bits": 16, "group_size": 16},
+    "uniform, version 2": {"bits": 16, "version": 2},
+    "fsq": {"prior": "flat"},
+    "residual_vq": {"prior": "flat"},
+}
+
+
+def model_of(
+    reader: Reader,
+    encoder: Any,
+    parts: tuple[AttachmentConfig, ...],
+    bottleneck: str = "uniform",
+) -> Interlingua:
     private = {} if encoder.config.varies else {reader.name: 2, "another": 3}
     torch.manual_seed(4)
     model = Interlingua(
         encoder,
         {name: ReaderCard.of(reader) for name in {reader.name, *private}},
-        bottleneck=BOTTLENECKS.config("uniform", bits=16, group_size=16),
+        bottleneck=BOTTLENECKS.config(bottleneck.split(",")[0], **BOTTLENECKS_OF[bottleneck]),
         attachments=parts,
         mode="context",
         private_slots=private,
@@ -70,10 +84,13 @@ def assert_batch_is_single(receiver: Receiver, messages: Any) -> torch.Tensor:
     return together
 
 
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS_OF)
 @pytest.mark.parametrize("parts", PARTS.values(), ids=list(PARTS))
-def test_chunks_of_slots_of_ones_own(reader: Reader, parts: tuple[AttachmentConfig, ...]) -> None:
+def test_chunks_of_slots_of_ones_own(
+    reader: Reader, parts: tuple[AttachmentConfig, ...], bottleneck: str
+) -> None:
     """Chunks that are sent for one reader alone are read as those for all of them."""
-    model, name = model_of(reader, byte_encoder(), parts), reader.name
+    model, name = model_of(reader, byte_encoder(), parts, bottleneck), reader.name
     whole = model.encode_chunks(TEXTS, length=LENGTH)
     own = model.encode_chunks(TEXTS, length=LENGTH, reader=name)
     assert [*map(len, own)] == [*map(len, whole)] == [4, 1, 3]
@@ -85,9 +102,10 @@ def test_chunks_of_slots_of_ones_own(reader: Reader, parts: tuple[AttachmentConf
     assert torch.equal(assert_batch_is_single(receiver, own), for_all)
 
 
+@pytest.mark.parametrize("bottleneck", ["uniform", "fsq"])
 @torch.no_grad()
-def test_a_coprocessor_of_fewer_latents(reader: Reader) -> None:
-    model = model_of(reader, encoder_of(reader), PARTS["coprocessor"])
+def test_a_coprocessor_of_fewer_latents(reader: Reader, bottleneck: str) -> None:
+    model = model_of(reader, encoder_of(reader), PARTS["coprocessor"], bottleneck)
     texts = [TEXTS[0], "Kel is 7.", TEXTS[1]]
     payloads = model.encode_payloads(texts)
     assert len({*map(len, payloads)}) > 1
@@ -122,12 +140,16 @@ def test_layers_read_one_payload(reader: Reader) -> None:
             r"attachment 'deep' takes M latents of every text.*without a `length`",
         ),
         ({"private_slots": {"llama": 1}, "varies": True}, "private_slots share out M latents"),
+        ({"bottleneck": BOTTLENECKS.config("fsq"), "varies": True}, "prior='static' counts"),
+        ({"private_slots": {"llama": 1}, "fewer": True}, "latents become fewer, and private_slots"),
     ],
 )
 def test_what_is_refused_together(
     llama_folder: Path, changes: dict[str, Any], message: str
 ) -> None:
     changes, stage = {**changes}, StageConfig("s", steps=1, objectives=weighted(answer=1.0))
+    if changes.pop("fewer", False):
+        changes["stages"] = (replace(stage, name="first", latents=9), stage)
     if changes.pop("varies", False):
         pooler = POOLERS.config("spans")
         changes["encoder"] = {"pooler": pooler, "frozen": True, "tokens_per_latent": 9.0}
