@@ -80,7 +80,8 @@ bench: $(VENV)/.installed  ## time the kernels into runs/bench (without a GPU: s
 
 fuzz: $(VENV)/.installed  ## the property and mutation tests with fresh random examples
 	$(BIN)/python tests/wire/fuzz_wire.py --seconds 60
-	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/wire/test_payload.py
+	$(BIN)/python tests/wire/fuzz_frames.py --seconds 60
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/wire/test_payload.py tests/wire/test_frames.py
 
 gpu:  ## everything that needs a CUDA device
 	$(MAKE) --keep-going gpu-kernels gpu-prefill

@@ -3,6 +3,8 @@
     python -m latentwire_fast.encode --run runs/context --context note.txt --out note.lwire
     python -m latentwire_fast.encode --run runs/demo --context note.txt --question "Who?" \\
         --out question.lwire
+    python -m latentwire_fast.encode --run runs/context --context book.txt --out book.lwire \\
+        --chunk-length 1024
     python -m latentwire_fast.encode --run runs/context --context - --out - | ...
 """
 
@@ -44,7 +46,12 @@ class EncodeArguments:
         out: the payload file to write, or - for standard output; the sizes and times are then
             printed on standard error.
         question: only for a model of pure mode, whose latent holds the question too.
+        chunk_length: cut a longer text at sentence ends into chunks of at most so many of the
+            encoder's tokens, and write a payload for each, one behind the other. Without it, a
+            text that is longer than the encoder reads is refused.
         bits: per value, 16, 8, 6 or 4; the model's own number if not given.
+        reader: leave out the slots that are other readers' own, where the model has such slots: the
+            payload is then for this reader alone.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         dtype: that the encoder computes in; float32, as it was trained, unless given.
         imports: a Python module to import first, repeatable: it registers parts of your own
@@ -55,7 +62,9 @@ class EncodeArguments:
     context: Path
     out: Path
     question: str | None = None
+    chunk_length: int | None = None
     bits: int | None = None
+    reader: str | None = None
     device: str | None = None
     dtype: Dtype | None = None
     imports: Imports = ()
@@ -82,6 +91,7 @@ def _encode(args: EncodeArguments, stream: BinaryIO | None) -> None:
     from latentwire_fast.files.text import decode_text, read_text
     from latentwire_fast.models.interlingua import Interlingua
     from latentwire_fast.prompts.builder import replaced_text
+    from latentwire_fast.wire.files import joined
 
     device = choose_device(args.device)
     if stream is None:
@@ -98,17 +108,28 @@ def _encode(args: EncodeArguments, stream: BinaryIO | None) -> None:
     loaded = time.perf_counter()
     questions = None if args.question is None else [args.question]
     with _computing_in(args.dtype, device):
-        payload = model.encode_payloads([text], questions, bits=args.bits)[0]
+        if args.chunk_length is None:
+            payloads = model.encode_payloads([text], questions, bits=args.bits, reader=args.reader)
+        else:
+            (message,) = model.encode_chunks(
+                [text],
+                questions,
+                length=args.chunk_length,
+                bits=args.bits,
+                reader=args.reader,
+            )
+            payloads = [*message]
     encoded = time.perf_counter()
     if stream is None:
-        wire.write_payloads(args.out, [payload])
+        wire.write_payloads(args.out, payloads)
     else:
-        stream.write(payload)
+        stream.write(joined(payloads))
         stream.flush()
     replaced = replaced_text(text, args.question or "", mode=model.mode)
     print(
-        f"{args.out}: {len(payload)} bytes for {wire.utf8_bytes(replaced)} bytes of text "
-        f"({wire.brotli_bytes(replaced)} with brotli)"
+        f"{args.out}: {wire.payload_bytes(payloads)} bytes for {wire.utf8_bytes(replaced)} bytes "
+        f"of text ({wire.brotli_bytes(replaced)} with brotli)"
+        + ("" if args.chunk_length is None else f", in {len(payloads)} payloads")
     )
     print(f"load {(loaded - start) * 1e3:.0f} ms, encode {(encoded - loaded) * 1e3:.1f} ms")
 

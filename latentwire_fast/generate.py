@@ -2,6 +2,8 @@
 
     python -m latentwire_fast.generate --run runs/context --reader llama --payload note.lwire \\
         --question "Where does Nulnak live?"
+    python -m latentwire_fast.generate --run runs/context --reader llama --payload book.lwire \\
+        --together --question "Where does Nulnak live?"
     ... | python -m latentwire_fast.generate --run runs/demo --reader llama --payload -
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +35,7 @@ if TYPE_CHECKING:  # imported for real where they are used: `--help` does withou
     from latentwire_fast.readers.decoding import DecodeOptions
     from latentwire_fast.readers.reader import Reader
     from latentwire_fast.serving import ReceiverOptions
+    from latentwire_fast.serving.payload_batch import Message
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class GenerateArguments:
         reader: name of a reader that the model has an adapter for.
         payload: a file written by `latentwire_fast.encode`, or - for standard input; each payload
             in it is answered.
+        together: the payloads of the file are the chunks of one text (`encode --chunk-length`):
+            there is one answer, from all of them.
         question: the question, as text in context mode; in pure mode it is in the payload
             already, and a question given here is not used.
         max_new_tokens: longest answer.
@@ -70,6 +75,7 @@ class GenerateArguments:
     reader: str
     payload: Path
     question: str | None = None
+    together: tyro.conf.FlagCreatePairsOff[bool] = False
     max_new_tokens: int = 32
     prefix_gain: float = 1.0
     temperature: float = 0.0
@@ -84,7 +90,7 @@ class GenerateArguments:
 
 
 class Answer(NamedTuple):
-    """The answer to one payload, and the seconds that it took."""
+    """The answer to one payload, or to several together, and the seconds that it took."""
 
     text: str
     tokens: int
@@ -166,7 +172,8 @@ def answers(
     receiving: ReceiverOptions,
     decoding: DecodeOptions,
 ) -> Iterator[Answer]:
-    """The answers to the payloads of a file or of standard input, in their order.
+    """The answers to the payloads of a file or of standard input, in their order; one to all of
+    them with `--together`.
 
     Raises:
         PayloadError: a payload that is damaged, or of another model.
@@ -185,7 +192,8 @@ def answers(
         if args.payload == STANDARD
         else wire.read_payloads(args.payload)
     )
-    for number, payload in enumerate(payloads):
+    messages: Iterable[Message] = [[*payloads]] if args.together else payloads
+    for number, payload in enumerate(messages):
         start = time.perf_counter()
         first = receiver.prefill([prompt], payloads=[payload])
         if reader.device.type == "cuda":
@@ -194,7 +202,7 @@ def answers(
         (ids,) = first.generate(decoding, numbers=[number])
         done = time.perf_counter()
         seconds = prefilled - start, done - prefilled
-        yield Answer(reader.decode(ids), len(ids), len(payload), *seconds)
+        yield Answer(reader.decode(ids), len(ids), wire.payload_bytes(payload), *seconds)
 
 
 def main() -> None:

@@ -176,6 +176,7 @@ def main() -> None:
     from latentwire_fast.config.overrides import with_overrides
     from latentwire_fast.config.presets import load_preset
     from latentwire_fast.config.serialization import to_json
+    from latentwire_fast.errors import ConfigError
     from latentwire_fast.files.run_folder import RunFolder
 
     config = with_overrides(
@@ -194,6 +195,9 @@ def main() -> None:
         dtype=args.dtype,
     )
     config = with_assignments(config, args.assignments, reader_options=args.reader_options)
+    if args.encoder is not None and config.encoder.source != args.encoder:
+        found = config.encoder.source or f"encoder {config.encoder.kind!r}, which starts from no LM"
+        raise ConfigError(f"--encoder {args.encoder}, and --set asks for {found}; leave out one")
     if args.print_config:
         print(json.dumps(to_json(config), indent=2))
         return

@@ -6,6 +6,12 @@
 The first prints one line of JSON: scores on held-out text before and after. What it saves is a peft
 adapter with its tokenizer, which `--reader NAME=` takes like any other reader. Run the same command
 again to resume what was stopped.
+
+    python -m latentwire_fast.train_text_lora --reader testbed:llama --data testbed --gists 12 \\
+        --run runs/gist
+
+trains a baseline instead: gist tokens (Mu et al., 2023) behind the context, whose keys and values
+are all that the answer sees of it. It sends nothing, so it has no payload.
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ if TYPE_CHECKING:  # `--help` does without torch
     from latentwire_fast.config.schema import RunConfig
 
 
+GISTS = "gists"  # the preset's name of a run that trains gist tokens: `encoder.latents` of them
+
+
 @dataclass(frozen=True)
 class TextLoraArguments:
     """Train a LoRA of one reader on text: context and question to answer.
@@ -40,6 +49,7 @@ class TextLoraArguments:
         reader: source of the reader: a local folder, a hub id or testbed:NAME.
         data: testbed, a file in SQuAD's format, a saved data set, or hub:NAME.
         run: run folder. An unfinished run in it is resumed; RUN/reader is the reader.
+        gists: train so many gist tokens with the updates: a baseline, and no reader's source.
         rank: of the updates.
         alpha: an update is scaled by alpha / rank.
         dropout: of what an update reads.
@@ -69,6 +79,7 @@ class TextLoraArguments:
     reader: str
     data: str
     run: Path
+    gists: int | None = None
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
@@ -109,7 +120,7 @@ def text_lora_config(args: TextLoraArguments) -> RunConfig:
         ValidationConfig,
     )
     from latentwire_fast.errors import ConfigError
-    from latentwire_fast.registry import SCHEDULES
+    from latentwire_fast.registry import ENCODERS, SCHEDULES
 
     lora = LoraSettings(
         rank=args.rank,
@@ -122,7 +133,8 @@ def text_lora_config(args: TextLoraArguments) -> RunConfig:
     if args.validate_every is None and (args.use_best or args.patience is not None):
         raise ConfigError("--use-best and --patience need --validate-every STEPS")
     return RunConfig(
-        preset="text_lora",
+        preset="text_lora" if args.gists is None else GISTS,
+        encoder=ENCODERS.config("lm", **({} if args.gists is None else {"latents": args.gists})),
         seed=args.seed,
         threads=args.threads,
         readers={"reader": ReaderConfig(args.reader, dtype=args.dtype, lora=lora)},
@@ -156,7 +168,8 @@ def train_text_lora(
     progress: bool = True,
 ) -> dict[str, Any] | None:
     """Train a reader's low-rank updates on text, or go on where that was stopped, and score the
-    reader without and with them.
+    reader without and with them. With `preset="gists"` they are trained with gist tokens, and the
+    reader is scored on the text and on those (`training/gists.py`).
 
     Args:
         config: with one reader that has `lora` settings; see `TextLoraTrainer`.
@@ -173,11 +186,13 @@ def train_text_lora(
     from latentwire_fast.data.sources import heldout_examples
     from latentwire_fast.files.atomic import write_atomically
     from latentwire_fast.files.run_folder import TextLoraFolder
+    from latentwire_fast.training.gists import GistTrainer, gist_scores
     from latentwire_fast.training.text_lora import TextLoraTrainer, before_and_after
 
     folder = TextLoraFolder(Path(run))
     heldout = [example for example in heldout_examples(config.data) if example.answers]
-    trainer = TextLoraTrainer(
+    is_gists = config.preset == GISTS
+    trainer = (GistTrainer if is_gists else TextLoraTrainer)(
         config, folder.path, heldout=heldout, progress=progress, device=device
     )
     trainer.run()
@@ -188,7 +203,8 @@ def train_text_lora(
     if folder.scores.exists():
         stored: dict[str, Any] = json.loads(folder.scores.read_text())
         return stored
-    result = before_and_after(config, folder, heldout, device=place, progress=progress)
+    score = gist_scores if is_gists else before_and_after
+    result = score(config, folder, heldout, device=place, progress=progress)
     write_atomically(folder.scores, json.dumps(result) + "\n")
     return result
 

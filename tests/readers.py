@@ -33,6 +33,7 @@ from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen
 
 LORA_METHODS = ("text_lora", "closed_book_lora")  # of readers with a LoRA
 BUDGETS_IN_BYTES = ("byte_budget", "selective_context_bytes", "bm25_sentences_bytes")
+OPTIONAL_METHODS = ("pca", "latent_alone", "hybrid")  # where a run asks for them
 METHODS = (  # what an evaluation gives a reader to read
     "text",
     "latent",
@@ -139,6 +140,17 @@ def qwen_folder(
 ) -> Path:
     """A Hugging Face folder with a tiny Qwen2. Read only."""
     return _save("qwen2", qwen_tokenizer, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def other_llama(
+    llama_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Another Llama of the same tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("teachers") / "other"
+    tiny_model("llama", llama_tokenizer, seed=1).save_pretrained(folder)
+    llama_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

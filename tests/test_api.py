@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 SIGNATURES = {
     "Interlingua": (
         "(encoder: 'Encoder', readers: 'Mapping[str, ReaderCard]', *, bottleneck: "
-        "'BottleneckConfig', attachments: 'Sequence[AttachmentConfig]', mode: 'Mode') -> "
-        "'None'"
+        "'BottleneckConfig', attachments: 'Sequence[AttachmentConfig]', mode: 'Mode', "
+        "private_slots: 'Mapping[str, int] | None' = None) -> 'None'"
     ),
     "Interlingua.from_pretrained": "(folder: 'str | Path') -> 'Interlingua'",
     "Interlingua.save_pretrained": "(self, folder: 'str | Path') -> 'Path'",
@@ -32,16 +32,24 @@ SIGNATURES = {
     ),
     "Interlingua.encode_payloads": (
         "(self, contexts: 'Sequence[str]', questions: 'Sequence[str] | None' = None, *, "
-        "bits: 'int | None' = None) -> 'list[bytes]'"
+        "bits: 'int | None' = None, reader: 'str | None' = None) -> 'list[bytes]'"
+    ),
+    "Interlingua.encode_chunks": (
+        "(self, contexts: 'Sequence[str]', questions: 'Sequence[str] | None' = None, *, "
+        "length: 'int | None' = None, bits: 'int | None' = None, reader: 'str | None' = "
+        "None) -> 'list[tuple[bytes, ...]]'"
     ),
     "Interlingua.payloads": (
-        "(self, latent_BMd: 'Tensor', *, bits: 'int | None' = None) -> 'list[bytes]'"
+        "(self, latent_BMd: 'Tensor', *, bits: 'int | None' = None, reader: 'str | None' = "
+        "None, slots: 'Sequence[int] | None' = None) -> 'list[bytes]'"
     ),
-    "Interlingua.decode_payloads": "(self, payloads: 'Sequence[bytes]') -> 'Tensor'",
+    "Interlingua.decode_payloads": (
+        "(self, payloads: 'Sequence[bytes]', *, reader: 'str | None' = None) -> 'Tensor'"
+    ),
     "Interlingua.quantize": ("(self, latent_BMd: 'Tensor', bits: 'int | None' = None) -> 'Tensor'"),
     "Interlingua.reader_inputs": (
-        "(self, reader: 'str', latent_BMd: 'Tensor', *, gain: 'float' = 1.0, task: 'Task "
-        "| None' = None) -> 'ReaderInputs'"
+        "(self, reader: 'str', latent_BMd: 'Tensor', *, gain: 'float' = 1.0, task: 'Task | "
+        "None' = None, absent_BM: 'Tensor | None' = None) -> 'ReaderInputs'"
     ),
     "PromptBuilder": (
         "(tokenizer: 'PreTrainedTokenizerBase', config: 'PromptConfig | None' = None) -> 'None'"
@@ -71,8 +79,9 @@ SIGNATURES = {
     ),
     "Reader.score": (
         "(self, prompts: 'Sequence[Prompt]', *, prefixes: 'Sequence[Tensor] | Tensor | "
-        "None' = None, deep: 'Tensor | None' = None, head: 'int' = 0, side: 'PaddingSide' "
-        "= 'right') -> 'TargetScores'"
+        "None' = None, deep: 'Tensor | None' = None, deep_lengths: 'Sequence[int] | None' "
+        "= None, head: 'int' = 0, layers: 'LayerUpdates | None' = None, side: "
+        "'PaddingSide' = 'right') -> 'TargetScores'"
     ),
     "Reader.decode": "(self, ids: 'Sequence[int]') -> 'str'",
     "ReaderConfig": (
@@ -88,8 +97,8 @@ SIGNATURES = {
     ),
     "Receiver": (
         "(reader: 'Reader', adapter: 'nn.Module | None' = None, *, payload_kind: "
-        "'PayloadKind | None' = None, deep_prefix: 'nn.Module | None' = None, options: "
-        "'ReceiverOptions | None' = None) -> 'None'"
+        "'PayloadKind | None' = None, deep_prefix: 'nn.Module | None' = None, layers: "
+        "'nn.Module | None' = None, options: 'ReceiverOptions | None' = None) -> 'None'"
     ),
     "Receiver.of": (
         "(model: 'Interlingua', reader: 'Reader', *, options: 'ReceiverOptions | None' = "
@@ -99,28 +108,29 @@ SIGNATURES = {
         "(reader: 'Reader', *, options: 'ReceiverOptions | None' = None) -> 'Receiver'"
     ),
     "Receiver.prefill": (
-        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[bytes] | None' = "
+        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[Message] | None' = "
         "None, embeddings: 'Sequence[Tensor] | None' = None) -> 'Prefilled'"
     ),
     "Receiver.generate": (
-        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[bytes] | None' = "
+        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[Message] | None' = "
         "None, embeddings: 'Sequence[Tensor] | None' = None, options: 'DecodeOptions | "
         "None' = None, numbers: 'Sequence[int] | None' = None) -> 'list[list[int]]'"
     ),
     "Receiver.score": (
-        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[bytes] | None' = "
+        "(self, prompts: 'Sequence[Prompt]', *, payloads: 'Sequence[Message] | None' = "
         "None, embeddings: 'Sequence[Tensor] | None' = None) -> 'TargetScores'"
     ),
     "RunConfig": (
         "(preset: 'str' = 'custom', base: 'str | None' = None, mode: 'Mode' = 'context', "
-        "seed: 'int' = 0, threads: 'int | None' = None, readers: 'dict[str, "
-        "ReaderConfig]' = <factory>, encoder: 'EncoderConfig' = <factory>, bottleneck: "
-        "'BottleneckConfig' = <factory>, attachments: 'tuple[AttachmentConfig, ...]' = "
-        "<factory>, data: 'DataConfig' = <factory>, stages: 'tuple[StageConfig, ...]' = "
-        "(), optim: 'OptimConfig' = <factory>, evaluation: 'EvalConfig' = <factory>, "
-        "validation: 'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: "
-        "'int' = 200, minutes: 'float | None' = None, warm_start: 'dict[str, str]' = <factory>, "
-        "loss_norms_every: 'int | None' = None) -> None"
+        "seed: 'int' = 0, threads: 'int | None' = None, readers: 'dict[str, ReaderConfig]' "
+        "= <factory>, encoder: 'EncoderConfig' = <factory>, bottleneck: 'BottleneckConfig' "
+        "= <factory>, attachments: 'tuple[AttachmentConfig, ...]' = <factory>, data: "
+        "'DataConfig' = <factory>, stages: 'tuple[StageConfig, ...]' = (), optim: "
+        "'OptimConfig' = <factory>, evaluation: 'EvalConfig' = <factory>, validation: "
+        "'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: 'int' = 200, "
+        "minutes: 'float | None' = None, warm_start: 'dict[str, str]' = <factory>, "
+        "loss_norms_every: 'int | None' = None, private_slots: 'dict[str, int]' = "
+        "<factory>) -> None"
     ),
     "Turn": "(question: 'str', answer: 'str | None' = None) -> None",
     "evaluate": (
@@ -208,6 +218,7 @@ SIGNATURES = {
         "(latent_BMD: 'Tensor', *, bits: 'int', group_size: 'int', fingerprint: 'int' = "
         "0) -> 'list[bytes]'"
     ),
+    "wire.payload_bytes": "(payload: 'bytes | Sequence[bytes]') -> 'int'",
     "wire.read_header": "(payload: 'bytes') -> 'Header'",
     "wire.read_payload_stream": "(stream: 'BinaryIO', *, name: 'str') -> 'Iterator[bytes]'",
     "wire.read_payloads": "(path: 'Path') -> 'Iterator[bytes]'",

@@ -25,11 +25,11 @@ DOCUMENTS = sorted(
     ]
 )
 # Folders whose paths the documents name; what a user makes there is not in a checkout.
-FOLDERS = ("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "docs")
+FOLDERS = ("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "docs", "configs")
 MADE_BY_USERS = ("bench/results",)
 # A file that docs/extending.md asks its readers to write.
 MODULES_TO_WRITE = ("latentwire_fast.models.encoders.letters",)
-COMMANDS = ("train", "train_text_lora", "evaluate", "encode", "generate")
+COMMANDS = ("train", "train_text_lora", "repack", "evaluate", "encode", "generate", "sweep")
 SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py")
 OPTIONS_OF_OTHERS = {"--nproc-per-node", "--benchmark-only", "--predict"}  # torchrun, pytest
 each_document = pytest.mark.parametrize(

@@ -545,6 +545,14 @@ def in_this_process(module: str, *arguments: object) -> tuple[int, str, str]:
     return status, output.getvalue(), errors.getvalue()
 
 
+@pytest.mark.parametrize("setting", ["encoder.kind=byte", "encoder.source=testbed:llama"])
+def test_an_encoder_that_is_set_away_again_is_said(setting: str) -> None:
+    arguments = ("testbed_smoke", "--encoder", "testbed:qwen", "--set", setting, "--print-config")
+    status, error = mistake("train", *arguments)
+    assert status == 2
+    assert "--encoder testbed:qwen, and --set asks for" in error
+
+
 @pytest.fixture
 def note(tmp_path: Path) -> Path:
     path = tmp_path / "note.txt"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.models.bottlenecks import PARTS
 from latentwire_fast.models.bottlenecks.uniform import UniformQuantizer
 from latentwire_fast.registry import Registry
 
@@ -32,7 +33,7 @@ def test_a_registered_part_is_found_by_its_name_and_by_its_settings(table: Regis
     table.register("finer", Finer)
     table.register("finer", Finer)  # as a module that is imported twice does
     table.register("uniform", UniformQuantizer)
-    assert table.names() == ["uniform", "finer"]
+    assert table.names() == [*PARTS, "finer"]
     assert table["finer"] is table.part_of(Finer.Config()) is Finer
     assert table.part_of(UniformQuantizer.Config()) is UniformQuantizer
 
@@ -51,10 +52,10 @@ def test_settings_stand_for_one_part(table: Registry) -> None:
     table.register("finer", Finer)
     with pytest.raises(ConfigError, match="Finer has the Config of 'finer'; define a settings"):
         table.register("finest", Finer)
-    assert table.names() == ["uniform", "finer"]
+    assert table.names() == [*PARTS, "finer"]
 
 
 def test_a_part_has_settings(table: Registry) -> None:
     with pytest.raises(ConfigError, match="bottleneck 'none': object has no Config; define"):
         table.register("none", object)
-    assert table.names() == ["uniform"]
+    assert table.names() == [*PARTS]

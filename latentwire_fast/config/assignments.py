@@ -25,6 +25,19 @@ from latentwire_fast.errors import ConfigError
 
 # What a trained run can be read with anew: all else is in its weights.
 OF_A_TRAINED_RUN = ("readers", "evaluation")
+OF_ITS_DATA = ("facts",)  # and this of the texts that it is scored on
+
+
+class NothingThere(ConfigError):
+    """There is nothing within a field to set, for it is null.
+
+    Attributes:
+        behind: how many steps of the path are within it.
+    """
+
+    def __init__(self, step: str, *, behind: int) -> None:
+        super().__init__(f"{step} is null")
+        self.behind = behind
 
 
 def with_assignments(
@@ -62,6 +75,14 @@ def with_assignments(
                 steps = _for_a_trained_run(steps, option, text)
             try:
                 _assign(RunConfig, data, steps, _parsed(value))
+            except NothingThere as error:
+                whole, example = steps[: len(steps) - error.behind], _parsed(value)
+                for step in reversed(steps[len(whole) :]):
+                    example = {step: example}
+                raise ConfigError(
+                    f"{option} {text!r}: {error}; set it as a whole, such as "
+                    f"{'.'.join(whole)}={json.dumps(example)}"
+                ) from None
             except ConfigError as error:
                 raise ConfigError(f"{option} {text!r}: {error}") from None
     try:
@@ -81,10 +102,12 @@ def _check_reader_option(steps: Sequence[str], text: str) -> None:
 
 
 def _for_a_trained_run(steps: list[str], option: str, text: str) -> list[str]:
-    if steps[0] not in OF_A_TRAINED_RUN or steps[-1] == "source":
+    is_of_data = steps[0] == "data" and steps[1:] in [[name] for name in OF_ITS_DATA]
+    if not is_of_data and (steps[0] not in OF_A_TRAINED_RUN or steps[-1] == "source"):
         raise ConfigError(
             f"{option} {text!r}: that is fixed when a run is trained; what can be set then is "
-            f"{' and '.join(OF_A_TRAINED_RUN)}, without the readers' sources"
+            f"{' and '.join(OF_A_TRAINED_RUN)}, without the readers' sources, and data."
+            f"{' and data.'.join(OF_ITS_DATA)} of what it is scored on"
         )
     is_dtype = steps[0] == "readers" and steps[2:] == ["dtype"]
     return [*steps[:2], "compute_dtype"] if is_dtype else steps
@@ -131,7 +154,7 @@ def _assign(hint: Any, node: Any, steps: Sequence[str], value: Any) -> None:
     if not rest:
         node[key] = value
     elif node[key] is None:
-        raise ConfigError(f"{step} is null; set it as a whole, as JSON")
+        raise NothingThere(step, behind=len(rest))
     else:
         _assign(hint, node[key], rest, value)
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from latentwire_fast.config.base import Settings, require
-from latentwire_fast.config.parts import BITS
 
 
 def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
@@ -44,7 +43,15 @@ class EvalConfig(Settings):
     """Evaluation after training.
 
     Attributes:
+        bits: the widths that payloads are scored at, beside the run's own. A bottleneck that sends
+            none of them is scored at all that it sends.
+        chunk_length: of the chunks that scored contexts are cut into; None: as in training
+            (`DataConfig.chunk_length`).
+        hybrid_tokens: how many of a context's first tokens (the reader's own) the method `hybrid`
+            gives as text, with a latent of the rest; None: it is not measured.
         continuation: a measure of running text beside the questions; context mode only.
+        pca_texts: fit principal components of each reader's embeddings to so many training texts,
+            and score latents of these too (method `pca`); 0 for none.
     """
 
     batch_size: int = 50
@@ -55,11 +62,22 @@ class EvalConfig(Settings):
     first_token_temperature: float = 0.0
     first_token_top_p: float = 1.0
     eos_ban_steps: int = 0
+    chunk_length: int | None = None
+    hybrid_tokens: int | None = None
     continuation: ContinuationConfig | None = None
+    pca_texts: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least_one("batch_size", "max_new_tokens", "timing_examples", "resamples")
+        self.at_least_one(
+            "batch_size",
+            "max_new_tokens",
+            "timing_examples",
+            "resamples",
+            "chunk_length",
+            "hybrid_tokens",
+        )
         for bits in self.bits:
-            require(bits in BITS, f"bits={bits}, expected 16, 8, 6 or 4")
+            require(bits >= 1, f"bits={bits}, expected widths that the bottleneck sends")
+        require(self.pca_texts >= 0, f"pca_texts={self.pca_texts}, expected at least 0")
         check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)

@@ -51,8 +51,10 @@ def _added_to(base: str, config: RunConfig) -> RunConfig:
         base=base,
         encoder=base_config.encoder,
         bottleneck=base_config.bottleneck,
-        # Its positions are chosen already. What else a stage does with them, readers do.
-        stages=_with_objectives(config.stages, lambda objective: not objective.teaches_positions),
+        private_slots=base_config.private_slots,
+        # Its latents are what they are, and its positions chosen. What else a stage does with them,
+        # readers do.
+        stages=_with_objectives(config.stages, lambda o: not (o.teaches_positions or o.of_latents)),
     )
 
 

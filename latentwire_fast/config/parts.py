@@ -55,6 +55,16 @@ class EncoderConfig(PartSettings):
         """Whether its latents stand at positions of the text, which a stage has to teach it."""
         return False
 
+    @property
+    def texts_to_fit(self) -> int:
+        """How many training texts a fresh encoder is fitted to (`Encoder.fit`); 0 for none."""
+        return 0
+
+    @property
+    def varies(self) -> bool:
+        """Whether a text may get fewer latents than `latents`."""
+        return False
+
     def with_source(self, source: str) -> EncoderConfig:
         """A copy of these settings that starts from another LM.
 
@@ -88,6 +98,11 @@ class PoolerConfig(PartSettings):
         return bool(self.registry.part_of(self).selects_positions)
 
     @property
+    def varies(self) -> bool:
+        """Whether it can make fewer than M latents of a text."""
+        return bool(self.registry.part_of(self).varies)
+
+    @property
     def needs_lm(self) -> bool:
         """Whether it works in an encoder with a causal LM only."""
         return bool(self.registry.part_of(self).needs_lm)
@@ -110,7 +125,8 @@ class BottleneckConfig(PartSettings):
     """The wire's precision: what the settings of every bottleneck have (`models/bottlenecks/`).
 
     Attributes:
-        bits: per value of a payload, unless another width is asked for; 16 sends fp16 values.
+        bits: the width that is sent unless another is asked for, as the bottleneck counts it: per
+            value, per channel or per latent.
     """
 
     registry: ClassVar[Registry] = BOTTLENECKS
@@ -119,7 +135,22 @@ class BottleneckConfig(PartSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.bits in BITS, f"bits={self.bits}, expected 16, 8, 6 or 4")
+        self.require_rate(self.bits, "bits")
+
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """The widths that can be sent, the largest first."""
+        return BITS
+
+    def require_rate(self, bits: int, name: str) -> None:
+        """Raise unless this width can be sent.
+
+        Raises:
+            ConfigError: it cannot; the message calls it `name`.
+        """
+        *more, last = map(str, self.rates)
+        known = f"{', '.join(more)} or {last}" if more else last
+        require(bits in self.rates, f"{name}={bits}, expected {known}")
 
 
 @dataclass(frozen=True)
@@ -159,6 +190,11 @@ class AttachmentConfig(PartSettings):
         return place
 
     @property
+    def varies(self) -> bool:
+        """Whether it takes a latent with fewer than M vectors."""
+        return bool(self.registry.part_of(self).varies)
+
+    @property
     def starts_from_texts(self) -> bool:
         """Whether a fresh one begins with what its reader computes of a few training texts."""
         return False
@@ -187,6 +223,11 @@ class ObjectiveConfig(PartSettings):
         reports_accuracy: whether it reports how often the answers' tokens are right.
         reads_answers: whether it is about questions and answers; a text without any is then no
             item for it.
+        of_latents: whether it is about latents alone, before any reader: a run on a base, which
+            keeps its encoder, has nothing to learn from it.
+        head_fields: the settings that decide the shape of its head (`Objective.build_head`).
+        takes_chunks: whether a text may be several latents, one for each of its chunks.
+        takes_fewer: whether a latent may have fewer than M vectors.
     """
 
     registry: ClassVar[Registry] = OBJECTIVES
@@ -194,6 +235,10 @@ class ObjectiveConfig(PartSettings):
     teaches_positions: ClassVar[bool] = False
     reads_answers: ClassVar[bool] = False
     reports_accuracy: ClassVar[bool] = False
+    of_latents: ClassVar[bool] = False
+    head_fields: ClassVar[tuple[str, ...]] = ()
+    takes_chunks: ClassVar[bool] = False
+    takes_fewer: ClassVar[bool] = False
 
     weight: float = 1.0
 
@@ -202,3 +247,7 @@ class ObjectiveConfig(PartSettings):
         require(
             self.weight >= 0, f"objective {self.kind!r}: weight={self.weight}, expected at least 0"
         )
+
+    def map_sources(self, change: Callable[[str], str]) -> ObjectiveConfig:
+        """A copy whose pretrained models have changed names, such as absolute paths."""
+        return self

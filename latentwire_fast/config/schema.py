@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from latentwire_fast.config.base import Settings, require
 from latentwire_fast.config.evaluation import ContinuationConfig, EvalConfig, check_decoding
+from latentwire_fast.config.latents import check_latents, has_curriculum
 from latentwire_fast.config.lora import LoraSettings
 from latentwire_fast.config.parts import (
     BITS,
@@ -72,6 +73,9 @@ class DataConfig(Settings):
         max_context_tokens: examples with a longer context, in any reader's tokens, are left out.
         train_contexts: train on at most so many contexts, drawn by `seed`; None: all. What frozen
             models make of a context is computed once: fewer are seen more often in the same time.
+        chunk_length: contexts are cut at sentence ends into chunks of at most so many of the
+            encoder's tokens (of its bytes, where it reads these), each with a latent of its own;
+            None: one latent for each context, and what is too long for it is cut off.
         facts: testbed: facts per passage at the end of the curriculum.
         similar: testbed: share of training passages with only two kinds of facts, which have to
             be told apart.
@@ -84,6 +88,7 @@ class DataConfig(Settings):
     text_share: float | None = None
     max_context_tokens: int | None = None
     train_contexts: int | None = None
+    chunk_length: int | None = None
     facts: int = 4
     similar: float = 0.0
     questions_per_context: int = 4
@@ -95,7 +100,11 @@ class DataConfig(Settings):
         require(self.facts in FACTS, f"facts={self.facts}, expected 1 to 18")
         require(0 <= self.similar <= 1, f"similar={self.similar}, expected 0 to 1")
         self.at_least_one(
-            "questions_per_context", "eval_examples", "max_context_tokens", "train_contexts"
+            "questions_per_context",
+            "eval_examples",
+            "max_context_tokens",
+            "train_contexts",
+            "chunk_length",
         )
         share = self.text_share
         require(share is None or 0 <= share <= 1, f"text_share={share}, expected 0 to 1, or none")
@@ -155,6 +164,8 @@ class RunConfig(Settings):
             steps are left out evenly, so that every stage and the learning rate come to their end.
         warm_start: parts that begin as in another run: its folder by the part's name, from the left
             (`encoder`, `attachments.llama`), or `all` for everything that both have.
+        private_slots: how many of the encoder's latents are one reader's own, by its name; the
+            others are for all readers. Each reader gets the shared ones and its own.
         loss_norms_every: steps between two measurements of each loss's own gradient; None for none.
     """
 
@@ -179,6 +190,7 @@ class RunConfig(Settings):
     minutes: float | None = None
     warm_start: dict[str, str] = field(default_factory=dict)
     loss_norms_every: int | None = None
+    private_slots: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,6 +210,8 @@ class RunConfig(Settings):
         )
         require(0 <= self.seed < 2**31, f"seed={self.seed}, expected 0 to 2,147,483,647")
         self._check_stages()
+        self._check_slots()
+        self._check_chunks()
         require(
             self.base is None or "encoder" not in self.warm_start,
             "warm_start: the encoder is the base's, and stays as it is; leave out one of them",
@@ -207,16 +221,50 @@ class RunConfig(Settings):
 
     def _check_attachments(self) -> None:
         require(bool(self.attachments), "attachments: at least one is needed, soft or deep")
-        given = [attachment.gives for attachment in self.attachments]
-        for attachment, place in zip(self.attachments, given, strict=True):
+        for attachment in self.attachments:
+            place = attachment.gives
+            rivals = [other.kind for other in self.attachments if other.gives == place]
             require(
-                given.count(place) == 1,
+                len(rivals) == 1,
                 f"attachments: {attachment.kind!r} is not the only one that makes a reader's "
-                f"{place}; keep one of them",
+                f"{place} ({' and '.join(map(repr, rivals))} do); keep one of them",
             )
 
+    def _check_chunks(self) -> None:
+        require(
+            self.scored_chunk_length is None or not self.gives("layers"),
+            "chunk_length makes several latents of a text, and an attachment between a reader's "
+            "layers ('cross_attention') reads one; leave out one of them",
+        )
+
+    def _check_slots(self) -> None:
+        for name, count in self.private_slots.items():
+            where = f"private_slots[{name!r}]"
+            require(count >= 1, f"{where}={count}, expected at least 1; leave out a reader with 0")
+            require(
+                name in self.readers or self.base is not None,  # the base's readers have them
+                f"{where}: the run's readers are {sorted(self.readers)}; name one of them",
+            )
+        private, latents = sum(self.private_slots.values()), self.encoder.latents
+        require(
+            private < latents,
+            f"private_slots: {private} of {latents} latents; leave one at least for all readers",
+        )
+
     def _check_stages(self) -> None:
+        for bits in set(self.evaluation.bits) - set(BITS):
+            self.bottleneck.require_rate(bits, "evaluation: bits")
+        check_latents(self.stages, self.encoder.latents, base=self.base, validation=self.validation)
+        require(
+            not has_curriculum(self.stages, self.encoder.latents)
+            or not (self.private_slots or getattr(self.bottleneck, "prior", "flat") != "flat"),
+            "stages: latents become fewer, and private_slots and a bottleneck's prior='static' are "
+            "about places among all of them; leave them out, or take prior='flat'",
+        )
         for stage in self.stages:
+            if stage.quantize is not None:
+                place = f"stage {stage.name!r}: quantize"
+                self.bottleneck.require_rate(stage.quantize, place)
             unknown = sorted(set(stage.readers) - set(self.readers))
             require(
                 not unknown,
@@ -245,7 +293,24 @@ class RunConfig(Settings):
                 f"objective {objective.kind!r} needs mode={' or '.join(map(repr, objective.modes))}"
                 f", this run has mode={self.mode!r}",
             )
+            require(
+                self.base is None or not objective.of_latents,
+                f"objective {objective.kind!r} trains latents, and the encoder of {self.base} "
+                "stays as it is; leave it out",
+            )
+            require(
+                self.data.chunk_length is None or objective.takes_chunks,
+                f"objective {objective.kind!r} is about one latent of each text, and "
+                "data.chunk_length makes several; leave out one of them, or train without chunks "
+                "first and go on from that run (`warm_start`)",
+            )
+            require(
+                not self.encoder.varies or objective.takes_fewer,
+                f"objective {objective.kind!r} is about M latents of each text, and "
+                "encoder.tokens_per_latent makes fewer of some; leave out one of them",
+            )
             objective.check(self)
+        self._check_heads(objectives)
         require(
             not self.encoder.selects_positions
             or self.base is not None
@@ -253,6 +318,23 @@ class RunConfig(Settings):
             "encoder pooler 'selected' and an objective that teaches positions ('select') need "
             "each other: add it to a stage",
         )
+
+    def _check_heads(self, objectives: list[ObjectiveConfig]) -> None:
+        """Raise where stages want one objective's head, which they share, in several shapes."""
+        shapes: dict[str, tuple[Any, ...]] = {}
+        for objective in objectives:
+            names = objective.head_fields
+            shape = tuple(getattr(objective, name) for name in names)
+            require(
+                shapes.setdefault(objective.kind, shape) == shape,
+                f"stages: objective {objective.kind!r} has one head for all of them; give it the "
+                f"same {', '.join(names)} in each",
+            )
+
+    @property
+    def scored_chunk_length(self) -> int | None:
+        """The length of the chunks that scored contexts are cut into; None: they are whole."""
+        return self.evaluation.chunk_length or self.data.chunk_length
 
     def gives(self, place: str) -> bool:
         """Whether an attachment makes this entry of a reader's inputs."""

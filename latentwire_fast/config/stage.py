@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from latentwire_fast.config.base import Settings, require
-from latentwire_fast.config.parts import BITS, ObjectiveConfig, ScheduleConfig, check_gain
+from latentwire_fast.config.parts import ObjectiveConfig, ScheduleConfig, check_gain
 from latentwire_fast.registry import OBJECTIVES, SCHEDULES
 
+HandOver = Literal["first", "mean"]
+# The numbers of a stage that may be scheduled, besides those of its objectives.
+PLACES = ("gain", "latent_dropout", "dropout", "text_share")
 FACTS = range(1, 19)  # how many facts a passage of the testbed may hold
 
 
@@ -23,7 +26,8 @@ class StageConfig(Settings):
         source: train on this one of the pieces of `data.source` alone; None: on all of them.
         objectives: what is trained on, each kind at most once.
         facts: testbed: facts per passage over the steps of the stage; None: as in `DataConfig`.
-        quantize: straight-through codes at these bits; None trains on the unquantised latent.
+        quantize: send latents through the bottleneck at these bits; None trains on the unquantised
+            latent.
         lr: factor on the run's learning rates.
         batch_size: examples per step; None: the run's. Stages differ in what an example costs.
         hold_encoder: leave the encoder as it is, and train only what stands behind it. A first
@@ -34,7 +38,13 @@ class StageConfig(Settings):
         readers: which of the run's readers are trained; none named: all.
         schedules: numbers that change over the steps of the stage, by place: `gain` (a factor on
             the strength of what readers get), `latent_dropout` (the share of the latents that
-            readers get zeros for), or a field of an objective: `kd.weight`, `answer.tokens`.
+            readers get zeros for), `dropout` (in the place of every rate of dropout that trained
+            parts have), `text_share` (in the place of `data.text_share`), or a field of an
+            objective: `kd.weight`, `answer.tokens`.
+        latents: of this stage, in the place of `encoder.latents`; no more than in the stage before.
+            The last stage has the encoder's.
+        hand_over: what has one entry for each latent keeps the `first` ones where this stage has
+            fewer latents than the one before, or becomes the `mean` of neighbours.
     """
 
     name: str
@@ -52,6 +62,8 @@ class StageConfig(Settings):
     frozen: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
     schedules: dict[str, ScheduleConfig] = field(default_factory=dict, hash=False)
+    latents: int | None = None
+    hand_over: HandOver = "first"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +89,8 @@ class StageConfig(Settings):
         )
         require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
         require(
-            self.quantize is None or self.quantize in BITS,
-            f"{stage}: quantize={self.quantize}, expected 16, 8, 6, 4 or none",
+            self.quantize is None or self.quantize >= 1,
+            f"{stage}: quantize={self.quantize}, expected a width that the bottleneck has, or none",
         )
         self._check_facts()
         for place, schedule in self.schedules.items():
@@ -110,8 +122,12 @@ class StageConfig(Settings):
         objectives = {objective.kind: objective for objective in self.objectives}
         known = [f"{k}.{f.name}" for k, o in objectives.items() for f in fields(o)]
         require(
-            place in ("gain", "latent_dropout", *known),
-            f"{where}: expected gain, latent_dropout, or one of {', '.join(known)}",
+            place in (*PLACES, *known),
+            f"{where}: expected {', '.join(PLACES)}, or one of {', '.join(known)}",
+        )
+        require(
+            place != "text_share" or (self.takes_texts and not config.needs_accuracy),
+            f"{where}: it is for stages that learn from texts without questions, by the step alone",
         )
         require(
             not config.needs_accuracy or any(o.reports_accuracy for o in self.objectives),
@@ -124,8 +140,10 @@ class StageConfig(Settings):
             value = schedule.value(step, total)
             if place == "gain":
                 check_gain(where, value)
-            elif place == "latent_dropout":
+            elif place in ("latent_dropout", "dropout"):
                 require(0 <= value < 1, f"{where}: {value:g}, expected in [0, 1)")
+            elif place == "text_share":
+                require(0 <= value <= 1, f"{where}: {value:g}, expected 0 to 1")
             else:
                 with_level(objectives[kind], name, value)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, islice
 
-from latentwire_fast.config.schema import DataConfig, Mode
+from latentwire_fast.config.schema import DataConfig, Mode, RunConfig
 from latentwire_fast.data.examples import Example, Split
 from latentwire_fast.data.source_names import (
     is_built_in,
@@ -116,6 +116,23 @@ def heldout_examples(
         whole=config.eval_source is not None,
         keep=lambda example: bool(example.answers) and keep(example),
     )
+
+
+def training_texts(config: RunConfig, count: int) -> list[str]:
+    """At most `count` different contexts that a run may learn from, drawn with its seed.
+
+    Raises:
+        DataError: as `load_examples`.
+    """
+    if not count:
+        return []
+    data, seed = config.data, config.seed
+    is_endless = endless_stream(data, mode=config.mode, seed=seed) is not None
+    examples = load_examples(
+        data.source, split="train", count=count if is_endless else None, seed=seed, data=data
+    )
+    drawn = draw_contexts(examples, count, seed=seed)
+    return list(dict.fromkeys(example.context for example in drawn))
 
 
 def split_validation(

@@ -44,12 +44,22 @@ class Stream(Protocol):
 
     digest: str
 
-    def batch(self, step: int, size: int, *, facts: int, texts: bool = False) -> list[TrainItem]:
+    def batch(
+        self,
+        step: int,
+        size: int,
+        *,
+        facts: int,
+        texts: bool = False,
+        counted: tuple[int, int] | None = None,
+    ) -> list[TrainItem]:
         """The batch of one step: items with questions, or texts without any.
 
         Args:
             facts: the curriculum's level where the source has one.
             texts: whether it may be one of texts.
+            counted: where the share of texts is scheduled, how many batches of them there are
+                before this step and with it.
         """
         ...
 
@@ -65,7 +75,15 @@ class TestbedStream:
         self.mode = mode
         self.seed = seed
 
-    def batch(self, step: int, size: int, *, facts: int, texts: bool = False) -> list[TrainItem]:
+    def batch(
+        self,
+        step: int,
+        size: int,
+        *,
+        facts: int,
+        texts: bool = False,
+        counted: tuple[int, int] | None = None,
+    ) -> list[TrainItem]:
         """`size` items; in pure mode each holds one question."""
         rng = random.Random(f"{self.seed}:{step}")
         easier = [n for n in (1, 2, 4, 6) if n <= facts]
@@ -125,13 +143,24 @@ class ExampleStream:
         share = self.text_share if texts else 0.0
         return len(self.items) / size / (1 - share) if share < 1 else len(self.texts) / size
 
-    def batch(self, step: int, size: int, *, facts: int, texts: bool = False) -> list[TrainItem]:
+    def batch(
+        self,
+        step: int,
+        size: int,
+        *,
+        facts: int,
+        texts: bool = False,
+        counted: tuple[int, int] | None = None,
+    ) -> list[TrainItem]:
         """Items `step * size` on, epoch after epoch; in a mixture of both kinds, the batches of
         each kind are counted apart."""
         if not texts:
             return self._items("", self.items, step, size)
-        before = int(step * self.text_share)  # batches of texts so far: spread evenly
-        if int((step + 1) * self.text_share) > before:
+        # Batches of texts before this step and with it: spread evenly.
+        before, after = int(step * self.text_share), int((step + 1) * self.text_share)
+        if counted is not None and self.items and self.texts:
+            before, after = counted
+        if after > before:
             return self._items("texts:", self.texts, before, size)
         return self._items("", self.items, step - before, size)
 

@@ -24,6 +24,7 @@ from latentwire_fast.evaluation.spread import latent_statistics, variance_shares
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.embeddings import nearest_tokens
 from latentwire_fast.readers.reader import Reader
+from latentwire_fast.serving.payload_batch import payloads_of
 
 TEXTS = 256  # of the held-out texts, at most so many
 COMMONEST = 8  # tokens of a list
@@ -42,7 +43,8 @@ def measure_collapse(
     Args:
         results: of the evaluation; equal payloads are counted once.
     """
-    different = list(dict.fromkeys(results.payloads))[:TEXTS]
+    single = (p for message in results.payloads for p in payloads_of(message))
+    different = list(dict.fromkeys(single))[:TEXTS]
     latent_NMd = model.decode_payloads(different)
     return {
         "texts": len(different),

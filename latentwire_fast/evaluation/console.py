@@ -59,7 +59,7 @@ def _method_lines(readers: Mapping[str, Any], not_measured: Mapping[str, str]) -
         if method.console_label is None:
             continue
         found = [entries.get(key) for entries in readers.values()]
-        if method.with_lora and not any(found):
+        if (method.with_lora or method.is_optional) and not any(found):
             continue
         missing = DOES_NOT_FIT if fits_not(not_measured.get(key)) else "-"
         cells = [missing if entry is None else _points(entry["f1"]["mean"]) for entry in found]

@@ -200,7 +200,8 @@ class _Scores:
         else:
             prompt.add(builder.label_ids)
         if way == "token_budget":
-            prompt.add(first[label:][-self._model.positions :], content=True)
+            budget = self._model.compared_positions_of(self._reader.name)
+            prompt.add(first[label:][-budget:], content=True)
         elif way in ("latent", "shuffled_latent"):
             prompt.latent_at = len(prompt.ids)
         prompt.add(self._rest_ids[i], target=True)

@@ -7,13 +7,16 @@ builder, one receiver and one clock (`timing.py`); `methods/` says what they are
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from tqdm import tqdm
 
+from latentwire_fast import wire
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.encoding import EncodedExamples, encode_examples
 from latentwire_fast.evaluation.fitting import fits_not, why_too_long
 from latentwire_fast.evaluation.joint import rescore
 from latentwire_fast.evaluation.methods.base import (
@@ -29,6 +32,7 @@ from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.lora import base_parameters
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
+from latentwire_fast.serving.payload_batch import Message, payloads_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ class Evaluator:
     """Scores one model with its readers on a list of examples, by every registered method.
 
     Args:
+        training_texts: of `EvaluationCase`.
         progress: show a progress bar.
     """
 
@@ -47,8 +52,10 @@ class Evaluator:
         readers: dict[str, Reader],
         examples: Sequence[Example],
         *,
+        training_texts: Sequence[str] = (),
         progress: bool = True,
     ) -> None:
+        self.training_texts = training_texts
         self.receivers = {name: Receiver.of(model, reader) for name, reader in readers.items()}
         self.config = config
         self.model = model
@@ -64,30 +71,55 @@ class Evaluator:
         )
         self.bar = tqdm(disable=not progress, desc="evaluate", unit="batch", dynamic_ncols=True)
 
-    @torch.no_grad()
-    def encode(self) -> dict[int, list[bytes]]:
-        """Payloads of every example at every bit width, the widest first."""
-        widths = sorted({*self.config.evaluation.bits, self.bits}, reverse=True)
-        payloads: dict[int, list[bytes]] = {bits: [] for bits in widths}
-        for rows in self._batches():
-            batch = [self.examples[i] for i in rows]
-            questions = [e.question for e in batch] if self.model.mode == "pure" else None
-            latent_BMd = self.model.encode([e.context for e in batch], questions)
+    def encode(self, reader: str | None = None) -> dict[int, list[Message]]:
+        """Payloads of every example at every bit width, the widest first.
+
+        Args:
+            reader: as in `Interlingua.payloads`.
+        """
+        rates = self.model.bottleneck_config.rates
+        wanted = self.config.evaluation.bits
+        asked = set(wanted) & set(rates) if set(wanted) & set(rates) or not wanted else set(rates)
+        widths = sorted({*asked, self.bits}, reverse=True)
+        payloads: dict[int, list[Message]] = {bits: [] for bits in widths}
+        for encoded in self._encoded:
             for bits in widths:
-                payloads[bits] += self.model.payloads(latent_BMd, bits=bits)
+                payloads[bits] += encoded.messages(self.model, bits=bits, reader=reader)
         return payloads
+
+    @cached_property
+    @torch.no_grad()
+    def _encoded(self) -> list[EncodedExamples]:
+        """Latents of every example, by batch."""
+        length = self.config.scored_chunk_length
+        return [
+            encode_examples(self.model, [self.examples[i] for i in rows], chunk_length=length)
+            for rows in self._batches()
+        ]
 
     @torch.no_grad()
     def run(self) -> EvaluationResults:
         """Score everything."""
         payloads = self.encode()
-        sizes = {bits: [len(p) for p in items] for bits, items in payloads.items()}
-        results = EvaluationResults(self.config, self.examples, sizes)
+        results = EvaluationResults(self.config, self.examples, _sizes(payloads))
         results.payloads = payloads[self.bits]
-        cases = {
-            name: EvaluationCase(self.model, receiver.reader, self.examples, payloads)
-            for name, receiver in self.receivers.items()
-        }
+        single = (p for message in results.payloads for p in payloads_of(message))
+        results.latents = [*map(self.model.latents_of, single)]
+        cases = {}
+        for name, receiver in self.receivers.items():
+            alone = self.encode(name) if self.model.slots.private else {}
+            if alone:
+                results.sizes_alone[name] = _sizes(alone)
+            cases[name] = EvaluationCase(
+                self.model,
+                receiver.reader,
+                self.examples,
+                payloads,
+                training_texts=self.training_texts,
+                alone=alone,
+                chunk_length=self.config.scored_chunk_length,
+                hybrid_tokens=self.config.evaluation.hybrid_tokens,
+            )
         results.not_measured = self._not_measured(next(iter(cases.values())))
         for name, case in cases.items():
             if case.reader.lora is not None:
@@ -153,6 +185,7 @@ class Evaluator:
         for key, method in methods.items():
             self.bar.set_postfix_str(f"{name}: {key}")
             results.methods[key] = scorer.score(method, bits=self.bits)
+            results.methods[key].facts = method.facts(case)
         for bits in case.payloads:
             self.bar.set_postfix_str(f"{name}: {bits} bits")
             for key, method in methods.items():
@@ -175,7 +208,7 @@ class Evaluator:
             results.methods[key].end_to_end_ms = end_to_end
         return results
 
-    def _rescore(self, results: EvaluationResults, payloads: Sequence[bytes]) -> None:
+    def _rescore(self, results: EvaluationResults, payloads: Sequence[Message]) -> None:
         """Joint rescoring, with two readers or more."""
         if len(self.receivers) > 1:
             results.joint = rescore(
@@ -186,3 +219,8 @@ class Evaluator:
                 answers={n: r.methods["latent"].predictions for n, r in results.readers.items()},
                 batch_size=self.config.evaluation.batch_size,
             )
+
+
+def _sizes(payloads: Mapping[int, Sequence[Message]]) -> dict[int, list[int]]:
+    """Bytes that are sent of each example, by bit width."""
+    return {bits: [*map(wire.payload_bytes, items)] for bits, items in payloads.items()}

@@ -46,7 +46,7 @@ def _positions(case: EvaluationCase, inputs: MethodInput) -> list[int]:
     """The positions of each prompt, its gold answer included."""
     sizes = [len(prompt.ids) for prompt in inputs.prompts]
     if inputs.payloads is not None:
-        return [size + case.positions for size in sizes]
+        return [size + case.taken(p) for size, p in zip(sizes, inputs.payloads, strict=True)]
     if inputs.embeddings is not None:
         pairs = zip(sizes, inputs.embeddings, strict=True)
         return [size + len(embedding) for size, embedding in pairs]

@@ -11,6 +11,7 @@ from latentwire_fast.evaluation.method_result import MethodResult
 from latentwire_fast.evaluation.scoring import batches, judge_answers
 from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.serving import Receiver
+from latentwire_fast.serving.payload_batch import Message
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def rescore(
     examples: Sequence[Example],
     *,
     mode: Mode,
-    payloads: Sequence[bytes],
+    payloads: Sequence[Message],
     answers: Mapping[str, Sequence[str]],
     batch_size: int,
 ) -> JointResult:
@@ -39,7 +40,7 @@ def rescore(
 
     Args:
         mode: what a payload stands for.
-        payloads: one per example.
+        payloads: one per example, or several in its place.
         answers: per reader, its own answer to every example.
     """
     totals: dict[str, list[float]] = {}
@@ -60,7 +61,7 @@ def _mean_logprobs(
     receiver: Receiver,
     examples: Sequence[Example],
     mode: Mode,
-    payloads: Sequence[bytes],
+    payloads: Sequence[Message],
     candidates: Sequence[str],
     batch_size: int,
 ) -> list[float]:

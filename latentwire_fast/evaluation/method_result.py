@@ -27,6 +27,7 @@ class MethodResult:
         predictions, em, f1: the answer, its exact match and its F1.
         positions: how many positions the prefix, or the text in its place, takes; like all that
             follows, empty where no reader was asked.
+        sent_bytes: what is sent in the text's place, of methods that count it themselves.
         first_token_ids: the likeliest first token.
         first_token_margins, first_token_entropies: how sure the reader is of the gold first token
             (`Confidence`).
@@ -35,12 +36,14 @@ class MethodResult:
         nll, tokens: negative log-likelihood of the gold answer, and its number of tokens.
         gold_logprobs: log-probabilities of its first tokens.
         prefill_ms, end_to_end_ms: medians over the timed examples.
+        facts: of the method (`EvaluationMethod.facts`).
     """
 
     predictions: list[str]
     em: list[float]
     f1: list[float]
     positions: list[int] = field(default_factory=list)
+    sent_bytes: list[int] = field(default_factory=list)
     first_token_ids: list[int | None] = field(default_factory=list)
     first_token_margins: list[float] = field(default_factory=list)
     first_token_entropies: list[float] = field(default_factory=list)
@@ -52,6 +55,7 @@ class MethodResult:
     gold_logprobs: list[list[float]] = field(default_factory=list)
     prefill_ms: float | None = None
     end_to_end_ms: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)
 
     def intervals(
         self, *, seed: int, resamples: int, clusters: Sequence[Hashable] | None = None
@@ -81,6 +85,8 @@ class MethodResult:
             "prefix_positions_mean": mean(self.positions) if self.positions else None,
             "prefill_ms_p50": self.prefill_ms,
             "end_to_end_ms_p50": self.end_to_end_ms,
+            **self.facts,
+            **({"sent_bytes_mean": mean(self.sent_bytes)} if self.sent_bytes else {}),
         }
 
     def minus(self, other: MethodResult, **options: Any) -> dict[str, Any]:
@@ -107,6 +113,8 @@ class MethodResult:
         entry = self.scores_of(i)
         if self.positions:
             entry["positions"] = self.positions[i]
+        if self.sent_bytes:
+            entry["sent_bytes"] = self.sent_bytes[i]
         if self.nll:
             entry["first_token_id"] = self.first_token_ids[i]
             entry["first_token_reciprocal_rank"] = self.reciprocal_ranks[i]

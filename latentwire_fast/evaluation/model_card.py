@@ -45,13 +45,15 @@ def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
             f"{trained}. It is in `lora/`, in peft's format. Otherwise the readers are frozen: the "
             "adapters work with exactly their weights and refuse others."
         )
+    size = latent["group_size"]
+    groups = "" if size is None else f" in groups of {size}"
     return f"""---
 library_name: latentwire-fast
 tags: [prompt-compression, soft-prompt, latent]
 ---
 # Interlingua `{metrics["run"]["name"]}` (preset `{config.preset}`)
 
-{latent["M"]} latents of width {latent["d_z"]}, {width} bits in groups of {latent["group_size"]}:
+{latent["M"]} latents of width {latent["d_z"]}, {width} bits{groups}:
 {sizes["payload_mean"][width]:.0f} bytes on the wire for texts of
 {sizes["text_utf8_mean"]:.0f} bytes (UTF-8; {sizes["text_brotli_mean"]:.0f} with brotli).
 {meaning}{origin}

@@ -18,7 +18,7 @@ from latentwire_fast.config.assignments import with_assignments
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
-from latentwire_fast.data.sources import heldout_examples
+from latentwire_fast.data.sources import heldout_examples, training_texts
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluation.collapse import measure_collapse
 from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
@@ -168,10 +168,19 @@ def _evaluate(
     limit.report(source)
     check_answers(examples, readers, source=source)
     paragraphs = continuation_texts(config, readers)
-    evaluator = Evaluator(config, model, readers, examples, progress=progress)
+    evaluator = Evaluator(
+        config,
+        model,
+        readers,
+        examples,
+        training_texts=training_texts(config, config.evaluation.pca_texts),
+        progress=progress,
+    )
     measured = _truncated(evaluator)
     results = evaluator.run()
     measured |= results.metrics()
+    if facts := model.encoder.facts():
+        measured["encoder"] = facts
     measured["collapse"] = measure_collapse(model, readers, results)
     if folder.validation.exists():
         measured["validation"] = read_json(folder.validation, error=CheckpointError)
@@ -195,6 +204,7 @@ def _check_settings(config: RunConfig, model: Interlingua, folder: RunFolder) ->
         "encoder": config.encoder.allows(model.encoder_config),
         "bottleneck": config.bottleneck == model.bottleneck_config,
         "attachments": config.attachments == model.attachment_configs,
+        "private_slots": config.private_slots == model.slots.private,
     }
     differ = [name for name, is_same in same.items() if not is_same]
     if differ:
@@ -209,6 +219,8 @@ def _truncated(evaluator: Evaluator) -> dict[str, Any]:
     where the encoder reads all of it."""
     texts = ((e.context, e.question) for e in evaluator.examples)
     model = evaluator.model
+    if evaluator.config.scored_chunk_length is not None:
+        return {}
     truncation = measure_truncation(model.encoder, texts, mode=model.mode)
     if not truncation.cut:
         return {}

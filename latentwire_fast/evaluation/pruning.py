@@ -5,21 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-# A sentence ends behind its full stop, question mark or exclamation mark and closing quotes.
-_SENTENCE_END = re.compile(r"""(?<=[.!?])["'\u201d\u2019)]*\s+""")
 _WORD = re.compile(r"\S+")
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
     """First character of each word of a text, and the one behind it; words stand between spaces."""
     return [match.span() for match in _WORD.finditer(text)]
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, without the spaces between them."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    parts = (text[a:b].strip() for a, b in zip([0, *ends], [*ends, len(text)], strict=True))
-    return [part for part in parts if part]
 
 
 def largest(most: int, fits: Callable[[int], bool]) -> int:

@@ -16,6 +16,7 @@ from latentwire_fast.evaluation.methods.base import bits_key
 from latentwire_fast.evaluation.metrics import normalize_answer
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.registry import METHODS
+from latentwire_fast.serving.payload_batch import Message
 
 
 @dataclass
@@ -37,7 +38,10 @@ class EvaluationResults:
 
     Attributes:
         payload_sizes: per bit width, the bytes of each example's payload.
+        sizes_alone: the same of payloads for one reader alone, by reader, where readers have slots
+            of their own.
         payloads: of the examples, at the run's own bit width.
+        latents: M of each of these.
         readers: by reader.
         joint: joint rescoring, with two readers or more.
         not_measured: why methods could not be measured on these examples, by method.
@@ -52,7 +56,9 @@ class EvaluationResults:
     joint: JointResult | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
     lora: dict[str, dict[str, int]] = field(default_factory=dict)
-    payloads: Sequence[bytes] = ()
+    payloads: Sequence[Message] = ()
+    latents: Sequence[int] = ()
+    sizes_alone: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     @property
     def contexts(self) -> list[str]:
@@ -88,6 +94,17 @@ class EvaluationResults:
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
         }
+        if self.sizes_alone:
+            measured["latent"]["private_slots"] = dict(self.config.private_slots)
+            measured["bytes"]["payload_alone_mean"] = {
+                name: {str(b): mean(v) for b, v in sizes.items()}
+                for name, sizes in self.sizes_alone.items()
+            }
+        if encoder.varies:
+            measured["latent"]["M_mean"] = mean(self.latents)
+        if self.config.scored_chunk_length is not None:
+            measured["latent"]["chunk_length"] = self.config.scored_chunk_length
+            measured["latent"]["payloads_mean"] = mean([len(p) for p in self.payloads])
         if self.not_measured:
             measured["not_measured"] = dict(self.not_measured)
         if self.lora:

@@ -22,6 +22,7 @@ from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.target_scores import TargetScores
 from latentwire_fast.serving import Receiver
+from latentwire_fast.serving.payload_batch import Message
 
 TOP_K, RANKED = 5, 10  # of FirstTok@5 and MRR@10
 LOGPROB_STEPS = 4  # tokens of the gold answer whose log-probabilities predictions.jsonl holds
@@ -42,7 +43,7 @@ def judge_prompts(
     prompts: Sequence[Prompt],
     examples: Sequence[Example],
     *,
-    payloads: Sequence[bytes] | None = None,
+    payloads: Sequence[Message] | None = None,
     options: DecodeOptions,
 ) -> MethodResult:
     """Scores of a reader's answers to one prompt per example, and of the gold answers that the
@@ -98,6 +99,7 @@ class Scorer:
         for rows in batches(len(self.case.examples), self.batch_size):
             inputs = method.build(self.case, rows, bits=bits)
             likelihoods.positions += inputs.positions
+            likelihoods.sent_bytes += inputs.sent_bytes
             if inputs.answers is None:
                 reading = self._read(method, inputs, rows, with_likelihoods=with_likelihoods)
                 answers += reading.answers

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from latentwire_fast.evaluation.encoding import encode_examples
 from latentwire_fast.evaluation.methods.base import (
     EvaluationCase,
     EvaluationMethod,
@@ -18,6 +19,7 @@ from latentwire_fast.evaluation.methods.base import (
 )
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.serving import Receiver
+from latentwire_fast.serving.payload_batch import Message
 
 WARM_UPS = 2
 
@@ -98,13 +100,13 @@ class _Clock:
         )
         return single.reader.decode(ids[0])
 
-    def _sent(self, inputs: MethodInput, single: EvaluationCase) -> Sequence[bytes] | None:
+    def _sent(self, inputs: MethodInput, single: EvaluationCase) -> Sequence[Message] | None:
         """The payload that the sender makes now; None where the method takes none."""
         if inputs.payloads is None:
             return None
-        example, model = single.examples[0], single.model
-        questions = [example.question] if single.mode == "pure" else None
-        return model.payloads(model.encode([example.context], questions), bits=self.bits)
+        length = single.chunk_length
+        encoded = encode_examples(single.model, single.examples, chunk_length=length)
+        return encoded.messages(single.model, bits=self.bits)
 
     def _milliseconds(self, call: Callable[..., object], *arguments: object) -> float:
         start = time.perf_counter()

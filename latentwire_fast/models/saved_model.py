@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class SavedModel:
     Attributes:
         readers: a card of each, by name.
         lora: names of the readers that have low-rank updates.
+        private_slots: how many slots are a reader's own, by its name.
     """
 
     mode: Mode
@@ -34,6 +35,7 @@ class SavedModel:
     attachments: tuple[AttachmentConfig, ...]
     readers: Mapping[str, ReaderCard]
     lora: tuple[str, ...] = ()
+    private_slots: Mapping[str, int] = field(default_factory=dict)
 
 
 def write(
@@ -51,6 +53,8 @@ def write(
     }
     if model.lora:
         config["lora"] = list(model.lora)
+    if model.private_slots:
+        config["private_slots"] = dict(model.private_slots)
     config["files"] = {name: file_entry(folder / name) for name in files}
     config["sha256"] = config_digest(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -73,6 +77,7 @@ def read(folder: Path) -> SavedModel:
             attachments=from_json(kinds, config["attachments"], where="attachments"),
             readers={name: ReaderCard.from_json(card) for name, card in config["readers"].items()},
             lora=tuple(config.get("lora", ())),
+            private_slots=config.get("private_slots", {}),
         )
     except (ConfigError, KeyError, TypeError) as error:
         reason = str(error) if isinstance(error, ConfigError) else repr(error)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -35,9 +36,17 @@ class TokenStates(ABC):
 
     Attributes:
         last_layer: the number of its last layer; 0 is the embeddings.
+        counts_B: how many latents each text gets, where that differs; None: M.
     """
 
     last_layer: int
+    counts_B: Tensor | None = None
+
+    def absent_BM(self, latents: int) -> Tensor | None:
+        """The latents that a text does not get; None where each gets all of them."""
+        if self.counts_B is None:
+            return None
+        return torch.arange(latents, device=self.counts_B.device) >= self.counts_B[:, None]
 
     @abstractmethod
     def __len__(self) -> int:

@@ -24,18 +24,27 @@ class Answer(Objective):
 
         Attributes:
             tokens: how many tokens of each answer count; None: all of them and EOS.
+            label_smoothing: share of each label that is spread evenly over all tokens.
         """
 
         reads_answers: ClassVar[bool] = True
+        takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
         reports_accuracy: ClassVar[bool] = True
 
         tokens: int | None = None
+        label_smoothing: float = 0.0
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require(
                 self.tokens is None or self.tokens >= 1,
                 f"objective {self.kind!r}: tokens={self.tokens}, expected at least 1, or none",
+            )
+            require(
+                0 <= self.label_smoothing < 1,
+                f"objective {self.kind!r}: label_smoothing={self.label_smoothing}, expected in "
+                "[0, 1)",
             )
 
     config: Config
@@ -47,7 +56,10 @@ class Answer(Objective):
     @property
     def term(self) -> AnswerTerm:
         """The labels' loss."""
-        return AnswerTerm(self.config.tokens, trained=self.config.weight != 0)
+        config = self.config
+        return AnswerTerm(
+            config.tokens, trained=config.weight != 0, smoothing=config.label_smoothing
+        )
 
     def compute(self, batch: ReaderBatch) -> Tensor:
         """Cross-entropy; `accuracy` is of the most probable tokens, each behind the true ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,9 @@ class Autoencode(Objective):
     class Config(ObjectiveConfig):
         """Settings of autoencoding: its weight alone."""
 
+        takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
+
     def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
         """Counts tokens."""
         item = prepared.item
@@ -30,5 +34,6 @@ class Autoencode(Objective):
 
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The cross-entropy, summed over tokens."""
-        inputs = batch.inputs_of(batch.encoded.sent_BMd, task="autoencode")
+        encoded = batch.encoded
+        inputs = batch.task_inputs("autoencode", encoded.sent_BMd, encoded.pieces)
         return batch.cross_entropy("autoencode", inputs, trained=self.config.weight != 0)

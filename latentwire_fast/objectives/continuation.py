@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class Continuation(Objective):
     class Config(ObjectiveConfig):
         """Settings of continuation: its weight alone."""
 
+        takes_fewer: ClassVar[bool] = True
+
     def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
         """Counts tokens."""
         _, rest = halves(prepared.item.context)
@@ -38,5 +41,6 @@ class Continuation(Objective):
         firsts = tuple(halves(prepared.item.context)[0] for prepared in batch.items)
         questions = ("",) * len(firsts) if batch.model.mode == "pure" else None
         half_BMd = batch.encoded.sent(firsts, questions)
-        inputs = batch.inputs_of(half_BMd, task="continue")
+        pieces = batch.encoded.pieces_of(firsts, questions)
+        inputs = batch.task_inputs("continue", half_BMd, pieces)
         return batch.cross_entropy("continuation", inputs, trained=self.config.weight != 0)

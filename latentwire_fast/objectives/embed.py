@@ -46,7 +46,7 @@ class Embed(Objective):
         def answer() -> Prompt:
             prompt = Prompt()
             ids = reader.prompts.target_ids(prepared.item.turns[0].answer or "")
-            prompt.add(ids[: self.model.encoder_config.latents], target=True)
+            prompt.add(ids[: self.model.slots.count(reader.name)], target=True)
             return prompt
 
         return count_targets(prepared.prompt("answer", reader, answer))

@@ -28,6 +28,8 @@ class KD(Objective):
         """
 
         reads_answers: ClassVar[bool] = True
+        takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         tau: float = 1.0
         tokens: int | None = None

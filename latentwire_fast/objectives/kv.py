@@ -37,6 +37,13 @@ class KV(Objective):
                 run.encoder.selects_positions and run.gives("deep"),
                 f"objective {self.kind!r} needs encoder pooler 'selected' and an attachment 'deep'",
             )
+            for attachment in run.attachments:
+                length = getattr(attachment, "length", None)
+                require(
+                    attachment.gives != "deep" or length in (None, run.encoder.latents),
+                    f"objective {self.kind!r} teaches one position per latent, and attachment "
+                    f"{attachment.kind!r} has length={length}; leave the length out",
+                )
 
     def prepare(self, prepared: PreparedItem, reader: Reader) -> int:
         """Counts texts."""
@@ -51,13 +58,14 @@ class KV(Objective):
     def kept_bytes(self, prepared: PreparedItem, reader: Reader) -> int:
         """The reader's keys and values at the chosen positions, fp16."""
         g = reader.kv_geometry
-        return 4 * g.layers * g.heads * g.head_width * self.model.encoder_config.latents
+        return 4 * g.layers * g.heads * g.head_width * self.model.slots.count(reader.name)
 
     def compute(self, batch: ReaderBatch) -> Tensor:
         """The mean distance, summed over texts."""
         selection = batch.encoded.positions
         start = batch.reader.prompts.content_start
         places_BM = start + move_places(selection.places_BM, token_ends(batch))
+        places_BM = batch.model.slots.of(batch.reader.name, places_BM)
         # Both [L, 2, B, H, M, d_head].
         target_L2BHMD = batch.keys_values(places_BM)
         predicted_L2BHMD = cast(Tensor, batch.inputs["deep"])[..., batch.inputs["head"] :, :]

@@ -7,15 +7,17 @@ reader's width, V vocabulary, d `d_z`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentwire_fast.models.attachments.base import ReaderInputs
 from latentwire_fast.models.interlingua import Interlingua, Task
+from latentwire_fast.models.joined import Pieces, joined_inputs
 from latentwire_fast.models.poolers.base import Selection
 from latentwire_fast.objectives.prepared import PreparedItem
 from latentwire_fast.objectives.teacher_cache import TeacherCache
@@ -34,6 +36,7 @@ class EncodedBatch:
 
     Args:
         bits: width that latents are quantised to on their way to the readers; None for none.
+        rate: also measure what the items' payloads take.
         select: also ask the encoder for the positions that its latents stand at.
         hold: the encoder is not trained.
         gain: what readers get is so many times as strong (see the attachments).
@@ -42,8 +45,12 @@ class EncodedBatch:
             cut, and `backward` goes on from there, once for all readers.
 
     Attributes:
+        pieces: how many latents each item has; `B` counts latents where an item has several.
         latent_BMd: the items' latents before quantisation, detached.
         sent_BMd: what the readers get of them.
+        bottleneck_loss_B: by item, the bottleneck's own loss; None where it has none, or where the
+            latents are not sent.
+        rate_B: by item, about the bits of its payload's body; None unless `rate`.
         selection: the positions and their scores; None unless `select`.
     """
 
@@ -54,6 +61,7 @@ class EncodedBatch:
         *,
         bits: int | None,
         select: bool,
+        rate: bool = False,
         cut: bool,
         hold: bool = False,
         gain: float = 1.0,
@@ -68,8 +76,11 @@ class EncodedBatch:
         self._dropout = dropout
         self._cuts: list[tuple[Tensor, Tensor]] = []  # (end of the encoder's graph, leaf behind it)
         self._sent: dict[tuple[Texts, Texts | None], Tensor] = {}
-        contexts = tuple(p.item.context for p in items)
-        questions = tuple(p.question for p in items if p.question is not None) or None
+        contexts = tuple(chunk for p in items for chunk in p.chunks)
+        asked = (p.question for p in items for _ in p.chunks)
+        questions = tuple(question for question in asked if question is not None) or None
+        slots = model.encoder.latent_counts(contexts, questions)
+        self.pieces = Pieces(tuple(len(p.chunks) for p in items), slots)
         self.selection: Selection | None = None
         if select:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not hold):
@@ -79,7 +90,11 @@ class EncodedBatch:
         else:
             latent_BMd = self._encode(contexts, questions)
         self.latent_BMd = latent_BMd.detach()
-        self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd)
+        self.bottleneck_loss_B: Tensor | None = None
+        self.rate_B: Tensor | None = None
+        if rate and bits is not None:
+            self.rate_B = self._leaf(model.bottleneck.rate(latent_BMd, bits))
+        self.sent_BMd = self._sent[contexts, questions] = self._send(latent_BMd, own=True)
 
     def sent(self, contexts: Texts, questions: Texts | None) -> Tensor:
         """Latents `[B, M, d]` of other texts as readers get them, encoded once for all readers."""
@@ -87,6 +102,11 @@ class EncodedBatch:
         if key not in self._sent:
             self._sent[key] = self._send(self._encode(contexts, questions))
         return self._sent[key]
+
+    def pieces_of(self, contexts: Texts, questions: Texts | None) -> Pieces:
+        """One latent for each of these texts, with as many vectors as the text gets."""
+        counts = self.model.encoder.latent_counts(contexts, questions)
+        return Pieces((1,) * len(contexts), counts)
 
     def _encode(self, contexts: Texts, questions: Texts | None) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._hold):
@@ -98,9 +118,17 @@ class EncodedBatch:
         assert self.selection is not None, "an objective without `needs_positions` asked for them"
         return self.selection
 
-    def _send(self, latent_BMd: Tensor) -> Tensor:
+    def _send(self, latent_BMd: Tensor, *, own: bool = False) -> Tensor:
+        """What readers get of latents.
+
+        Args:
+            own: they are those of the items, whose loss is kept.
+        """
         if self._bits is not None:
-            latent_BMd = self.model.quantize(latent_BMd, self._bits)
+            sent = self.model.bottleneck.send(latent_BMd, self._bits)
+            if own and sent.loss_B is not None:
+                self.bottleneck_loss_B = self._leaf(sent.loss_B)
+            latent_BMd = sent.latent_BMd
         if self._dropout:
             kept_BM1 = torch.rand_like(latent_BMd[..., :1]) >= self._dropout
             latent_BMd = latent_BMd * kept_BM1
@@ -129,10 +157,13 @@ class AnswerPass:
     Attributes:
         batch: the prompts that were read.
         hidden_ND: last hidden states at the positions that predict an answer's token.
+        layers: hidden states at these positions of other layers, by number, as far as the stage's
+            objectives compare them.
     """
 
     batch: PromptBatch
     hidden_ND: Tensor
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     def first_N(self, limit: int | None) -> Tensor:
         """Mask of the tokens within the first `limit` of their answer; None for all of them."""
@@ -149,11 +180,13 @@ class AnswerTerm:
         tokens: how many tokens of each answer count; None: all of them and EOS.
         tau: temperature of a distillation; None: the labels' cross-entropy.
         trained: whether its gradient is wanted.
+        smoothing: share of each label that is spread evenly over all tokens.
     """
 
     tokens: int | None
     tau: float | None = None
     trained: bool = True
+    smoothing: float = 0.0
 
 
 class ReaderBatch:
@@ -163,6 +196,7 @@ class ReaderBatch:
         encoded: the items, with their latents.
         teacher: cache of what readers compute of texts; None computes it each time.
         terms: what the stage's objectives will ask `answer_losses` for.
+        layers: numbers of the layers whose states they will ask for, behind latents and texts.
     """
 
     def __init__(
@@ -172,12 +206,14 @@ class ReaderBatch:
         *,
         teacher: TeacherCache | None,
         terms: Sequence[AnswerTerm] = (),
+        layers: Sequence[int] = (),
     ) -> None:
         self.encoded = encoded
         self.reader = reader
         self.model = encoded.model
         self._teacher = teacher
         self._terms = terms
+        self._layers = layers
         self._losses: dict[AnswerTerm, LinearLosses] = {}
         self._reports: dict[str, Tensor] = {}
 
@@ -193,18 +229,43 @@ class ReaderBatch:
     @cached_property
     def inputs(self) -> ReaderInputs:
         """The reader's inputs in the place of the items' latents."""
-        return self.inputs_of(self.encoded.sent_BMd)
+        return self._inputs(self.encoded.sent_BMd, self.encoded.pieces)
+
+    def _inputs(self, sent_BMd: Tensor, pieces: Pieces) -> ReaderInputs:
+        absent_BM = pieces.absent_RM(sent_BMd.shape[1], device=sent_BMd.device)
+        return self.model.reader_inputs(
+            self.reader.name, sent_BMd, gain=self.encoded.gain, absent_BM=absent_BM
+        )
+
+    @cached_property
+    def prompt_inputs(self) -> dict[str, Any]:
+        """The same in the place of the items' texts, those of an item's latents one behind the
+        other: arguments of `Reader.collate`."""
+        return joined_inputs(self.inputs, self.encoded.pieces, reader=self.reader)
 
     def inputs_of(self, sent_BMd: Tensor, *, task: Task | None = None) -> ReaderInputs:
         """The reader's inputs in the place of latents; `task` as in `Interlingua`."""
         gain = self.encoded.gain
         return self.model.reader_inputs(self.reader.name, sent_BMd, gain=gain, task=task)
 
+    def task_inputs(self, task: Task, sent_BMd: Tensor, pieces: Pieces) -> dict[str, Any]:
+        """Inputs in the place of texts, those of a text's latents one behind the other, then a
+        pretraining task's token: arguments of `Reader.collate`."""
+        if pieces.is_single:
+            return {**self.inputs_of(sent_BMd, task=task)}
+        joined = joined_inputs(self._inputs(sent_BMd, pieces), pieces, reader=self.reader)
+        token_1D = self.model.task_token(self.reader.name, task)[None]
+        joined["prefixes"] = [torch.cat([soft, token_1D]) for soft in joined["prefixes"]]
+        return joined
+
     @cached_property
     def answers(self) -> AnswerPass:
         """The forward pass over the answers behind the latents (prompts of kind `latent`)."""
-        batch = self.reader.collate(self.prompts("latent"), **self.inputs)
-        return AnswerPass(batch, self.reader.target_hidden(batch))
+        batch = self.reader.collate(self.prompts("latent"), **self.prompt_inputs)
+        if not self._layers:
+            return AnswerPass(batch, self.reader.target_hidden(batch))
+        hidden_ND, states_KND = self.reader.target_layers(batch, self._layers)
+        return AnswerPass(batch, hidden_ND, dict(zip(self._layers, states_KND, strict=True)))
 
     @cached_property
     def teacher_hidden_ND(self) -> Tensor:
@@ -212,11 +273,34 @@ class ReaderBatch:
 
         Without gradient, and without low-rank updates; the prompts are those of kind `text`.
         """
+        return self.hidden_of(self.reader)
+
+    def hidden_of(self, teacher: Reader) -> Tensor:
+        """The same of another LM, which reads the same prompts: hidden states `[N, D]`."""
         prompts = self.prompts("text")
         if self._teacher is not None:
-            return self._teacher.hidden(self.reader, prompts)
+            return self._teacher.hidden(teacher, prompts)
+        if teacher is self.reader and self._layers:
+            return self._text_pass[0]
+        with torch.no_grad(), teacher.base():
+            return teacher.target_hidden(teacher.collate(prompts))
+
+    @cached_property
+    def teacher_layers(self) -> Mapping[int, Tensor]:
+        """The teacher's hidden states `[N, D]` there in other layers, by number."""
+        if self._teacher is None:
+            states_KND = self._text_pass[1]
+        else:
+            states_KND = self._teacher.layers(self.reader, self.prompts("text"), self._layers)
+        return dict(zip(self._layers, states_KND, strict=True))
+
+    @cached_property
+    def _text_pass(self) -> tuple[Tensor, Tensor]:
+        """One pass of the teacher for its last states and those of the layers that are asked for,
+        where neither is kept on disk."""
         with torch.no_grad(), self.reader.base():
-            return self.reader.target_hidden(self.reader.collate(prompts))
+            read = self.reader.collate(self.prompts("text"))
+            return self.reader.target_layers(read, self._layers)
 
     @cached_property
     def observation(self) -> Observation:
@@ -268,7 +352,9 @@ class ReaderBatch:
         reports, self._reports = self._reports, {}
         return reports
 
-    def cross_entropy(self, kind: str, inputs: ReaderInputs, *, trained: bool = True) -> Tensor:
+    def cross_entropy(
+        self, kind: str, inputs: Mapping[str, Any], *, trained: bool = True
+    ) -> Tensor:
         """Cross-entropy summed over all target tokens of the prompts of one kind, 0-d.
 
         Args:
@@ -304,6 +390,7 @@ class ReaderBatch:
             None if answer is None else labels_N,
             label_weights=counts[0],
             cross_entropy_gradient=answer is not None and answer.trained,
+            label_smoothing=0.0 if answer is None else answer.smoothing,
             teacher_hidden=(None if kd is None else self.teacher_hidden_ND[scored_N].to(hidden_ND)),
             kd_weights=counts[1],
             kd_gradient=kd is not None and kd.trained,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentwire_fast.config.schema import StageConfig, with_level
 from latentwire_fast.data.streams import TrainItem
+from latentwire_fast.models.dropout import DropoutRates
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.base import Objective
 from latentwire_fast.objectives.first_tokens import first_tokens
@@ -52,6 +53,7 @@ class ObjectiveSet:
     Args:
         readers: frozen readers by name.
         teacher: cache of the text-prompted teacher's hidden states; None computes them each time.
+        chunk_length: of the chunks that contexts are cut into (`DataConfig.chunk_length`).
     """
 
     def __init__(
@@ -60,11 +62,14 @@ class ObjectiveSet:
         readers: Mapping[str, Reader],
         *,
         teacher: TeacherCache | None = None,
+        chunk_length: int | None = None,
     ) -> None:
         self.model = model
         self.readers = readers
         self.teacher = teacher
+        self.chunk_length = chunk_length
         self._levels: Mapping[str, float] = {}
+        self._dropout = DropoutRates(model)
         self._parts: dict[StageConfig, dict[str, Objective]] = {}
 
     def of(self, stage: StageConfig) -> dict[str, Objective]:
@@ -83,6 +88,7 @@ class ObjectiveSet:
             levels: by place, as in `StageConfig.schedules`: all of them.
         """
         self._levels = levels
+        self._dropout.set(levels.get("dropout"))
         parts = self.of(stage)
         for place, value in levels.items():
             kind, _, name = place.partition(".")
@@ -97,9 +103,15 @@ class ObjectiveSet:
         result = []
         for item in items:
             prepared = PreparedItem(item, self.model.mode)
+            if self.chunk_length is not None:
+                asked = None if prepared.question is None else [prepared.question]
+                cut = self.model.cut([item.context], asked, length=self.chunk_length)
+                prepared.chunks = cut.contexts
             for reader in readers:
                 for kind, objective in self.of(stage).items():
                     if objective.config.reads_answers and not item.turns:
+                        continue
+                    if objective.once and reader is not readers[0]:
                         continue
                     prepared.counts[kind, reader.name] = objective.prepare(prepared, reader)
             result.append(prepared)
@@ -133,6 +145,7 @@ class ObjectiveSet:
             items,
             self.model,
             bits=stage.quantize,
+            rate=any(objective.needs_rate for objective in parts.values()),
             select=any(objective.needs_positions for objective in parts.values()),
             cut=backward is not None,
             hold=stage.hold_encoder,
@@ -146,6 +159,7 @@ class ObjectiveSet:
                 self.readers[name],
                 teacher=self.teacher,
                 terms=[part.term for part in parts.values() if part.term is not None],
+                layers=sorted({number for part in parts.values() for number in part.layers}),
             )
             terms = self._reader_terms(batch, parts, counts, losses)
             if answers and any(part.config.reports_accuracy for part in parts.values()):

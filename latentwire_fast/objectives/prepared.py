@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.data.streams import TrainItem
-from latentwire_fast.prompts.builder import Prompt
+from latentwire_fast.prompts.builder import Prompt, replaced_text
 from latentwire_fast.readers.reader import Reader
 
 Key = tuple[str, str]  # (objective or kind of prompt, reader name)
@@ -20,6 +20,7 @@ class PreparedItem:
 
     Attributes:
         mode: what the latent stands for.
+        chunks: of the context, a latent for each.
         prompts: by (kind of prompt, reader). Objectives that read the same prompt use one kind.
         counts: by (objective, reader), how many terms its sum has for this item.
     """
@@ -28,6 +29,10 @@ class PreparedItem:
     mode: Mode
     prompts: dict[Key, Prompt] = field(default_factory=dict)
     counts: Counter[Key] = field(default_factory=Counter)
+    chunks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.chunks = self.chunks or (self.item.context,)
 
     @property
     def question(self) -> str | None:
@@ -54,6 +59,17 @@ class PreparedItem:
         """Kind `text`: the same questions and answers behind the context as text."""
         item, builder = self.item, reader.prompts
         return self.prompt("text", reader, lambda: builder.build(item.turns, context=item.context))
+
+    def content_prompt(self, reader: Reader) -> Prompt:
+        """Kind `content`: the reader's tokens of the text that the latent stands for."""
+
+        def build() -> Prompt:
+            prompt = Prompt()
+            text = replaced_text(self.item.context, self.item.question, mode=self.mode)
+            prompt.add(reader.prompts.text_ids(text) or [reader.prompts.eos_id], content=True)
+            return prompt
+
+        return self.prompt("content", reader, build)
 
 
 def total_counts(prepared: Iterable[PreparedItem]) -> Counter[Key]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class Scales(Objective):
     @dataclass(frozen=True)
     class Config(ObjectiveConfig):
         """Settings of the penalty: its weight alone."""
+
+        takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless the run has soft tokens with a scale and a shift."""

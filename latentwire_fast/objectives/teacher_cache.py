@@ -2,8 +2,9 @@
 once.
 
 One pair of files per kind, reader and process, `KIND-NAME-FINGERPRINT-RANK` (see `TensorCache`):
-the text-prompted teacher's hidden states, the targets of `attention`, and a reader's keys and
-values at chosen positions. An encoder keeps its frozen LM's states in the same folder.
+the text-prompted teacher's hidden states, those of other layers, the targets of `attention`, and a
+reader's keys and values at chosen positions. An encoder keeps its frozen LM's states in the same
+folder.
 """
 
 from __future__ import annotations
@@ -57,6 +58,18 @@ class TeacherCache:
 
         keys = [prompt_key(prompt) for prompt in prompts]
         return torch.cat(self._all("hidden", reader, keys, compute)).to(reader.device)
+
+    def layers(self, reader: Reader, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Tensor:
+        """Hidden states `[K, N, D]` there in the layers of these numbers."""
+
+        def compute(missing: list[int]) -> list[Tensor]:
+            with reader.base():
+                read = reader.collate([prompts[i] for i in missing])
+                _, states_KND = reader.target_layers(read, numbers)
+            return list(states_KND.split([sum(prompts[i].is_target) for i in missing], 1))
+
+        keys = [prompt_key(prompt, *numbers) for prompt in prompts]
+        return torch.cat(self._all("layers", reader, keys, compute), 1).to(reader.device)
 
     def attention(self, reader: Reader, questions: Sequence[AttentionQuestion]) -> Tensor:
         """`attention_targets` of the questions, fp32."""

@@ -27,6 +27,8 @@ class Text(Objective):
         """Settings of the answers behind the text: their weight alone."""
 
         reads_answers: ClassVar[bool] = True
+        takes_chunks: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless every reader has something that it trains."""

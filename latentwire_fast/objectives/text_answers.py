@@ -11,6 +11,7 @@ from latentwire_fast.config.schema import StageConfig
 from latentwire_fast.data.streams import TrainItem
 from latentwire_fast.objectives.objective_set import Losses
 from latentwire_fast.objectives.prepared import Key, PreparedItem, count_targets
+from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.reader import Reader
 
 KIND = "text"
@@ -35,10 +36,19 @@ class TextAnswers:
         for item in items:
             prepared = PreparedItem(item, "context")
             for reader in readers:
-                count = count_targets(prepared.text_prompt(reader))
+                count = count_targets(self.prompt(prepared, reader))
                 prepared.counts[KIND, reader.name] = count
             result.append(prepared)
         return result
+
+    def prompt(self, prepared: PreparedItem, reader: Reader) -> Prompt:
+        """An item's prompt for one reader, which it keeps under `KIND`."""
+        return prepared.text_prompt(reader)
+
+    def target_hidden(self, reader: Reader, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Hidden states `[N, D]` at the positions that predict answer tokens, and those tokens."""
+        batch = reader.collate(prompts)
+        return reader.target_hidden(batch), batch.labels_N
 
     def set_levels(self, stage: StageConfig, levels: Mapping[str, float]) -> None:
         """Nothing of a stage is scheduled here."""
@@ -62,8 +72,8 @@ class TextAnswers:
         losses = Losses(torch.zeros(()), {}, {}, none)
         for name in sorted({name for _, name in items[0].counts}):
             reader, count = self.readers[name], max(1, counts[KIND, name])
-            batch = reader.collate([item.prompts[KIND, name] for item in items])
-            made = reader.output_head.losses(reader.target_hidden(batch), batch.labels_N)
+            prompts = [item.prompts[KIND, name] for item in items]
+            made = reader.output_head.losses(*self.target_hidden(reader, prompts))
             losses.sums[KIND, name] = made.cross_entropy.detach()
             losses.measures["accuracy", name] = made.correct / count
             term = made.cross_entropy / count

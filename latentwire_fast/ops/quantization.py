@@ -22,11 +22,14 @@ from latentwire_fast.ops.dispatch import (
 
 # Of a code; the wire can carry values of 16 bits too (`config.schema.BITS`).
 CODE_BITS = (8, 6, 4)
+STEP_BITS = (*CODE_BITS, 3, 2)  # of what is rounded but not packed here
 GROUP_SIZES = (16, 32, 64)
 
 
-def _check_code(op: str, bits: int, group_size: int) -> None:
-    one_of(op, "bits", bits, CODE_BITS)
+def _check_code(
+    op: str, bits: int, group_size: int, *, allowed: tuple[int, ...] = CODE_BITS
+) -> None:
+    one_of(op, "bits", bits, allowed)
     one_of(op, "group_size", group_size, GROUP_SIZES)
 
 
@@ -241,6 +244,6 @@ def fake_quantize(z: Tensor, *, bits: int, group_size: int, clip: bool = False) 
     Raises:
         ConfigError: bits or group size; KernelError: shape or dtype.
     """
-    _check_code("fake_quantize", bits, group_size)
+    _check_code("fake_quantize", bits, group_size, allowed=STEP_BITS)
     flat = _flattened("fake_quantize", z)
     return _FakeQuantize.apply(flat, bits, group_size, clip).reshape(z.shape)

@@ -2,12 +2,13 @@
 
 Shapes: B rows, T positions, D embedding width, N scored tokens, M prefix positions of a row, P
 those of all rows together. A deep prefix `[L, 2, B or 1, H, positions, d_head]` stands before them
-all, in the cache (`CacheFiller` puts it there).
+all, in the cache (`CacheFiller` puts it there). Where rows have deep prefixes of several lengths, a
+shorter one has its padding first, so that it ends where the prompt begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,8 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.builder import Prompt
 
 PaddingSide = Literal["left", "right"]
+# Hidden states [B, T, D] behind a decoder layer to what the next one gets, by that layer's number.
+LayerUpdates = Mapping[int, Callable[[Tensor], Tensor]]
 
 
 @dataclass
@@ -35,6 +38,8 @@ class PromptBatch:
         places_P2: (row, column) of every prefix position, in prefix order.
         side: where the padding is.
         deep: the deep prefix that the cache must hold, if any.
+        layers: what changes the hidden states between the layers, if anything does.
+        deep_lengths_B: how many of its positions are real in each row, the last ones; None: all.
     """
 
     ids_BT: Tensor
@@ -48,6 +53,8 @@ class PromptBatch:
     places_P2: Tensor
     side: PaddingSide
     deep: Tensor | None = None
+    layers: LayerUpdates | None = None
+    deep_lengths_B: Tensor | None = None
 
     @property
     def lengths_B(self) -> Tensor:
@@ -59,9 +66,17 @@ class PromptBatch:
         """The number of positions that the deep prefix takes."""
         return 0 if self.deep is None else self.deep.shape[4]
 
+    @property
+    def needs_mask(self) -> bool:
+        """Whether there is padding before a real position."""
+        return self.side == "left" or self.deep_lengths_B is not None
+
     def attention_mask(self) -> Tensor:
         """1 where a position may be read, int64 `[B, deep positions + T]`, the deep ones first."""
         before = self.mask_BT.new_ones(len(self.mask_BT), self.deep_positions)
+        if self.deep_lengths_B is not None:
+            column_P = torch.arange(self.deep_positions, 0, -1, device=before.device)
+            before = column_P <= self.deep_lengths_B[:, None]
         return torch.cat([before, self.mask_BT], 1).long()
 
     def model_inputs(self) -> dict[str, Tensor | None]:
@@ -71,7 +86,7 @@ class PromptBatch:
         """
         inputs: dict[str, Tensor | None] = {
             "position_ids": self.positions_BT,
-            "attention_mask": None if self.side == "right" else self.attention_mask(),
+            "attention_mask": self.attention_mask() if self.needs_mask else None,
         }
         if self.embeds_BTD is None:
             inputs["input_ids"] = self.ids_BT
@@ -87,18 +102,23 @@ def collate(
     pad_id: int,
     prefixes: Sequence[Tensor] | Tensor | None = None,
     deep: Tensor | None = None,
+    layers: LayerUpdates | None = None,
+    deep_lengths: Sequence[int] | None = None,
     side: PaddingSide = "right",
 ) -> PromptBatch:
     """Pad prompts, with row i's prefix `[M_i, D]` before its `ids[latent_at]`.
 
     Args:
         deep: a deep prefix, for the cache; the prompts' own positions count on behind it.
+        layers: updates of hidden states, which take no positions.
+        deep_lengths: how many of its positions are real in each row, the last ones; None: all.
 
     Raises:
         ConfigError: a prompt with a latent place came without a prefix, or the other way round; a
             deep prefix for another number of prompts.
     """
-    _check_prefixes(prompts, has_prefix=prefixes is not None or deep is not None, deep=deep)
+    given = (prefixes, deep, layers)
+    _check_prefixes(prompts, has_prefix=any(x is not None for x in given), deep=deep)
     sizes_B = [0] * len(prompts) if prefixes is None else [len(prefix) for prefix in prefixes]
     lengths_B = [len(p.ids) + size for p, size in zip(prompts, sizes_B, strict=True)]
     width = max(lengths_B)  # T
@@ -124,7 +144,12 @@ def collate(
         flat_PD = prefixes.flatten(0, 1) if isinstance(prefixes, Tensor) else torch.cat([*prefixes])
         embeds_BTD = embedding(ids_BT)
         embeds_BTD = embeds_BTD.index_put(places_P2.unbind(1), flat_PD.to(embeds_BTD))
-    first = 0 if deep is None else deep.shape[4]  # the position of a prompt's first token
+    # The position of a prompt's first token.
+    first: int | Tensor = 0 if deep is None else deep.shape[4]
+    deep_lengths_B = None
+    if deep_lengths is not None and len({*deep_lengths}) > 1:
+        deep_lengths_B = torch.tensor([*deep_lengths], device=device)
+        first = deep_lengths_B[:, None]
     return PromptBatch(
         ids_BT=ids_BT,
         embeds_BTD=embeds_BTD,
@@ -137,6 +162,8 @@ def collate(
         places_P2=places_P2,
         side=side,
         deep=deep,
+        layers=layers,
+        deep_lengths_B=deep_lengths_B,
     )
 
 

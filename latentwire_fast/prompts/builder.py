@@ -269,6 +269,24 @@ class PromptBuilder:
                 prompt.add(self.target_ids(turn.answer), target=True)
         return prompt
 
+    def build_hybrid(self, turns: Sequence[Turn], *, text: str, text_first: bool = True) -> Prompt:
+        """A prompt with a latent in the place of a part of the context, and the other part as text.
+
+        Args:
+            text: the part that is text; it may be empty.
+            text_first: whether it stands before the latent, or behind it.
+        """
+        prompt = self.build(turns, context=None, latent="context")
+        assert prompt.latent_at is not None
+        ids = self.text_ids(context_text(text))[len(self.label_ids) :] if text else []
+        at = prompt.latent_at + (0 if text_first else len(self._template.after_prefix))
+        prompt.ids[at:at] = ids
+        prompt.is_target[at:at] = [False] * len(ids)
+        prompt.content += len(ids)
+        if text_first:
+            prompt.latent_at += len(ids)
+        return prompt
+
     def build_context(self, context: str, *, max_tokens: int | None = None) -> Prompt:
         """The opening and the context alone: what an LM encoder reads in context mode."""
         prompt = Prompt()

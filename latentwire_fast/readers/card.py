@@ -6,19 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from latentwire_fast.readers.kv_cache import decoder_layers
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.reader import Reader
 
 
 @dataclass(frozen=True)
 class ReaderCard:
-    """Facts that an adapter needs of its reader, and the fingerprint that it knows it by."""
+    """Facts that an adapter needs of its reader, and the fingerprint that it knows it by.
+
+    Attributes:
+        layers: how many decoder layers it has; 0 in models of an earlier version, where no part
+            needed to know.
+    """
 
     d_model: int
     embedding_rms: float
     fingerprint: str
     kv: KVGeometry
     source: str = ""
+    layers: int = 0
 
     @classmethod
     def of(cls, reader: Reader) -> ReaderCard:
@@ -29,6 +36,7 @@ class ReaderCard:
             reader.fingerprint,
             KVGeometry.none() if reader.abilities.deep else reader.kv_geometry,
             reader.source,
+            len(decoder_layers(reader.model)),
         )
 
     @classmethod

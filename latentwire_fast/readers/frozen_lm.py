@@ -28,6 +28,7 @@ from latentwire_fast.readers.checks import (
 )
 from latentwire_fast.readers.decoding import token_ids
 from latentwire_fast.readers.embeddings import embedding_size, input_embedding
+from latentwire_fast.readers.layer_updates import why_no_updates
 from latentwire_fast.readers.logits import LogitTransform
 from latentwire_fast.readers.output_head import OutputHead, without_gaps
 from latentwire_fast.readers.probe import Subject
@@ -218,8 +219,14 @@ class FrozenLM:
         """What transformers calls this kind of model."""
         return str(self.model.config.model_type)
 
-    def require(self, place: Literal["prefixes", "deep"]) -> None:
-        """Raise unless this reader takes soft tokens, or a deep prefix.
+    @cached_property
+    def layer_fault(self) -> str:
+        """Why hidden states between its layers cannot be updated; empty where they can."""
+        ids_12 = torch.tensor([[self.prompts.eos_id, 0]], device=self.device)
+        return why_no_updates(self.model, ids_12, width=self.d_model)
+
+    def require(self, place: Literal["prefixes", "deep", "layers"]) -> None:
+        """Raise unless this reader takes soft tokens, a deep prefix, or updates between its layers.
 
         Raises:
             ConfigError: it does not, and why.
@@ -234,6 +241,12 @@ class FrozenLM:
             raise ConfigError(
                 f"reader {self.name!r} ({self.family}) takes no deep prefix: {deep}; give it soft "
                 "tokens alone (attachment 'soft'), or choose another reader"
+            )
+        if place == "layers" and self.layer_fault:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes nothing between its layers: "
+                f"{self.layer_fault}; give it soft tokens or a deep prefix, or choose another "
+                "reader"
             )
 
     @cached_property

@@ -26,11 +26,13 @@ class Confidence(NamedTuple):
         margin_N: log-probability of the true token minus that of the likeliest other one; below 0
             where the true one is not the most probable.
         entropy_N: of the probabilities, in nats.
+        true_N: log-probability of the true token.
     """
 
     ids_N: Tensor
     margin_N: Tensor
     entropy_N: Tensor
+    true_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class OutputHead:
             true_n = log_nV.gather(1, labels_n1)[:, 0]
             other_n = log_nV.scatter(1, labels_n1, -torch.inf).amax(-1)
             entropy_n = torch.special.entr(log_nV.exp()).sum(-1)
-            parts.append((log_nV.argmax(-1), true_n - other_n, entropy_n))
+            parts.append((log_nV.argmax(-1), true_n - other_n, entropy_n, true_n))
         return Confidence(*map(torch.cat, zip(*parts, strict=True)))
 
     def chunks(self, hidden_ND: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -29,6 +29,22 @@ def head_keys_values(reader: Reader, mode: Mode) -> Tensor:
 
 
 @torch.no_grad()
+def keys_values_in_place(reader: Reader, mode: Mode, text: str, *, positions: int) -> Tensor:
+    """Keys and values `[L, 2, 1, H, T, D]` of what is before a latent in a prompt, and of the first
+    `positions` tokens of a text that stands in the latent's place. A shorter text is repeated.
+
+    Raises:
+        ConfigError: a text without tokens.
+    """
+    prompt = reader.prompts.build([Turn("")], context="", latent=mode)
+    ids = reader.prompts.text_ids(f" {text}")
+    if not ids:
+        raise ConfigError(f"reader {reader.name!r} has no tokens for {text!r}; give another text")
+    repeated = ids * -(-positions // len(ids))
+    return keys_values(reader, [*prompt.ids[: prompt.latent_at], *repeated[:positions]])
+
+
+@torch.no_grad()
 def keys_values(reader: Reader, ids: Sequence[int]) -> Tensor:
     """Keys and values `[L, 2, 1, H, T, D]` of tokens at the start of a prompt."""
     return torch.stack([side[:, None] for side in _read(reader, ids)])

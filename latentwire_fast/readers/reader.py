@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from latentwire_fast.config.schema import LoraSettings, PromptConfig, ReaderConfig
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.ops.bf16 import is_fast_at_bf16
-from latentwire_fast.prompts.batch import PaddingSide, PromptBatch, collate
+from latentwire_fast.prompts.batch import LayerUpdates, PaddingSide, PromptBatch, collate
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn
 from latentwire_fast.readers.arriving_layer import training_cache
 from latentwire_fast.readers.decoding_cache import decoding_cache
@@ -37,6 +37,7 @@ from latentwire_fast.readers.device_maps import placement, warn_of_idle_cards
 from latentwire_fast.readers.frozen_lm import FrozenLM
 from latentwire_fast.readers.kv_cache import CacheFiller, decoder_layers
 from latentwire_fast.readers.kv_geometry import KVGeometry
+from latentwire_fast.readers.layer_updates import updated_layers
 from latentwire_fast.readers.loading import (
     check_attention,
     load_tokenizer,
@@ -209,14 +210,19 @@ class Reader(FrozenLM):
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        deep_lengths: Sequence[int] | None = None,
         head: int = 0,
+        layers: LayerUpdates | None = None,
         side: PaddingSide = "right",
     ) -> PromptBatch:
         """Pad prompts into a batch, with row i's prefix `[M_i, D]` at its `latent_at` and, for the
         cache, a deep prefix.
 
         Args:
+            deep_lengths: how many positions of the deep prefix are real in each row, the last ones;
+                None: all.
             head: how many of each prompt's first ids the deep prefix holds already.
+            layers: what changes the hidden states between the layers.
 
         Raises:
             ConfigError: prompts and prefixes do not match, or padding where the reader takes none.
@@ -233,8 +239,15 @@ class Reader(FrozenLM):
             pad_id=self.pad_id,
             prefixes=prefixes,
             deep=deep,
+            layers=layers,
+            deep_lengths=deep_lengths,
             side=side,
         )
+        if batch.deep_lengths_B is not None and self.abilities.left:
+            raise ConfigError(
+                f"reader {self.name!r} ({self.family}) takes no deep prefixes of several lengths "
+                f"in a batch: {self.abilities.left}; give it prompts with as many payloads each"
+            )
         self.check_positions(batch.deep_positions + batch.ids_BT.shape[1])
         return batch
 
@@ -263,14 +276,27 @@ class Reader(FrozenLM):
 
     def target_hidden(self, batch: PromptBatch) -> Tensor:
         """Last hidden states `[N, D]` at the scored positions (gradients flow to the prefixes)."""
+        hidden_BTD: Tensor = self._read(batch).last_hidden_state
+        return _scored(hidden_BTD, batch)
+
+    def target_layers(self, batch: PromptBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same, and hidden states `[K, N, D]` at these positions in K layers: 0 is what the
+        first layer reads, -1 the last hidden states."""
+        output = self._read(batch, output_hidden_states=True)
+        states = [output.hidden_states[number] for number in layers]
+        found = [_scored(states_BTD, batch) for states_BTD in states]
+        last_ND = _scored(output.last_hidden_state, batch)
+        return last_ND, torch.stack([states_ND.to(last_ND.device) for states_ND in found])
+
+    def _read(self, batch: PromptBatch, **options: Any) -> Any:
+        """The backbone's output for a batch, behind its deep prefix."""
         cache = None
         if batch.deep is not None:
             cache = training_cache(batch.deep.shape[0])
             self.filler.fill(cache, prefix_L2BHPD=batch.deep, batch_size=len(batch.ids_BT))
-        output = self.backbone(**batch.model_inputs(), past_key_values=cache, use_cache=False)
-        hidden_BTD = output.last_hidden_state
-        rows = batch.rows_N.to(hidden_BTD.device)
-        return hidden_BTD[rows, batch.cols_N.to(hidden_BTD.device)]
+        inputs = batch.model_inputs()
+        with updated_layers(self.model, batch.layers):
+            return self.backbone(**inputs, past_key_values=cache, use_cache=False, **options)
 
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
         """Log-probabilities `[N, vocabulary]` at the scored positions, fp32."""
@@ -282,19 +308,29 @@ class Reader(FrozenLM):
         *,
         prefixes: Sequence[Tensor] | Tensor | None = None,
         deep: Tensor | None = None,
+        deep_lengths: Sequence[int] | None = None,
         head: int = 0,
+        layers: LayerUpdates | None = None,
         side: PaddingSide = "right",
     ) -> TargetScores:
         """Log-probabilities of the prompts' answer tokens, in one teacher-forced pass; gradients
         flow to the prefixes.
 
         Args:
-            prefixes, deep, head, side: as in `collate`.
+            prefixes, deep, deep_lengths, head, layers, side: as in `collate`.
 
         Raises:
             ConfigError, DataError: as `collate`.
         """
-        batch = self.collate(prompts, prefixes=prefixes, deep=deep, head=head, side=side)
+        batch = self.collate(
+            prompts,
+            prefixes=prefixes,
+            deep=deep,
+            deep_lengths=deep_lengths,
+            head=head,
+            layers=layers,
+            side=side,
+        )
         return TargetScores(
             hidden_ND=self.target_hidden(batch),
             head=self.output_head,
@@ -308,6 +344,12 @@ class Reader(FrozenLM):
     def decode(self, ids: Sequence[int]) -> str:
         """Answer text of generated ids."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _scored(hidden_BTD: Tensor, batch: PromptBatch) -> Tensor:
+    """Hidden states `[N, D]` at the scored positions of a batch."""
+    rows_N = batch.rows_N.to(hidden_BTD.device)
+    return hidden_BTD[rows_N, batch.cols_N.to(hidden_BTD.device)]
 
 
 def load_readers(

@@ -6,6 +6,7 @@ storage dtype. Nothing here checks its arguments: `latentwire_fast.ops` does, an
 modules call.
 """
 
+from latentwire_fast.reference.codes import bounded, level_values, nearest_codes
 from latentwire_fast.reference.distillation import (
     BLOCK_ELEMENTS,
     gradient_unit,
@@ -35,6 +36,7 @@ from latentwire_fast.reference.quantization import (
     LARGEST_FP16,
     code_bytes,
     fake_quantize,
+    largest_code,
     largest_value,
     pack_codes,
     quantize,
@@ -54,14 +56,18 @@ __all__ = [
     "LossSettings",
     "ProjectionParameters",
     "ProjectionSettings",
+    "bounded",
     "code_bytes",
     "compute_dtype",
     "dequantize_project_calibrate",
     "fake_quantize",
     "gradient_unit",
     "kd_kl",
+    "largest_code",
     "largest_value",
+    "level_values",
     "linear_losses",
+    "nearest_codes",
     "pack_codes",
     "project_calibrate",
     "project_calibrate_backward",

@@ -24,6 +24,13 @@ from latentwire_fast.serving.decode_step import DecodeStep
 from latentwire_fast.serving.options import Engine
 from latentwire_fast.serving.static_cache import set_length, write_through
 
+_USES = {"graph": "run as a CUDA graph", "compile": "be compiled"}
+# Why nothing is captured or compiled where there is cross-attention.
+HOOKS = (
+    "hidden states between its layers attend to the latents through hooks that are there for one "
+    "pass alone"
+)
+
 
 def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
     """The engine that a receiver of this reader gets when it asks for `engine`, and why.
@@ -40,7 +47,19 @@ def choose_engine(engine: Engine, reader: Reader) -> tuple[Engine, str]:
         return ("graph" if engine == "auto" else engine), "the reader can be captured"
     if engine == "auto":
         return "eager", fault
-    raise refusal(reader, "run as a CUDA graph" if engine == "graph" else "be compiled", fault)
+    raise refusal(reader, _USES[engine], fault)
+
+
+def choose_with_hooks(engine: Engine, reader: Reader) -> tuple[Engine, str]:
+    """`choose_engine` where hidden states between the reader's layers attend to a latent.
+
+    Raises:
+        ConfigError: as `choose_engine`; a graph or compiled code was asked for.
+    """
+    if engine in _USES:
+        raise refusal(reader, _USES[engine], HOOKS)
+    _, reason = choose_engine("eager", reader)
+    return "eager", reason if engine == "eager" else HOOKS
 
 
 def refusal(reader: Reader, what: str, fault: str) -> ConfigError:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.prompts.builder import Prompt
-from latentwire_fast.serving.batch import Batch
+from latentwire_fast.serving.batch import Batch, Spans, deep_positions
 from latentwire_fast.serving.buckets import width_bucket
 from latentwire_fast.serving.forward_pass import ForwardPass
 from latentwire_fast.serving.input_buffer import lay_out
-from latentwire_fast.serving.payload_batch import Parcel, PayloadKind
+from latentwire_fast.serving.payload_batch import Message, Parcel, PayloadKind
 from latentwire_fast.serving.prompt_head import Head, PromptHeads
 
 
@@ -36,7 +36,7 @@ class Intake:
     def batch(
         self,
         prompts: Sequence[Prompt],
-        payloads: Sequence[bytes] | None,
+        payloads: Sequence[Message] | None,
         embeddings: Sequence[Tensor] | None,
         *,
         padded: bool,
@@ -51,14 +51,17 @@ class Intake:
         if embeddings is not None:
             self._check_embeddings(embeddings, len(prompts))
         soft: int | list[int] | None = None
+        spans = Spans()
         head = self._head(prompts) if parcel is not None else None
         if parcel is not None:
-            soft = self._pass.soft_tokens(parcel)
+            spans = self._pass.spans(parcel)
+            sizes = parcel.pieces.sizes(spans.soft) if spans.soft else [0]
+            soft = sizes[0] if len(sizes) == 1 else sizes
             before = self._pass.head_positions if head is None else len(head.ids)
             prompts = [prompt.behind(before) for prompt in prompts]
         elif embeddings is not None:
             soft = [len(embedding) for embedding in embeddings]
-        deep = self._pass.deep_positions(parcel, head)
+        deep = deep_positions(parcel, head, spans)
         # Padding has positions too: a table of them has no more rows.
         most = self.reader.max_positions - deep if self.reader.learns_positions else None
         layout = lay_out(
@@ -75,7 +78,7 @@ class Intake:
                 "of them; build it with that reader's `prompts`"
             )
         self.reader.check_positions(deep + int(layout.lengths_B.max()))
-        return Batch(layout, parcel, head, embeddings)
+        return Batch(layout, parcel, head, embeddings, spans)
 
     def _head(self, prompts: Sequence[Prompt]) -> Head | None:
         """What is kept of these prompts, if anything."""
@@ -85,7 +88,7 @@ class Intake:
         return self._heads.of(prompts)
 
     def _open(
-        self, payloads: Sequence[bytes] | None, prompts: int, *, with_embeddings: bool
+        self, payloads: Sequence[Message] | None, prompts: int, *, with_embeddings: bool
     ) -> Parcel | None:
         if payloads is None:
             return None
@@ -100,7 +103,7 @@ class Intake:
         if len(payloads) not in (1, prompts):
             raise ConfigError(
                 f"{len(payloads)} payloads for {prompts} prompts; give one for each, or one for "
-                "all of them"
+                "all of them (several for one prompt: a list in the place of a payload)"
             )
         return parcel
 

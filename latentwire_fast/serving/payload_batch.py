@@ -3,13 +3,18 @@
 Values that are not the latent's own codes are unpacked by the bottleneck that made them, before
 they go to the reader's device.
 
-Shapes: R payloads, M latents, d latent width, c code bytes, G groups.
+A prompt may be about several payloads, which stand one behind the other in its text's place. Here
+they are a message.
+
+Shapes: R payloads of all messages, M latents, d latent width, c code bytes, G groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,9 +22,23 @@ from torch import Tensor
 
 from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.models.joined import Pieces
+from latentwire_fast.models.slots import Slots
 from latentwire_fast.serving.input_buffer import Fields
 from latentwire_fast.wire.header import Header, check_frame, located
 from latentwire_fast.wire.payload import split_bodies
+
+# What one prompt is about: a payload, or several in their order.
+Message = bytes | Sequence[bytes]
+
+
+# Payloads to latents `[R, M, d]` fp32 and headers, all checked.
+Unpack = Callable[[Sequence[bytes]], tuple[Tensor, Sequence[Header]]]
+
+
+def payloads_of(message: Message) -> Sequence[bytes]:
+    """The payloads of a message."""
+    return [message] if isinstance(message, bytes) else message
 
 
 @dataclass(frozen=True)
@@ -28,13 +47,28 @@ class Parcel:
 
     Attributes:
         header: of each.
-        payloads: R of them.
+        payloads: R of them, those of a message one behind the other.
+        pieces: how many there are in each message.
         latent_RMd: fp32 latents, where a bottleneck has unpacked them; else None.
     """
 
     header: Header
     payloads: Sequence[bytes]
+    pieces: Pieces
     latent_RMd: Tensor | None = None
+
+    @property
+    def latents(self) -> int:
+        """M of the tensors that the payloads become."""
+        if self.pieces.slots is None:
+            return self.header.latents
+        assert self.latent_RMd is not None
+        return self.latent_RMd.shape[1]
+
+    @property
+    def messages(self) -> int:
+        """How many there are: one that all prompts read, or one for each."""
+        return len(self.pieces.per_prompt)
 
     @property
     def fields(self) -> Fields:
@@ -56,15 +90,17 @@ class Parcel:
         return {"codes": codes_Rc, "scales": scales_RG}
 
     def with_rows(self, rows: int) -> Parcel:
-        """With so many payloads: the last one again in the place of those that are added. One that
+        """With so many messages: the last one again in the place of those that are added. One that
         all prompts read stays one."""
-        if len(self.payloads) == 1:
+        if self.messages == 1:
             return self
-        added = rows - len(self.payloads)
-        payloads, latent_RMd = [*self.payloads, *[self.payloads[-1]] * added], self.latent_RMd
+        added = rows - self.messages
+        last, latent_RMd = self.pieces.rows[-1], self.latent_RMd
+        payloads = [*self.payloads, *[self.payloads[r] for r in last] * added]
         if latent_RMd is not None:
-            latent_RMd = torch.cat([latent_RMd, latent_RMd[-1:].expand(added, -1, -1)])
-        return Parcel(self.header, payloads, latent_RMd)
+            latent_RMd = torch.cat([latent_RMd, latent_RMd[last.start :].repeat(added, 1, 1)])
+        pieces = self.pieces.of([*range(self.messages), *[self.messages - 1] * added])
+        return Parcel(self.header, payloads, pieces, latent_RMd)
 
     def verify(self) -> None:
         """Check every value, as unpacking on the host does.
@@ -81,45 +117,130 @@ class PayloadKind:
     """The kind of payloads that a receiver was made for.
 
     Attributes:
-        unpack: payloads to latents `[R, M, d]` fp32, where their values are not the latent's own
-            codes; None where they are, and the reader's device unpacks them.
+        unpack: payloads to latents `[R, M, d]` fp32 and headers, all checked, where their values
+            are not the latent's own codes; None where they are, and the reader's device unpacks
+            them.
+        slots, reader: how the latent's slots are shared out among readers, and which of them this
+            receiver reads for; None where all readers get all of them.
+        decode: as `unpack`, for payloads with any number of latents up to `latents`: zeros stand
+            behind these; None where all payloads have `latents`.
     """
 
     latents: int
     d_z: int
     fingerprint: int
-    unpack: Callable[[Sequence[bytes]], Tensor] | None = None
+    unpack: Unpack | None = None
+    slots: Slots | None = None
+    reader: str = ""
+    decode: Unpack | None = None
 
-    def open(self, payloads: Sequence[bytes]) -> Parcel:
+    @property
+    def view(self) -> Callable[[Tensor], Tensor] | None:
+        """What the reader gets of latents; None for all of them."""
+        return None if self.slots is None else partial(self.slots.of, self.reader)
+
+    @cached_property
+    def _owners(self) -> dict[int, str | None]:
+        """Whose payloads are (`Slots.owner`), by their fingerprint."""
+        if self.slots is None:
+            return {self.fingerprint: None}
+        marks = self.slots.fingerprints(self.fingerprint)
+        return {mark: owner for owner, mark in marks.items()}
+
+    def open(self, messages: Sequence[Message]) -> Parcel:
         """Check everything about payloads but the values that they carry.
 
         Raises:
             PayloadError: none; bytes that are no payload; one of another model, of another shape or
-                of another precision than the first (the message has its index).
+                of another precision than the first (the text says which it is).
         """
-        if not payloads:
+        if not messages:
             raise PayloadError("no payloads to read; give at least one")
-        headers = []
-        for i, payload in enumerate(payloads):
-            with located(f"payload {i}"):
-                headers.append(check_frame(payload))
-                self._check(headers[i], headers[0])
-        latent_RMd = None if self.unpack is None else self.unpack(payloads)
-        return Parcel(headers[0], payloads, latent_RMd)
+        places, payloads = _flat(messages)
+        headers: list[Header] = []
+        latent_RMd: Tensor | None = None
+        if self.unpack is not None:
+            latent_RMd, found = self.unpack(payloads)
+            headers = [*found]
+        for place, payload in zip(places, payloads, strict=True):
+            with located(place):
+                if self.unpack is None:
+                    headers.append(check_frame(payload))
+                    self._check(headers[-1])
+        for place, header in zip(places, headers, strict=True):
+            with located(place):
+                _check_alike(header, headers[0])
+        counts = tuple(len(payloads_of(message)) for message in messages)
+        latents = tuple(header.latents for header in headers)
+        if len({*latents}) == 1:
+            if latent_RMd is not None:
+                latent_RMd = latent_RMd[:, : latents[0]]
+            return Parcel(headers[0], payloads, Pieces(counts), latent_RMd)
+        if latent_RMd is None:
+            assert self.decode is not None
+            latent_RMd, _ = self.decode(payloads)
+        return Parcel(headers[0], payloads, Pieces(counts, latents), latent_RMd)
 
-    def _check(self, header: Header, first: Header) -> None:
-        if header.fingerprint != self.fingerprint:
+    def _check(self, header: Header) -> None:
+        if header.fingerprint not in self._owners:
             raise PayloadError(
                 f"it was written by model {header.fingerprint:#06x}, this receiver reads "
                 f"{self.fingerprint:#06x}; decode it with the model that encoded it"
             )
-        if (header.latents, header.d_z) != (self.latents, self.d_z):
+        latents = self._latents_of(self._owners[header.fingerprint])
+        is_fewer = self.decode is not None and header.latents < latents
+        if header.d_z != self.d_z or not (is_fewer or header.latents == latents):
             raise PayloadError(
                 f"it holds a latent ({header.latents}, {header.d_z}), this receiver reads "
-                f"({self.latents}, {self.d_z})"
+                f"({latents}, {self.d_z})"
             )
-        if header != first:
-            raise PayloadError(
-                f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
-                f"{first.bits} in groups of {first.group_size}; read them in two batches"
-            )
+
+    def _latents_of(self, owner: str | None) -> int:
+        """How many slots payloads of an owner hold.
+
+        Raises:
+            PayloadError: they are for another reader.
+        """
+        if owner is None or self.slots is None:
+            return self.latents
+        if owner != self.slots.owner(self.reader):
+            raise PayloadError(f"it {self.slots.refusal(owner, self.reader)}")
+        return self.slots.count(self.reader)
+
+
+def _flat(messages: Sequence[Message]) -> tuple[list[str], list[bytes]]:
+    """All payloads of messages, and what a message of an error calls each of them.
+
+    Raises:
+        PayloadError: a message without payloads.
+    """
+    places: list[str] = []
+    payloads: list[bytes] = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, list | tuple):
+            places.append(f"payload {i}")
+            payloads.append(cast(bytes, message))
+            continue
+        if not message:
+            raise PayloadError(f"prompt {i} has no payloads; give it at least one")
+        places += [f"payload {j} of prompt {i}" for j in range(len(message))]
+        payloads += message
+    return places, payloads
+
+
+def _check_alike(header: Header, first: Header) -> None:
+    """Raise unless one batch can have both.
+
+    Raises:
+        PayloadError: they are of different owners, or of different precision.
+    """
+    if header.fingerprint != first.fingerprint:
+        raise PayloadError(
+            "one of it and payload 0 is for all readers, the other for this one alone; read "
+            "them in two batches"
+        )
+    if (header.bits, header.group_size) != (first.bits, first.group_size):
+        raise PayloadError(
+            f"it has {header.bits} bits in groups of {header.group_size}, payload 0 has "
+            f"{first.bits} in groups of {first.group_size}; read them in two batches"
+        )

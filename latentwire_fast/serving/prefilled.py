@@ -17,6 +17,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from latentwire_fast.errors import ConfigError
+from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.decoding import DecodeOptions, pick_tokens
 from latentwire_fast.readers.decoding_cache import (
     keeps_states,
@@ -25,6 +26,7 @@ from latentwire_fast.readers.decoding_cache import (
     without_first,
     without_limit,
 )
+from latentwire_fast.readers.layer_updates import updated_layers
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving.graphs import CapturedPass
 from latentwire_fast.serving.static_cache import set_length
@@ -44,7 +46,9 @@ class Prefilled:
         cache: of the padded prompts and what is before them, padding at the end of each row.
         lengths_B: real positions of each row, the deep ones included.
         positions: see above.
+        padding_B: at each row's end. Before its deep prefix there may be more.
         captured: the graph that made it, if one did, and that owns the cache.
+        layers: what changes the hidden states between the reader's layers, for each new token too.
         step: starts the graph that decodes from that cache, and gives what reads a token of each
             row with it, where there is one.
     """
@@ -57,7 +61,9 @@ class Prefilled:
         cache: Cache,
         lengths_B: np.ndarray,
         positions: int,
+        padding_B: np.ndarray,
         captured: CapturedPass | None,
+        layers: LayerUpdates | None = None,
         step: Callable[[], Callable[[Tensor], Tensor] | None] | None = None,
     ) -> None:
         self.logits_BV = logits_BV
@@ -66,11 +72,12 @@ class Prefilled:
         self._cache = cache
         self._lengths_B = lengths_B
         self._captured = captured
+        self._layers = layers
         self._step = step
         self._finished = Finished([logits_BV, *tensors_of(cache)])
         self._serial = captured.serial if captured else 0
         self._padded_right = isinstance(cache, StaticCache)
-        self._padding_B = positions - lengths_B
+        self._padding_B = padding_B
         self._moved = self._padded_right or not self._padding_B.any()
 
     @property
@@ -174,6 +181,7 @@ class Prefilled:
             lengths_B=self._lengths_B,
             columns=self.positions,
             padded_right=self._padded_right,
+            layers=self._layers,
         )
 
     def _roomy_cache(self, new_tokens: int) -> Cache:
@@ -205,6 +213,7 @@ class _Decoder:
         lengths_B: real positions of each row before the first new token.
         columns: of the cache, padding included.
         padded_right: whether padding stands at the end of those columns, or at their start.
+        layers: what changes the hidden states between the reader's layers.
     """
 
     def __init__(
@@ -215,8 +224,10 @@ class _Decoder:
         lengths_B: np.ndarray,
         columns: int,
         padded_right: bool,
+        layers: LayerUpdates | None,
     ) -> None:
         self._reader, self._cache, self._columns = reader, cache, columns
+        self._layers = layers
         self._table = reader.max_positions if reader.learns_positions else None
         self._lengths_B = torch.from_numpy(lengths_B).to(reader.device)
         self._static = isinstance(cache, StaticCache)
@@ -245,13 +256,14 @@ class _Decoder:
         position_B = self._lengths_B + step
         if reader.learns_positions:  # rows that are done go on reading, to no effect
             position_B = position_B.clamp(max=reader.max_positions - 1)
-        hidden_B1D = reader.backbone(
-            input_ids=token_B[:, None].to(reader.device),
-            attention_mask=self._mask_BN,
-            position_ids=position_B[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        with updated_layers(reader.model, self._layers):
+            hidden_B1D = reader.backbone(
+                input_ids=token_B[:, None].to(reader.device),
+                attention_mask=self._mask_BN,
+                position_ids=position_B[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
         return reader.logits(hidden_B1D[:, -1])
 
 

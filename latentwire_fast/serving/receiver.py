@@ -9,7 +9,10 @@ device it is one graph from the payload's codes to the logits, captured once for
 (`graphs.py`). What cannot be captured is read op by op as well, with the same result: `engine` says
 which it is, `reason` why. `docs/prefill.md` has the timings.
 
-Shapes: B rows, T columns of the padded prompts, R payloads (1 or B), M latents, d latent width, D
+A prompt may be about several payloads (a long text in chunks, say): a list of them in the place of
+one. A graph has one number of payloads for each row; rows with different numbers are read op by op.
+
+Shapes: B rows, T columns of the padded prompts, R payloads, M latents, d latent width, D
 `d_model`, V vocabulary; L layers, H key/value heads, P deep positions.
 """
 
@@ -24,21 +27,23 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from latentwire_fast import wire
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.prompts.builder import Prompt
 from latentwire_fast.readers.decoding import DecodeOptions
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.target_scores import TargetScores
-from latentwire_fast.serving.batch import Batch
+from latentwire_fast.serving.batch import Batch, deep_positions
 from latentwire_fast.serving.buckets import row_bucket
-from latentwire_fast.serving.engines import choose_engine
+from latentwire_fast.serving.engines import choose_engine, choose_with_hooks
 from latentwire_fast.serving.forward_pass import ForwardPass
 from latentwire_fast.serving.graph_engine import GraphEngine
 from latentwire_fast.serving.graphs import CapturedPass
 from latentwire_fast.serving.intake import Intake
 from latentwire_fast.serving.options import Engine, ReceiverOptions
 from latentwire_fast.serving.pass_cache import PassCache
-from latentwire_fast.serving.payload_batch import PayloadKind
+from latentwire_fast.serving.payload_batch import Message, PayloadKind
 from latentwire_fast.serving.prefilled import Prefilled
 from latentwire_fast.serving.prefilled_apart import PrefilledApart
 from latentwire_fast.serving.prefixes import TrainedParts
@@ -61,6 +66,8 @@ class Receiver:
         payload_kind: of the payloads that the adapter was trained for; None for text.
         deep_prefix: latent to keys and values `[L, 2, R, H, P, d_head]`, P likewise; None without
             one.
+        layers: latent to updates of the hidden states between the reader's layers, which are read
+            op by op; None without any.
         options: see `ReceiverOptions`.
 
     Attributes:
@@ -81,20 +88,31 @@ class Receiver:
         *,
         payload_kind: PayloadKind | None = None,
         deep_prefix: nn.Module | None = None,
+        layers: nn.Module | None = None,
         options: ReceiverOptions | None = None,
     ) -> None:
         self.reader = reader
         self.options = options = options or ReceiverOptions()
         self.engine: Engine
-        self.engine, self.reason = choose_engine(options.engine, reader)
+        choose = choose_engine if layers is None else choose_with_hooks
+        self.engine, self.reason = choose(options.engine, reader)
         parts = None
         if payload_kind is not None:
-            parts = TrainedParts(adapter, deep_prefix, reader=reader, gain=options.prefix_gain)
+            parts = TrainedParts(
+                adapter,
+                deep_prefix,
+                layers,
+                reader=reader,
+                gain=options.prefix_gain,
+                view=payload_kind.view,
+            )
         self._pass = ForwardPass(
             reader, parts, compiled=self.engine == "compile", mark=options.mark
         )
         heads = None
-        if options.keep_head and deep_prefix is None and not reader.abilities.deep:
+        # A head that attends to the latent, too, is not the same from request to request.
+        can_keep = deep_prefix is None and layers is None and not reader.abilities.deep
+        if options.keep_head and can_keep:
             heads = PromptHeads(reader)
         self._intake = Intake(self._pass, payload_kind, heads)
         self._graphs = GraphEngine(self._pass, options) if self.engine == "graph" else None
@@ -115,16 +133,22 @@ class Receiver:
         """
         model.adapt(reader, merge=options is not None and options.merge_lora)
         encoder = model.encoder_config
+        sends_codes = model.bottleneck.sends_codes and model.bottleneck.version == wire.VERSION
+        opened = partial(model.open_payloads, reader=reader.name)
         kind = PayloadKind(
             encoder.latents,
             encoder.d_z,
             model.fingerprint,
-            unpack=None if model.bottleneck.sends_codes else model.decode_payloads,
+            unpack=None if sends_codes else opened,
+            slots=model.slots if model.slots.private else None,
+            reader=reader.name,
+            decode=opened if encoder.varies else None,
         )
         return cls(
             reader,
             model.attachment(reader.name, "prefixes"),
             deep_prefix=model.attachment(reader.name, "deep"),
+            layers=model.attachment(reader.name, "layers"),
             payload_kind=kind,
             options=options,
         )
@@ -139,7 +163,7 @@ class Receiver:
         self,
         prompts: Sequence[Prompt],
         *,
-        payloads: Sequence[bytes] | None = None,
+        payloads: Sequence[Message] | None = None,
         embeddings: Sequence[Tensor] | None = None,
     ) -> Prefilled:
         """Read prompts up to the first token's logits.
@@ -147,7 +171,8 @@ class Receiver:
         Args:
             prompts: without their answers. Built with `latent=` where payloads or embeddings are
                 given, as text where neither is.
-            payloads: one per prompt, or one that all prompts ask about; all of one bit width.
+            payloads: one per prompt, or one that all prompts ask about; all of one bit width. A
+                list of payloads in the place of one: they stand one behind the other.
             embeddings: ready soft tokens `[M_i, D]` per prompt, in their place. They are always
                 read op by op, and without a deep prefix.
 
@@ -163,27 +188,30 @@ class Receiver:
     def _prefill(
         self,
         prompts: Sequence[Prompt],
-        payloads: Sequence[bytes] | None,
+        payloads: Sequence[Message] | None,
         embeddings: Sequence[Tensor] | None,
     ) -> Prefilled:
         batch = self._batch(prompts, payloads, embeddings)
-        if len(prompts) > 1 and self.reader.abilities.together and not batch.is_even:
-            return self._apart(prompts, payloads, embeddings)
-        if self._graphs is not None and embeddings is None:
+        if len(prompts) > 1 and not batch.is_even:
+            abilities = self.reader.abilities
+            padded_first = "" if batch.deep_lengths_B is None else abilities.left
+            if why := abilities.together or padded_first:
+                return self._apart(prompts, payloads, embeddings, why)
+        if self._graphs is not None and embeddings is None and batch.is_uniform:
             return self._with_graphs(batch) or self._read(batch)
         return self._read(batch)
 
     def _apart(
         self,
         prompts: Sequence[Prompt],
-        payloads: Sequence[bytes] | None,
+        payloads: Sequence[Message] | None,
         embeddings: Sequence[Tensor] | None,
+        why: str,
     ) -> Prefilled:
         """Prompts of a reader that cannot decode several lengths in one batch, one by one."""
         self.reader.warn_once(
             "apart",
-            f"reader {self.reader.name!r} reads prompts of several lengths one by one: "
-            f"{self.reader.abilities.together}",
+            f"reader {self.reader.name!r} reads prompts of several lengths one by one: {why}",
         )
         parts = []
         for row, prompt in enumerate(prompts):
@@ -201,7 +229,7 @@ class Receiver:
         self,
         prompts: Sequence[Prompt],
         *,
-        payloads: Sequence[bytes] | None = None,
+        payloads: Sequence[Message] | None = None,
         embeddings: Sequence[Tensor] | None = None,
         options: DecodeOptions | None = None,
         numbers: Sequence[int] | None = None,
@@ -217,7 +245,7 @@ class Receiver:
         self,
         prompts: Sequence[Prompt],
         *,
-        payloads: Sequence[bytes] | None = None,
+        payloads: Sequence[Message] | None = None,
         embeddings: Sequence[Tensor] | None = None,
     ) -> TargetScores:
         """Log-probabilities of the answers that the prompts end in, in one teacher-forced pass.
@@ -230,19 +258,14 @@ class Receiver:
     def _score(self, prompts: Sequence[Prompt], batch: Batch) -> TargetScores:
         if batch.parcel is None:
             return self.reader.score(prompts, prefixes=batch.embeddings)
-        soft_RMD, deep_L2RHPd = self._pass.prefixes(batch)
-        if soft_RMD is None:
-            soft_RMD = self.reader.embedding.weight.new_zeros(1, 0, self.reader.d_model)
-        soft_BMD = soft_RMD.expand(len(prompts), -1, -1)
-        head = self._pass.head_positions
-        return self.reader.score(prompts, prefixes=soft_BMD, deep=deep_L2RHPd, head=head)
+        return self.reader.score(prompts, **self._pass.reader_inputs(batch))
 
     @torch.no_grad()
     def capture(
         self,
         prompts: Sequence[Prompt],
         *,
-        payloads: Sequence[bytes] | None = None,
+        payloads: Sequence[Message] | None = None,
         rows: Sequence[int] = (1,),
         shared: bool = False,
     ) -> int:
@@ -284,7 +307,7 @@ class Receiver:
     def _batch(
         self,
         prompts: Sequence[Prompt],
-        payloads: Sequence[bytes] | None,
+        payloads: Sequence[Message] | None,
         embeddings: Sequence[Tensor] | None,
     ) -> Batch:
         return self._intake.batch(prompts, payloads, embeddings, padded=self.engine != "eager")
@@ -292,8 +315,8 @@ class Receiver:
     # --- engines ----------------------------------------------------------------------------------
 
     def _read(self, batch: Batch) -> Prefilled:
-        logits_BV, cache = self._pass.run(batch)
-        return self._outcome(batch, logits_BV, cache=cache, captured=None)
+        logits_BV, cache, layers = self._pass.run(batch)
+        return self._outcome(batch, logits_BV, cache=cache, layers=layers)
 
     def _with_graphs(self, batch: Batch) -> Prefilled | None:
         """None where the engine was left to the receiver, and a capture fails."""
@@ -312,7 +335,13 @@ class Receiver:
         logger.warning("reader %r is read op by op from now on: %s", self.reader.name, self.reason)
 
     def _outcome(
-        self, batch: Batch, logits_BV: Tensor, *, cache: Cache, captured: CapturedPass | None
+        self,
+        batch: Batch,
+        logits_BV: Tensor,
+        *,
+        cache: Cache,
+        captured: CapturedPass | None = None,
+        layers: LayerUpdates | None = None,
     ) -> Prefilled:
         lengths_B, positions = self._places(batch)
         step = None
@@ -324,11 +353,14 @@ class Receiver:
             cache=cache,
             lengths_B=lengths_B,
             positions=positions,
+            padding_B=batch.layout.width - batch.layout.lengths_B,
             captured=captured,
+            layers=layers,
             step=step,
         )
 
     def _places(self, batch: Batch) -> tuple[np.ndarray, int]:
         """Real positions of each row, and columns of the cache, deep ones included."""
-        deep = self._pass.deep_positions(batch.parcel, batch.head)
-        return batch.layout.lengths_B + deep, deep + batch.layout.width
+        deep = deep_positions(batch.parcel, batch.head, batch.spans)
+        deep_B = deep if batch.deep_lengths_B is None else batch.deep_lengths_B
+        return batch.layout.lengths_B + deep_B, deep + batch.layout.width

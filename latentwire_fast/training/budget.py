@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from latentwire_fast.config.parts import BITS
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.models.encoders.base import Encoder
-from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.models.interlingua import LORA, Interlingua
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.shapes import Shape, shape_of
 from latentwire_fast.registry import BOTTLENECKS, ENCODERS
+from latentwire_fast.training.builders import named_sources
+from latentwire_fast.training.frozen_parts import check_frozen, is_within
 from latentwire_fast.training.run_costs import LM, Lengths, RunCosts
+from latentwire_fast.training.warm_start import warm_start
 
 GPU, GPU_FLOPS, GPU_BYTES, MFU = "H100 (bf16)", 989e12, 80e9, 0.35
 
@@ -87,10 +91,13 @@ def budget(config: RunConfig) -> Budget:
     """The budget of a run.
 
     Raises:
-        ConfigError: the shape of a reader, or of the encoder's LM, is not known here.
+        ConfigError: the shape of a reader, or of the encoder's LM, is not known here; or a stage
+            names parts or data that the run has not.
+        CheckpointError: a run that it begins as is not trained.
     """
     shapes = {name: shape_of(r.source) for name, r in config.readers.items()}
     model = _model(config, shapes)
+    _check_names(config, model)
     core = getattr(model.encoder, LM, None)
     lm = None if core is None else Shape.of(core.config)
     lengths = Lengths.of(config)
@@ -122,7 +129,8 @@ def budget(config: RunConfig) -> Budget:
 
 def _model(config: RunConfig, shapes: Mapping[str, Shape]) -> Interlingua:
     """What is trained, on the meta device."""
-    cards = {name: _card(shape) for name, shape in shapes.items()}
+    sources = {name: reader.source for name, reader in config.readers.items()}
+    cards = {name: _card(shape, sources[name]) for name, shape in shapes.items()}
     encoder: Encoder = ENCODERS.part_of(config.encoder).outline(config.encoder)
     with torch.device("meta"):
         return Interlingua(
@@ -131,14 +139,27 @@ def _model(config: RunConfig, shapes: Mapping[str, Shape]) -> Interlingua:
             bottleneck=config.bottleneck,
             attachments=config.attachments,
             mode=config.mode,
+            private_slots=config.private_slots,
         )
 
 
-def _card(shape: Shape) -> ReaderCard:
+def _check_names(config: RunConfig, model: Interlingua) -> None:
+    """Raise where a training would: what stages and `warm_start` name has to be there."""
+    named_sources(config)
+    loras = [f"{LORA}.{name}" for name, reader in config.readers.items() if reader.lora is not None]
+    given = [part for stage in config.stages for part in stage.frozen if is_within(part, loras)]
+    names = [name for name, _ in model.trained_parameters()]
+    check_frozen(config.stages, [*names, *loras, *given])  # updates have no outline
+    for part, run in config.warm_start.items():
+        if not is_within(part, [LORA]):
+            warm_start(model, part, Path(run))
+
+
+def _card(shape: Shape, source: str) -> ReaderCard:
     """The card of a reader of which only the shape is known."""
     rms = ((1.0, 1.0),) * shape.layers
     geometry = KVGeometry(shape.layers, shape.kv_heads, shape.head_width, rms)
-    return ReaderCard(shape.width, 1.0, "", geometry)
+    return ReaderCard(shape.width, 1.0, "", geometry, source, shape.layers)
 
 
 def _by_part(model: Interlingua, *, trained: bool) -> dict[str, int]:

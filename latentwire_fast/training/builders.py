@@ -25,7 +25,7 @@ from latentwire_fast.data.sources import (
     load_examples,
     split_validation,
 )
-from latentwire_fast.data.streams import ExampleStream, Stream
+from latentwire_fast.data.streams import ExampleStream, Stream, TrainItem
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.run_folder import RunFolder
@@ -37,7 +37,7 @@ from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.registry import ATTACHMENTS
+from latentwire_fast.registry import ATTACHMENTS, OBJECTIVES
 from latentwire_fast.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         evaluation = replace(
             evaluation, continuation=replace(evaluation.continuation, source=place)
         )
-    stages = tuple(
-        stage if stage.source is None else replace(stage, source=map_paths(stage.source, _absolute))
-        for stage in config.stages
-    )
     return replace(
         config,
-        stages=stages,
+        stages=tuple(map(_absolute_stage, config.stages)),
         readers=readers,
         encoder=encoder,
         data=data,
@@ -80,6 +76,13 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         base=None if config.base is None else _absolute(config.base),
         warm_start={part: _absolute(run) for part, run in config.warm_start.items()},
     )
+
+
+def _absolute_stage(stage: StageConfig) -> StageConfig:
+    """A stage whose data and whose objectives' models are found from anywhere."""
+    objectives = tuple(objective.map_sources(_absolute) for objective in stage.objectives)
+    source = None if stage.source is None else map_paths(stage.source, _absolute)
+    return replace(stage, objectives=objectives, source=source)
 
 
 def _absolute(source: str) -> str:
@@ -109,13 +112,17 @@ def check_stored_config(path: Path, config: RunConfig) -> None:
 
 
 def build_model(
-    config: RunConfig, readers: dict[str, Reader], contexts: Sequence[str] = ()
+    config: RunConfig,
+    readers: dict[str, Reader],
+    contexts: Sequence[str] = (),
+    fitted: Sequence[TrainItem] = (),
 ) -> Interlingua:
     """A model for these readers, fresh but for the encoder of a base. Readers whose low-rank
     updates are to be trained read with them from now on.
 
     Args:
         contexts: a few texts of the training data, which attachments may start from.
+        fitted: items of the training data that a fresh encoder is fitted to.
 
     Raises:
         ConfigError: the base does not fit the configuration, or has adapters for these readers; a
@@ -125,15 +132,21 @@ def build_model(
     for reader in readers.values():
         for attachment in config.attachments:
             reader.require(ATTACHMENTS.part_of(attachment).gives)
+    base = None if config.base is None else _base_model(config, config.base, readers)
     model = Interlingua(
-        _fresh_encoder(config, readers)
-        if config.base is None
-        else _base_encoder(config, config.base, readers),
+        _fresh_encoder(config, readers) if base is None else base.encoder,
         {name: ReaderCard.of(reader) for name, reader in readers.items()},
         bottleneck=config.bottleneck,
         attachments=config.attachments,
         mode=config.mode,
+        private_slots=config.private_slots,
     )
+    if base is not None:
+        model.bottleneck = base.bottleneck
+    if fitted:
+        model.encoder.to(next(iter(readers.values())).device)  # where it will be trained
+        questions = [item.question for item in fitted] if config.mode == "pure" else None
+        model.encoder.fit([item.context for item in fitted], questions)
     for name, reader in readers.items():
         for part in model.parts(name).values():
             part.start(reader, mode=config.mode, contexts=contexts)
@@ -142,7 +155,20 @@ def build_model(
             model.lora[name] = ReaderLora.fresh(reader, reader.lora_settings)
     for place, run in config.warm_start.items():
         warm_start(model, place, Path(run))
+    _add_heads(model, config, readers)
     return model
+
+
+def _add_heads(model: Interlingua, config: RunConfig, readers: dict[str, Reader]) -> None:
+    """Make what the objectives of the stages train beside the model: the last to be drawn, so that
+    the model begins as it would without them."""
+    for stage in config.stages:
+        for objective in stage.objectives:
+            if objective.kind not in model.heads:
+                part = OBJECTIVES.part_of(objective)
+                head = part.build_head(objective, model, readers)
+                if head is not None:
+                    model.heads[objective.kind] = head
 
 
 def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
@@ -152,7 +178,8 @@ def _fresh_encoder(config: RunConfig, readers: dict[str, Reader]) -> Encoder:
         raise ConfigError(f"preset {config.preset!r}: {error}") from error
 
 
-def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> Encoder:
+def _base_model(config: RunConfig, base: str, readers: dict[str, Reader]) -> Interlingua:
+    """The model of a base, its encoder and bottleneck as they stay."""
     model = Interlingua.from_pretrained(RunFolder(Path(base)).model)
     kept = config.bottleneck, config.mode
     fits = config.encoder.allows(model.encoder_config)
@@ -160,6 +187,17 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
         raise ConfigError(
             f"this run has another encoder, bottleneck or mode than its base {base}, which it keeps"
         )
+    if model.slots.private != config.private_slots:
+        raise ConfigError(
+            f"private_slots={config.private_slots}, and those of the base {base}, which are kept, "
+            f"are {dict(model.slots.private)}"
+        )
+    for name in readers:
+        if name in config.private_slots:
+            raise ConfigError(
+                f"{base} has slots that are for its reader {name!r} alone; give the added reader "
+                "another name"
+            )
     served = {card.fingerprint: name for name, card in model.cards.items()}
     for name, reader in readers.items():
         if reader.fingerprint in served:
@@ -167,7 +205,9 @@ def _base_encoder(config: RunConfig, base: str, readers: dict[str, Reader]) -> E
                 f"{base} has learned with reader {name!r} ({served[reader.fingerprint]!r} there); "
                 "name the readers to add with --reader"
             )
-    return model.encoder.requires_grad_(False)
+    model.encoder.requires_grad_(False)
+    model.bottleneck.requires_grad_(False)
+    return model
 
 
 @dataclass(frozen=True)
@@ -212,7 +252,7 @@ def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
     )
     limit.report(data.source)
     check_answers(examples, readers, source=data.source)
-    named = _named_sources(config)
+    named = named_sources(config)
     if endless is not None:  # it is one source
         by_source: dict[str, Stream] = dict.fromkeys(named, endless)
         return RunData(endless, _validation_of_endless(config, readers), by_source)
@@ -242,7 +282,7 @@ def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
     return result
 
 
-def _named_sources(config: RunConfig) -> list[str]:
+def named_sources(config: RunConfig) -> list[str]:
     """The pieces of the run's source that stages name.
 
     Raises:

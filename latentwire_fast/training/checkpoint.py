@@ -149,7 +149,7 @@ def _retire(folder: Path, step: int, keep: int) -> None:
     """Delete what the new checkpoint made superfluous; a failure costs space, not safety."""
     kept = 0
     for path in _candidates(folder):
-        found = _step_of(path)
+        found = step_of(path)
         is_old = path.name.startswith(".")
         if not is_old and found <= step and kept < keep:
             kept += 1
@@ -170,7 +170,12 @@ def _manifest_text(step: int, files: Mapping[str, Any]) -> str:
     return json.dumps(body, sort_keys=True, indent=2) + "\n"
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is of.
+
+    Raises:
+        CheckpointError: it is not named like one.
+    """
     match = _FOLDER.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path} is not named like a checkpoint (step-00001234)")
@@ -180,7 +185,7 @@ def _step_of(path: Path) -> int:
 def _candidates(folder: Path) -> list[Path]:
     """Checkpoint folders, newest step first; of one step, the one in place goes first."""
     found = [path for path in folder.glob("*") if _FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda p: (_step_of(p), not p.name.startswith(".")), reverse=True)
+    return sorted(found, key=lambda p: (step_of(p), not p.name.startswith(".")), reverse=True)
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -189,7 +194,7 @@ def verify_checkpoint(path: Path) -> None:
     Raises:
         CheckpointError: a file is missing, superfluous, of another length, or changed.
     """
-    step = _step_of(path)
+    step = step_of(path)
     try:
         manifest = path / _MANIFEST
         if manifest.stat().st_size > _MANIFEST_LIMIT:
@@ -240,6 +245,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder`, intact or damaged."""
+    return bool(_candidates(folder))
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Load one checkpoint (`.../step-N`), or the newest intact one of a folder.
 
@@ -255,4 +265,4 @@ def load_checkpoint(path: Path) -> Checkpoint:
         path = latest
     tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
     state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    return Checkpoint(step=_step_of(path), path=path, tensors=tensors, state=state)
+    return Checkpoint(step=step_of(path), path=path, tensors=tensors, state=state)

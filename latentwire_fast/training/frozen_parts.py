@@ -31,7 +31,8 @@ def check_frozen(stages: Sequence[StageConfig], names: Sequence[str]) -> None:
             )
         require(
             not all(is_within(name, stage.frozen) for name in names),
-            f"stage {stage.name!r}: everything is frozen; leave out some of {stage.frozen}",
+            f"stage {stage.name!r}: everything is frozen; leave out one of "
+            f"{', '.join(stage.frozen)}",
         )
 
 

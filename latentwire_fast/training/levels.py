@@ -1,4 +1,5 @@
-"""The scheduled numbers of a step: a stage's gain, latent dropout, and fields of its objectives.
+"""The scheduled numbers of a step: a stage's gain, dropout, share of texts, and fields of its
+objectives.
 
 Most schedules are functions of the step alone. A `gated` one goes by the answers' accuracy: its
 progress, and the running mean of the accuracy, are part of a run's state.
@@ -50,6 +51,16 @@ class Gates:
             else:
                 found[place] = build_schedule(config).value(done, stage.steps)
         return found
+
+    def text_batches(self, stage: StageConfig, done: int) -> tuple[int, int] | None:
+        """Batches of texts before the next step of a stage and with it, counted from the stage's
+        first step; None where their share is not scheduled."""
+        config = stage.schedules.get("text_share")
+        if config is None:
+            return None
+        schedule = build_schedule(config)
+        before = sum(schedule.value(i, stage.steps) for i in range(done))
+        return int(before), int(before + schedule.value(done, stage.steps))
 
     def watch(self, stage: StageConfig, parts: Mapping[str, Tensor]) -> None:
         """Take in what a step reported, as `MEASURE/READER`; nothing where no schedule asks."""

@@ -14,6 +14,7 @@ from latentwire_fast.readers.reader import Reader
 
 SAMPLE = 64  # items of a stream without an end
 WITH_TASK = ("autoencode", "continuation")  # prompts in which a task's token follows the latent
+NOT_READ = ("answer", "content", "gist")  # tokens that are targets, and no reader's input
 
 
 def check_positions(
@@ -42,14 +43,20 @@ def check_positions(
         for item in _items(config, stage, stream):
             (prepared,) = objectives.prepare([item], stage, readers)
             for (kind, name), prompt in prepared.prompts.items():
+                if kind in NOT_READ:
+                    continue
                 where = f"stage {stage.name!r}, example {item.id!r}, prompt {kind!r}"
-                _check(prompt, readers[name], objectives, where, with_task=kind in WITH_TASK)
+                latents = objectives.model.positions_of(name) * len(prepared.chunks)
+                _check(prompt, readers[name], latents + (kind in WITH_TASK), where)
     for example in heldout:
         turns = [Turn(example.question, example.answers[0] if example.answers else None)]
+        model = objectives.model
+        asked = [example.question] if model.mode == "pure" else None
+        chunks = model.cut([example.context], asked, length=objectives.chunk_length)
         for reader in readers.values():
-            build, mode = reader.prompts.build, objectives.model.mode
-            prompt = build(turns, context=example.context, latent=mode)
-            _check(prompt, reader, objectives, f"held-out example {example.id!r}")
+            latents = model.positions_of(reader.name) * len(chunks.contexts)
+            prompt = reader.prompts.build(turns, context=example.context, latent=model.mode)
+            _check(prompt, reader, latents, f"held-out example {example.id!r}")
 
 
 def _items(config: RunConfig, stage: StageConfig, stream: Stream) -> Iterator[TrainItem]:
@@ -60,17 +67,13 @@ def _items(config: RunConfig, stage: StageConfig, stream: Stream) -> Iterator[Tr
         yield from stream.batch(0, SAMPLE, facts=config.data.facts)
 
 
-def _check(
-    prompt: Prompt,
-    reader: Reader,
-    objectives: ObjectiveSet,
-    where: str,
-    *,
-    with_task: bool = False,
-) -> None:
-    positions = len(prompt.ids)
-    if prompt.latent_at is not None:
-        positions += objectives.model.positions + with_task
+def _check(prompt: Prompt, reader: Reader, latents: int, where: str) -> None:
+    """Raise where a reader has too few positions.
+
+    Args:
+        latents: how many positions what stands in a latent's place takes.
+    """
+    positions = len(prompt.ids) + (0 if prompt.latent_at is None else latents)
     if positions > reader.max_positions:
         raise DataError(
             f"{where}: it takes {positions:,} positions, and reader {reader.name!r} knows "

@@ -14,6 +14,7 @@ allocator keeps besides (count on a tenth).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -84,10 +85,16 @@ class RunCosts:
         return self.config.data.questions_per_context if self.config.mode == "context" else 1
 
     @property
+    def chunks(self) -> int:
+        """Latents of an example."""
+        length = self.config.data.chunk_length
+        return 1 if length is None else max(1, math.ceil(self.lengths.context / length))
+
+    @property
     def with_latent(self) -> float:
         """Positions of a prompt that has the latent in the place of text."""
         asked = self.lengths.question if self.config.mode == "context" else 0
-        return self.model.positions + asked + self.lengths.answer + TEMPLATE_TOKENS
+        return self.chunks * self.model.positions + asked + self.lengths.answer + TEMPLATE_TOKENS
 
     @property
     def with_text(self) -> float:
@@ -101,7 +108,7 @@ class RunCosts:
         asked = self.lengths.question if self.config.mode == "pure" else 0
         length = self.lengths.context + asked + TEMPLATE_TOKENS
         longest = getattr(self.config.encoder, "max_tokens", length)
-        return min(length, longest) + self.config.encoder.latents
+        return min(length, self.chunks * longest) + self.chunks * self.config.encoder.latents
 
     # --- operations -------------------------------------------------------------------------------
 
@@ -112,7 +119,7 @@ class RunCosts:
         per_example = self._encoder_flops()
         share = 1 / len(self.shapes) if self.config.optim.readers == "alternate" else 1.0
         for name, shape in self.shapes.items():
-            own = 6.0 * self.config.encoder.latents * self._attachment_parameters(name)
+            own = self._attachment_flops(name)
             if kinds & LATENTS_READ or unknown:
                 passes = 6 if self.config.optim.gradient_checkpointing else 4
                 own += self.questions * passes / 2 * self._forward(shape, self.with_latent)
@@ -149,10 +156,16 @@ class RunCosts:
     def _reads_queries(self) -> bool:
         return bool(self.config.encoder.pooler.kind == "queries")  # type: ignore[attr-defined]
 
-    def _attachment_parameters(self, reader: str) -> int:
-        return sum(
-            p.numel() for part in self.model.parts(reader).values() for p in part.parameters()
-        )
+    def _attachment_flops(self, reader: str) -> float:
+        """Of one example: attachments run once per latent, or between a reader's layers at each
+        position of its prompts."""
+        flops = 0.0
+        for part in self.model.parts(reader).values():
+            rows: float = self.config.encoder.latents
+            if part.gives == "layers":
+                rows = self.questions * self.with_latent
+            flops += 6.0 * rows * sum(p.numel() for p in part.parameters())
+        return flops
 
     # --- memory -----------------------------------------------------------------------------------
 
@@ -165,7 +178,7 @@ class RunCosts:
         parts["gradients"] = 4.0 * trained
         parts["optimiser"] = 4.0 * self._optimiser_values()
         parts["activations of the encoder"] = self._micro * self._encoder_activations()
-        parts["deep prefixes"] = self._micro * sum(map(self._prefix_bytes, self.shapes.values()))
+        parts["deep prefixes"] = self._micro * sum(map(self._prefix_bytes, self.shapes))
         readers = [self._micro * self._reader_activations(name) for name in self.shapes]
         together = self.config.optim.readers == "sum"
         parts["activations of readers"] = sum(readers) if together else max(readers)
@@ -195,10 +208,11 @@ class RunCosts:
             values += kept * sum(p.numel() for g in optimizer.param_groups for p in g["params"])
         return values
 
-    def _prefix_bytes(self, shape: Shape) -> float:
+    def _prefix_bytes(self, name: str) -> float:
         """Of one example: keys and values in fp32, and their gradient."""
-        deep = self.config.encoder.latents if self.config.gives("deep") else 0
-        return 8.0 * deep * 2 * shape.layers * shape.kv_heads * shape.head_width
+        deep, shape = self.model.attachment(name, "deep"), self.shapes[name]
+        positions = 0 if deep is None else deep.positions
+        return 8.0 * positions * 2 * shape.layers * shape.kv_heads * shape.head_width
 
     def _encoder_activations(self) -> float:
         """Bytes of one example."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.streams import ExampleStream, Stream
+from latentwire_fast.data.streams import ExampleStream, Stream, TrainItem
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.spread import latent_statistics
 from latentwire_fast.files.run_folder import RunFolder
@@ -27,16 +28,19 @@ from latentwire_fast.objectives.teacher_cache import TeacherCache
 from latentwire_fast.objectives.text_answers import TextAnswers
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.reader import Reader, load_readers
+from latentwire_fast.training.bottleneck_fit import fit_bottleneck
 from latentwire_fast.training.builders import (
     RunData,
     build_data,
     build_model,
     warn_of_truncation,
 )
+from latentwire_fast.training.checkpoint import has_checkpoint
 from latentwire_fast.training.epochs import with_steps
 from latentwire_fast.training.frozen_parts import check_frozen, is_within
 from latentwire_fast.training.frozen_work import keeps
 from latentwire_fast.training.guards import FrozenGuard, NonFiniteGuard
+from latentwire_fast.training.hand_over import check_hand_overs, of_newest_step, wanted_latents
 from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.position_check import check_positions
 from latentwire_fast.training.state import TrainingState
@@ -115,9 +119,37 @@ class Session:
             },
         }
 
+    def after_step(self, stage: StageConfig, latents: Sequence[Tensor]) -> None:
+        """What a step changes beside what the optimisers do.
+
+        Args:
+            latents: `[B, M, d]` of each process's items, in the order of the processes.
+        """
+
+    @property
+    def wants_latents(self) -> bool:
+        """Whether `after_step` does something with them."""
+        return False
+
+    @property
+    def must_hand_over(self) -> bool:
+        """Whether the next step is for another model, with fewer latents."""
+        return False
+
     def save(self, folder: Path) -> None:
         """Write what was trained."""
         raise NotImplementedError
+
+    def save_final(self, folder: Path, *, best: Path | None) -> None:
+        """Write what was trained for the last time.
+
+        Args:
+            best: the saved model to take, in the place of the one in memory.
+        """
+        if best is None:
+            self.save(folder)
+        else:
+            shutil.copytree(best, folder)
 
 
 @dataclass(frozen=True)
@@ -137,16 +169,47 @@ class LatentSession(Session):
             lora = self.model.lora_of(name)
             parts = [*self.model.parts(name).values(), *([] if lora is None else [lora])]
             found[name] = nn.ModuleList(parts)
+        if any(p.requires_grad for p in self.model.bottleneck.parameters()):
+            found["bottleneck"] = self.model.bottleneck
         return found
 
     def describe(self, latent_BMd: Tensor) -> dict[str, Any]:
         """Whether they differ, and the sizes of what readers are given of them."""
         rms = {name: self.model.prefix_rms(name, latent_BMd) for name in self.readers}
-        return {"latent": latent_statistics(latent_BMd), "rms": rms}
+        codes = self.model.bottleneck.describe(latent_BMd)
+        shown = {"codes": codes} if codes else {}
+        return {"latent": latent_statistics(latent_BMd), "rms": rms, **shown}
+
+    @property
+    def wants_latents(self) -> bool:
+        """Whether the bottleneck learns from them."""
+        return self.model.bottleneck.learns and self.config.base is None
+
+    def after_step(self, stage: StageConfig, latents: Sequence[Tensor]) -> None:
+        """Show the bottleneck what was sent, unless the stage leaves it as it is."""
+        if stage.quantize is not None and not is_within("bottleneck", stage.frozen):
+            device = next(self.model.parameters()).device
+            sent_BMd = torch.cat([latent_BMd.to(device) for latent_BMd in latents])
+            self.model.bottleneck.learn(sent_BMd, stage.quantize)
+
+    @property
+    def must_hand_over(self) -> bool:
+        """Whether the next step's stage has fewer latents than the model."""
+        return self.model.encoder_config.latents != wanted_latents(self.config, self.state.step)
 
     def save(self, folder: Path) -> None:
         """Write the model."""
         self.model.save_pretrained(folder)
+
+    def save_final(self, folder: Path, *, best: Path | None) -> None:
+        """Write the model, its bottleneck fitted to the training texts."""
+        if not self.model.bottleneck.fits_texts or self.config.base is not None:
+            super().save_final(folder, best=best)
+            return
+        device = next(self.model.parameters()).device
+        model = self.model if best is None else Interlingua.from_pretrained(best).to(device)
+        fit_bottleneck(model, self.stream, self.config)
+        model.save_pretrained(folder)
 
 
 def begin(config: RunConfig, accelerator: Accelerator) -> None:
@@ -191,18 +254,24 @@ def open_session(
     data = build_data(config, readers)
     config, stream = with_steps(config, data), data.stream
     contexts = _start_texts(config, stream)
-    model = build_model(config, readers, contexts).to(accelerator.device).train()
+    now = of_newest_step(config, folder.checkpoints)
+    # A checkpoint holds what the encoder was fitted to.
+    fitted = [] if has_checkpoint(folder.checkpoints) else _texts_to_fit(config, stream)
+    model = build_model(now, readers, contexts, fitted).to(accelerator.device).train()
+    if now is not config:
+        check_hand_overs(config, model, partial(build_model, readers=readers, contexts=contexts))
     if config.base:
         model.encoder.eval()
+        model.bottleneck.eval()
     if config.optim.gradient_checkpointing:
         for reader in readers.values():
             reader.enable_gradient_checkpointing()
     check_frozen(config.stages, [name for name, _ in model.trained_parameters()])
     optimizers = build_optimizers(model, config.optim)
     check_answers(heldout, readers, source=f"{config.data.source} (held out)")
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and config.data.chunk_length is None:
         warn_of_truncation(model.encoder, stream, config.mode)
-    objectives = ObjectiveSet(model, readers)
+    objectives = ObjectiveSet(model, readers, chunk_length=config.data.chunk_length)
     # Where data has no end, no prompt comes twice.
     if cache and isinstance(stream, ExampleStream) and keeps(objectives, config, stream, folder):
         rank = accelerator.process_index
@@ -222,7 +291,9 @@ def open_session(
         validator=validator_of(
             config,
             data.validation,
-            partial(ask_latents, model=model, readers=readers),
+            partial(
+                ask_latents, model=model, readers=readers, chunk_length=config.data.chunk_length
+            ),
             modules=[model],
         ),
     )
@@ -237,6 +308,18 @@ def _start_texts(config: RunConfig, stream: Stream) -> list[str]:
     return [item.context for item in stream.batch(0, START_TEXTS, facts=config.data.facts)]
 
 
+def _texts_to_fit(config: RunConfig, stream: Stream) -> list[TrainItem]:
+    """The first items of the training data, each context or question once, if the encoder is fitted
+    to some."""
+    count = config.encoder.texts_to_fit
+    if not count or config.base is not None:
+        return []
+    has_texts_only = isinstance(stream, ExampleStream) and not stream.items
+    items = stream.batch(0, count, facts=config.data.facts, texts=has_texts_only)
+    asked = config.mode == "pure"
+    return list({(item.context, item.question if asked else ""): item for item in items}.values())
+
+
 def go_on(session: Session, accelerator: Accelerator) -> None:
     """Go back to a run's newest checkpoint, if it has one.
 
@@ -248,5 +331,11 @@ def go_on(session: Session, accelerator: Accelerator) -> None:
         # The first weights are drawn alike everywhere, the dropout of the steps is not.
         set_seed(session.config.seed, device_specific=True)
     checkpoints, data = session.folder.checkpoints, session.stream.digest
-    if session.state.restore(checkpoints, rank=rank, processes=processes, data=data):
+    if session.state.restore(
+        checkpoints,
+        rank=rank,
+        processes=processes,
+        data=data,
+        hand_over_at=lambda step: session.config.stage_at(step)[0].hand_over,
+    ):
         logger.info("resumed %s at step %d", session.folder.path, session.state.step)

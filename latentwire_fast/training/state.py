@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from latentwire_fast.config.stage import HandOver
 from latentwire_fast.errors import CheckpointError
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.training.checkpoint import (
@@ -21,6 +22,7 @@ from latentwire_fast.training.checkpoint import (
     save_checkpoint,
 )
 from latentwire_fast.training.guards import SpikeGuard
+from latentwire_fast.training.hand_over import hand_over
 from latentwire_fast.training.levels import Gates
 from latentwire_fast.training.optimizer_state import (
     load_optimizer_state,
@@ -130,12 +132,21 @@ class TrainingState:
             },
         )
 
-    def restore(self, folder: Path, *, rank: int, processes: int, data: str) -> bool:
+    def restore(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        processes: int,
+        data: str,
+        hand_over_at: Callable[[int], HandOver],
+    ) -> bool:
         """Go back to the newest intact checkpoint; False where there is none.
 
         Args:
             rank: of this process, whose random state is restored, among `processes`.
             data: the digest of the training data as it is now.
+            hand_over_at: how a checkpoint of that step with more latents is taken over.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or of another run or other data.
@@ -152,13 +163,19 @@ class TrainingState:
                 f"{path}: the training data has changed since; put back the file as it was, or "
                 "start a new run"
             )
-        self.model.load_state_dict(checkpoint.tensors["model"])
-        load_optimizer_state(
-            self.optimizers,
-            self.named,
-            tensors=checkpoint.tensors["optimizer"],
-            state=checkpoint.state["optimizer"],
-        )
+        saved, own = checkpoint.tensors["model"], self.model.trained_state()
+        if any(n in saved and saved[n].shape != tensor.shape for n, tensor in own.items()):
+            how = hand_over_at(checkpoint.step)
+            self.model.load_state_dict(hand_over(saved, own, how))
+            logger.info("step %d: fewer latents from here on", checkpoint.step)
+        else:
+            self.model.load_state_dict(saved)
+            load_optimizer_state(
+                self.optimizers,
+                self.named,
+                tensors=checkpoint.tensors["optimizer"],
+                state=checkpoint.state["optimizer"],
+            )
         _restore_rng(checkpoint, rank=rank, processes=processes)
         self.spikes.state = checkpoint.state["spikes"]
         self.gates.state = checkpoint.state.get("gates", Gates().state)

@@ -124,7 +124,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     start, cache_start = time.perf_counter(), seconds_computing()
     stage, done = config.stage_at(state.step)
     facts, factor = facts_at(config, state.step), lr_factor(config, state.step)
-    batch = _batch(session, stage, facts)
+    batch = _batch(session, stage, facts, done)
     levels = state.gates.levels(stage, done)
     session.objectives.set_levels(stage, levels)
     items = session.objectives.prepare(
@@ -158,6 +158,9 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     state.spikes.watch(loss.item(), step=state.step)
     for optimizer in state.optimizers:
         optimizer.step()
+    latent_BMd = torch.cat([losses.latent_BMd for losses in made])
+    if session.wants_latents:
+        session.after_step(stage, reducer.each(latent_BMd))
     elapsed = time.perf_counter() - start
     state.took(elapsed, for_cache=seconds_computing() - cache_start, stage=stage.name)
     return StepResult(
@@ -171,18 +174,19 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
         grad_norm=norm,
         grad_norms=norms,
         loss_norms=loss_norms,
-        latent_BMd=torch.cat([losses.latent_BMd for losses in made]),
+        latent_BMd=latent_BMd,
         first_ids=_joined([losses.first_ids for losses in made]),
         tokens=session.objectives.tokens(stage, counts),
         seconds=elapsed,
     )
 
 
-def _batch(session: Session, stage: StageConfig, facts: int) -> list[TrainItem]:
-    """The items of the next step, of all processes."""
+def _batch(session: Session, stage: StageConfig, facts: int, done: int) -> list[TrainItem]:
+    """The items of the next step, of all processes, behind so many steps of its stage."""
     size = stage.batch_size or session.config.optim.batch_size
     stream, step = session.data.stream_of(stage), session.state.step
-    return stream.batch(step, size, facts=facts, texts=stage.takes_texts)
+    counted = session.state.gates.text_batches(stage, done)
+    return stream.batch(step, size, facts=facts, texts=stage.takes_texts, counted=counted)
 
 
 def _accumulate(

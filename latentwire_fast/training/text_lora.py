@@ -7,6 +7,7 @@ guards and validation are those of every run (`trainer.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from latentwire_fast.files.run_folder import RunFolder, TextLoraFolder
 from latentwire_fast.objectives.text_answers import TextAnswers
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.decoding import DecodeOptions
+from latentwire_fast.readers.gists import Gists
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.training.builders import build_data
@@ -34,7 +36,22 @@ from latentwire_fast.training.optimizers import build_optimizers
 from latentwire_fast.training.session import Session, begin, go_on
 from latentwire_fast.training.state import TrainingState
 from latentwire_fast.training.trainer import Trainer
-from latentwire_fast.training.validation import ask_text, validator_of
+from latentwire_fast.training.validation import Ask, ask_text, validator_of
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """How one reader is trained.
+
+    Attributes:
+        trained: what gets gradients.
+        objectives: what it learns.
+        ask: makes what asks the reader when it is validated.
+    """
+
+    trained: ReaderLora | Gists
+    objectives: TextAnswers
+    ask: Callable[[DecodeOptions], Ask]
 
 
 @dataclass(frozen=True)
@@ -42,19 +59,20 @@ class TextSession(Session):
     """A run that trains one reader's low-rank updates on text.
 
     Attributes:
-        reader: the reader. lora: what is trained of it.
+        reader: the reader. lora: its updates. trained: these, and what is trained with them.
     """
 
     reader: Reader
     lora: ReaderLora
+    trained: ReaderLora | Gists
 
     def parts(self) -> dict[str, nn.Module]:
-        """The updates."""
-        return {self.reader.name: self.lora}
+        """What is trained."""
+        return {self.reader.name: self.trained}
 
     def save(self, folder: Path) -> None:
         """Write the updates as peft does, and the tokenizer: a source of a reader."""
-        self.lora.save(folder)
+        self.trained.save(folder)
         self.reader.tokenizer.save_pretrained(folder)
 
 
@@ -69,6 +87,12 @@ class TextLoraTrainer(Trainer):
 
     folder_kind: ClassVar[type[RunFolder]] = TextLoraFolder
 
+    def _recipe(self, reader: Reader, lora: ReaderLora) -> TextRecipe:
+        """What is trained of the reader, on what, and how it is asked meanwhile."""
+        return TextRecipe(
+            lora, TextAnswers({reader.name: reader}), partial(ask_text, reader=reader)
+        )
+
     def _open(self) -> TextSession:
         config, accelerator = self.config, self.accelerator
         begin(config, accelerator)
@@ -82,22 +106,22 @@ class TextLoraTrainer(Trainer):
         data = build_data(config, readers)
         config = with_steps(config, data)
         check_answers(self.heldout, readers, source=f"{config.data.source} (held out)")
-        optimizers = build_optimizers(lora, config.optim)
+        recipe = self._recipe(reader, lora)
+        optimizers = build_optimizers(recipe.trained, config.optim)
         size = config.optim.micro_batch or config.optim.batch_size
         session = TextSession(
             config=config,
             folder=self.folder,
             readers=readers,
-            objectives=TextAnswers(readers),
+            objectives=recipe.objectives,
             data=data,
-            state=TrainingState(lora, optimizers, size),
+            state=TrainingState(recipe.trained, optimizers, size),
             frozen=frozen,
             nonfinite=NonFiniteGuard(self.folder.nonfinite),
-            validator=validator_of(
-                config, data.validation, partial(ask_text, reader=reader), modules=[lora]
-            ),
+            validator=validator_of(config, data.validation, recipe.ask, modules=[recipe.trained]),
             reader=reader,
             lora=lora,
+            trained=recipe.trained,
         )
         go_on(session, accelerator)
         return session

@@ -13,7 +13,8 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -163,32 +164,50 @@ class Trainer:
         return Tracker(self.folder, resume_step=step - 1 if step else None)
 
     def _loop(self, tracker: Tracker | None) -> None:
-        config, state = self.session.config, self.session.state
+        total = self.session.config.total_steps
         bar = tqdm(
-            total=config.total_steps,
-            initial=state.step,
+            total=total,
+            initial=self.session.state.step,
             disable=not self.progress,
-            desc=f"train {config.preset}",
+            desc=f"train {self.config.preset}",
             unit="step",
             dynamic_ncols=True,
         )
         with bar:
             self._validate(tracker)  # one that a signal cut short
-            while state.step < config.total_steps and not self._has_stalled():
-                record = self._train_step()
-                following = self._next_step()
-                state.previous, state.step = state.step, following
-                bar.update(state.step - state.previous)
-                if record is not None:
-                    if tracker is not None:
-                        tracker.log(record)
-                    bar.set_postfix_str(_postfix(record))
-                self._validate(tracker)
-                if self.reducer.any(self.signals.number is not None):
-                    self._save_and_stop()
-                is_last = state.step == config.total_steps or self._has_stalled()
-                if is_last or passes(state.previous, state.step, config.save_every):
-                    self.save()
+            while self.session.state.step < total and not self._has_stalled():
+                self._hand_over()
+                self._advance(bar, tracker)
+            self._hand_over()  # where a limit of time has left out the last stage
+
+    def _advance(self, bar: tqdm[Any], tracker: Tracker | None) -> None:
+        """One step, and what is due behind it."""
+        config, state = self.session.config, self.session.state
+        record = self._train_step()
+        following = self._next_step()
+        state.previous, state.step = state.step, following
+        bar.update(state.step - state.previous)
+        if record is not None:
+            if tracker is not None:
+                tracker.log(record)
+            bar.set_postfix_str(_postfix(record))
+        self._validate(tracker)
+        if self.reducer.any(self.signals.number is not None):
+            self._save_and_stop()
+        is_last = state.step == config.total_steps or self._has_stalled()
+        if is_last or passes(state.previous, state.step, config.save_every):
+            self.save()
+
+    def _hand_over(self) -> None:
+        """Go on as a model with fewer latents, if the next step is for one: save, and open again
+        as a run that was stopped there does."""
+        if not self.session.must_hand_over:
+            return
+        self.save()
+        self.session.frozen.verify()
+        self._session = None  # its readers go before they are loaded again
+        self.accelerator.wait_for_everyone()
+        self._session = self._open()
 
     def _next_step(self) -> int:
         """The step behind the one that was done: as the main process's clock says, for all."""
@@ -223,7 +242,8 @@ class Trainer:
         state.validations.append(found)
         if self.accelerator.is_main_process:
             if validator.best(state.validations) is found:
-                self._save_model(self.folder.unfinished_best_model, self.folder.best_model)
+                places = self.folder.unfinished_best_model, self.folder.best_model
+                self._save_model(*places, session.save)
             text = json.dumps(validator.summary(state.validations), indent=2) + "\n"
             write_atomically(self.folder.validation, text)
             if tracker is not None:
@@ -251,16 +271,14 @@ class Trainer:
         self.session.state.model.eval()  # as whoever goes on with it expects
         validation = self.config.validation
         best = self.folder.best_model if validation and validation.use_best else None
-        self._save_model(self.folder.unfinished_model, self.folder.model, copy=best)
+        write = partial(self.session.save_final, best=best)
+        self._save_model(self.folder.unfinished_model, self.folder.model, write)
 
-    def _save_model(self, temporary: Path, final: Path, *, copy: Path | None = None) -> None:
-        """Save the model as it is now, or a saved one again."""
+    def _save_model(self, temporary: Path, final: Path, write: Callable[[Path], None]) -> None:
+        """Have a model written to a folder that is there as a whole or not at all."""
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
-            if copy is None:
-                self.session.save(temporary)
-            else:
-                shutil.copytree(copy, temporary)
+            write(temporary)
             replace_folder(temporary, final)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(

@@ -16,6 +16,7 @@ from torch import nn
 
 from latentwire_fast.config.schema import RunConfig, ValidationConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.encoding import encode_examples
 from latentwire_fast.evaluation.method_result import MethodResult
 from latentwire_fast.evaluation.methods.base import turns
 from latentwire_fast.evaluation.scoring import batches, judge_prompts
@@ -180,15 +181,18 @@ def _add(total: Sums, more: Sums) -> None:
 
 
 def ask_latents(
-    options: DecodeOptions, *, model: Interlingua, readers: Mapping[str, Reader]
+    options: DecodeOptions,
+    *,
+    model: Interlingua,
+    readers: Mapping[str, Reader],
+    chunk_length: int | None = None,
 ) -> Ask:
     """Asks every reader about payloads of the model as it is now, at its bottleneck's bits."""
-    model.__dict__.pop("fingerprint", None)  # of the encoder as it was at the last validation
+    model.__dict__.pop("fingerprints", None)  # of the encoder as it was at the last validation
     receivers = {n: Receiver.of(model, reader, options=_EAGER) for n, reader in readers.items()}
 
     def ask(examples: Sequence[Example]) -> Iterator[tuple[str, MethodResult]]:
-        questions = [e.question for e in examples] if model.mode == "pure" else None
-        payloads = model.payloads(model.encode([e.context for e in examples], questions))
+        payloads = encode_examples(model, examples, chunk_length=chunk_length).messages(model)
         for name, receiver in receivers.items():
             prompts = [
                 receiver.reader.prompts.build(turns(e), context=e.context, latent=model.mode)
@@ -228,4 +232,4 @@ def _undisturbed(trained: Sequence[nn.Module]) -> Iterator[None]:
             module.training = mode
         restore_rng_state({}, tensors=tensors, state=state)
         for module in trained:
-            module.__dict__.pop("fingerprint", None)  # a model's: it goes on to change
+            module.__dict__.pop("fingerprints", None)  # a model's: it goes on to change

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.files.tensors import read_tensors
+from latentwire_fast.training.checkpoint import latest_checkpoint, load_checkpoint
 from latentwire_fast.training.frozen_parts import is_within
 
 ALL = "all"  # whatever both models have
@@ -22,15 +23,13 @@ def warm_start(model: nn.Module, part: str, run: Path) -> None:
     Args:
         part: a name from the left (`encoder`, `attachments.llama`); `all`: every tensor that both
             models have in one shape.
+        run: its folder. Of a run that is not finished, the newest checkpoint is taken.
 
     Raises:
         ConfigError: one of the two models has no such part, or it has other tensors there.
-        CheckpointError: the run has no trained model.
+        CheckpointError: the run has neither a trained model nor a checkpoint.
     """
-    weights = RunFolder(run).model / "model.safetensors"
-    if not weights.is_file():
-        raise CheckpointError(f"warm_start: {weights} is not there; name a finished run")
-    saved = read_tensors(weights)
+    saved = _weights(run)
     own = model.state_dict(keep_vars=True)
     if part == ALL:
         names = {name for name in own.keys() & saved.keys() if own[name].shape == saved[name].shape}
@@ -51,6 +50,21 @@ def warm_start(model: nn.Module, part: str, run: Path) -> None:
         raise ConfigError(f"warm_start: {run} has nothing that fits this run")
     for name in sorted(names):
         own[name].copy_(saved[name].to(own[name]))
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    """The trained tensors of a run."""
+    folder = RunFolder(run)
+    weights = folder.model / "model.safetensors"
+    if weights.is_file():
+        return read_tensors(weights)
+    newest = latest_checkpoint(folder.checkpoints)
+    if newest is None:
+        raise CheckpointError(
+            f"warm_start: {run} has neither {weights.relative_to(run)} nor a checkpoint; name a "
+            "run that has trained"
+        )
+    return load_checkpoint(newest).tensors["model"]
 
 
 def _shape(tensors: dict[str, torch.Tensor], name: str) -> str:

@@ -1,4 +1,7 @@
-"""The frame of a payload: 16 bytes that say what follows, its length, and its CRC-32."""
+"""What a payload says of itself; in version 1, 16 bytes before the body.
+
+Version 2 has a smaller frame (`frame.py`): its model knows the rest of what a `Header` says.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from latentwire_fast import ops
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.errors import PayloadError
 from latentwire_fast.reference import code_bytes
+from latentwire_fast.wire.frame import VERSION_2, is_frame
 
 MAGIC = b"LW"
 VERSION = 1
@@ -23,13 +27,15 @@ _U16_MAX = 0xFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The fields of the first 16 bytes, without the CRC. A header that exists is valid.
+    """What a payload is of: in version 1 the fields of its first 16 bytes, without the CRC. A
+    header that exists is valid.
 
     Attributes:
-        bits: bits per value: 16, 8, 6 or 4.
+        bits: bits per value: 16, 8, 6 or 4; in version 2 as its bottleneck counts them.
         latents: M, 1 to 65,535.
         d_z: latent width, 1 to 65,535.
-        group_size: values per scale: 16, 32 or 64; 0 at 16 bits, which has no scales.
+        group_size: values per scale: 16, 32 or 64; 0 at 16 bits, which has no scales, and in
+            version 2, whose sizes are not computed from it.
         fingerprint: 16 bits that name the interlingua the latent belongs to; 0 for none.
         version: of the format.
 
@@ -45,15 +51,13 @@ class Header:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise PayloadError(
-                f"payload format version {self.version} is unknown, this release reads version "
-                f"{VERSION}; use the release of latentwire-fast that wrote it, or a later one"
-            )
-        counts = range(1, _U16_MAX + 1)
+        if self.version not in (VERSION, VERSION_2):
+            raise _unknown_version(self.version)
+        counts, is_first = range(1, _U16_MAX + 1), self.version == VERSION
+        has_groups = is_first and self.bits != 16
         for name, value, allowed in (
-            ("bits", self.bits, BITS),
-            ("group size", self.group_size, (0,) if self.bits == 16 else ops.GROUP_SIZES),
+            ("bits", self.bits, BITS if is_first else counts),
+            ("group size", self.group_size, ops.GROUP_SIZES if has_groups else (0,)),
             ("M (latents)", self.latents, counts),
             ("d_z", self.d_z, counts),
             ("fingerprint", self.fingerprint, range(_U16_MAX + 1)),
@@ -93,7 +97,8 @@ class Header:
 
 
 def read_header(payload: bytes) -> Header:
-    """The header at the start of `payload`, which may be cut short or go on with other payloads.
+    """The header of version 1 at the start of `payload`, which may be cut short or go on with other
+    payloads.
 
     Checks every field, but neither the length nor the CRC: `unpack` does.
 
@@ -102,6 +107,11 @@ def read_header(payload: bytes) -> Header:
     """
     if not isinstance(payload, bytes):
         raise PayloadError(f"a payload is bytes, got {type(payload).__name__}; convert it first")
+    if is_frame(payload):
+        raise PayloadError(
+            f"the first two bytes are {payload[:2].hex(' ')}, which begin a payload of version 2, "
+            "and this reads version 1; use `decode_payloads` of the model that wrote it"
+        )
     if len(payload) < HEADER_BYTES:
         raise PayloadError(
             f"{len(payload)} bytes are fewer than the {HEADER_BYTES} of a payload's header; "
@@ -115,8 +125,9 @@ def read_header(payload: bytes) -> Header:
             f"the first two bytes are {magic.hex(' ')}, a payload's are {MAGIC.hex(' ')}; "
             "this is something else: check where it comes from"
         )
+    if version != VERSION:
+        raise _unknown_version(version)
     header = Header(
-        version=version,
         bits=bits,
         latents=latents,
         d_z=d_z,
@@ -128,6 +139,13 @@ def read_header(payload: bytes) -> Header:
             f"the reserved byte is {reserved}, in version {VERSION} it is 0; send the payload again"
         )
     return header
+
+
+def _unknown_version(version: int) -> PayloadError:
+    return PayloadError(
+        f"payload format version {version} is unknown, this release reads version {VERSION} here; "
+        "use the release of latentwire-fast that wrote it, or a later one"
+    )
 
 
 def seal(header: Header, body: bytes) -> bytes:

@@ -37,7 +37,7 @@ def pack(latent_MD: Tensor, *, bits: int, group_size: int, fingerprint: int = 0)
             Inf; a value beyond what the bits can carry (65504 at 16 bits; 65504 times the largest
             code, 127, 31 or 7, at 8, 6 or 4 bits); bits, group size or fingerprint out of range.
     """
-    _require_latent(latent_MD, dims="[M, d_z]")
+    require_latent(latent_MD, dims="[M, d_z]")
     return _pack(latent_MD.unsqueeze(0), bits, group_size, fingerprint)[0]
 
 
@@ -46,11 +46,16 @@ def pack_batch(
 ) -> list[bytes]:
     """One payload per latent, quantised together on the latents' device, so that only bytes leave
     it; otherwise like `pack`."""
-    _require_latent(latent_BMD, dims="[B, M, d_z]")
+    require_latent(latent_BMD, dims="[B, M, d_z]")
     return _pack(latent_BMD, bits, group_size, fingerprint)
 
 
-def _require_latent(latent: Tensor, *, dims: str) -> None:
+def require_latent(latent: Tensor, *, dims: str) -> None:
+    """Raise unless this is a finite tensor of floats with these dimensions, such as `[M, d_z]`.
+
+    Raises:
+        PayloadError: it is not.
+    """
     if not isinstance(latent, Tensor) or not latent.is_floating_point():
         kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
         raise PayloadError(f"a latent is a tensor of floats, got {kind}; convert it first")
@@ -58,6 +63,18 @@ def _require_latent(latent: Tensor, *, dims: str) -> None:
     if len(shape) != dims.count(",") + 1:
         raise PayloadError(f"expected a latent {dims}, got {shape}; reshape it or pick from it")
     _require_finite(latent.detach(), latent.detach(), "has training diverged?")
+
+
+def require_range(fits: Tensor, latent: Tensor, bits: int) -> None:
+    """Raise unless all values of a latent fit.
+
+    Raises:
+        PayloadError: one is too large for these bits.
+    """
+    if not fits.all():
+        where = (~fits).nonzero()[0].tolist()
+        value, advice = latent[tuple(where)].item(), "rescale it, or take another width"
+        raise PayloadError(f"the latent at {where} is {value}, beyond {bits} bits; {advice}")
 
 
 def _require_finite(converted: Tensor, latent: Tensor, advice: str) -> None:

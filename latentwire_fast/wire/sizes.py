@@ -1,6 +1,13 @@
-"""Sizes of the text that a payload replaces."""
+"""Sizes of payloads, and of the text that they replace."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def payload_bytes(payload: bytes | Sequence[bytes]) -> int:
+    """Bytes of a payload, or of all those that stand for one text."""
+    return len(payload) if isinstance(payload, bytes) else sum(map(len, payload))
 
 
 def utf8_bytes(text: str) -> int:

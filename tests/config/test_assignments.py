@@ -190,3 +190,21 @@ def _leaves(value: Any, path: str = "") -> Any:
             yield from _leaves(item, f"{path}.{i}")
     else:
         yield f"{path}={json.dumps(value)}"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "example"),
+    [
+        ("encoder.pooler.kind=spans", 'encoder.pooler={"kind": "spans"}'),
+        ("evaluation.continuation.examples=5", 'evaluation.continuation={"examples": 5}'),
+    ],
+)
+def test_what_is_null_is_set_as_a_whole(assignment: str, example: str) -> None:
+    config = with_assignments(
+        PRESETS["testbed_byte"](), ["mode=context", "stages.align.objectives.embed.kind=answer"]
+    )
+    with pytest.raises(ConfigError) as caught:
+        with_assignments(config, [assignment])
+    assert f"is null; set it as a whole, such as {example}" in str(caught.value)
+    if "pooler" in example:
+        assert with_assignments(config, [example]) != config

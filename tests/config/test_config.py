@@ -183,7 +183,13 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
         ),
         (lambda: SCHEDULES.config("warmup_cosine", decay_from=1.1), "decay_from=1.1, expected in"),
         (lambda: OBJECTIVES.config("answer", tokens=0), "objective 'answer': tokens=0"),
-        (lambda: StageConfig("s", steps=1, quantize=5), "stage 's': quantize=5"),
+        (lambda: StageConfig("s", steps=1, quantize=0), "stage 's': quantize=0"),
+        (
+            lambda: changed(
+                PRESETS["testbed_smoke"](), stages=(StageConfig("s", steps=1, quantize=5),)
+            ),
+            "stage 's': quantize=5, expected 16, 8, 6 or 4",
+        ),
         (lambda: staged_facts((1.0, 19)), "stage 's': facts=19, expected a whole number from 1"),
         (lambda: staged_facts((0.5, 1), (1.0, 2.5)), "stage 's': facts=2.5, expected a whole"),
         (lambda: OptimConfig(adamw_lr=0.0), "adamw_lr=0.0, expected above 0"),
@@ -200,7 +206,11 @@ def staged_facts(*levels: tuple[float, float]) -> StageConfig:
         (lambda: OptimConfig(clip=0.0), "clip=0.0"),
         (lambda: OptimConfig(readers="all"), "readers='all'"),  # type: ignore[arg-type]
         (lambda: OptimConfig(mixed_precision="fp16"), "mixed_precision='fp16'"),  # type: ignore[arg-type]
-        (lambda: EvalConfig(bits=(16, 7)), "bits=7"),
+        (lambda: EvalConfig(bits=(16, 0)), "bits=0"),
+        (
+            lambda: changed(PRESETS["testbed_smoke"](), evaluation={"bits": (16, 7)}),
+            "evaluation: bits=7, expected 16, 8, 6 or 4",
+        ),
         (lambda: EvalConfig(batch_size=0), "batch_size=0"),
         (lambda: EvalConfig(eos_ban_steps=-3), "eos_ban_steps=-3, expected at least 0"),
         (lambda: DecodeOptions(eos_ban_steps=-3), "eos_ban_steps=-3, expected at least 0"),

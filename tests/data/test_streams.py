@@ -39,6 +39,17 @@ def make_stream(kind: str, *, mode: Mode = "context", seed: int = 0) -> Stream:
     return ExampleStream(data_set(), config(), mode=mode, seed=seed)
 
 
+def test_counted_batches_of_texts_come_in_the_place_of_their_share() -> None:
+    texts = [Example(f"t{i}", f"text {i}", "", ()) for i in range(6)]
+    stream = ExampleStream([*data_set(), *texts], config(), mode="context", seed=0)
+    counted = [(0, 0), (0, 1), (1, 2), (2, 2)]
+    found = [stream.batch(s, 2, facts=4, texts=True, counted=c) for s, c in enumerate(counted)]
+    assert [bool(batch[0].turns) for batch in found] == [True, False, False, True]
+    seen = [item.id for batch in found for item in batch]
+    assert len(set(seen)) == len(seen)
+    assert stream.batch(2, 2, facts=4, counted=(0, 1))[0].turns  # a stage that takes no texts
+
+
 @pytest.mark.parametrize("mode", ["context", "pure"])
 @pytest.mark.parametrize("kind", ["testbed", "examples"])
 def test_a_batch_is_a_function_of_seed_and_step(kind: str, mode: Mode) -> None:

@@ -106,5 +106,14 @@ def test_signs_of_a_collapse_are_said() -> None:
     assert not any(label.startswith("RMS") for label in rows), "what was not measured is left out"
 
 
+@pytest.mark.parametrize(("texts", "shown"), [(9, False), (10, True)])
+def test_directions_that_hold_everything_anyway_are_left_out(texts: int, shown: bool) -> None:
+    metrics = collapsed()
+    metrics["collapse"]["texts"] = texts  # which have one direction less
+    view = collapse_view(metrics)
+    assert view is not None
+    assert any("first 8 directions" in row["label"] for row in view["rows"]) == shown
+
+
 def test_no_page_without_the_measures() -> None:
     assert collapse_view({}) is None

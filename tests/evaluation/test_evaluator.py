@@ -295,12 +295,12 @@ def test_never_more_than_one_batch_of_prefixes_is_held(
     make, alive, counts = TrainedParts.__call__, {}, []
 
     def counted(*args: Any, **options: Any) -> Any:
-        soft, deep = make(*args, **options)
+        given = make(*args, **options)
         number = len(counts)
-        alive[number] = len(soft)
-        weakref.finalize(soft, alive.pop, number)
+        alive[number] = len(given.soft)
+        weakref.finalize(given.soft, alive.pop, number)
         counts.append(sum(alive.values()))
-        return soft, deep
+        return given
 
     monkeypatch.setattr(TrainedParts, "__call__", counted)
     evaluate(make_config(folders, model, batch_size=3), model, readers, examples)

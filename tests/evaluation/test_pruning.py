@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentwire_fast.evaluation.methods.bm25_sentences import bm25_scores
-from latentwire_fast.evaluation.pruning import best_parts, largest, sentences, word_spans
+from latentwire_fast.evaluation.pruning import best_parts, largest, word_spans
+from latentwire_fast.prompts.sentences import sentences
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 60))

@@ -83,6 +83,21 @@ def test_every_parameter_and_the_latent_receive_a_gradient() -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in deep.parameters())
 
 
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_a_length_of_its_own(length: int) -> None:
+    deep, latent = module(length=length), torch.randn(2, M, D_Z, requires_grad=True)
+    assert deep.positions == length
+    made = deep(latent)
+    assert made.shape == (3, 2, 2, 2, length, 8)
+    made.square().sum().backward()
+    assert latent.grad is not None
+    assert bool(latent.grad.any(-1).all()), "every latent is read"
+    assert all(p.grad is not None and bool(p.grad.any()) for p in deep.parameters())
+    torch.testing.assert_close(deep(latent[1:]), made[:, :, 1:])
+    if length > 1:
+        assert not torch.allclose(made[..., 0, :], made[..., 1, :])
+
+
 def test_every_slot_depends_on_every_latent_of_its_row_and_on_no_other_row() -> None:
     deep, latent = module().eval(), torch.randn(2, M, D_Z)
     for changed_latent in range(M):

@@ -20,7 +20,7 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.objective_set import Losses, ObjectiveSet
 from latentwire_fast.objectives.prepared import total_counts
 from latentwire_fast.readers.reader import Reader, load_readers
-from latentwire_fast.registry import POOLERS
+from latentwire_fast.registry import BOTTLENECKS, POOLERS
 from latentwire_fast.training.builders import build_model
 from runs import tiny_config
 
@@ -128,6 +128,30 @@ def test_the_gradients_of_deep_prefixes_are_those_of_the_sum(
 ) -> None:
     """The encoder also learns from its positions' scores: a second way into it."""
     assert_same(deep, replace(DEEP, quantize=bits), size=size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "own"),
+    [
+        ("vq", {"bits": 4, "passing": "rotation"}, "commitment"),
+        ("fsq", {"bits": 3, "running_prior": True}, "rate"),
+    ],
+)
+def test_the_gradients_of_a_bottleneck_are_those_of_the_sum(
+    kind: str, options: dict[str, Any], own: str, llama_folder: Path, qwen_folder: Path
+) -> None:
+    bottleneck = BOTTLENECKS.config(kind, **options)
+    losses = weighted(answer=1.0, autoencode=0.2, continuation=0.8, **{own: 0.3})
+    stage = StageConfig("sent", steps=1, quantize=bottleneck.bits, objectives=losses)
+    parts = (runs.soft(expansion=1),)
+    config = tiny_config(
+        *(llama_folder, qwen_folder), attachments=parts, bottleneck=bottleneck, stages=(stage,)
+    )
+    setting = Setting.of(config)
+    assert_same(setting, stage, size=2)
+    alone = replace(stage, objectives=weighted(**{own: 0.3}))
+    setting.run(alone, size=5, sequential=True)
+    assert any(name.startswith("encoder.") for name in setting.gradients())
 
 
 def test_a_frozen_encoder_gets_no_gradient(soft: Setting) -> None:

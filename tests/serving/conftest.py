@@ -63,7 +63,7 @@ def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_pass, "CapturedPass", UncapturedPass)
     monkeypatch.setattr(graph_engine, "CapturedStep", UncapturedStep)
     monkeypatch.setattr(graph_engine, "GraphMemory", lambda device: None)
-    monkeypatch.setattr(receiver, "choose_engine", lambda *_: ("graph", "a test"))
+    monkeypatch.setattr(receiver, "choose_engine", lambda *_, **__: ("graph", "a test"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
 

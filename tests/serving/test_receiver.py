@@ -187,7 +187,11 @@ def test_payloads_are_unpacked_as_their_bottleneck_does(
 ) -> None:
     model = make_model(reader, prefix, kind=kind)
     plain = random_payloads(model)
-    model.bottleneck = Halved(model.bottleneck_config)  # type: ignore[arg-type]
+    model.bottleneck = Halved(
+        model.bottleneck_config,  # type: ignore[arg-type]
+        latents=model.encoder_config.latents,
+        d_z=model.encoder_config.d_z,
+    )
     payloads = random_payloads(model)
     prompts, receiver = asking(reader, QUESTIONS), Receiver.of(model, reader)
     first = receiver.prefill(prompts, payloads=payloads)

@@ -3,6 +3,7 @@ begin as in another run."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,20 @@ def test_parts_begin_as_in_another_run(
     assert torch.allclose(here[name], there[name], atol=0.02)
 
 
+def test_a_run_begins_with_the_newest_checkpoint_of_an_unfinished_one(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    first = train(config_of(llama_folder, soft("film")), tmp_path / "first")
+    shutil.rmtree(first.folder.model)
+    there = first.session.model.state_dict()
+    config = replace(
+        config_of(llama_folder, soft("film")), warm_start={"all": str(tmp_path / "first")}
+    )
+    stage = replace(config.stages[0], steps=1, lr=1e-9)
+    here = train(replace(config, stages=(stage,)), tmp_path / "second").session.model.state_dict()
+    assert all(torch.allclose(here[name], there[name], atol=1e-6) for name in there)
+
+
 def test_parts_that_do_not_fit_are_named(llama_folder: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     train(config_of(llama_folder, soft("film")), first)
@@ -114,6 +129,6 @@ def test_parts_that_do_not_fit_are_named(llama_folder: Path, tmp_path: Path) -> 
         with pytest.raises(ConfigError, match=message):
             train(config, tmp_path / part)
     with pytest.raises(
-        CheckpointError, match=r"model\.safetensors is not there; name a finished run"
+        CheckpointError, match=r"neither model/model\.safetensors nor a checkpoint; name a run"
     ):
         train(replace(other, warm_start={"encoder": str(tmp_path)}), tmp_path / "none")

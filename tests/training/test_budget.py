@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from latentwire_fast.config.presets import PRESETS, squad_llama_qwen
-from latentwire_fast.config.schema import ReaderConfig, RunConfig
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.config.schema import LoraSettings, ReaderConfig, RunConfig
+from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.readers import shapes
 from latentwire_fast.readers.loading import load_weights
 from latentwire_fast.readers.reader import load_readers
@@ -174,3 +174,35 @@ def test_shapes_of_the_presets_are_in_one_place() -> None:
     config = squad_llama_qwen()
     sources = [reader.source for reader in config.readers.values()]
     assert {*sources, config.encoder.source} <= set(KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"frozen": ("encodr",)}, ConfigError, "frozen='encodr' is no trained part"),
+        ({"source": "other.json"}, ConfigError, "source='other.json' is none of the pieces"),
+        ({"warm_start": "none"}, CheckpointError, "neither model/model.safetensors nor a"),
+    ],
+)
+def test_names_that_are_not_there_are_refused(
+    llama_folder: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    config = tiny_config(llama_folder)
+    if "warm_start" in changes:
+        config = replace(config, warm_start={"encoder": str(tmp_path / "none")})
+    else:
+        stages = (replace(config.stages[0], **changes), *config.stages[1:])
+        config = replace(config, stages=stages)
+    with pytest.raises(error, match=message):
+        budget(config)
+
+
+def test_low_rank_updates_may_be_frozen(llama_folder: Path) -> None:
+    config = tiny_config(llama_folder)
+    reader = replace(config.readers["llama"], lora=LoraSettings())
+    stages = (replace(config.stages[0], frozen=("lora.llama",)), *config.stages[1:])
+    assert budget(replace(config, readers={"llama": reader}, stages=stages)).trained

@@ -17,7 +17,7 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import OBJECTIVES, SCHEDULES
 from latentwire_fast.training.levels import Gates
 from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, changed, new_process, records, tiny_config, train
+from runs import assert_same_run, changed, deep, new_process, records, soft, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -115,6 +115,47 @@ def test_latents_that_are_dropped_are_zeros(llama_folder: Path, tmp_path: Path) 
     assert 0 < dropped < 1
 
 
+def test_batches_of_texts_are_counted_where_their_share_is_scheduled() -> None:
+    stage = StageConfig(
+        "s",
+        steps=8,
+        objectives=weighted(answer=1.0, autoencode=1.0),
+        schedules={"text_share": ramp(0, 1, from_share=0.25, until_share=0.75)},
+    )
+    gates = Gates()
+    counted = [gates.text_batches(stage, done) or (0, 0) for done in range(8)]
+    assert [after - before for before, after in counted] == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert [before for before, _ in counted[1:]] == [after for _, after in counted[:-1]]
+    assert gates.text_batches(replace(stage, schedules={}), 0) is None
+
+
+def test_dropout_is_that_of_the_schedule(llama_folder: Path, tmp_path: Path) -> None:
+    """In the place of the adapter's own 0.1, which comes back in the next stage."""
+    schedules = {"dropout": ramp(0.5, 0.0)}
+    first = replace(staged(llama_folder, steps=2, schedules=schedules).stages[0], name="first")
+    second = replace(first, name="second", steps=1, schedules={})
+    config = changed(
+        tiny_config(llama_folder, stages=(first, second)),
+        attachments=(soft("mlp", dropout=0.1), deep(width=16, layers=1, heads=2)),
+    )
+    trainer = Trainer(config, tmp_path, progress=False)
+    step, seen = trainer._train_step, []
+
+    def watched() -> Any:
+        found = step()
+        parts = list(trainer.session.model.attachments.modules())
+        rates = {part.p for part in parts if isinstance(part, torch.nn.Dropout)}
+        rates |= {part.dropout for part in parts if isinstance(part, torch.nn.MultiheadAttention)}
+        seen.append(sorted(rates))
+        return found
+
+    trainer._train_step = watched
+    trainer.run()
+    assert seen == [[0.5], [0.25], [0.0, 0.1]]
+    core = trainer.session.model.encoder.core
+    assert all(part.p == 0 for part in core.modules() if isinstance(part, torch.nn.Dropout))
+
+
 def test_frozen_parts_stay(llama_folder: Path, qwen_folder: Path, tmp_path: Path) -> None:
     first = StageConfig("first", steps=1, objectives=weighted(answer=1.0))
     second = replace(first, name="second", frozen=("encoder", "attachments.llama.soft.adapter"))
@@ -145,7 +186,17 @@ def test_a_stage_trains_the_readers_that_it_names(
     [
         (
             {"schedules": {"kd.wait": ramp(0, 1)}},
-            r"expected gain, latent_dropout, or one of answer",
+            r"expected gain, latent_dropout, dropout, text_share, or one of answer",
+        ),
+        ({"schedules": {"dropout": ramp(0, 1)}, "steps": 200}, None),
+        ({"schedules": {"dropout": ramp(1, 0)}}, r"1, expected in \[0, 1\)"),
+        ({"schedules": {"text_share": ramp(0, 1)}}, "for stages that learn from texts"),
+        (
+            {
+                "objectives": weighted(answer=1.0, autoencode=1.0),
+                "schedules": {"text_share": ramp(0, 2)},
+            },
+            "expected 0 to 1",
         ),
         ({"schedules": {"embed.weight": ramp(0, 1)}}, r"schedules\['embed.weight'\]: expected"),
         ({"schedules": {"latent_dropout": ramp(0, 1)}, "steps": 2}, None),
@@ -182,7 +233,10 @@ def test_schedules_are_checked(
             ("encodr",),
             "frozen='encodr' is no trained part of this run; there are attachments.llama",
         ),
-        (("encoder", "attachments", "task_tokens"), "everything is frozen"),
+        (
+            ("encoder", "attachments", "task_tokens"),
+            "everything is frozen; leave out one of encoder, attachments, task_tokens",
+        ),
     ],
 )
 def test_frozen_parts_are_checked(

@@ -4,11 +4,13 @@ one."""
 PARTS = {
     "text": "latentwire_fast.evaluation.methods.text:Text",
     "latent": "latentwire_fast.evaluation.methods.latent:Latent",
+    "latent_alone": "latentwire_fast.evaluation.methods.latent_alone:LatentAlone",
     "token_budget": "latentwire_fast.evaluation.methods.token_budget:TokenBudget",
     "token_budget_question": (
         "latentwire_fast.evaluation.methods.token_budget_question:TokenBudgetQuestion"
     ),
     "byte_budget": "latentwire_fast.evaluation.methods.byte_budget:ByteBudget",
+    "hybrid": "latentwire_fast.evaluation.methods.hybrid:Hybrid",
     "selective_context": "latentwire_fast.evaluation.methods.selective_context:SelectiveContext",
     "selective_context_bytes": (
         "latentwire_fast.evaluation.methods.selective_context_bytes:SelectiveContextBytes"
@@ -23,5 +25,6 @@ PARTS = {
     "shuffled_latent": "latentwire_fast.evaluation.methods.shuffled_latent:ShuffledLatent",
     "zero_latent": "latentwire_fast.evaluation.methods.zero_latent:ZeroLatent",
     "embedding_replay": "latentwire_fast.evaluation.methods.embedding_replay:EmbeddingReplay",
+    "pca": "latentwire_fast.evaluation.methods.pca:PCA",
     "first_words": "latentwire_fast.evaluation.methods.first_words:FirstWords",
 }

@@ -23,15 +23,16 @@ What is registered is evaluated, and stands in metrics.json, the terminal and th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from latentwire_fast import wire
 from latentwire_fast.config.base import PartSettings
 from latentwire_fast.config.schema import Mode
 from latentwire_fast.data.examples import Example
@@ -41,6 +42,7 @@ from latentwire_fast.prompts.builder import Prompt, Turn, question_text
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.self_information import word_self_information
 from latentwire_fast.registry import METHODS, Registry
+from latentwire_fast.serving.payload_batch import Message, payloads_of
 
 Kind = Literal["reference", "ours", "budget", "floor"]
 KINDS: tuple[Kind, ...] = ("reference", "ours", "budget", "floor")  # as the report orders them
@@ -53,23 +55,47 @@ class EvaluationCase:
     Attributes:
         model: the trained interlingua; its mode says what a latent stands for.
         examples: each with at least one answer.
-        payloads: at every bit width, one payload per example.
+        payloads: at every bit width, one payload per example, or all those of its chunks.
+        training_texts: texts that methods may be fitted to; none unless the run asks for it.
+        alone: as `payloads`, for this reader alone, where it does not get all of a latent's slots.
+        chunk_length: `RunConfig.scored_chunk_length`.
+        hybrid_tokens: `EvalConfig.hybrid_tokens`.
     """
 
     model: Interlingua
     reader: Reader
     examples: Sequence[Example]
-    payloads: Mapping[int, Sequence[bytes]]
+    payloads: Mapping[int, Sequence[Message]]
+    training_texts: Sequence[str] = ()
+    alone: Mapping[int, Sequence[Message]] = field(default_factory=dict)
+    chunk_length: int | None = None
+    hybrid_tokens: int | None = None
 
     @property
     def mode(self) -> Mode:
         """The part of a prompt that a latent stands for."""
         return self.model.mode
 
-    @property
-    def positions(self) -> int:
-        """How many of the reader's positions a latent takes."""
-        return self.model.positions
+    def payload_size(self, i: int, *, bits: int) -> int:
+        """Bytes of what is sent of example `i`."""
+        return wire.payload_bytes(self.payloads[bits][i])
+
+    def taken(self, payload: Message) -> int:
+        """How many of the reader's positions a payload takes, or several of one text."""
+        return sum(self.model.positions_of(self.reader.name, p) for p in payloads_of(payload))
+
+    def positions(self, payload: Message) -> int:
+        """How many positions of text it is compared with."""
+        model, name = self.model, self.reader.name
+        return sum(model.compared_positions_of(name, p) for p in payloads_of(payload))
+
+    def positions_of(self, i: int) -> int:
+        """How many positions of text the latents of example `i` are compared with."""
+        return self.positions(self._any_payload(i))
+
+    def _any_payload(self, i: int) -> Message:
+        """What is sent of example `i`, at one of the bit widths."""
+        return next(iter(self.payloads.values()))[i]
 
     @property
     def free_label(self) -> int:
@@ -77,11 +103,15 @@ class EvaluationCase:
         no method anything."""
         return len(self.reader.prompts.label_ids) if self.mode == "context" else 0
 
-    def zero_payload(self, bits: int) -> bytes:
-        """A payload of a latent that is zero everywhere."""
+    def zero_payload(self, i: int, *, bits: int) -> Message:
+        """Like the payload of example `i`, of latents that are zero everywhere."""
+        own = self._any_payload(i)
+        single = payloads_of(own)
         shape = self.model.encoder_config
-        (payload,) = self.model.payloads(torch.zeros(1, shape.latents, shape.d_z), bits=bits)
-        return payload
+        latents = [self.model.latents_of(payload) for payload in single]
+        zeros = torch.zeros(len(single), shape.latents, shape.d_z)
+        made = self.model.payloads(zeros, bits=bits, slots=latents)
+        return made[0] if isinstance(own, bytes) else tuple(made)
 
     @cached_property
     def other_contexts(self) -> list[int]:
@@ -113,16 +143,19 @@ class MethodInput:
     Attributes:
         prompts: one per example, with the gold answer as targets.
         positions: per prompt, how many positions the latent, or the text in its place, takes.
-        payloads: one per prompt, all of one bit width.
+        payloads: one per prompt, or several in its place, all of one bit width.
         embeddings: ready soft prefixes `[M_i, D]`, one per prompt.
+        sent_bytes: per prompt, what is sent in the text's place, where that is neither the text nor
+            the example's own payload.
         answers: ready answers, where no reader is asked; there are no prompts then.
     """
 
     prompts: list[Prompt]
     positions: list[int]
-    payloads: list[bytes] | None = None
+    payloads: list[Message] | None = None
     embeddings: list[Tensor] | None = None
     answers: list[str] | None = None
+    sent_bytes: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -167,6 +200,8 @@ class EvaluationMethod(ABC):
         in_model_card: whether the model card shows its F1.
         with_lora: whether a reader's low-rank updates (LoRA) are on while it reads text; with
             payloads they always are. Such a method is measured only with readers that have them.
+        is_optional: whether most runs do without, so that the terminal names it only where it was
+            measured.
         by_bits: given for a method that is scored at every bit width, beside the run's own.
     """
 
@@ -175,11 +210,12 @@ class EvaluationMethod(ABC):
     note: ClassVar[str] = ""
     kind: ClassVar[Kind] = "budget"
     console_label: ClassVar[str | None] = ""
-    sends: ClassVar[Literal["text", "payload", "at most payload", "nothing"]] = "nothing"
+    sends: ClassVar[Literal["text", "payload", "at most payload", "both", "nothing"]] = "nothing"
     is_timed: ClassVar[bool] = False
     is_control: ClassVar[bool] = False
     in_model_card: ClassVar[bool] = False
     with_lora: ClassVar[bool] = False
+    is_optional: ClassVar[bool] = False
     by_bits: ClassVar[ByBits | None] = None
 
     def __init__(self, config: MethodConfig) -> None:
@@ -192,6 +228,10 @@ class EvaluationMethod(ABC):
     def fits(self, case: EvaluationCase) -> bool:
         """Whether it means anything with the case's reader."""
         return case.reader.lora is not None or not self.with_lora
+
+    def facts(self, case: EvaluationCase) -> dict[str, float]:
+        """Numbers beside the scores in the method's entry of metrics.json."""
+        return {}
 
     def reading(self, case: EvaluationCase, inputs: MethodInput) -> AbstractContextManager[None]:
         """Inside the block the case's reader reads what this method has built: as it was loaded,
@@ -225,6 +265,11 @@ def bits_key(name: str) -> str:
     return f"{name}_bits"
 
 
+def sorted_widths(widths: Iterable[str]) -> list[str]:
+    """Bit widths, as keys of results, the widest first."""
+    return sorted(widths, key=int, reverse=True)
+
+
 def methods_by_bits() -> dict[str, EvaluationMethod]:
     """The methods that are scored at every bit width, by `bits_key`."""
     methods = evaluation_methods().items()
@@ -251,13 +296,13 @@ def text_input(
     return MethodInput(prompts, content_positions(case, prompts, examples))
 
 
-def latent_input(case: EvaluationCase, rows: range, payloads: list[bytes]) -> MethodInput:
+def latent_input(case: EvaluationCase, rows: range, payloads: list[Message]) -> MethodInput:
     """Prompts in which these payloads stand in the text's place, one per example."""
     prompts = [
         case.reader.prompts.build(turns(example), context=example.context, latent=case.mode)
         for example in (case.examples[i] for i in rows)
     ]
-    return MethodInput(prompts, [case.positions] * len(prompts), payloads=payloads)
+    return MethodInput(prompts, [*map(case.positions, payloads)], payloads=payloads)
 
 
 def content_positions(

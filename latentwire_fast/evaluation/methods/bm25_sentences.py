@@ -12,7 +12,7 @@ import bm25s
 from latentwire_fast.data.examples import Example
 from latentwire_fast.evaluation.methods.base import EvaluationCase, MethodConfig
 from latentwire_fast.evaluation.methods.shortened import Budget, Parts, ShortenedText
-from latentwire_fast.evaluation.pruning import sentences
+from latentwire_fast.prompts.sentences import sentences
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each index at DEBUG
 

@@ -39,7 +39,7 @@ class ByteBudget(EvaluationMethod):
         """The text's first bytes."""
         cut = []
         for i in rows:
-            example, size = case.examples[i], len(case.payloads[bits][i])
+            example, size = case.examples[i], case.payload_size(i, bits=bits)
             if case.mode == "pure":
                 text = cut_utf8(full_text(example.context, example.question), size)
             else:  # the label and the question are free

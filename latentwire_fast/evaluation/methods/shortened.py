@@ -47,13 +47,13 @@ class ShortenedText(EvaluationMethod):
     def _in_positions(self, case: EvaluationCase, row: int, bits: int) -> list[int]:
         example, ids = case.examples[row], case.reader.prompts.text_ids
         question = ids(question_text(example.question))
-        left = case.positions - (len(question) if case.mode == "pure" else 0)
+        left = case.positions_of(row) - (len(question) if case.mode == "pure" else 0)
         most = case.free_label + max(0, left)
         text = self._best(case, example, lambda text: len(ids(context_text(text))) <= most)
         return [*ids(context_text(text))[:most], *question]
 
     def _in_bytes(self, case: EvaluationCase, row: int, bits: int) -> list[int]:
-        example, size = case.examples[row], len(case.payloads[bits][row])
+        example, size = case.examples[row], case.payload_size(row, bits=bits)
 
         def replaced(text: str) -> str:  # what counts; in context mode the question is free
             return full_text(text, example.question) if case.mode == "pure" else text

@@ -28,7 +28,10 @@ class TokenBudget(EvaluationMethod):
         """The first M tokens."""
         ids = case.reader.prompts.text_ids
         examples = [case.examples[i] for i in rows]
-        cut = [ids(full_text(e.context, e.question))[: case.positions] for e in examples]
+        cut = [
+            ids(full_text(e.context, e.question))[: case.positions_of(i)]
+            for i, e in zip(rows, examples, strict=True)
+        ]
         inputs = text_input(case, rows, cut)
         # The cut runs over context and question alike, so in either mode all of it counts.
         inputs.positions = [prompt.content for prompt in inputs.prompts]

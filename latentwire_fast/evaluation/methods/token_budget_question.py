@@ -31,9 +31,10 @@ class TokenBudgetQuestion(EvaluationMethod):
         """The context's first tokens, then the question."""
         ids = case.reader.prompts.text_ids
         cut = []
-        for example in (case.examples[i] for i in rows):
+        for i in rows:
+            example = case.examples[i]
             question = ids(question_text(example.question))
-            left = case.positions - (len(question) if case.mode == "pure" else 0)
+            left = case.positions_of(i) - (len(question) if case.mode == "pure" else 0)
             context = ids(context_text(example.context))[: case.free_label + max(0, left)]
             cut.append([*context, *question])
         return text_input(case, rows, cut)

@@ -27,4 +27,4 @@ class ZeroLatent(EvaluationMethod):
 
     def build(self, case: EvaluationCase, rows: range, *, bits: int) -> MethodInput:
         """The payload of an all-zero latent, for every example."""
-        return latent_input(case, rows, [case.zero_payload(bits)] * len(rows))
+        return latent_input(case, rows, [case.zero_payload(i, bits=bits) for i in rows])

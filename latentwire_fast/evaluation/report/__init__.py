@@ -112,6 +112,9 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
     sizes = metrics.get("bytes") or {}
     for bits, value in (sizes.get("payload_mean") or {}).items():
         yield "bytes", f"latent_{bits}_bits", "payload_mean", value
+    for reader, alone in (sizes.get("payload_alone_mean") or {}).items():
+        for bits, value in alone.items():
+            yield "bytes", f"latent_{bits}_bits_for_{reader}", "payload_mean", value
     for metric in ("text_utf8_mean", "text_brotli_mean"):
         yield "bytes", "text", metric, sizes.get(metric)
     for name, found in (metrics.get("hypotheses") or {}).items():

@@ -70,7 +70,9 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for count in (1, 8):
         shares = [(s.get("variance_shares") or [None])[:count] for s in spreads]
         label = "first direction" if count == 1 else f"first {count} directions"
-        totals = [None if None in part else 100 * sum(part) for part in shares]
+        # So many texts have no more directions than that: their share is 100 whatever they are.
+        is_trivial = found["texts"] - 1 <= count
+        totals = [None if is_trivial or None in part else 100 * sum(part) for part in shares]
         yield f"Variance in the {label}, %", of(totals, digits=1)
     for name in ("soft_tokens", "keys", "values"):
         sizes = [(reader["rms"].get(name) or {}) for reader in readers]

@@ -76,8 +76,8 @@ def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
         for bits, size in widths.items():
             scores = [s for p in readers.values() for _, s, b in p.latent if b == bits]
             bottom = min(s.mean if s.low is None else s.low for s in scores)
-            _annotate(axes, f"{bits} bits", (size, 100 * bottom), (0, -5), ha="center")
-        _byte_axis(axes, [size for points in readers.values() for size in points.sizes()])
+            annotate(axes, f"{bits} bits", (size, 100 * bottom), (0, -5), ha="center")
+        byte_axis(axes, [size for points in readers.values() for size in points.sizes()])
         axes.set_ylim(-9, 106)
         axes.set_yticks(range(0, 101, 20))
         axes.set_ylabel("F1 (%)")
@@ -91,10 +91,11 @@ def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
                 Line2D([], [], color=MUTED, marker=marker, mfc=face, linestyle="", label=label)
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
-        return _png(figure)
+        return png(figure)
 
 
-def _byte_axis(axes: Axes, sizes: Sequence[float]) -> None:
+def byte_axis(axes: Axes, sizes: Sequence[float]) -> None:
+    """A logarithmic axis of bytes around these sizes."""
     low, high = min(sizes) * 0.8, max(sizes) * 1.25
     mantissas = FINE_TICKS if high < 10 * low else COARSE_TICKS
     axes.set_xscale("log")
@@ -105,9 +106,10 @@ def _byte_axis(axes: Axes, sizes: Sequence[float]) -> None:
     axes.set_xlabel("mean bytes per prompt (logarithmic)")
 
 
-def _annotate(
+def annotate(
     axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **style: Any
 ) -> None:
+    """Words beside a place of the data, so many points away."""
     axes.annotate(text, place, offset, textcoords="offset points", va="top", color=MUTED, **style)
 
 
@@ -218,11 +220,11 @@ def learning_figure(diagnostics: Records, validations: Records = ()) -> bytes | 
             late = start > 0.9 * diagnostics[-1]["step"]  # and a late one's into the legend
             side, align = (-4, "right") if late else (4, "left")
             place: Any = {"xycoords": ("data", "axes fraction"), "ha": align}
-            _annotate(rows[0], name, (start, 1), (side, -3 - lower), **place)
+            annotate(rows[0], name, (start, 1), (side, -3 - lower), **place)
         rows[0].set_ylim(top=1.3 * rows[0].get_ylim()[1])  # room for the stages' names
         rows[-1].set_xlabel("step")
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _png(figure)
+        return png(figure)
 
 
 def _validation_curves(validations: Records, score: str) -> dict[str, Curve]:
@@ -293,7 +295,8 @@ def _stages(diagnostics: Records) -> list[tuple[int, str]]:
     return [(next(records)["step"], str(name)) for name, records in runs if name is not None]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a file."""
     buffer = io.BytesIO()
     # Without the version that matplotlib would add, two machines can write the same bytes.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentwire_fast.config.schema import BITS
-from latentwire_fast.evaluation.methods.base import bits_key, by_kind
+from latentwire_fast.evaluation.methods.base import bits_key, by_kind, sorted_widths
 from latentwire_fast.evaluation.report.formatting import MISSING, size
 
 Records = Sequence[Mapping[str, Any]]
@@ -50,7 +49,8 @@ def _example(record: Mapping[str, Any], bits: str) -> dict[str, Any]:
             rows.append(_row(method.label, answers, is_ours=method.kind == "ours"))
     ours = {key: m for key, m in methods.items() if m.by_bits and m.kind == "ours"}
     for key, method in ours.items():
-        for width in map(str, BITS):
+        widths = {width for r in readers.values() for width in r.get(bits_key(key)) or ()}
+        for width in sorted_widths(widths):
             answers = [(r.get(bits_key(key)) or {}).get(width) for r in readers.values()]
             if width != bits and any(answers):
                 rows.append(_row(f"{method.label}, {width} bits", answers))

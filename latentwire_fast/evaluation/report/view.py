@@ -10,12 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latentwire_fast.config.presets import PRESETS
-from latentwire_fast.config.schema import BITS
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
-from latentwire_fast.evaluation.methods.base import EvaluationMethod, by_kind, methods_by_bits
+from latentwire_fast.evaluation.methods.base import (
+    EvaluationMethod,
+    by_kind,
+    methods_by_bits,
+    sorted_widths,
+)
 from latentwire_fast.evaluation.report.collapse import collapse_view
 from latentwire_fast.evaluation.report.differences import continuation, difference_rows
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
@@ -30,6 +34,7 @@ from latentwire_fast.evaluation.report.formatting import (
     size,
 )
 from latentwire_fast.evaluation.report.hypothesis_rows import hypothesis_row, verdict
+from latentwire_fast.evaluation.report.latent_facts import latent_facts
 from latentwire_fast.evaluation.report.sanity_checks import find_warnings
 from latentwire_fast.evaluation.report.shown_examples import choose_examples
 
@@ -163,17 +168,24 @@ def _method_rows(
             continue
         method, reason = known.get(key), (metrics.get("not_measured") or {}).get(key)
         note = method.note if method else ""
+        explained = (methods[key] or {}).get("explained_variance")
+        if explained is not None:
+            note += f"; they hold {percent(explained).text}% of the variance"
         yield {
             "label": method.label if method else key.replace("_", " "),
             "note": note if methods[key] is not None or not fits_not(reason) else DOES_NOT_FIT,
             "kind": method.kind if method else "budget",
             "cells": [show((methods[key] or {}).get(score)) for _, score, show in _COLUMNS],
-            "bytes": _bytes_of(method, metrics),
+            "bytes": _bytes_of(method, methods[key] or {}, metrics),
         }
 
 
-def _bytes_of(method: EvaluationMethod | None, metrics: Mapping[str, Any]) -> str:
+def _bytes_of(
+    method: EvaluationMethod | None, entry: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> str:
     """Bytes that a method sends in place of the text, where it has a size of its own."""
+    if entry.get("payload_mean") is not None:
+        return size(entry["payload_mean"])
     sizes, payload = metrics.get("bytes") or {}, size(_payload(metrics))
     sends = method.sends if method else "nothing"
     if sends == "text":
@@ -181,6 +193,8 @@ def _bytes_of(method: EvaluationMethod | None, metrics: Mapping[str, Any]) -> st
         return f"{utf8}, brotli {brotli}"
     if sends == "payload":
         return payload
+    if sends == "both":
+        return size(entry.get("sent_bytes_mean"))
     return f"≤ {payload}" if sends == "at most payload" and payload != MISSING else MISSING
 
 
@@ -195,9 +209,18 @@ def _width_columns(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _measured_widths(metrics: Mapping[str, Any]) -> list[str]:
+    """The bit widths that payloads or scores are of."""
+    found = set((metrics.get("bytes") or {}).get("payload_mean") or {})
+    for methods in _readers(metrics).values():
+        for key in methods_by_bits():
+            found |= set(methods.get(key) or {})
+    return sorted_widths(found)
+
+
 def _width_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     sizes = metrics.get("bytes") or {}
-    for bits in map(str, BITS):
+    for bits in _measured_widths(metrics):
         scores = [
             ((methods.get(key) or {}).get(bits) or {}).get(score)
             for methods in _readers(metrics).values()
@@ -275,16 +298,11 @@ def _extra_rows(extra: Means) -> Iterator[dict[str, Any]]:
 
 
 def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    run, latent = metrics.get("run") or {}, metrics.get("latent") or {}
+    run = metrics.get("run") or {}
     for label, key in (("Run", "name"), ("Preset", "preset"), ("Mode", "mode"), ("Seed", "seed")):
         if run.get(key) is not None:
             yield label, str(run[key])
-    if latent:
-        yield (
-            "Latent",
-            f"M = {latent.get('M')}, d_z = {latent.get('d_z')}, {latent.get('bits')} bits, "
-            f"groups of {latent.get('group_size')}",
-        )
+    yield from latent_facts(metrics)
     yield "Examples", number(metrics.get("examples") or 0, digits=0)
     if run.get("wall_seconds") is not None:
         yield "Time", f"{number(run['wall_seconds'] / 60)} minutes"

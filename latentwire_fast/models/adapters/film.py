@@ -35,8 +35,10 @@ class FiLMAdapter(Adapter):
 
     def forward(self, latent_BMd: Tensor) -> Tensor:
         """Rows `[B, M, D]`."""
-        lifted_BMD = self.lift(latent_BMd) + self.slots
-        scale_BMD, shift_BMD = (self.modulation + self.condition(latent_BMd)).chunk(2, -1)
+        latents = latent_BMd.shape[1]
+        lifted_BMD = self.lift(latent_BMd) + self.slots[:latents]
+        modulation_BMC = self.modulation[:latents] + self.condition(latent_BMd)
+        scale_BMD, shift_BMD = modulation_BMC.chunk(2, -1)
         return lifted_BMD * (1 + scale_BMD) + shift_BMD
 
     def first_projection(self) -> Tensor:

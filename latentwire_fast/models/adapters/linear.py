@@ -43,7 +43,9 @@ class LinearAdapter(Adapter):
 
     def forward(self, latent_BMd: Tensor) -> Tensor:
         """The latent `[B, M, d_z]`, with the vectors of its slots."""
-        return latent_BMd if self.slots is None else latent_BMd + self.slots
+        if self.slots is None:
+            return latent_BMd
+        return latent_BMd + self.slots[: latent_BMd.shape[1]]
 
     def first_projection(self) -> Tensor:
         """Random rows of length about 1, `[D, d_z]`."""

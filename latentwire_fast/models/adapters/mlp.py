@@ -45,7 +45,7 @@ class MLPAdapter(Adapter):
 
     def forward(self, latent_BMd: Tensor) -> Tensor:
         """Rows `[B, M, D]`."""
-        lifted_BMD = self.lift(latent_BMd) + self.slots
+        lifted_BMD = self.lift(latent_BMd) + self.slots[: latent_BMd.shape[1]]
         inner = nn.functional.silu(self.up(lifted_BMD))
         return lifted_BMD + self.dropout(self.down(inner))
 

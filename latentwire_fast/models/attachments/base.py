@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 from torch import Tensor, nn
 
 from latentwire_fast.config.schema import AttachmentConfig, Mode
+from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.reader import Reader
 
@@ -21,29 +22,33 @@ class ReaderInputs(TypedDict):
     prefixes: soft tokens `[B, M, D]`, none of them (M = 0) where the prefix is deep only.
     deep: keys and values `[L, 2, B, H, P, d_head]`, or None.
     head: how many of a prompt's first ids the deep prefix holds already.
+    layers: updates of the hidden states between the reader's layers, or None.
     """
 
     prefixes: Tensor
     deep: Tensor | None
     head: int
+    layers: LayerUpdates | None
 
 
-Place = Literal["prefixes", "deep"]
+Place = Literal["prefixes", "deep", "layers"]
 
 
 class Attachment(nn.Module):
     """Latents to one entry of a reader's inputs.
 
-    An attachment of a new kind that gives a reader something else (cross-attention into its layers,
-    say) adds an entry to `ReaderInputs`, and what reads it to `Reader`.
+    An attachment of a new kind that gives a reader something else adds an entry to `ReaderInputs`,
+    and what reads it to `Reader`.
 
     Attributes:
         gives: that entry.
+        varies: whether it takes latents with fewer than M vectors, and makes a position of each.
         config: its settings.
     """
 
     Config: ClassVar[type[AttachmentConfig]] = AttachmentConfig
     gives: ClassVar[Place]
+    varies: ClassVar[bool] = False
 
     def __init__(self, config: AttachmentConfig) -> None:
         super().__init__()
@@ -73,13 +78,23 @@ class Attachment(nn.Module):
             contexts: a few texts of the training data.
         """
 
-    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
+    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor | LayerUpdates:
         """The entry of the reader's inputs that `gives` names.
 
         Args:
             gain: a factor on its strength, which a user may give when decoding.
         """
         raise NotImplementedError
+
+    def positions_of(self, latents: int) -> int:
+        """How many positions it makes of so many latents, those of a prompt's head aside. Latents
+        that are other readers' own may be among them: it makes nothing of these."""
+        most = self.positions - self.head_positions
+        return min(latents, most) if self.config.varies else most
+
+    def compared_positions_of(self, latents: int) -> int:
+        """How many positions of text it is compared with: those that it takes for the latents."""
+        return self.positions_of(latents)
 
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:
         """Root mean squares of what it makes, by name, for the log."""

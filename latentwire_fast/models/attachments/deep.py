@@ -8,8 +8,8 @@ A soft token has to make its way through the reader's first layers; a deep prefi
 directly what it would have found there (prefix tuning, arXiv:2101.00190, with the prefix generated
 from a payload). `readers/kv_cache.py` puts it into a cache.
 
-Shapes: L layers, 2 keys and values, B batch, H key/value heads, M latents, P positions (M, and in
-place those of the prompt's head), D head width, W width of the generator.
+Shapes: L layers, 2 keys and values, B batch, H key/value heads, M latents, P positions (`length` or
+M, and in place those of the prompt's head), D head width, W width of the generator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from latentwire_fast import ops
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import AttachmentConfig, Calibration, Mode
 from latentwire_fast.models.attachments.base import Attachment, rms_of
-from latentwire_fast.models.layers import pre_norm_layer
+from latentwire_fast.models.layers import SlotReader, pre_norm_layer
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.kv_geometry import KVGeometry
 from latentwire_fast.readers.own_kv import head_keys_values, text_keys_values
@@ -43,11 +43,12 @@ class DeepPrefix(Attachment):
     300 steps: 2.0 and 1.0 with both, 2.6 and 1.6 with the MLP alone, 2.7 after 200 with the
     transformer alone.
 
-    The keys are what the cache holds, rotary positions included, so each of the M slots has its own
-    place among the reader's positions 0 to M - 1.
+    The keys are what the cache holds, rotary positions included, so each slot has its own place
+    among the reader's positions from 0 on. There is one slot per latent; with a `length`, so many
+    learned slots first read the latents by cross-attention.
 
     Args:
-        latents: M, the number of slots (each has a learned bias).
+        latents: M, the number of latents (each has a learned bias).
         d_z: width of the latent.
     """
 
@@ -56,6 +57,7 @@ class DeepPrefix(Attachment):
         """Keys and values for every layer of the reader's cache.
 
         Attributes:
+            length: how many positions they stand at; None for one per latent.
             width, layers, heads: of the transformer that makes them.
             expansion: inner width of its MLPs, as a multiple of its width.
             dropout: in it.
@@ -67,6 +69,7 @@ class DeepPrefix(Attachment):
                 gains (which start at the RMS of the reader's own), or only multiply by these.
         """
 
+        length: int | None = None
         width: int = 256
         layers: int = 2
         heads: int = 8
@@ -76,13 +79,18 @@ class DeepPrefix(Attachment):
         calibration: Calibration = "none"
 
         @property
+        def varies(self) -> bool:
+            """Unless it has a length of its own, which goes by nothing."""
+            return self.length is None and super().varies
+
+        @property
         def starts_from_texts(self) -> bool:
             """In place, unless it is calibrated to the reader's own sizes."""
             return self.in_place and self.calibration == "none"
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            self.at_least_one("width", "layers", "heads", "expansion")
+            self.at_least_one("length", "width", "layers", "heads", "expansion")
             require(0 <= self.dropout < 1, f"dropout={self.dropout}, expected in [0, 1)")
             require(
                 self.width % self.heads == 0,
@@ -90,13 +98,14 @@ class DeepPrefix(Attachment):
             )
 
     gives = "deep"
+    varies = True
     config: Config
     table_parameters: ClassVar[tuple[str, ...]] = ("slots",)
 
     def __init__(self, config: Config, *, latents: int, d_z: int, geometry: KVGeometry) -> None:
         super().__init__(config)
         self.geometry = geometry
-        self.latents = latents
+        self.length = config.length or latents
         width = config.width
         self.lift = nn.Linear(d_z, width)
         self.slots = nn.Parameter(torch.randn(latents, width) * 0.5)
@@ -110,6 +119,15 @@ class DeepPrefix(Attachment):
             norm=nn.LayerNorm(width),
             enable_nested_tensor=False,
         )
+        self.read: SlotReader | None = None
+        if config.length is not None:
+            self.read = SlotReader(
+                config.length,
+                width,
+                config.heads,
+                expansion=config.expansion,
+                dropout=config.dropout,
+            )
         # All layers in one matmul; rows are (layer, key or value, head, channel).
         rows = geometry.layers * 2 * geometry.heads * geometry.head_width
         self.project = nn.Linear(width, rows)
@@ -130,8 +148,8 @@ class DeepPrefix(Attachment):
 
     @property
     def positions(self) -> int:
-        """One per latent, and those of the prompt's head."""
-        return self.latents + self.head_positions
+        """Those of its length, and those of the prompt's head."""
+        return self.length + self.head_positions
 
     @property
     def head_positions(self) -> int:
@@ -148,7 +166,7 @@ class DeepPrefix(Attachment):
         self.head = head_keys_values(reader, mode).to(self.head)
         if contexts and self.config.starts_from_texts:
             sides = [
-                text_keys_values(reader, context, slots=self.latents, first=self.head_positions)
+                text_keys_values(reader, context, slots=self.length, first=self.head_positions)
                 for context in contexts
             ]
             self._start_from(torch.cat(sides, 3).to(self.gain))
@@ -166,31 +184,40 @@ class DeepPrefix(Attachment):
             self.head = torch.empty_like(saved, device=self.head.device)
         super()._load_from_state_dict(state, prefix, *rest)
 
-    def forward(self, latent_BMd: Tensor, *, gain: float = 1.0) -> Tensor:
+    def forward(
+        self, latent_BMd: Tensor, *, gain: float = 1.0, absent_BM: Tensor | None = None
+    ) -> Tensor:
         """Keys and values `[L, 2, B, H, P, D]`, in the generator's dtype.
 
         Args:
             gain: multiplies the values (prefix gain); the keys, and so the attention, stay.
+            absent_BM: vectors that a latent does not have, the last ones: no other sees them.
         """
+        made = self.made(latent_BMd, gain=gain, absent_BM=absent_BM)
+        if not self.head_positions:
+            return made
+        head = self.head.to(made.dtype).expand(-1, -1, len(latent_BMd), -1, -1, -1)
+        return torch.cat([head, made], 4)
+
+    def made(self, latent_BMd: Tensor, *, gain: float, absent_BM: Tensor | None = None) -> Tensor:
+        """What is made of the latent alone, without the prompt's head."""
         g = self.geometry
-        lifted_BMW = self.lift(latent_BMd) + self.slots
+        lifted_BMW = self.lift(latent_BMd) + self.slots[: latent_BMd.shape[1]]
         inner = nn.functional.silu(self.up(self.norm(lifted_BMW)))
-        hidden_BMW = lifted_BMW + self.dropout(self.down(inner))
+        hidden = lifted_BMW + self.dropout(self.down(inner))  # [B, M, W]
+        if self.read is not None:
+            hidden = self.read(hidden)  # [B, length, W]
         # No tensor of Python numbers: a copy from the host, which a graph capture forbids.
         scale_L2 = torch.stack([self.gain[:, 0], gain * self.gain[:, 1]], 1)
         made = ops.project_calibrate(
-            self.body(hidden_BMW),
+            self.body(hidden, src_key_padding_mask=absent_BM),
             *(self.project.weight, self.project.bias),
             target_rms=1.0,
             gain=scale_L2.flatten(),
             calibration=self.config.calibration,
             groups=2 * g.layers,
         )
-        made = made.unflatten(-1, (g.layers, 2, g.heads, g.head_width)).permute(2, 3, 0, 4, 1, 5)
-        if not self.head_positions:
-            return made
-        head = self.head.to(made.dtype).expand(-1, -1, len(latent_BMd), -1, -1, -1)
-        return torch.cat([head, made], 4)
+        return made.unflatten(-1, (g.layers, 2, g.heads, g.head_width)).permute(2, 3, 0, 4, 1, 5)
 
     @torch.no_grad()
     def rms(self, latent_BMd: Tensor) -> dict[str, float]:

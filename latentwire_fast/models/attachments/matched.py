@@ -51,6 +51,7 @@ class MatchedSoftPrompt(SoftPrompt):
             require(0 < self.momentum <= 1, f"momentum={self.momentum}, expected in (0, 1]")
 
     config: Config
+    varies = False  # its statistics would be of padding too
 
     def __init__(
         self, config: Config, *, latents: int, d_z: int, d_model: int, target_rms: float

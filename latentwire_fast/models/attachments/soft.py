@@ -60,6 +60,7 @@ class SoftPrompt(Attachment):
             self.adapter.check(run)
 
     gives = "prefixes"
+    varies = True
     config: Config
 
     def __init__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,14 @@ class Encoder(nn.Module):
         """Latents `[B, M, d_z]` fp32. Texts beyond the limit are cut."""
         raise NotImplementedError
 
+    def fit(self, contexts: Texts, questions: Texts | None = None) -> None:
+        """Take what a fresh encoder begins with from training texts, where its settings ask for
+        some (`EncoderConfig.texts_to_fit`)."""
+
+    def facts(self) -> dict[str, Any]:
+        """What `metrics.json` says of it beside its settings."""
+        return {}
+
     def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
         """Latents and the positions that they stand at: of the text alone, counted from
         its first token, where `text_ends` counts from.
@@ -81,6 +89,13 @@ class Encoder(nn.Module):
             ConfigError: this encoder selects none.
         """
         raise ConfigError(f"encoder {self.config.kind!r} selects no positions")
+
+    def latent_counts(
+        self, contexts: Texts, questions: Texts | None = None
+    ) -> tuple[int, ...] | None:
+        """How many latents each text gets, the first of M: `forward` gives zeros in the place of
+        the others. None where each gets M."""
+        return None
 
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read.
@@ -110,7 +125,7 @@ class Encoder(nn.Module):
         if length > limit.length:
             raise DataError(
                 f"the text has {length:,} {limit.unit}, the encoder reads {limit.length:,}; cut it "
-                "into several"
+                "into several (`encode_chunks`, or --chunk-length of the command `encode`)"
             )
 
     def keep_states(self, folder: Path, *, rank: int) -> None:

@@ -6,6 +6,7 @@ Shapes: B texts, M latents, D the LM's width.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,8 +30,10 @@ from latentwire_fast.files.tensor_cache import TensorCache
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.models.encoders.base import Encoder, Limit, Texts, rms_normalize
 from latentwire_fast.models.encoders.truncation import cut_context
+from latentwire_fast.models.encoders.varying import check_varying
 from latentwire_fast.models.lm_text import LMFacts, LMText
 from latentwire_fast.models.poolers.base import Pooler, Selection
+from latentwire_fast.models.token_states import TokenStates
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, encoded_text
 from latentwire_fast.prompts.scaffold import Scaffold, in_scaffold
 from latentwire_fast.readers.checkpointing import checkpoint_activations
@@ -73,6 +76,8 @@ class LMEncoder(Encoder):
             pooler: what the LM holds to M latents.
             frozen: keep the LM's weights and train only what was added.
             max_tokens: longest text that is read.
+            tokens_per_latent: a text of n tokens gets ceil(n / tokens_per_latent) latents, from
+                `least_latents` to `latents`; None: `latents`, whatever its length.
             scaffold: what stands around the text: the LM's chat template where it has one
                 (`chat`), the roles in plain words (`neutral`), or nothing (`none`).
             gradient_checkpointing: recompute the LM's activations in backward.
@@ -84,10 +89,20 @@ class LMEncoder(Encoder):
         max_tokens: int = 1024
         scaffold: Scaffold = "chat"
         gradient_checkpointing: bool = False
+        tokens_per_latent: float | None = None
+        least_latents: int = 1
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            self.at_least_one("max_tokens")
+            self.at_least_one("max_tokens", "least_latents")
+            require(
+                self.tokens_per_latent is None or self.tokens_per_latent > 0,
+                f"tokens_per_latent={self.tokens_per_latent}, expected above 0, or none",
+            )
+            require(
+                self.least_latents <= self.latents,
+                f"least_latents={self.least_latents}, expected at most latents={self.latents}",
+            )
             require(
                 self.template is None or self.scaffold == "chat",
                 f"template={self.template!r} names a chat template, and scaffold="
@@ -99,6 +114,11 @@ class LMEncoder(Encoder):
             """Whether its pooler does."""
             return self.pooler.selects_positions
 
+        @property
+        def varies(self) -> bool:
+            """Whether the number of latents goes by the text's length."""
+            return self.tokens_per_latent is not None
+
         def builder(self, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
             """How its text is laid out."""
             bos = True if self.scaffold == "neutral" else None  # no template of the LM's brings it
@@ -106,8 +126,10 @@ class LMEncoder(Encoder):
             return PromptBuilder(in_scaffold(tokenizer, self.scaffold), prompt)
 
         def check(self, run: RunConfig) -> None:
-            """Its pooler checks itself."""
+            """Its pooler checks itself, and what takes the latents in."""
             self.pooler.check(run)
+            if self.varies:
+                check_varying(self.pooler, run)
 
         def allows(self, trained: EncoderConfig) -> bool:
             """Whether it is one: it may read less than asked, and its LM may have moved."""
@@ -132,13 +154,19 @@ class LMEncoder(Encoder):
         check_prompt_ids(self.prompts, core, name=f"encoder LM {config.source!r}")
         self.tokenizer = tokenizer
         lm = facts or LMFacts.of(core, self.prompts, latents=config.latents, source=config.source)
-        self.pooler: Pooler = POOLERS.part_of(config.pooler)(config.pooler, lm)
+        self.pooler: Pooler = POOLERS.part_of(config.pooler)(
+            config.pooler, self.facts_for_pooler(lm)
+        )
         self.core = core.requires_grad_(not config.frozen)
         self.norm = nn.LayerNorm(lm.width)
         self.project = nn.Linear(lm.width, config.d_z)
         self.states_cache: TensorCache | None = None  # of a frozen LM, while it is trained
         if shared:
             self.register_load_state_dict_pre_hook(_refuse_other_core)
+
+    def facts_for_pooler(self, lm: LMFacts) -> LMFacts:
+        """What its pooler is built for."""
+        return lm
 
     @classmethod
     def build(cls, config: EncoderConfig, readers: Mapping[str, Reader]) -> LMEncoder:
@@ -202,7 +230,10 @@ class LMEncoder(Encoder):
 
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
-        return self._latent(self.pooler(self._text(contexts, questions)))
+        text = self._text(contexts, questions)
+        latent_BMd = self._latent(self.pooler(text))
+        absent_BM = text.absent_BM(self.config.latents)
+        return latent_BMd if absent_BM is None else latent_BMd.masked_fill(absent_BM[..., None], 0)
 
     def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
         """Latents `[B, M, d_z]` fp32, and the positions that they stand at.
@@ -223,9 +254,28 @@ class LMEncoder(Encoder):
     def _latent(self, states_BMD: Tensor) -> Tensor:
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
 
-    def _text(self, contexts: Texts, questions: Texts | None) -> LMText:
+    def _text(self, contexts: Texts, questions: Texts | None) -> TokenStates:
         cache = self.states_cache if self.config.frozen else None
-        return LMText(self.core, self.prompts, self._prompts(contexts, questions), cache=cache)
+        prompts = self._prompts(contexts, questions)
+        text = LMText(self.core, self.prompts, prompts, cache=cache)
+        if self.config.varies:
+            text.counts_B = torch.tensor([*map(self._count, prompts)], device=self.core.device)
+        return text
+
+    def latent_counts(
+        self, contexts: Texts, questions: Texts | None = None
+    ) -> tuple[int, ...] | None:
+        """One for each `tokens_per_latent` tokens that are read, without the context's label."""
+        if not self.config.varies:
+            return None
+        return tuple(map(self._count, self._prompts(contexts, questions)))
+
+    def _count(self, prompt: Prompt) -> int:
+        """How many latents a text gets."""
+        config, tokens = self.config, prompt.content - len(self.prompts.label_ids)
+        assert config.tokens_per_latent is not None
+        wanted = math.ceil(tokens / config.tokens_per_latent)
+        return max(config.least_latents, min(config.latents, wanted))
 
     def _prompts(self, contexts: Texts, questions: Texts | None) -> list[Prompt]:
         prompts = []

@@ -40,11 +40,14 @@ class Pooler(nn.Module):
     Attributes:
         selects_positions: whether it takes the states of some positions of the text, and `select`
             says which.
+        varies: whether it can make fewer than M latents of a text (`TokenStates.counts_B`). What
+            it gives in the place of the others is of no account.
         needs_lm: whether it runs a causal LM on more than the texts (`LMText`).
     """
 
     Config: ClassVar[type[PoolerConfig]] = PoolerConfig
     selects_positions: ClassVar[bool] = False
+    varies: ClassVar[bool] = False
     needs_lm: ClassVar[bool] = False
 
     def __init__(self, config: PoolerConfig, lm: StatesFacts) -> None:

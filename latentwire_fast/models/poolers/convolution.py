@@ -46,6 +46,7 @@ class ConvolutionPooler(Pooler):
             )
 
     config: Config
+    varies = True
 
     def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
@@ -67,7 +68,7 @@ class ConvolutionPooler(Pooler):
         for number, layer in enumerate(self.layers):
             states_BTD = F.gelu(states_BTD) if number else states_BTD
             states_BTD, inside_BT = self._convolve(layer, states_BTD, inside_BT)
-        return span_weights(inside_BT, self.latents) @ states_BTD
+        return span_weights(inside_BT, self.latents, counts_B=text.counts_B) @ states_BTD
 
     def _convolve(
         self, layer: nn.Module, states_BTD: Tensor, inside_BT: Tensor

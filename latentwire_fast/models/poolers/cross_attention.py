@@ -27,6 +27,8 @@ class CrossAttentionPooler(LayerStatesPooler):
     class Config(LayerStatesPooler.Config):
         """Queries that read several layers' states of a text; nothing else to set."""
 
+    varies = True
+
     def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.mixes = nn.ModuleList(
@@ -47,7 +49,14 @@ class CrossAttentionPooler(LayerStatesPooler):
         normed = (F.layer_norm(h.float(), h.shape[-1:]) for h in states)
         mixed = [mix(h) for mix, h in zip(self.mixes, normed, strict=True)]
         memory_BTD = self.norm(torch.stack(mixed).sum(0))
-        queries_BMD = span_weights(is_text_BT, self.latents) @ memory_BTD + self.slots
+        weights_BMT = span_weights(is_text_BT, self.latents, counts_B=text.counts_B)
+        queries_BMD = weights_BMT @ memory_BTD + self.slots
+        absent_BM = text.absent_BM(self.latents)
         for layer in self.body:
-            queries_BMD = layer(queries_BMD, memory_BTD, memory_key_padding_mask=~is_text_BT)
+            queries_BMD = layer(
+                queries_BMD,
+                memory_BTD,
+                tgt_key_padding_mask=absent_BM,
+                memory_key_padding_mask=~is_text_BT,
+            )
         return queries_BMD

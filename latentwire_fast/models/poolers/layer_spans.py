@@ -39,6 +39,8 @@ class LayerSpansPooler(LayerStatesPooler):
             super().__post_init__()
             self.at_least_one("parts")
 
+    varies = True
+
     def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.parts = config.parts
@@ -57,9 +59,11 @@ class LayerSpansPooler(LayerStatesPooler):
     def forward(self, text: TokenStates) -> Tensor:
         """States `[B, M, D]`."""
         states, is_text_BT = text.layers(self.state_layers)
-        weights_BKT = span_weights(is_text_BT, self.latents * self.parts)
+        counts_B = None if text.counts_B is None else text.counts_B * self.parts
+        weights_BKT = span_weights(is_text_BT, self.latents * self.parts, counts_B=counts_B)
         means = [weights_BKT @ F.layer_norm(h.float(), h.shape[-1:]) for h in states]
         means_BKC = torch.cat(means, -1)
         mixed_BMD = self.mix(means_BKC.unflatten(1, (self.latents, self.parts)).flatten(2))
-        pooled: Tensor = self.body(mixed_BMD + self.slots)
+        absent_BM = text.absent_BM(self.latents)
+        pooled: Tensor = self.body(mixed_BMD + self.slots, src_key_padding_mask=absent_BM)
         return pooled

@@ -44,6 +44,8 @@ class MeanPooler(Pooler):
     class Config(PoolerConfig):
         """One vector per text, a control; there is nothing to set."""
 
+    varies = True
+
     def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.queries = SlotQueries(lm.latents, lm.width)

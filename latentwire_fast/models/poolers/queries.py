@@ -51,6 +51,7 @@ class QueriesPooler(Pooler):
             require(self.rehearsals >= 0, f"rehearsals={self.rehearsals}, expected at least 0")
 
     needs_lm = True
+    varies = True  # a query does not see those behind it: the first ones are the same without them
     table_parameters: ClassVar[tuple[str, ...]] = ("memory", "query_offsets")
 
     def __init__(self, config: Config, lm: LMFacts) -> None:

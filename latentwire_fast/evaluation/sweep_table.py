@@ -1,0 +1,177 @@
+"""The table of a sweep: every variant's scores over its seeds, and its difference to the base.
+
+Two kinds of uncertainty are kept apart. An interval says what other examples would change: it is a
+bootstrap over the held-out examples of the mean over the seeds. A spread says what another training
+would change: it is the standard deviation over the seeds, and needs two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from latentwire_fast.evaluation.metrics import Interval, mean_interval
+from latentwire_fast.evaluation.report.formatting import MISSING, number
+from latentwire_fast.evaluation.sweep_scores import ExampleScores
+
+SEED = 0  # of the bootstrap
+PLAIN = ("effective_rank", "pairwise_cosine", "bytes", "steps", "steps_per_second")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run of a sweep.
+
+    Attributes:
+        scores: of `run_scores`.
+        examples: F1 of every held-out example.
+        seconds: from the start of its process to the end, loading and evaluation included, where
+            that was noted.
+    """
+
+    variant: str
+    seed: int
+    scores: Mapping[str, Any]
+    examples: ExampleScores
+    seconds: float | None = None
+
+
+def sweep_table(
+    runs: Sequence[FinishedRun], *, base: str, variants: Sequence[str], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """The table as JSON: by variant, in the order of the sweep; None where nothing is finished.
+
+    Args:
+        base: the variant that the others are compared to, run by run of one seed.
+    """
+    by_variant = {v: [run for run in runs if run.variant == v] for v in variants}
+    bases = {run.seed: run for run in by_variant[base]}
+    return {
+        "base": base,
+        "seeds": list(seeds),
+        "readers": list(dict.fromkeys(name for run in runs for name in run.scores["readers"])),
+        "variants": {
+            variant: _variant(found, {} if variant == base else bases) if found else None
+            for variant, found in by_variant.items()
+        },
+    }
+
+
+def _variant(runs: Sequence[FinishedRun], bases: Mapping[int, FinishedRun]) -> dict[str, Any]:
+    first = runs[0].scores
+    pairs = [(run, bases[run.seed]) for run in runs if run.seed in bases]
+    seconds = [run.seconds for run in runs if run.seconds is not None]
+    return {
+        "seeds": [run.seed for run in runs],
+        "readers": {name: _reader(name, runs, pairs) for name in first["readers"]},
+        **{name: _over_seeds([run.scores[name] for run in runs]) for name in PLAIN},
+        "bytes_by_bits": first["bytes_by_bits"],
+        "latent": first["latent"],
+        "mode": first["mode"],
+        "wall_seconds": mean(seconds) if seconds else None,
+    }
+
+
+def _reader(
+    name: str, runs: Sequence[FinishedRun], pairs: Sequence[tuple[FinishedRun, FinishedRun]]
+) -> dict[str, Any]:
+    entries = [run.scores["readers"][name] for run in runs]
+    own = [run.examples.f1[name] for run in runs]
+    both = [(run, base) for run, base in pairs if name in base.examples.f1]
+    differences = [
+        {key: f1 - base.examples.f1[name][key] for key, f1 in run.examples.f1[name].items()}
+        for run, base in both
+        if run.examples.contexts == base.examples.contexts
+    ]
+    return {
+        "f1": _resampled(own, runs[0].examples.contexts),
+        "text_f1": _over_seeds([entry["text_f1"] for entry in entries]),
+        "nll": _over_seeds([entry["nll"] for entry in entries]),
+        "f1_by_bits": {
+            bits: _over_seeds([entry["f1_by_bits"].get(bits) for entry in entries])
+            for bits in entries[0]["f1_by_bits"]
+        },
+        "minus_base": _resampled(differences, runs[0].examples.contexts),
+    }
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean and standard deviation over the seeds, and the numbers themselves."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    return {
+        "mean": mean(found),
+        "sd": stdev(found) if len(found) > 1 else None,
+        "by_seed": found,
+    }
+
+
+def _resampled(
+    scores: Sequence[Mapping[str, float]], contexts: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """The same with the interval over examples; None for no seeds, or other examples each time."""
+    if not scores or any(s.keys() != scores[0].keys() for s in scores):
+        return None
+    keys = list(scores[0])
+    means = [mean(s[key] for s in scores) for key in keys]
+    interval: Interval = mean_interval(means, seed=SEED, clusters=[contexts[key] for key in keys])
+    over = _over_seeds([mean(s.values()) for s in scores]) or {}
+    return {**over, "low": interval.low, "high": interval.high}
+
+
+def table_lines(table: Mapping[str, Any]) -> list[str]:
+    """The table as Markdown. F1 and its differences are in points."""
+    readers: Sequence[str] = table["readers"]
+    heads = ["variant", "seeds"]
+    heads += [f"{name} F1" for name in readers]
+    heads += [f"{name} minus {table['base']}" for name in readers]
+    heads += [f"{name} NLL" for name in readers]
+    heads += ["effective rank", "bytes", "steps/s"]
+    rows = [_row(name, found, readers) for name, found in table["variants"].items()]
+    return [
+        _line(heads),
+        _line(["---", *["---:"] * (len(heads) - 1)]),
+        *(_line([*row, *[MISSING] * (len(heads) - len(row))]) for row in rows),
+        "",
+        "F1 in points of 100: the mean over the seeds, ± the standard deviation over the seeds, "
+        "and in brackets the 95% interval over the held-out examples. Differences are paired by "
+        "seed and by example. NLL is per token, steps/s of the training alone.",
+    ]
+
+
+def _row(name: str, found: Mapping[str, Any] | None, readers: Sequence[str]) -> list[str]:
+    if found is None:
+        return [name, "none finished"]
+    entries = [found["readers"].get(reader) or {} for reader in readers]
+    return [
+        name,
+        " ".join(str(seed) for seed in found["seeds"]),
+        *(_points(entry.get("f1")) for entry in entries),
+        *(_points(entry.get("minus_base"), signed=True) for entry in entries),
+        *(_number(entry.get("nll"), 3) for entry in entries),
+        _number(found["effective_rank"], 1),
+        _number(found["bytes"], 0),
+        _number(found["steps_per_second"], 2),
+    ]
+
+
+def _points(value: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """A share in points, with its spread and its interval."""
+    if value is None:
+        return MISSING
+    text = number(100 * value["mean"], signed=signed)
+    if value["sd"] is not None:
+        text += f" ± {number(100 * value['sd'])}"
+    ends = [number(100 * value[end], signed=signed) for end in ("low", "high")]
+    return f"{text} ({ends[0]} to {ends[1]})"
+
+
+def _number(value: Mapping[str, Any] | None, digits: int) -> str:
+    return MISSING if value is None else number(value["mean"], digits=digits)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
