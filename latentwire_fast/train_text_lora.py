@@ -109,6 +109,7 @@ def text_lora_config(args: TextLoraArguments) -> RunConfig:
     Raises:
         ConfigError: a value outside its range.
     """
+    from latentwire_fast.config.base import require
     from latentwire_fast.config.schema import (
         DataConfig,
         EvalConfig,
@@ -119,7 +120,6 @@ def text_lora_config(args: TextLoraArguments) -> RunConfig:
         StageConfig,
         ValidationConfig,
     )
-    from latentwire_fast.errors import ConfigError
     from latentwire_fast.registry import ENCODERS, SCHEDULES
 
     lora = LoraSettings(
@@ -130,8 +130,10 @@ def text_lora_config(args: TextLoraArguments) -> RunConfig:
         layers=args.layers,
         lr=1.0,
     )
-    if args.validate_every is None and (args.use_best or args.patience is not None):
-        raise ConfigError("--use-best and --patience need --validate-every STEPS")
+    require(
+        args.validate_every is not None or not (args.use_best or args.patience is not None),
+        "--use-best and --patience need --validate-every STEPS",
+    )
     return RunConfig(
         preset="text_lora" if args.gists is None else GISTS,
         encoder=ENCODERS.config("lm", **({} if args.gists is None else {"latents": args.gists})),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import ObjectiveConfig
-from latentwire_fast.errors import ConfigError
 from latentwire_fast.objectives.base import Objective
 from latentwire_fast.objectives.distances import Form, distances
 from latentwire_fast.objectives.micro_batch import ReaderBatch
@@ -70,11 +69,11 @@ class HiddenKD(Objective):
         """
         last = reader.model.config.get_text_config(decoder=True).num_hidden_layers
         for number in self.config.layers:
-            if not -last - 1 <= number <= last:
-                raise ConfigError(
-                    f"objective {self.config.kind!r}: layers={self.config.layers}, and reader "
-                    f"{reader.name!r} has {last} layers; give numbers from {-last - 1} to {last}"
-                )
+            require(
+                -last - 1 <= number <= last,
+                f"objective {self.config.kind!r}: layers={self.config.layers}, and reader "
+                f"{reader.name!r} has {last} layers; give numbers from {-last - 1} to {last}",
+            )
         prepared.text_prompt(reader)
         return count_targets(prepared.latent_prompt(reader), self.config.tokens)
 

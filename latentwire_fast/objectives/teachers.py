@@ -15,7 +15,6 @@ from torch import Tensor
 
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import ObjectiveConfig, RunConfig
-from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.base import Objective
 from latentwire_fast.objectives.micro_batch import ReaderBatch
@@ -158,17 +157,17 @@ def load_teacher(source: str, reader: Reader) -> Reader:
     if teacher is None:
         teacher = Reader.load(source, name="teacher", dtype=dtype, device=reader.device)
         _loaded[key] = teacher
-    if not _reads_the_same(teacher, reader):
-        raise ConfigError(
-            f"teacher {source!r} has another tokenizer than reader {reader.name!r}: their "
-            "probabilities are of other tokens; choose an LM of the reader's family"
-        )
+    require(
+        _reads_the_same(teacher, reader),
+        f"teacher {source!r} has another tokenizer than reader {reader.name!r}: their "
+        "probabilities are of other tokens; choose an LM of the reader's family",
+    )
     ours, theirs = reader.output_head, teacher.output_head
-    if (ours.scale, ours.softcap) != (theirs.scale, theirs.softcap):
-        raise ConfigError(
-            f"teacher {source!r} scales or caps its logits in another way than reader "
-            f"{reader.name!r}; choose an LM of the reader's family"
-        )
+    require(
+        (ours.scale, ours.softcap) == (theirs.scale, theirs.softcap),
+        f"teacher {source!r} scales or caps its logits in another way than reader "
+        f"{reader.name!r}; choose an LM of the reader's family",
+    )
     return teacher
 
 
