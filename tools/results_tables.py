@@ -31,6 +31,13 @@ METHODS = {
     "first_words": "first five words, no model",
 }
 
+BY_BITS = {
+    "latent_bits": "latent",
+    "byte_budget_bits": "text cut to the bytes of",
+    "selective_context_bytes_bits": "the words least expected, in the bytes of",
+    "bm25_sentences_bytes_bits": "the sentences that match the question, in the bytes of",
+}
+
 
 def load(folder: Path) -> dict[str, Any]:
     """A run's metrics.json, with the folder's name as `label`."""
@@ -61,8 +68,8 @@ def scores(runs: Sequence[dict[str, Any]]) -> str:
         ]
         for method, label in METHODS.items()
     ]
-    for key, label in (("latent_bits", "latent"), ("byte_budget_bits", "text cut to the bytes of")):
-        for width in columns[0][0]["readers"][columns[0][1]][key]:
+    for key, label in BY_BITS.items():
+        for width in columns[0][0]["readers"][columns[0][1]].get(key, ()):
             cells = [f"{100 * run['readers'][name][key][width]['f1']:.1f}" for run, name in columns]
             rows.append([f"{label} {width} bits", *cells])
     return table(["F1", *(f"{run['label']}: {name}" for run, name in columns)], rows)

@@ -22,7 +22,7 @@ class BM25SentencesBytes(BM25Sentences):
     budget = "bytes"
     by_bits = ByBits(
         (("f1", "its F1 on sentences of as many bytes"),),
-        legend="sentences that match the question, in as many",
+        legend="sentences that match the question, as many bytes",
         marker="P",
         line=":",
         beside="sentences in that",
