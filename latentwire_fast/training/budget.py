@@ -203,10 +203,7 @@ def _payload_notes(model: Interlingua) -> Iterable[str]:
         sizes = _payload(model, model.slots.count(name))
         yield f"payload for reader {name} alone, bytes: {_listed(sizes)}"
     if model.bottleneck.fits_texts:
-        yield (
-            "payloads are those before the prior is learned; they are mostly smaller at the end of "
-            "the training"
-        )
+        yield "payloads are those without a learned prior, with which they are mostly smaller"
     if model.bottleneck.version > 1:
         yield "payloads of version 2 differ by a few bytes from text to text"
 

@@ -108,7 +108,7 @@ def test_bytes_of_payloads_are_known_for_every_bottleneck(
         assert abs(len(payload) - size) <= 3 * (part.version - 1)
     text = "\n".join(found.lines())
     assert f"payload for reader {llama_folder.name} alone, bytes: " in text
-    assert ("before the prior is learned" in text) == (bottleneck.prior == "static")
+    assert ("without a learned prior" in text) == (bottleneck.prior == "static")
 
 
 def test_every_bottleneck_of_the_package_has_its_bytes_tested() -> None:
