@@ -4,7 +4,8 @@
     python -m latentwire_fast.evaluate --run runs/context_v2
 
 Encoder, readers' parts and values stay as they are, so at equal bits answers do too. The new run
-folder is a run of its own, with a fingerprint of its own; it also reads what the old one sent.
+folder is a run of its own, with a fingerprint of its own; it also reads what the old one sent in
+version 1.
 """
 
 from __future__ import annotations

@@ -145,6 +145,9 @@ def sweep_from_json(data: Any) -> Sweep:
     points = _grid(values.pop("grid", {}))
     variants = values.get("variants", {})
     require(isinstance(variants, Mapping), "variants: expected lists of assignments by name")
+    for name, texts in variants.items():
+        require(isinstance(texts, list), f"variants: {name}: expected a list of assignments")
+    require("preset" in values, "preset is missing; name one, or a configuration as a .json file")
     twice = sorted(variants.keys() & points.keys())
     require(not twice, f"grid: it has a variant {', '.join(twice)} too; rename that in `variants`")
     values["variants"] = {**variants, **points}
@@ -180,6 +183,8 @@ def _axis(name: str, axis: Any) -> list[tuple[str, list[str]]]:
         texts = [v if isinstance(v, str) else json.dumps(v) for v in axis]
         found = [(f"{last}{text}", [f"{name}={text}"]) for text in texts]
     require(bool(found), f"grid: {name} has no values")
+    labels = [label for label, _ in found]
+    require(len({*labels}) == len(labels), f"grid: {name} has one value twice")
     return found
 
 

@@ -113,7 +113,8 @@ class Pieces:
         return ((r, slot) for r in rows for slot in range(self._size(r, positions)))
 
     def _size(self, row: int, positions: int) -> int:
-        return positions if self.slots is None else self.slots[row]
+        # Not just the slots: a reader without soft tokens has 0 positions of these.
+        return positions if self.slots is None else min(positions, self.slots[row])
 
 
 def joined_inputs(inputs: ReaderInputs, pieces: Pieces, *, reader: Reader) -> dict[str, Any]:

@@ -24,17 +24,22 @@ def fit_bottleneck(model: Interlingua, stream: Stream, config: RunConfig) -> Non
     finite data set may have fewer, which then come more than once. The model is in eval mode
     afterwards."""
     model.eval()
-    start, numbers = time.perf_counter(), range(-(-model.bottleneck.fits_texts // _BATCH))
-    latents = [_latents(model, stream, number, config) for number in numbers]
+    start, texts = time.perf_counter(), model.bottleneck.fits_texts
+    latents = [
+        _latents(model, stream, number, config, texts=min(_BATCH, texts - number * _BATCH))
+        for number in range(-(-texts // _BATCH))
+    ]
     model.fit_bottleneck(latents)
     seconds = time.perf_counter() - start
-    logger.info("bottleneck fitted to %d texts in %.1f s", len(numbers) * _BATCH, seconds)
+    logger.info("bottleneck fitted to %d texts in %.1f s", texts, seconds)
 
 
-def _latents(model: Interlingua, stream: Stream, number: int, config: RunConfig) -> Tensor:
-    """The latents `[B, M, d]` of one batch of training texts, or of their chunks."""
+def _latents(
+    model: Interlingua, stream: Stream, number: int, config: RunConfig, *, texts: int
+) -> Tensor:
+    """The latents `[B, M, d]` of the first texts of one training batch, or of their chunks."""
     items = stream.batch(number, _BATCH, facts=config.data.facts, texts=model.mode == "context")
-    prepared = [PreparedItem(item, model.mode) for item in items]
+    prepared = [PreparedItem(item, model.mode) for item in items[:texts]]
     questions = [p.question for p in prepared if p.question is not None] or None
     contexts = [p.item.context for p in prepared]
     chunks = model.cut(contexts, questions, length=config.data.chunk_length)

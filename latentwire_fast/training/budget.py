@@ -2,8 +2,8 @@
 
     print("\\n".join(budget(load_preset("squad_llama_qwen")).lines()))
 
-Parameter counts and payload sizes are exact: the model is built on torch's meta device. Memory and
-time are estimated (`run_costs.py`).
+Parameter counts and payload sizes are exact, the latter with version 1 of the wire format: the
+model is built on torch's meta device. Memory and time are estimated (`run_costs.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from latentwire_fast.config.parts import BITS
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.models.interlingua import LORA, Interlingua
@@ -36,7 +35,7 @@ class Budget:
 
     Attributes:
         trained, frozen: parameters by part.
-        payload: bytes of an example by bits per value.
+        payload: bytes of an example with all latents, by the bits that the bottleneck sends.
         memory: bytes on the device by part.
         flops: operations of the training by stage.
         lengths: tokens of an example.
@@ -58,14 +57,13 @@ class Budget:
     def lines(self) -> list[str]:
         """A table for the terminal."""
         size = self.lengths
-        payload = ", ".join(f"{count:,} at {bits} bits" for bits, count in self.payload.items())
         total = sum(self.memory.values())
         fits = "fits" if 1.1 * total < GPU_BYTES else "does not fit"
         return [
             "dry run: nothing was loaded or trained",
             *_section("trained parameters", self.trained, "{:,.0f}"),
             *_section("frozen parameters", self.frozen, "{:,.0f}"),
-            f"payload of an example, bytes: {payload}",
+            f"payload of an example, bytes: {_listed(self.payload)}",
             f"an example: {size.context:.0f} tokens of context, {size.question:.0f} of a question, "
             f"{size.answer:.0f} of an answer (estimated)",
             *_section("memory, GB (estimated)", _scaled(self.memory, 1e-9), "{:,.3f}"),
@@ -114,12 +112,13 @@ def budget(config: RunConfig) -> Budget:
         )
     if any(stage.epochs is not None for stage in config.stages):
         notes.append("stages in epochs are not counted: their steps follow from the data")
+    notes += _payload_notes(model)
     costs = RunCosts(config, shapes, model, lm, lengths)
     return Budget(
         trained=_by_part(model, trained=True),
         frozen=_by_part(model, trained=False)
         | {f"reader {name}": shape.parameters for name, shape in shapes.items()},
-        payload=_payload(model),
+        payload=_payload(model, model.encoder_config.latents),
         memory=costs.memory(),
         flops={stage.name: stage.steps * costs.step_flops(stage) for stage in config.stages},
         lengths=lengths,
@@ -180,11 +179,35 @@ def _by_part(model: Interlingua, *, trained: bool) -> dict[str, int]:
     return parts
 
 
-def _payload(model: Interlingua) -> dict[int, int]:
-    """Bytes of an example at each width, as the bottleneck packs them."""
+def _payload(model: Interlingua, latents: int) -> dict[int, int]:
+    """Bytes of an example with so many latents, at each width, as a fresh bottleneck packs them."""
     settings = model.encoder_config
-    latent = torch.zeros(1, settings.latents, settings.d_z)
-    bottleneck = BOTTLENECKS.part_of(model.bottleneck_config)(model.bottleneck_config)
+    drawn = torch.Generator().manual_seed(0)
+    latent_BMd = torch.randn(1, latents, settings.d_z, generator=drawn)
+    config = model.bottleneck_config
+    with torch.random.fork_rng(devices=[]):  # codes are drawn
+        bottleneck = BOTTLENECKS.part_of(config).build(
+            config, latents=settings.latents, d_z=settings.d_z
+        )
     return {
-        bits: len(bottleneck.pack(latent, bits=bits, fingerprint=0)[0]) for bits in sorted(BITS)
+        bits: len(bottleneck.pack(latent_BMd, bits=bits, fingerprint=0)[0])
+        for bits in sorted(config.rates)
     }
+
+
+def _payload_notes(model: Interlingua) -> Iterable[str]:
+    """What the bytes of a payload go by besides."""
+    if model.encoder_config.varies:
+        yield "payloads are those of texts with all latents; shorter texts have smaller ones"
+    for name in model.slots.private:
+        sizes = _payload(model, model.slots.count(name))
+        yield f"payload for reader {name} alone, bytes: {_listed(sizes)}"
+    if model.bottleneck.fits_texts:
+        yield "payloads are those without a learned prior, with which they are mostly smaller"
+    if model.bottleneck.version > 1:
+        yield "payloads of version 2 differ by a few bytes from text to text"
+
+
+def _listed(sizes: Mapping[int, int]) -> str:
+    """Bytes of a payload by width."""
+    return ", ".join(f"{count:,} at {bits} bits" for bits, count in sizes.items())

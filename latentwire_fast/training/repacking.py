@@ -35,7 +35,7 @@ def repack(run: Path, out: Path, *, device: torch.device, **changes: Any) -> Int
             `uniform` does; or settings that cannot be.
         CheckpointError: the run is not trained.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} holds something already; name a new folder")
     config, model = read_run_config(run), Interlingua.from_pretrained(RunFolder(run).model)
     before = model.bottleneck
@@ -44,10 +44,13 @@ def repack(run: Path, out: Path, *, device: torch.device, **changes: Any) -> Int
             f"{run} has the bottleneck {before.config.kind!r}; only uniform and soft_codebook can "
             "be repacked, others write version 2 already"
         )
-    config = replace(config, bottleneck=replace(before.config, version=2, **changes))
+    changes = {"version": 2, "running_prior": False, **changes}  # that one is for trainings
+    config = replace(config, bottleneck=replace(before.config, **changes))
     shape = {"latents": model.encoder_config.latents, "d_z": model.encoder_config.d_z}
     model.bottleneck = BOTTLENECKS.part_of(config.bottleneck).build(config.bottleneck, **shape)
-    model.bottleneck.load_state_dict(before.state_dict(), strict=False)  # but for its frequencies
+    counted = ("frequencies_S", "running.")  # of the symbols of before
+    state = {k: v for k, v in before.state_dict().items() if not k.startswith(counted)}
+    model.bottleneck.load_state_dict(state, strict=False)
     model.to(device).eval()
     if model.bottleneck.fits_texts:
         fit_bottleneck(model, build_data(_without_limit(config), {}).stream, config)

@@ -82,7 +82,8 @@ def read_frame(payload: bytes) -> Frame:
     if stated != actual:
         raise PayloadError(
             f"the CRC-32 is {actual:#010x}, the frame says {stated:#010x}; "
-            "the bytes were changed on their way: send the payload again"
+            "the bytes were changed or cut on their way, or others follow, such as another payload "
+            "of version 2 without a stream: send the payload again, alone"
         )
     at, latents, bits = 0, None, None
     if flags & _HAS_LATENTS:

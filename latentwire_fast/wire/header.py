@@ -110,7 +110,7 @@ def read_header(payload: bytes) -> Header:
     if is_frame(payload):
         raise PayloadError(
             f"the first two bytes are {payload[:2].hex(' ')}, which begin a payload of version 2, "
-            "and this reads version 1; use `decode_payloads` of the model that wrote it"
+            "and this reads version 1; decode it with the model that encoded it"
         )
     if len(payload) < HEADER_BYTES:
         raise PayloadError(

@@ -68,10 +68,13 @@ def test_variants_groups_and_grids_become_runs() -> None:
         ({"variants": {"../up": []}}, "names a folder"),
         ({"variants": []}, "expected lists of assignments by name"),
         ({"variants": {"base": "seed=1"}}, "base"),
+        ({"variants": {"mine": "log_every=1"}}, "variants: mine: expected a list of assignments"),
+        ({"preset": ...}, "preset is missing"),
         ({"seeds": []}, "at least one"),
         ({"seeds": [1, 1]}, "twice"),
         ({"base": "other"}, "none of the variants"),
         ({"grid": {"encoder.latents": []}}, "no values"),
+        ({"grid": {"encoder.latents": [2, 3, 2]}}, "one value twice"),
         ({"grid": {"encoder.latents": 3}}, "expected a list of values"),
         ({"grid": {"kd": {"on": "x"}}}, "expected a list of assignments"),
         ({"grid": {"encoder.latents": [2]}, "variants": {"latents2": []}}, "rename that"),
@@ -81,7 +84,8 @@ def test_variants_groups_and_grids_become_runs() -> None:
 )
 def test_a_mistake_in_a_file_is_said(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = tmp_path / "sweep.json"
-    path.write_text(json.dumps(sweep(**changes)))
+    left = {key: value for key, value in sweep(**changes).items() if value is not ...}
+    path.write_text(json.dumps(left))
     with pytest.raises(ConfigError, match=words) as caught:
         read_sweep(path)
     assert str(path) in str(caught.value)

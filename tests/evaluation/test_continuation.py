@@ -76,7 +76,7 @@ def test_every_way_predicts_the_same_tokens(
         reader = readers[name]
         counts = [len(reader.prompts.answer_ids(halves(text)[1])) for text in texts]
         assert entry["scored_tokens_mean"] == pytest.approx(sum(counts) / len(counts))
-    monkeypatch.setattr(continuation, "LOGITS", 1)  # one paragraph at a time
+    monkeypatch.setattr(continuation, "PASS_LOGITS", 1)  # one paragraph at a time
     alone = measure_continuation(texts, model, readers, config)
     for name, entry in found["readers"].items():
         for way, interval in entry["nll_per_token"].items():

@@ -164,6 +164,10 @@ def test_a_trained_run_gets_smaller_payloads_of_the_same_values(
     assert torch.equal(small.decode_payloads(smaller), first.decode_payloads(payloads))
     assert torch.equal(small.decode_payloads(payloads), first.decode_payloads(payloads))
     assert evaluated_settings(tmp_path / "small") == small.bottleneck_config
+    words[1], words[3] = str(tmp_path / "small"), str(tmp_path / "smaller")  # symbols of 4 bits
+    status, output, errors = in_this_process("repack", *words, "--bits", "4", "--texts", "7")
+    assert status == 0, errors
+    assert "4 bits" in output
     status, _, errors = in_this_process("repack", *words)
     assert status == 2
     assert "holds something already; name a new folder" in errors

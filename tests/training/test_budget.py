@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from latentwire_fast.config.presets import PRESETS, squad_llama_qwen
-from latentwire_fast.config.schema import LoraSettings, ReaderConfig, RunConfig
+from latentwire_fast.config.presets import PRESETS, squad_llama_qwen, weighted
+from latentwire_fast.config.schema import LoraSettings, ReaderConfig, RunConfig, StageConfig
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.readers import shapes
 from latentwire_fast.readers.loading import load_weights
 from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.readers.shapes import KNOWN, Shape, model_config
-from latentwire_fast.registry import ENCODERS, POOLERS
+from latentwire_fast.registry import BOTTLENECKS, ENCODERS, POOLERS
 from latentwire_fast.training.budget import budget
 from latentwire_fast.training.builders import build_model
 from latentwire_fast.training.run_costs import activation_bytes
@@ -67,6 +67,52 @@ def test_counts_are_those_of_the_built_run(
     for bits, size in found.payload.items():
         (payload,) = model.bottleneck.pack(torch.ones(1, 4, 8), bits=bits, fingerprint=1)
         assert len(payload) == size
+
+
+# --- payloads -----------------------------------------------------------------------------------
+
+PAYLOADS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "fsq": {"bits": 3, "levels": (8, 5)},
+    "vq": {"bits": 5},
+    "residual_vq": {"bits": 12, "code_bits": 4, "stages": 3},
+    "soft_codebook": {"codes": 40},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {"prior": "flat"} | options) for kind, options in PAYLOADS.items()),
+        ("uniform", {"version": 2, "prior": "static"}),
+        ("soft_codebook", {"version": 2, "prior": "static"}),
+        ("fsq", {"prior": "static", "running_prior": True}),
+    ],
+)
+def test_bytes_of_payloads_are_known_for_every_bottleneck(
+    kind: str, options: dict[str, Any], llama_folder: Path, qwen_folder: Path
+) -> None:
+    config = tiny_config(llama_folder, qwen_folder)
+    bottleneck = BOTTLENECKS.config(kind, **options)
+    asked = ("answer", "commitment") if "vq" in kind else ("answer",)
+    stage = StageConfig("sent", 1, weighted(**dict.fromkeys(asked, 1.0)), quantize=bottleneck.bits)
+    slots = {llama_folder.name: 1}
+    config = replace(config, bottleneck=bottleneck, stages=(stage,), private_slots=slots)
+    random_state = torch.get_rng_state()
+    found = budget(config)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert set(found.payload) == set(bottleneck.rates)
+    part = BOTTLENECKS.part_of(bottleneck).build(bottleneck, latents=4, d_z=8)
+    for bits, size in found.payload.items():
+        (payload,) = part.pack(torch.randn(1, 4, 8), bits=bits, fingerprint=1)
+        assert abs(len(payload) - size) <= 3 * (part.version - 1)
+    text = "\n".join(found.lines())
+    assert f"payload for reader {llama_folder.name} alone, bytes: " in text
+    assert ("without a learned prior" in text) == (bottleneck.prior == "static")
+
+
+def test_every_bottleneck_of_the_package_has_its_bytes_tested() -> None:
+    assert sorted(PAYLOADS) == sorted(BOTTLENECKS.names())
 
 
 @pytest.mark.parametrize(

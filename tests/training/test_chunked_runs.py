@@ -137,6 +137,17 @@ def test_a_long_text_in_python(trained: Trainer) -> None:
     assert len(answers) == 2
 
 
+def test_a_deep_prefix_alone_may_be_of_fewer_latents(llama_folder: Path, tmp_path: Path) -> None:
+    """There are no soft tokens to put one behind the other."""
+    config = config_of(llama_folder, attachments=(deep(width=16, heads=2, expansion=2),))
+    trained = train(changed(config, encoder=VARYING), tmp_path)
+    model, reader = trained.session.model.eval(), trained.session.readers["llama"]
+    (message,) = model.encode_chunks(["Nulnak lives in Bakrim. Fosvun has a red lamp."], length=14)
+    assert len({model.latents_of(payload) for payload in message} | {4}) > 1
+    prompts = asking(reader, ["Where?"])
+    Receiver.of(model, reader).generate(prompts, payloads=[message], options=at_most(2))
+
+
 def test_objectives_about_one_latent_are_refused(llama_folder: Path) -> None:
     stage = StageConfig("s", steps=1, objectives=weighted(answer=1.0, continuation=0.5))
     with pytest.raises(ConfigError, match=r"'continuation' is about one latent .*chunk_length"):

@@ -201,6 +201,13 @@ def test_an_unknown_variant_is_refused(tmp_path: Path) -> None:
         sweep_run(tmp_path, "base", only=["other"])
 
 
+def test_a_run_is_no_folder_for_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for place in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ConfigError, match="is a run, or no folder; give another --out"):
+            sweep_run(place, "base")
+
+
 def test_each_run_gets_its_gpu_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

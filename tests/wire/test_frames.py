@@ -268,6 +268,23 @@ def test_a_single_payload_is_its_file(tmp_path: Path, payloads: list[bytes]) -> 
     assert list(wire.read_payloads(path)) == payloads[:1]
 
 
+def test_single_payloads_that_were_joined_are_refused(payloads: list[bytes]) -> None:
+    """Only a stream says where its payloads end."""
+    stream = io.BytesIO(payloads[0] + payloads[1])
+    with pytest.raises(PayloadError, match=r"payload 0 at byte 0: .*, or others follow, such as"):
+        list(wire.read_payload_stream(stream, name="a pipe"))
+
+
+def test_a_batch_of_both_versions_is_refused() -> None:
+    config = BOTTLENECKS.config("uniform", version=2)
+    part = BOTTLENECKS.part_of(config).build(config, latents=1, d_z=4)
+    second = part.pack(torch.ones(1, 1, 4), bits=6, fingerprint=1)[0]
+    first = wire.pack(torch.ones(1, 4), bits=6, group_size=32)
+    for both in ([first, second], [second, first]):
+        with pytest.raises(PayloadError, match=r"payload 1 is of another version .* two batches"):
+            part.unpack(both, device=CPU)
+
+
 def test_a_stream_shares_the_first_bytes(tmp_path: Path, payloads: list[bytes]) -> None:
     path = tmp_path / "x.lwire"
     size = wire.write_payloads(path, payloads)

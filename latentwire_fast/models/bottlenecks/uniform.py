@@ -109,8 +109,16 @@ class UniformQuantizer(SymbolBottleneck):
         of version 1 are read also where version 2 is written.
 
         Raises:
-            PayloadError: as `wire.unpack_batch`, or in version 2 as `SymbolBottleneck.unpack`.
+            PayloadError: as `wire.unpack_batch`, or in version 2 as `SymbolBottleneck.unpack`; or
+                some are of version 1 and some of version 2.
         """
+        if self.version == 2:
+            for i, payload in enumerate(payloads):
+                if is_frame(payload) != is_frame(payloads[0]):
+                    raise PayloadError(
+                        f"payload {i} is of another version of the wire format than payload 0; "
+                        "unpack them in two batches"
+                    )
         if self.version == 1 or (payloads and not is_frame(payloads[0])):
             return wire.unpack_batch(payloads, device=device)
         return super().unpack(payloads, device=device)

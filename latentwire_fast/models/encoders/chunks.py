@@ -90,7 +90,9 @@ def cut_into_chunks(
         if not end:
             raise DataError(
                 f"no part of the text fits into chunks of {length:,} {limit.unit}: the context's "
-                "label" + ("" if question is None else " and the question") + " take as many; "
+                "label"
+                + (" takes" if question is None else " and the question take")
+                + " as many; "
                 "give a larger chunk_length"
             )
         chunks.append(rest[:end].rstrip())

@@ -20,6 +20,7 @@ from latentwire_fast.evaluation.sweep_scores import ExampleScores, run_scores
 from latentwire_fast.evaluation.sweep_table import FinishedRun, sweep_table, table_lines
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.files.lock import RunLock
+from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.files.sweep_folder import SweepFolder
 from latentwire_fast.training.builders import absolute_paths, check_stored_config
 from latentwire_fast.training.sweeps.forecast import Cost, costs, measured_cost
@@ -39,7 +40,8 @@ class SweepRun:
         only: these variants; none named: all.
 
     Raises:
-        ConfigError: a variant is no configuration that can be trained, or `only` names none.
+        ConfigError: a variant is no configuration that can be trained, `only` names none, or the
+            folder cannot be a sweep's.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class SweepRun:
             raise ConfigError(
                 f"--only {unknown[0]}: no such variant; there are {', '.join(sweep.variants)}"
             )
+        if RunFolder(out).config.exists() or (out.exists() and not out.is_dir()):
+            raise ConfigError(f"{out} is a run, or no folder; give another --out")
         self.sweep = sweep
         self.folder = SweepFolder(out)
         self.runs = planned_runs(sweep, imports=imports)
