@@ -132,6 +132,10 @@ def text_lora_config(args: TextLoraArguments) -> RunConfig:
     )
     if args.validate_every is None and (args.use_best or args.patience is not None):
         raise ConfigError("--use-best and --patience need --validate-every STEPS")
+    if args.gists is not None and args.gists < 1:
+        raise ConfigError(
+            f"--gists {args.gists}, expected at least 1; without it, none are trained"
+        )
     return RunConfig(
         preset="text_lora" if args.gists is None else GISTS,
         encoder=ENCODERS.config("lm", **({} if args.gists is None else {"latents": args.gists})),
