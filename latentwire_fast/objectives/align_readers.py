@@ -96,8 +96,8 @@ class AlignReaders(Objective):
         return 1
 
     def compute(self, batch: ReaderBatch) -> Tensor:
-        """The mean square of the distances, summed over texts; of the slots that readers share, which
-        are each one's first."""
+        """The mean square of the distances, summed over texts. Compared are the slots that readers
+        share, which are each one's first."""
         model, sent_BMd = batch.model, batch.encoded.sent_BMd
         mapped = []
         for name, card in model.cards.items():
