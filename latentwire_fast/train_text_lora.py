@@ -134,6 +134,10 @@ def text_lora_config(args: TextLoraArguments) -> RunConfig:
         args.validate_every is not None or not (args.use_best or args.patience is not None),
         "--use-best and --patience need --validate-every STEPS",
     )
+    require(
+        args.gists is None or args.gists >= 1,
+        f"--gists {args.gists}, expected at least 1; without it, none are trained",
+    )
     return RunConfig(
         preset="text_lora" if args.gists is None else GISTS,
         encoder=ENCODERS.config("lm", **({} if args.gists is None else {"latents": args.gists})),

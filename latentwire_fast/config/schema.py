@@ -220,7 +220,7 @@ class RunConfig(Settings):
             part.check(self)
 
     def _check_attachments(self) -> None:
-        require(bool(self.attachments), "attachments: at least one is needed, soft or deep")
+        require(bool(self.attachments), "attachments: at least one is needed, such as soft")
         for attachment in self.attachments:
             place = attachment.gives
             rivals = [other.kind for other in self.attachments if other.gives == place]

@@ -96,7 +96,8 @@ class AlignReaders(Objective):
         return 1
 
     def compute(self, batch: ReaderBatch) -> Tensor:
-        """The mean square of the distances, summed over texts."""
+        """The mean square of the distances, summed over texts. Compared are the slots that readers
+        share, which are each one's first."""
         model, sent_BMd = batch.model, batch.encoded.sent_BMd
         mapped = []
         for name, card in model.cards.items():
@@ -104,7 +105,8 @@ class AlignReaders(Objective):
                 soft_BPD = batch.inputs["prefixes"]
             else:
                 soft_BPD = model.prefix(name, sent_BMd, gain=batch.encoded.gain)
-            mapped.append(self.reader_head(name)(soft_BPD.float() / card.embedding_rms))
+            shared_BPD = soft_BPD[:, : model.slots.shared].float()
+            mapped.append(self.reader_head(name)(shared_BPD / card.embedding_rms))
         mapped_RBPW = torch.stack([x_BPW.to(sent_BMd.device) for x_BPW in mapped])
         distances = (mapped_RBPW - mapped_RBPW.mean(0)).square()
         return distances.mean((0, 2, 3)).sum()

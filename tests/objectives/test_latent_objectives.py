@@ -215,6 +215,18 @@ def test_readers_are_drawn_together(batch: StageBatch) -> None:
     assert_cut_alike(batch, config)
 
 
+def test_readers_are_drawn_together_where_they_share_slots(
+    llama_folder: Path, qwen_folder: Path
+) -> None:
+    """A reader with a slot of its own has one soft token more than the other."""
+    config = objective("align_readers", width=8)
+    stage = StageConfig("s", steps=1, objectives=(config,))
+    batch = StageBatch.of(
+        llama_folder, qwen_folder, stages=(stage,), private_slots={llama_folder.name: 1}
+    )
+    assert batch.compute(config)[0].total.item() > 0
+
+
 def test_soft_tokens_are_drawn_to_the_mean(batch: StageBatch) -> None:
     config = objective("align_mean")
     losses = batch.compute(config)[0]

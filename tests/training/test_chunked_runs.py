@@ -188,6 +188,7 @@ def test_a_long_text_on_the_command_line(trained: Trainer, tmp_path: Path) -> No
             "'attention' is about M latents",
         ),
         ({"evaluation": {"continuation": ContinuationConfig("text=x")}}, "evaluation.continuation"),
+        ({"evaluation": {"pca_texts": 20}}, r"evaluation\.pca_texts is about M latents"),
     ],
 )
 def test_parts_that_take_one_number_of_latents_are_refused(

@@ -113,7 +113,7 @@ def test_a_run_trains_resumes_saves_and_is_scored(llama_folder: Path, tmp_path: 
 
 
 def test_wrong_gist_tokens_are_refused(llama_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="latents=0"):
+    with pytest.raises(ConfigError, match="--gists 0, expected at least 1"):
         of(llama_folder, tmp_path, gists=0)
     reader, gists = fresh(llama_folder)
     gists.save(tmp_path)

@@ -16,13 +16,13 @@ def check_varying(pooler: PoolerConfig, run: RunConfig) -> None:
     require(
         pooler.varies,
         f"pooler {pooler.kind!r} makes M latents of every text; {advice} 'spans', 'layer_spans', "
-        "'queries', 'cross_attention' or 'convolution'",
+        "'queries', 'cross_attention', 'convolution' or 'mean'",
     )
     for attachment in run.attachments:
         require(
             attachment.varies,
-            f"attachment {attachment.kind!r} takes M latents of every text; {advice} 'soft' or "
-            "'deep' (without a `length`)",
+            f"attachment {attachment.kind!r} takes M latents of every text; {advice} 'soft', "
+            "'coprocessor' or 'deep' (without a `length`)",
         )
         calibration = getattr(attachment, "calibration", "none")
         require(
@@ -39,6 +39,11 @@ def check_varying(pooler: PoolerConfig, run: RunConfig) -> None:
         not run.private_slots,
         "private_slots share out M latents of every text, and encoder.tokens_per_latent makes "
         "fewer of some; leave out one of them",
+    )
+    require(
+        not run.evaluation.pca_texts,
+        "evaluation.pca_texts is about M latents of every text, and encoder.tokens_per_latent "
+        "makes fewer of some; leave out one of them",
     )
     require(
         run.evaluation.continuation is None,
