@@ -20,6 +20,7 @@ from latentwire_fast.config.schema import AttachmentConfig, ReaderConfig, RunCon
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.testbed import make_examples
+from latentwire_fast.errors import RunStopped
 from latentwire_fast.files.tensors import parameter_digest
 from latentwire_fast.registry import ADAPTERS, ATTACHMENTS
 from latentwire_fast.training.optimizer_state import optimizer_state, rng_state
@@ -125,6 +126,23 @@ def train(config: RunConfig, run_dir: Path, *, process: int = 0) -> Trainer:
     trainer = Trainer(config, run_dir, progress=False)
     trainer.run()
     return trainer
+
+
+def stop_after_a_step(config: RunConfig, run_dir: Path, *, match: str | None = None) -> None:
+    """Run one step in a process of its own, and stop there as a signal does."""
+    new_process(1)
+    trainer = Trainer(config, run_dir, progress=False)
+    trainer.signals.number = 15
+    with pytest.raises(RunStopped, match=match):
+        trainer.run()
+
+
+def assert_resumes(
+    config: RunConfig, run_dir: Path, whole: Trainer, *, match: str | None = None
+) -> None:
+    """A run that is stopped after a step and gone on with is the whole one, bit by bit."""
+    stop_after_a_step(config, run_dir, match=match)
+    assert_same_run(train(config, run_dir, process=2), whole)
 
 
 def train_on_the_cpu(config: RunConfig, run_dir: Path) -> Trainer:

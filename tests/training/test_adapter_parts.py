@@ -14,11 +14,17 @@ import torch
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import AttachmentConfig, RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.errors import CheckpointError, ConfigError, RunStopped
+from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import ADAPTERS, ATTACHMENTS
-from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, deep, new_process, records, soft, tiny_config, train
+from runs import (
+    assert_resumes,
+    deep,
+    records,
+    soft,
+    tiny_config,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -42,12 +48,7 @@ def test_a_part_is_trained_saved_loaded_and_resumed(
     config = config_of(llama_folder, PARTS[part])
     assert run_config_from_json(to_json(config)) == config
     whole = train(config, tmp_path / "whole")
-    new_process(1)
-    cut = Trainer(config, tmp_path / "cut", progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped):
-        cut.run()
-    assert_same_run(train(config, tmp_path / "cut", process=2), whole)
+    assert_resumes(config, tmp_path / "cut", whole)
     found = records(tmp_path / "whole")
     assert found[0]["losses"]["scales/llama"] == 0.0
     assert found[1]["losses"]["scales/llama"] > 0.0

@@ -11,14 +11,13 @@ import torch
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import AttachmentConfig, RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.errors import ConfigError, RunStopped
+from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.registry import ATTACHMENTS, ENCODERS, POOLERS
 from latentwire_fast.serving import Receiver
-from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, deep, new_process, tiny_config, train
+from runs import assert_resumes, deep, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -51,13 +50,7 @@ def test_a_part_is_trained_saved_loaded_and_resumed(
     config = config_of(llama_folder, attachment=attachment)
     assert run_config_from_json(to_json(config)) == config
     whole = train(config, tmp_path / "whole")
-    new_process(1)
-    cut_run = tmp_path / "cut"
-    cut = Trainer(config, cut_run, progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped):
-        cut.run()
-    assert_same_run(train(config, cut_run, process=2), whole)
+    assert_resumes(config, tmp_path / "cut", whole)
     model = Interlingua.from_pretrained(whole.folder.model)
     assert model.positions == positions
     trained = whole.session.model.trained_state()

@@ -17,7 +17,7 @@ from latentwire_fast.config.schema import (
     StageConfig,
     ValidationConfig,
 )
-from latentwire_fast.errors import ConfigError, RunStopped
+from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.pipeline import evaluate_run
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import ATTACHMENTS, POOLERS
@@ -25,10 +25,9 @@ from latentwire_fast.serving import Receiver
 from latentwire_fast.training.trainer import Trainer
 from receiving import asking, at_most
 from runs import (
-    assert_same_run,
+    assert_resumes,
     changed,
     deep,
-    new_process,
     soft,
     tiny_config,
     train,
@@ -82,12 +81,7 @@ def test_a_run_is_trained_resumed_and_evaluated(llama_folder: Path, tmp_path: Pa
     validation = ValidationConfig(every=2, examples=2)
     config = config_of(llama_folder, validation=validation, encoder=VARYING)
     whole = train(config, tmp_path / "whole")
-    new_process(1)
-    cut = Trainer(config, tmp_path / "cut", progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped):
-        cut.run()
-    assert_same_run(train(config, tmp_path / "cut", process=2), whole)
+    assert_resumes(config, tmp_path / "cut", whole)
 
     metrics = evaluate_run(tmp_path / "whole", progress=False)
     latent = metrics["latent"]

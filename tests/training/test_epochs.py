@@ -16,9 +16,15 @@ from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.streams import ExampleStream
 from latentwire_fast.data.testbed import make_examples
-from latentwire_fast.errors import ConfigError, RunStopped
-from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, new_process, records, squad_file, tiny_config, tiny_squad, train
+from latentwire_fast.errors import ConfigError
+from runs import (
+    assert_resumes,
+    records,
+    squad_file,
+    tiny_config,
+    tiny_squad,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -45,12 +51,7 @@ def test_an_epoch_is_one_pass_over_the_data(llama_folder: Path, tmp_path: Path) 
     assert len(records(tmp_path / "whole")) == steps + 1
     stored = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert (stored["stages"][0]["epochs"], stored["stages"][0]["steps"]) == (1.5, 0)
-    new_process(1)
-    cut = Trainer(config, tmp_path / "cut", progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped, match=f"after step 1 of {steps + 1}"):
-        cut.run()
-    assert_same_run(train(config, tmp_path / "cut", process=2), whole)
+    assert_resumes(config, tmp_path / "cut", whole, match=f"after step 1 of {steps + 1}")
 
 
 def test_an_epoch_of_a_mixture_counts_its_questions() -> None:

@@ -12,12 +12,20 @@ import torch
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import RunConfig, ScheduleConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.errors import ConfigError, RunStopped
+from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import OBJECTIVES, SCHEDULES
 from latentwire_fast.training.levels import Gates
 from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, changed, deep, new_process, records, soft, tiny_config, train
+from runs import (
+    assert_resumes,
+    changed,
+    deep,
+    records,
+    soft,
+    tiny_config,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -54,12 +62,7 @@ def test_levels_change_over_a_stage_and_resume_to_the_bit(
     assert [level["latent_dropout"] for level in found] == [0.5, 0.375, 0.25, 0.125]
     assert found[0]["kd.weight"] == 0.0
     assert whole.session.state.gates.accuracy is not None
-    new_process(1)
-    cut = Trainer(config, tmp_path / "cut", progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped):
-        cut.run()
-    assert_same_run(train(config, tmp_path / "cut", process=2), whole)
+    assert_resumes(config, tmp_path / "cut", whole)
     model = Interlingua.from_pretrained(whole.folder.model)
     assert model.fingerprint == whole.session.model.fingerprint
 

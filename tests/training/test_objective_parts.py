@@ -9,11 +9,9 @@ import torch
 
 from latentwire_fast.config.schema import ObjectiveConfig, RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.errors import RunStopped
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import SCHEDULES
-from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, new_process, records, tiny_config, train
+from runs import assert_resumes, records, tiny_config, train
 from stage_batches import objective
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -60,12 +58,7 @@ def test_an_objective_is_trained_saved_loaded_and_resumed(
     config = config_of(name, llama_folder, qwen_folder, files=files)
     assert run_config_from_json(to_json(config)) == config
     whole = train(config, tmp_path / "whole")
-    new_process(1)
-    cut = Trainer(config, tmp_path / "cut", progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped):
-        cut.run()
-    assert_same_run(train(config, tmp_path / "cut", process=2), whole)
+    assert_resumes(config, tmp_path / "cut", whole)
     for record in records(tmp_path / "whole"):
         assert {key.split("/")[0] for key in record["losses"]} >= {
             o.kind for o in OBJECTIVES_OF[name]

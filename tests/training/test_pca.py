@@ -13,13 +13,12 @@ import torch
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.errors import ConfigError, DataError, RunStopped
+from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.models.encoders.pca import PCAEncoder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ENCODERS, POOLERS
-from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, new_process, soft, tiny_config, train
+from runs import assert_same_run, soft, stop_after_a_step, tiny_config, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -52,11 +51,7 @@ def test_it_is_trained_saved_loaded_and_resumed(
     with caplog.at_level(logging.INFO, logger="latentwire_fast"):
         whole = train(config, tmp_path / "whole")
     assert "PCA: 8 components hold" in caplog.text
-    new_process(1)
-    cut = Trainer(config, tmp_path / "cut", progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped):
-        cut.run()
+    stop_after_a_step(config, tmp_path / "cut")
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="latentwire_fast"):
         assert_same_run(train(config, tmp_path / "cut", process=2), whole)

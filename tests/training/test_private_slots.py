@@ -14,14 +14,14 @@ from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.data.examples import Example
-from latentwire_fast.errors import ConfigError, PayloadError, RunStopped
+from latentwire_fast.errors import ConfigError, PayloadError
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.report import metrics_csv
 from latentwire_fast.evaluation.report.view import build_view
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.registry import POOLERS
 from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, deep, new_process, soft, tiny_config, train
+from runs import assert_resumes, deep, new_process, soft, tiny_config, train
 from test_entry_points import in_this_process
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -56,11 +56,7 @@ def run(llama_folder: Path, qwen_folder: Path, tmp_path_factory: pytest.TempPath
 def test_it_is_saved_loaded_and_resumed(run: Trainer, tmp_path: Path) -> None:
     config = run.session.config
     assert run_config_from_json(to_json(config)) == config
-    cut = Trainer(config, tmp_path / "cut", progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped):
-        cut.run()
-    assert_same_run(train(config, tmp_path / "cut", process=2), run)
+    assert_resumes(config, tmp_path / "cut", run)
     ours, loaded = run.session.model.eval(), Interlingua.from_pretrained(run.folder.model)
     assert loaded.slots == ours.slots
     for name in config.readers:

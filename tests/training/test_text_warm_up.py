@@ -11,10 +11,9 @@ import torch
 from latentwire_fast.config.presets import weighted
 from latentwire_fast.config.schema import LoraSettings, RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
-from latentwire_fast.errors import ConfigError, RunStopped
+from latentwire_fast.errors import ConfigError
 from latentwire_fast.registry import SCHEDULES
-from latentwire_fast.training.trainer import Trainer
-from runs import assert_same_run, new_process, records, tiny_config, train
+from runs import assert_resumes, records, tiny_config, train
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -42,12 +41,7 @@ def test_a_warm_up_goes_from_text_to_latents(llama_folder: Path, tmp_path: Path)
     assert found[0]["loss"] == pytest.approx(found[0]["losses"]["text/llama"])
     assert found[0]["grad_norms"]["encoder"] == 0.0
     assert found[-1]["grad_norms"]["encoder"] > 0.0
-    new_process(1)
-    cut = Trainer(config, tmp_path / "cut", progress=False)
-    cut.signals.number = 15
-    with pytest.raises(RunStopped):
-        cut.run()
-    assert_same_run(train(config, tmp_path / "cut", process=2), whole)
+    assert_resumes(config, tmp_path / "cut", whole)
 
 
 def test_text_trains_the_updates_alone(llama_folder: Path, tmp_path: Path) -> None:

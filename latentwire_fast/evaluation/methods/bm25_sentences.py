@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import bm25s
@@ -34,6 +35,13 @@ def bm25_scores(texts: Sequence[str], question: str) -> list[float]:
     return [float(score) for score in index.get_scores(asked)]
 
 
+@lru_cache(maxsize=8192)  # every reader and every bit width asks for the same ones
+def scored_sentences(context: str, question: str) -> Parts:
+    """The sentences of a context and their BM25 scores for a question."""
+    parts = sentences(context)
+    return parts, bm25_scores(parts, question)
+
+
 class BM25Sentences(ShortenedText):
     """The sentences with the highest BM25 score for the question.
 
@@ -50,5 +58,4 @@ class BM25Sentences(ShortenedText):
 
     def parts(self, case: EvaluationCase, example: Example) -> Parts:
         """The sentences of the context and their scores."""
-        parts = sentences(example.context)
-        return parts, bm25_scores(parts, example.question)
+        return scored_sentences(example.context, example.question)
