@@ -54,6 +54,7 @@ class BM25Sentences(ShortenedText):
 
     label, kind = "Retrieved sentences", "budget"
     note = "those that match the question best, in M positions"
+    console_label = "sentences"
     budget: ClassVar[Budget] = "positions"
 
     def parts(self, case: EvaluationCase, example: Example) -> Parts:
