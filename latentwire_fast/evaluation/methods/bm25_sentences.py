@@ -54,7 +54,7 @@ class BM25Sentences(ShortenedText):
 
     label, kind = "Retrieved sentences", "budget"
     note = "those that match the question best, in M positions"
-    console_label = "sentences"
+    console_label: ClassVar[str | None] = "sentences"  # none for the one that inherits from it
     budget: ClassVar[Budget] = "positions"
 
     def parts(self, case: EvaluationCase, example: Example) -> Parts:
