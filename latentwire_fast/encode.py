@@ -121,15 +121,16 @@ def _encode(args: EncodeArguments, stream: BinaryIO | None) -> None:
             payloads = [*message]
     encoded = time.perf_counter()
     if stream is None:
-        wire.write_payloads(args.out, payloads)
+        written = wire.write_payloads(args.out, payloads)
     else:
-        stream.write(joined(payloads))
+        written = stream.write(joined(payloads))
         stream.flush()
     replaced = replaced_text(text, args.question or "", mode=model.mode)
     print(
         f"{args.out}: {wire.payload_bytes(payloads)} bytes for {wire.utf8_bytes(replaced)} bytes "
         f"of text ({wire.brotli_bytes(replaced)} with brotli)"
         + ("" if args.chunk_length is None else f", in {len(payloads)} payloads")
+        + ("" if written == wire.payload_bytes(payloads) else f"; {written} bytes were written")
     )
     print(f"load {(loaded - start) * 1e3:.0f} ms, encode {(encoded - loaded) * 1e3:.1f} ms")
 

@@ -173,7 +173,8 @@ def answers(
     decoding: DecodeOptions,
 ) -> Iterator[Answer]:
     """The answers to the payloads of a file or of standard input, in their order; one to all of
-    them with `--together`.
+    them with `--together`. A file is read whole before the first answer, so that one that was cut
+    short gives none; what comes through standard input is answered as it comes.
 
     Raises:
         PayloadError: a payload that is damaged, or of another model.
@@ -190,7 +191,7 @@ def answers(
     payloads = (
         wire.read_payload_stream(standard_input("--payload", binary=True), name="standard input")
         if args.payload == STANDARD
-        else wire.read_payloads(args.payload)
+        else [*wire.read_payloads(args.payload)]
     )
     messages: Iterable[Message] = [[*payloads]] if args.together else payloads
     for number, payload in enumerate(messages):

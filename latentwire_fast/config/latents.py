@@ -35,12 +35,19 @@ def check_latents(
     Raises:
         ConfigError: they do not; or the model that is kept might have another number.
     """
+    counts = [stage_latents(stage, final) for stage in stages]
+    for stage, fewer, more in zip(stages, counts, [0, *counts], strict=False):
+        require(
+            stage.hand_over == "first" or fewer != more and more != 0,
+            f"stage {stage.name!r}: hand_over={stage.hand_over!r} is for a stage with fewer latents "
+            "than the one before; leave it out, or set latents",
+        )
     if not has_curriculum(stages, final):
         return
     for before, after in pairwise(stages):
         fewer, more = stage_latents(after, final), stage_latents(before, final)
         require(
-            1 <= fewer <= more <= 65535,
+            fewer <= more,
             f"stage {after.name!r}: latents={fewer} behind {more}; they may only become fewer",
         )
     last = stage_latents(stages[-1], final)

@@ -24,6 +24,7 @@ from latentwire_fast.registry import (
 Mode = Literal["context", "pure"]
 Calibration = Literal["none", "token", "example", "batch"]
 BITS = (16, 8, 6, 4)
+MOST_LATENTS = 65535  # that a header of the wire format can tell
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class EncoderConfig(PartSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(1 <= self.latents <= 65535, f"latents={self.latents}, expected 1 to 65535")
+        require(
+            1 <= self.latents <= MOST_LATENTS,
+            f"latents={self.latents}, expected 1 to {MOST_LATENTS}",
+        )
         require(1 <= self.d_z <= 65535, f"d_z={self.d_z}, expected 1 to 65535")
 
     @property
@@ -247,6 +251,11 @@ class ObjectiveConfig(PartSettings):
         require(
             self.weight >= 0, f"objective {self.kind!r}: weight={self.weight}, expected at least 0"
         )
+
+    @property
+    def compares_texts(self) -> bool:
+        """Whether it says nothing of a micro-batch of one text."""
+        return False
 
     def map_sources(self, change: Callable[[str], str]) -> ObjectiveConfig:
         """A copy whose pretrained models have changed names, such as absolute paths."""

@@ -310,6 +310,15 @@ class RunConfig(Settings):
                 "encoder.tokens_per_latent makes fewer of some; leave out one of them",
             )
             objective.check(self)
+        for stage in self.stages:
+            batch = stage.batch_size or self.optim.batch_size
+            alone = min(batch, self.optim.micro_batch or batch) == 1
+            kinds = [o.kind for o in stage.objectives if o.compares_texts]
+            require(
+                not (alone and kinds),
+                f"stage {stage.name!r}: {' and '.join(kinds)} compares the texts of a micro-batch, "
+                "which holds one; make batch_size and optim.micro_batch larger",
+            )
         self._check_heads(objectives)
         require(
             not self.encoder.selects_positions

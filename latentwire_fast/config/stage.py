@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_type_hints
 
 from latentwire_fast.config.base import Settings, require
-from latentwire_fast.config.parts import ObjectiveConfig, ScheduleConfig, check_gain
+from latentwire_fast.config.parts import MOST_LATENTS, ObjectiveConfig, ScheduleConfig, check_gain
 from latentwire_fast.registry import OBJECTIVES, SCHEDULES
 
 HandOver = Literal["first", "mean"]
@@ -88,6 +88,10 @@ class StageConfig(Settings):
             f"{stage}: batch_size={self.batch_size}, expected at least 1, or none",
         )
         require(self.lr > 0, f"{stage}: lr={self.lr}, expected above 0")
+        require(
+            self.latents is None or 1 <= self.latents <= MOST_LATENTS,
+            f"{stage}: latents={self.latents}, expected 1 to {MOST_LATENTS}, or none",
+        )
         require(
             self.quantize is None or self.quantize >= 1,
             f"{stage}: quantize={self.quantize}, expected a width that the bottleneck has, or none",

@@ -75,6 +75,11 @@ class Contrastive(Objective):
         window: int = 8
         width: int = 64
 
+        @property
+        def compares_texts(self) -> bool:
+            """They are what a latent is told from."""
+            return True
+
         def __post_init__(self) -> None:
             super().__post_init__()
             self.at_least_one("window", "width")

@@ -52,6 +52,11 @@ class Diversity(Objective):
         std: float = 0.5
         covariance: float = 0.04
 
+        @property
+        def compares_texts(self) -> bool:
+            """Unless it compares the slots of one."""
+            return self.form != "slots"
+
         def __post_init__(self) -> None:
             super().__post_init__()
             require(

@@ -22,11 +22,10 @@ from latentwire_fast.errors import CheckpointError
 from latentwire_fast.files.tensors import read_tensors
 from latentwire_fast.prompts.batch import PromptBatch
 from latentwire_fast.prompts.builder import Prompt, PromptBuilder, Turn, context_text
+from latentwire_fast.readers.loading import GISTS
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.readers.target_scores import TargetScores
-
-FILE = "gists.safetensors"  # beside the reader's low-rank updates
 
 
 class Gists(nn.Module):
@@ -62,7 +61,7 @@ class Gists(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the updates as peft does, and the tokens beside them."""
         self.lora.save(folder)
-        save_file({"tokens_GD": self.tokens_GD.detach().cpu().contiguous()}, folder / FILE)
+        save_file({"tokens_GD": self.tokens_GD.detach().cpu().contiguous()}, folder / GISTS)
 
     @classmethod
     def load(cls, folder: Path, reader: Reader) -> Gists:
@@ -71,11 +70,11 @@ class Gists(nn.Module):
         Raises:
             CheckpointError: a file is missing or damaged, or of a reader of another width.
         """
-        tokens_GD = read_tensors(folder / FILE).get("tokens_GD")
+        tokens_GD = read_tensors(folder / GISTS).get("tokens_GD")
         width = reader.embedding.weight.shape[1]
         if tokens_GD is None or tokens_GD.shape[1:] != (width,):
             raise CheckpointError(
-                f"{folder / FILE} has no gist tokens of width {width}; load the reader that they "
+                f"{folder / GISTS} has no gist tokens of width {width}; load the reader that they "
                 "were trained for"
             )
         lora = ReaderLora.load(folder)

@@ -19,6 +19,7 @@ from latentwire_fast.readers.lora import merge_updates
 from latentwire_fast.readers.sources import gguf_file, packages
 from latentwire_fast.readers.sources.pretrained import complete_model
 
+GISTS = "gists.safetensors"  # beside the low-rank updates of that baseline (`readers/gists.py`)
 LONGEST_REASON = 300  # characters of a library's own message
 SOURCES = "a local folder, a .gguf file, package:NAME, a hub id or testbed:NAME"
 
@@ -34,6 +35,11 @@ def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
             raise ConfigError(
                 f"{path} holds weights as pickles (.bin), which are not read; load the model where "
                 "you trust it, save it with `save_pretrained`, and give that folder"
+            )
+        if (Path(path) / GISTS).exists():
+            raise ConfigError(
+                f"{str(source)!r} is a baseline of gist tokens, and its updates are made to read "
+                "those alone; give a reader that was trained without `--gists`"
             )
         model = complete_model(kind, path, source=source, use_safetensors=True, **options)
     if not getattr(model, "is_quantized", False):

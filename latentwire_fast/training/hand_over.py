@@ -50,7 +50,7 @@ def of_newest_step(config: RunConfig, checkpoints: Path) -> RunConfig:
 def _with_latents(config: RunConfig, latents: int) -> RunConfig:
     """The configuration of a model with so many latents, without a curriculum."""
     changes: dict[str, Any] = {"latents": latents}
-    stages = tuple(replace(stage, latents=None) for stage in config.stages)
+    stages = tuple(replace(stage, latents=None, hand_over="first") for stage in config.stages)
     return replace(config, encoder=replace(config.encoder, **changes), stages=stages)
 
 

@@ -23,7 +23,7 @@ def test_as_many_latents_as_tokens_ask_for(reader: Reader) -> None:
     wanted = tuple(max(2, min(LATENTS, -(-size // TOKENS))) for size in sizes)
     assert encoder.latent_counts(TEXTS) == wanted
     assert len({*wanted}) == 3
-    assert encoder_of(reader, tokens_per_latent=None).latent_counts(TEXTS) is None
+    assert encoder_of(reader, tokens_per_latent=None, least_latents=1).latent_counts(TEXTS) is None
     assert encoder_of(reader, tokens_per_latent=0.5).latent_counts(TEXTS) == (LATENTS,) * 3
 
 
@@ -41,7 +41,7 @@ def test_a_text_has_the_same_latents_alone_and_in_a_batch(reader: Reader, pooler
         assert (latent[:count].square().mean(-1) > 0.9).all()
         assert not latent[count:].any()
     # All six of a long text are those of an encoder whose number does not vary.
-    fixed = encoder_of(reader, pooler, tokens_per_latent=None)
+    fixed = encoder_of(reader, pooler, tokens_per_latent=None, least_latents=1)
     fixed.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(together[1:2], fixed(TEXTS[1:2]), rtol=1e-4, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_payloads_carry_their_own_number(reader: Reader) -> None:
         assert torch.equal(model.decode_payloads([payload])[0], latent)
     with pytest.raises(ConfigError, match=r"slots=model.encoder.latent_counts"):
         model.payloads(model.encode(TEXTS))
-    other = model_of(reader, tokens_per_latent=None)
+    other = model_of(reader, tokens_per_latent=None, least_latents=1)
     with pytest.raises(PayloadError, match="latents"):
         other.decode_payloads(payloads[:1])
 
@@ -97,6 +97,7 @@ def test_prefixes_in_a_batch_are_those_of_a_latent_alone(reader: Reader) -> None
         ({"tokens_per_latent": 0.0}, "tokens_per_latent=0.0"),
         ({"least_latents": LATENTS + 1}, "least_latents=7, expected at most"),
         ({"least_latents": 0}, "least_latents=0"),
+        ({"tokens_per_latent": None}, "least_latents=2 is of encoders with tokens_per_latent"),
     ],
 )
 def test_settings_that_cannot_be(reader: Reader, options: dict[str, Any], match: str) -> None:

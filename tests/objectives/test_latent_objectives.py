@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentwire_fast.config.schema import StageConfig
+from latentwire_fast.config.schema import ObjectiveConfig, RunConfig, StageConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.text_model import TextModel
 from latentwire_fast.objectives.objective_set import ObjectiveSet
 from latentwire_fast.objectives.prepared import total_counts
 from latentwire_fast.prompts.builder import encoded_text, replaced_text
-from runs import deep, soft, tiny_config
+from runs import changed, deep, soft, tiny_config
 from stage_batches import StageBatch, assert_cut_alike, objective
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -330,6 +330,17 @@ def test_what_needs_the_encoder_is_refused_on_a_base(kind: str, llama_folder: Pa
     config = tiny_config(llama_folder, stages=(stage,))
     with pytest.raises(ConfigError, match=f"objective '{kind}' trains latents, and the encoder"):
         replace(config, base="runs/a")
+
+
+@pytest.mark.parametrize("optim", [{"batch_size": 1}, {"micro_batch": 1}])
+def test_texts_are_compared_with_others(llama_folder: Path, optim: dict[str, int]) -> None:
+    def config(*kinds: ObjectiveConfig) -> RunConfig:
+        stage = StageConfig("s", steps=1, objectives=(*kinds, objective("answer")))
+        return changed(tiny_config(llama_folder), optim=optim, stages=(stage,))
+
+    with pytest.raises(ConfigError, match="'s': contrastive and diversity compares the texts"):
+        config(objective("contrastive"), objective("diversity"))
+    config(objective("diversity", form="slots"))
 
 
 def test_stages_share_a_head(llama_folder: Path) -> None:

@@ -169,6 +169,11 @@ def test_a_long_text_on_the_command_line(trained: Trainer, tmp_path: Path) -> No
     assert f"{size} bytes, payload to logits" in output
     status, output, error = in_this_process("generate", *asked)
     assert output.count("answer: ") == len(payloads)
+    payload.write_bytes(payload.read_bytes()[:-1])
+    status, output, error = in_this_process("generate", *asked)
+    assert status != 0
+    assert "answer: " not in output, "a file that was cut short gives no answer at all"
+    assert f"payload {len(payloads) - 1}" in error
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from latentwire_fast.config.schema import LoraSettings, RunConfig
 from latentwire_fast.errors import CheckpointError, ConfigError, RunStopped
 from latentwire_fast.files.run_folder import TextLoraFolder
 from latentwire_fast.prompts.builder import Turn
-from latentwire_fast.readers.gists import FILE, Gists, gist_mask, gist_prompt
+from latentwire_fast.readers.gists import GISTS, Gists, gist_mask, gist_prompt
 from latentwire_fast.readers.lora import ReaderLora
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.train_text_lora import TextLoraArguments, text_lora_config, train_text_lora
@@ -117,6 +117,8 @@ def test_wrong_gist_tokens_are_refused(llama_folder: Path, tmp_path: Path) -> No
         of(llama_folder, tmp_path, gists=0)
     reader, gists = fresh(llama_folder)
     gists.save(tmp_path)
-    (tmp_path / FILE).unlink()
+    with pytest.raises(ConfigError, match="is a baseline of gist tokens.* without `--gists`"):
+        Reader.load(tmp_path, name="r")
+    (tmp_path / GISTS).unlink()
     with pytest.raises(CheckpointError):
         Gists.load(tmp_path, reader)

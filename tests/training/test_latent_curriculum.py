@@ -105,6 +105,8 @@ def test_slots_are_kept_or_averaged() -> None:
         ({"stages": ("last", 4)}, "the model ends with encoder.latents=2"),
         ({"validation": ValidationConfig(use_best=True)}, "with use_best or patience"),
         ({"validation": ValidationConfig(patience=2)}, "with use_best or patience"),
+        ({"stages": ("none", 0)}, "stage 'none': latents=0, expected 1 to 65535, or none"),
+        ({"stages": ("even", 2, "mean")}, "stage 'even': hand_over='mean' is for a stage with few"),
     ],
 )
 def test_a_curriculum_that_cannot_be_is_refused(
@@ -112,9 +114,10 @@ def test_a_curriculum_that_cannot_be_is_refused(
 ) -> None:
     config = curriculum(llama_folder)
     if "stages" in changes:
-        where, count = changes["stages"]
+        where, count, *how = changes["stages"]
         first, _, last = config.stages
-        behind = replace(last, name=where, latents=count)
-        changes = {"stages": (first, last, behind) if where == "rise" else (first, behind)}
     with pytest.raises(ConfigError, match=words):
+        if "stages" in changes:
+            behind = StageConfig(where, steps=2, latents=count, hand_over=(how or ["first"])[0])
+            changes = {"stages": (first, behind) if where == "last" else (first, last, behind)}
         replace(config, **changes)

@@ -100,6 +100,11 @@ class LMEncoder(Encoder):
                 f"tokens_per_latent={self.tokens_per_latent}, expected above 0, or none",
             )
             require(
+                self.least_latents == 1 or self.varies,
+                f"least_latents={self.least_latents} is of encoders with tokens_per_latent; give "
+                "that too, or leave it out",
+            )
+            require(
                 self.least_latents <= self.latents,
                 f"least_latents={self.least_latents}, expected at most latents={self.latents}",
             )
