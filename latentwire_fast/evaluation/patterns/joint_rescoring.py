@@ -32,6 +32,7 @@ from latentwire_fast.evaluation.patterns.calibration import (
 from latentwire_fast.evaluation.patterns.costs import Cost, Work
 from latentwire_fast.evaluation.patterns.given import Given
 from latentwire_fast.evaluation.patterns.panel import AnswerLikelihood, AskedReader, ReaderPanel
+from latentwire_fast.readers.context_limit import ContextLimit
 
 RULES = ("sum", "temperature", "logistic")
 # Per reader that scores, of each reader's answers to every example: at temperature 1 and its own.
@@ -113,10 +114,12 @@ class JointRescoring(Pattern):
     def _examples(self, case: PatternCase) -> tuple[list[Example], list[Example]]:
         """Examples to score, and others on other contexts to fit on."""
         data, wanted = case.config.data, self.config.validation
+        readers = {name: receiver.reader for name, receiver in case.receivers.items()}
+        limit = ContextLimit(readers, data.max_context_tokens)
         count = None if case.count is None else case.count + wanted
         if case.data is None:
             count = data.eval_examples + wanted if count is None else count
-            examples = heldout_examples(data, count=count)
+            examples = heldout_examples(data, count=count, keep=limit.fits)
         else:
             examples = load_examples(
                 case.data,
@@ -125,8 +128,9 @@ class JointRescoring(Pattern):
                 seed=data.eval_seed,
                 data=data,
                 whole=True,
-                keep=lambda example: bool(example.answers),
+                keep=lambda example: bool(example.answers) and limit.fits(example),
             )
+        limit.report(case.data or data.eval_source or data.source)
         tested, fitted = split_validation(examples, wanted)
         return tested[: case.count], fitted
 

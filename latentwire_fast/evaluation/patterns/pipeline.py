@@ -35,7 +35,7 @@ def pattern_config(name: str, options: Sequence[str] = ()) -> PatternConfig:
     Raises:
         ConfigError: no such pattern or field, or a value that it cannot have.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"kind": name}
     for option in options:
         field, separator, value = option.partition("=")
         if not (field and separator):
