@@ -15,10 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from latentwire_fast import ops
-
-assert ops  # its import registers the ops that are named below
-
 
 def count_flops(work: Callable[[], object]) -> int:
     """Run `work` and count its operations: a product and a sum are two."""
@@ -65,16 +61,16 @@ class _Counter(TorchDispatchMode):
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    known: dict[Any, Callable[..., int]] = {
-        **flop_registry,
-        torch.ops.latentwire_fast.linear_losses: _linear_losses,
-        torch.ops.latentwire_fast.project_calibrate: _project,
-        torch.ops.latentwire_fast.dequantize_project_calibrate: _project_codes,
+    ours = {
+        "linear_losses": _linear_losses,
+        "project_calibrate": _project,
+        "dequantize_project_calibrate": _project_codes,
     }
-    on_the_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if on_the_cpu is not None:
-        known[on_the_cpu] = _attention
-    return known
+    aten, own = torch.ops.aten, torch.ops.latentwire_fast
+    # An op that is not there is one that nothing has registered yet, so nothing calls it.
+    known = {getattr(own, name, None): formula for name, formula in ours.items()}
+    known[getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None)] = _attention
+    return {**flop_registry, **{op: formula for op, formula in known.items() if op is not None}}
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
