@@ -16,11 +16,13 @@ class Choices:
         texts: all of them, as the set lists them.
         correct: the numbers of the correct ones.
         best: the number of the one that counts where only one may be correct.
+        question: what was asked, without the choices.
     """
 
     texts: tuple[str, ...]
     correct: tuple[int, ...]
     best: int
+    question: str = field(default="", compare=False)
 
     @property
     def single(self) -> tuple[str, ...]:

@@ -20,9 +20,8 @@ from latentwire_fast.config.schema import (
     RunConfig,
     StageConfig,
 )
-from latentwire_fast.data.choices import ChoiceQuestion
-from latentwire_fast.data.examples import Example
-from latentwire_fast.data.passages import load_searches
+from latentwire_fast.data.examples import Choices, Example
+from latentwire_fast.data.sources import heldout_examples, load_examples
 from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.evaluation.flops import count_flops
 from latentwire_fast.evaluation.joint import rescore
@@ -46,6 +45,7 @@ from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import PATTERNS
 from latentwire_fast.serving import Receiver
 from readers import tiny_interlingua
+from real_files import real_file
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -257,8 +257,6 @@ def test_joint_rescoring(case: PatternCase) -> None:
 
 
 def _heldout(case: PatternCase) -> Iterator[Example]:
-    from latentwire_fast.data.sources import heldout_examples
-
     return iter(heldout_examples(case.config.data, count=10))
 
 
@@ -280,7 +278,7 @@ def mmlu_folder(path: Path) -> Path:
 
 
 def test_routing(case: PatternCase, tmp_path: Path) -> None:
-    data = str(mmlu_folder(tmp_path / "mmlu"))
+    data = f"mmlu={mmlu_folder(tmp_path / 'mmlu')}"
     result = tried(case, "routing", data=data)
     assert (result.questions, result.validation) == (6, 4)
     rows = rows_of(result)
@@ -304,12 +302,12 @@ def test_routing(case: PatternCase, tmp_path: Path) -> None:
 
 
 def marco_file(path: Path) -> Path:
-    """Three queries in the form of MS MARCO's rows; one has no answer."""
+    """Three queries in the form of MS MARCO's rows."""
     rows = [
         {
             "query_id": i,
             "query": f"who lives with {name}",
-            "answers": [f"in {place}"] if i else ["No Answer Present."],
+            "answers": [f"in {place}"],
             "passages": {
                 "is_selected": [0, 1, 0],
                 "passage_text": ["Nothing.", f"{name} lives in {place}.", f"{name} is old."],
@@ -322,8 +320,8 @@ def marco_file(path: Path) -> Path:
 
 
 def test_two_stages(case: PatternCase, tmp_path: Path) -> None:
-    path = marco_file(tmp_path / "marco.jsonl")
-    result = tried(case, "two_stage", "depth=2", data=str(path))
+    data = f"ms_marco={marco_file(tmp_path / 'marco.jsonl')}"
+    result = tried(case, "two_stage", "depth=2", data=data)
     rows = rows_of(result)
     assert [*rows] == [
         ("text", "BM25 (the file's order)"),
@@ -332,29 +330,71 @@ def test_two_stages(case: PatternCase, tmp_path: Path) -> None:
         ("payload", "llama ranks, qwen answers"),
         ("payload", "BM25 ranks, qwen answers"),
     ]
+    assert result.facts["relevant_grade"] == 1
     assert mean(rows["text", "BM25 (the file's order)"], "mrr@10") == 0.5  # always the second
-    assert "f1" not in rows["text", "BM25 ranks, qwen answers"].scores  # one has no answers
+    assert {*rows["text", "BM25 ranks, qwen answers"].scores} == {"mrr@10", "ndcg@10", "f1"}
     for record in result.records:
         own = record["payload"]["llama ranks"]
         assert own["best"] == max(own["query_logprobs"], key=own["query_logprobs"].get)
-    with_answers = [row for row in path.read_text().splitlines() if "No Answer" not in row]
-    path.write_text("\n".join(with_answers))
+
+
+def test_two_stages_with_the_judgements_of_trec(case: PatternCase, tmp_path: Path) -> None:
+    """Grades up to 3, no answers, an order of our own, and one reader for both stages."""
+    hits = [
+        {"content": text, "qid": 7, "docid": str(i), "score": 1.0}
+        for i, text in enumerate(["Nothing.", "Ana lives in Rome.", "Ana is old."])
+    ]
+    (tmp_path / "hits.json").write_text(json.dumps([{"query": "where Ana lives", "hits": hits}]))
+    (tmp_path / "qrels.txt").write_text("7 Q0 1 3\n7 Q0 2 1\n")
     options = ("first_stage=bm25s", "ranker=qwen", "answerer=qwen")
-    other = tried(case, "two_stage", *options, data=str(path), given=("text",))
-    row = other.rows[1]
-    assert row.method == "qwen ranks, qwen answers"
-    assert {*row.scores} == {"mrr@10", "ndcg@10", "f1"}
-    assert mean(other.rows[0], "mrr@10") == 1  # names and "lives" tell the passages apart
+    data = f"trec={tmp_path / 'hits.json'}"
+    result = tried(case, "two_stage", *options, data=data, given=("text",))
+    assert result.facts["relevant_grade"] == 2
+    assert [row.method for row in result.rows] == ["BM25 (bm25s)"] + [
+        f"{ranker} ranks, qwen answers" for ranker in ("qwen", "BM25")
+    ]
+    assert mean(result.rows[0], "mrr@10") == 1
+    assert {*result.rows[1].scores} == {"mrr@10", "ndcg@10"}
+    assert result.facts["f1"] == "not measured: the data has no answers"
 
 
 def test_bm25_searches_the_passages_of_all_queries(tmp_path: Path) -> None:
-    found = retrieved(load_searches(marco_file(tmp_path / "marco.jsonl")))
-    for search, name in zip(found, ("Ana", "Bo", "Cy"), strict=True):
-        assert len(search.passages) == 3
-        assert search.passages[0].text.startswith(f"{name} lives")
+    spec = f"ms_marco={marco_file(tmp_path / 'marco.jsonl')}"
+    found = retrieved(load_examples(spec, split="heldout", count=None, seed=0, whole=True))
+    for search in found:
+        assert search.ranking is not None
+        assert len(search.ranking.passages) == 3
+        name = search.question.split()[-1]
+        assert search.ranking.passages[0].text.startswith(f"{name} lives")
+
+
+@pytest.mark.parametrize(
+    ("name", "queries", "published"), [("dl19", 43, 0.5058), ("dl20", 54, 0.4796)]
+)
+def test_bm25_of_the_real_hits_scores_as_published(
+    name: str, queries: int, published: float
+) -> None:
+    """NDCG@10 of BM25 as Anserini publishes it; and the scores of a library, to the last digit."""
+    spec = f"trec={real_file(f'msmarco_{name}_bm25_top100.json.xz')}"
+    found = load_examples(spec, split="heldout", count=None, seed=0, whole=True)
+    rankings = {e.id: e.ranking for e in found if e.ranking is not None}
+    assert len(rankings) == queries
+    orders = {query: [p.id for p in own.passages] for query, own in rankings.items()}
+    qrels = {query: dict(own.grades) for query, own in rankings.items()}
+    scores = {query: ndcg(order, qrels[query], limit=10) for query, order in orders.items()}
+    assert sum(scores.values()) / queries == pytest.approx(published, abs=5e-5)
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    ours = {q: mrr(order, qrels[q], limit=10, relevant=2) for q, order in orders.items()}
+    for level, measure, expected in ((1, "ndcg_cut.10", scores), (2, "recip_rank", ours)):
+        judge = pytrec_eval.RelevanceEvaluator(qrels, {measure}, relevance_level=level)
+        # Its own order is by score: that of the ten first, which is all that counts.
+        run = {q: {p: 1.0 / (i + 1) for i, p in enumerate(o[:10])} for q, o in orders.items()}
+        theirs = {q: own[measure.replace(".", "_")] for q, own in judge.evaluate(run).items()}
+        assert theirs == pytest.approx(expected, abs=1e-12)
 
 
 def truthful_file(path: Path) -> Path:
+    """Two questions in the form of TruthfulQA.csv."""
     rows = [
         [
             "\ufeffType",
@@ -373,7 +413,7 @@ def truthful_file(path: Path) -> Path:
 
 
 def test_truthful(case: PatternCase, tmp_path: Path) -> None:
-    data = str(truthful_file(tmp_path / "TruthfulQA.csv"))
+    data = f"truthful_qa={truthful_file(tmp_path / 'TruthfulQA.csv')}"
     result = tried(case, "truthful", "samples=2", data=data)
     rows = rows_of(result)
     methods = ["llama", "qwen", "mutual"]
@@ -389,7 +429,7 @@ def test_truthful(case: PatternCase, tmp_path: Path) -> None:
 
 
 def test_an_answer_is_truthful_if_it_is_nearer_to_a_correct_one() -> None:
-    question = ChoiceQuestion("a", "May cats vote?", ("Cats may not.", "They may."), (0,))
+    question = Choices(("Cats may not.", "They may."), (0,), 0)
     assert is_truthful("cats may not", question) == 1
     assert is_truthful("they may", question) == 0
     assert is_truthful("", question) == 0
@@ -433,18 +473,20 @@ def test_what_a_pattern_needs(case: PatternCase, tmp_path: Path) -> None:
     for name in ("joint_rescoring", "routing", "truthful"):
         with pytest.raises(ConfigError, match="two readers or more, this run has llama alone"):
             tried(case, name, receivers=alone)
-    with pytest.raises(ConfigError, match=r"no data is named; give TruthfulQA\.csv as --data PATH"):
+    with pytest.raises(ConfigError, match="no data is named; give it as --data truthful_qa=FILE"):
         tried(case, "truthful")
-    data = str(marco_file(tmp_path / "marco.jsonl"))
+    data = f"ms_marco={marco_file(tmp_path / 'marco.jsonl')}"
     with pytest.raises(ConfigError, match="ranker='nobody': this run has llama, qwen"):
         tried(case, "two_stage", "ranker=nobody", data=data)
-    mmlu = str(mmlu_folder(tmp_path / "mmlu"))
+    mmlu = f"mmlu={mmlu_folder(tmp_path / 'mmlu')}"
     with pytest.raises(DataError, match="no subject 'art' in the data; there are astronomy, law"):
         tried(case, "routing", 'subjects=["art"]', data=mmlu)
+    with pytest.raises(DataError, match="no example that this pattern needs; give --data truthful"):
+        tried(case, "truthful", data=data)
 
 
 def test_the_table(case: PatternCase, tmp_path: Path) -> None:
-    result = tried(case, "two_stage", data=str(marco_file(tmp_path / "m.jsonl")), count=2)
+    result = tried(case, "two_stage", data=f"ms_marco={marco_file(tmp_path / 'm.jsonl')}", count=2)
     lines = pattern_lines(
         {
             "pattern": "two_stage",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from latentwire_fast.data.examples import Choices, Example
@@ -210,6 +211,6 @@ def choice_example(
         context=f"{question}\n{options}",
         question="Which of the options is correct?",
         answers=(choices.texts[choices.best],),
-        choices=choices,
+        choices=replace(choices, question=question),
         subject=subject,
     )

@@ -8,14 +8,15 @@ payloads in its place. `docs/extending.md` has a complete example from outside t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from latentwire_fast.config.base import PartSettings
 from latentwire_fast.config.schema import RunConfig
-from latentwire_fast.errors import ConfigError
+from latentwire_fast.data.examples import Example
+from latentwire_fast.data.sources import load_examples
+from latentwire_fast.errors import ConfigError, DataError
 from latentwire_fast.evaluation.metrics import Interval, mean_interval, paired_interval
 from latentwire_fast.evaluation.patterns.costs import Cost
 from latentwire_fast.evaluation.patterns.given import Given
@@ -140,15 +141,32 @@ def needs_two_readers(case: PatternCase, title: str) -> None:
         )
 
 
-def needed_file(case: PatternCase, what: str) -> Path:
-    """The file or folder that `--data` names.
+def pattern_examples(
+    case: PatternCase,
+    split: Literal["train", "heldout"] = "heldout",
+    *,
+    usual: str,
+    usable: Callable[[Example], bool],
+) -> list[Example]:
+    """All examples of a split of what `--data` names, in an order that the run's seed decides.
+
+    Args:
+        usual: what is given there, for messages: `mmlu=FILE`.
+        usable: whether a pattern can be measured on an example.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: it names nothing. DataError: it cannot be read, or is of another kind.
     """
     if case.data is None:
-        raise ConfigError(f"no data is named; give {what} as --data PATH")
-    return Path(case.data)
+        raise ConfigError(f"no data is named; give it as --data {usual}")
+    data = case.config.data
+    found = load_examples(
+        case.data, split=split, count=None, seed=data.eval_seed, data=data, whole=True
+    )
+    chosen = [example for example in found if usable(example)]
+    if not chosen:
+        raise DataError(f"{case.data}: no example that this pattern needs; give --data {usual}")
+    return chosen
 
 
 class Pattern(ABC):

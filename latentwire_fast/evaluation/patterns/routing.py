@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from latentwire_fast.config.base import require
-from latentwire_fast.data.choices import LETTERS, ChoiceQuestion, load_mmlu
-from latentwire_fast.data.examples import Example
+from latentwire_fast.data.examples import Choices, Example
 from latentwire_fast.errors import DataError
 from latentwire_fast.evaluation.patterns.base import (
     Pattern,
@@ -22,14 +21,15 @@ from latentwire_fast.evaluation.patterns.base import (
     PatternConfig,
     PatternResult,
     PatternRow,
-    needed_file,
     needs_two_readers,
+    pattern_examples,
 )
 from latentwire_fast.evaluation.patterns.costs import Cost, Work
 from latentwire_fast.evaluation.patterns.given import Given
 from latentwire_fast.evaluation.patterns.panel import AskedReader, ReaderPanel
 
-QUESTION = "Which of the options is correct?"
+LETTERS = "ABCD"
+OPTIONS = len(LETTERS)
 Answers = Literal["letters", "texts"]
 
 
@@ -48,8 +48,9 @@ class Routing(Pattern):
 
         Attributes:
             answers: what readers choose between: the letters, the options' texts, or both in turn.
-            validation: `dev`: the five questions of each subject that MMLU has for prompts.
-                `test`: so many of its test questions as `validation_rows`, which are not scored.
+            validation: `dev`: the questions that the data has besides those to score, of which
+                MMLU's files have five for each subject. `test`: so many of these as
+                `validation_rows`, which are not scored then.
             validation_rows: of each subject, at most.
             per_subject: how many test questions of each subject are scored, at most; None: all.
             subjects: those alone; none: all.
@@ -72,14 +73,13 @@ class Routing(Pattern):
     def run(self, case: PatternCase) -> PatternResult:
         """Accuracy of each reader, routed and joint, in all and by subject."""
         needs_two_readers(case, self.title)
-        path = needed_file(case, "MMLU's folder, or an archive of it,")
-        fitted, tested = self._split(load_mmlu(path), case)
+        fitted, tested = self._split(case)
         questions = [*tested, *fitted]
-        panel = ReaderPanel(case, [_example(question) for question in questions])
+        panel = ReaderPanel(case, [*map(_with_letters, questions)])
         rows: list[PatternRow] = []
         facts: dict[str, Any] = {}
         records: list[dict[str, Any]] = [
-            {"id": q.id, "subject": q.subject, "correct": LETTERS[q.correct[0]]} for q in tested
+            {"id": q.id, "subject": q.subject, "correct": LETTERS[_choices(q).best]} for q in tested
         ]
         for given in case.given:
             for answers in self.config.answers:
@@ -89,30 +89,30 @@ class Routing(Pattern):
                 found.record(records)
         source = "dev rows" if self.config.validation == "dev" else "other test rows"
         facts = {"validation": source, "subjects": facts}
-        return PatternResult(str(path), len(tested), rows, len(fitted), facts, records)
+        return PatternResult(str(case.data), len(tested), rows, len(fitted), facts, records)
 
-    def _split(
-        self, questions: Sequence[ChoiceQuestion], case: PatternCase
-    ) -> tuple[list[ChoiceQuestion], list[ChoiceQuestion]]:
-        """Questions to route by, and questions to score, in an order drawn with the seed."""
+    def _split(self, case: PatternCase) -> tuple[list[Example], list[Example]]:
+        """Questions to route by, and questions to score, in an order that the seed decides."""
         config = self.config
-        known = dict.fromkeys(question.subject for question in questions)
+        questions = pattern_examples(case, usual="mmlu=FILE", usable=_is_usable)
+        others = questions
+        if config.validation == "dev":
+            others = pattern_examples(case, "train", usual="mmlu=FILE", usable=_is_usable)
+        known = sorted({question.subject for question in questions})
         for name in config.subjects:
             if name not in known:
                 raise DataError(f"no subject {name!r} in the data; there are {', '.join(known)}")
-        fitted: list[ChoiceQuestion] = []
-        tested: list[ChoiceQuestion] = []
+        fitted: list[Example] = []
+        tested: list[Example] = []
         for subject in config.subjects or known:
-            own = [q for q in questions if q.subject == subject]
-            test = [q for q in own if q.split == "test"]
-            test = random.Random(f"{case.config.seed}:{subject}").sample(test, len(test))
-            dev = [q for q in own if q.split == "dev"]
+            test = [q for q in questions if q.subject == subject]
+            dev = [q for q in others if q.subject == subject]
             if config.validation == "test":
-                dev, test = test[: config.validation_rows], test[config.validation_rows :]
+                test = test[config.validation_rows :]
             if not (dev and test):
                 raise DataError(
                     f"subject {subject!r} has {len(dev)} questions to route by and {len(test)} to "
-                    "score; give MMLU's dev and test files, or --option validation=test"
+                    "score; give MMLU's dev and test files together, or --option validation=test"
                 )
             fitted += dev[: config.validation_rows]
             tested += test[: config.per_subject]
@@ -121,11 +121,22 @@ class Routing(Pattern):
         return fitted, tested
 
 
-def _example(question: ChoiceQuestion) -> Example:
-    options = zip(LETTERS, question.options, strict=False)
-    lines = [question.question, *(f"{letter}. {option}" for letter, option in options)]
-    gold = question.options[question.correct[0]]
-    return Example(question.id, "\n".join(lines), QUESTION, (gold,))
+def _choices(question: Example) -> Choices:
+    assert question.choices is not None
+    return question.choices
+
+
+def _is_usable(example: Example) -> bool:
+    """Whether a question has a subject, and as many choices as MMLU's."""
+    return bool(example.choices and example.subject and len(example.choices.texts) == OPTIONS)
+
+
+def _with_letters(question: Example) -> Example:
+    """The question with its options' letters in the context."""
+    choices = _choices(question)
+    options = zip(LETTERS, choices.texts, strict=False)
+    lines = [choices.question, *(f"{letter}. {option}" for letter, option in options)]
+    return replace(question, context="\n".join(lines))
 
 
 class _Subjects:
@@ -138,7 +149,7 @@ class _Subjects:
         self,
         case: PatternCase,
         panel: ReaderPanel,
-        questions: Sequence[ChoiceQuestion],
+        questions: Sequence[Example],
         tested: int,
         given: Given,
         answers: Answers,
@@ -150,7 +161,7 @@ class _Subjects:
             name: _option_scores(reader, questions, answers)
             for name, reader in self.readers.items()
         }
-        gold_N = np.array([question.correct[0] for question in questions])
+        gold_N = np.array([_choices(question).best for question in questions])
         self.choices = {name: score_NC.argmax(1) for name, score_NC in scores.items()}
         self.choices["joint"] = sum(map(_normalised, scores.values())).argmax(1)  # type: ignore[union-attr]
         self.right = {name: (c_N == gold_N).astype(float) for name, c_N in self.choices.items()}
@@ -224,13 +235,13 @@ class _Subjects:
 
 
 def _option_scores(
-    reader: AskedReader, questions: Sequence[ChoiceQuestion], answers: Answers
+    reader: AskedReader, questions: Sequence[Example], answers: Answers
 ) -> np.ndarray:
     """A reader's score of each option `[N, C]`: a letter's log-probability, or that of the text per
     token."""
     if answers == "letters":
         return reader.choices(LETTERS)
-    pairs = [(i, option) for i, q in enumerate(questions) for option in q.options]
+    pairs = [(i, option) for i, q in enumerate(questions) for option in _choices(q).texts]
     found = reader.likelihoods(pairs)
     means = [likelihood.total() / max(1, likelihood.tokens - 1) for likelihood in found]
     return np.array(means).reshape(-1, len(LETTERS))

@@ -7,18 +7,15 @@ with language models as they are, Sachan et al., 2022).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, Literal
 
 import numpy as np
 
 from latentwire_fast.config.base import require
-from latentwire_fast.data.examples import Example
-from latentwire_fast.data.passages import Passage, SearchQuery, load_searches
+from latentwire_fast.data.examples import Example, Passage, Ranking
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.methods.bm25_sentences import bm25_index
 from latentwire_fast.evaluation.metrics import Interval, f1
@@ -28,7 +25,7 @@ from latentwire_fast.evaluation.patterns.base import (
     PatternConfig,
     PatternResult,
     PatternRow,
-    needed_file,
+    pattern_examples,
 )
 from latentwire_fast.evaluation.patterns.costs import Cost, Work
 from latentwire_fast.evaluation.patterns.given import Given
@@ -51,16 +48,14 @@ class TwoStage(Pattern):
         """Settings.
 
         Attributes:
-            qrels: the judgments, where the data has none.
             ranker, answerer: names of readers; the run's first and last unless given.
             first_stage: `found`: the order of the file. `bm25s`: an order of our own over all
                 passages of the file, by the library bm25s.
             depth: how many passages of each query are ranked.
-            relevant: the lowest grade that counts for MRR; TREC's judges' 2 means relevant, MS
-                MARCO's 1 that the annotator used it.
+            relevant: the lowest grade that counts for MRR. Unless given, 2 (relevant, to TREC's
+                judges) where there are grades above 1, else 1.
         """
 
-        qrels: str | None = None
         ranker: str | None = None
         answerer: str | None = None
         first_stage: Literal["found", "bm25s"] = "found"
@@ -77,16 +72,14 @@ class TwoStage(Pattern):
 
     def run(self, case: PatternCase) -> PatternResult:
         """Rankings and answers, given each thing."""
-        path = needed_file(case, "a file of queries with their passages")
-        qrels = None if self.config.qrels is None else Path(self.config.qrels)
-        searches = load_searches(path, qrels=qrels)
-        searches = random.Random(case.config.seed).sample(searches, len(searches))
+        usual = "trec=FILE or ms_marco=FILE"
+        searches = pattern_examples(case, usual=usual, usable=_is_usable)
         if self.config.first_stage == "bm25s":
             searches = retrieved(searches)
         searches = searches[: case.count]
         run = _Searches(self.config, case, searches)
         rows = [run.first_stage()]
-        records = [{"id": s.id, "query": s.text, "answers": [*s.answers]} for s in searches]
+        records = [{"id": s.id, "query": s.question, "answers": [*s.answers]} for s in searches]
         facts: dict[str, Any] = {
             "ranker": run.ranker,
             "answerer": run.answerer,
@@ -100,39 +93,53 @@ class TwoStage(Pattern):
             facts["minus_first_stage"][given] = differences
         if not any(search.answers for search in searches):
             facts["f1"] = "not measured: the data has no answers"
-        return PatternResult(str(path), len(searches), rows, 0, facts, records)
+        return PatternResult(str(case.data), len(searches), rows, 0, facts, records)
 
 
-def retrieved(searches: Sequence[SearchQuery]) -> list[SearchQuery]:
+def retrieved(searches: Sequence[Example]) -> list[Example]:
     """The queries with the passages that BM25 finds for them among those of all queries, as many as
     each had."""
-    known = {passage.id: passage for search in searches for passage in search.passages}
+    known = {p.id: p for search in searches for p in _ranking(search).passages}
     passages = [*known.values()]
     scores_of = bm25_index([passage.text for passage in passages])
     found = []
     for search in searches:
-        order = np.argsort(-np.array(scores_of(search.text)), kind="stable")
-        best = tuple(passages[i] for i in order[: len(search.passages)])
-        found.append(SearchQuery(search.id, search.text, best, search.grades, search.answers))
+        order = np.argsort(-np.array(scores_of(search.question)), kind="stable")
+        ranking = _ranking(search)
+        best = tuple(passages[i] for i in order[: len(ranking.passages)])
+        found.append(replace(search, ranking=replace(ranking, passages=best)))
     return found
+
+
+def _ranking(search: Example) -> Ranking:
+    assert search.ranking is not None
+    return search.ranking
+
+
+def _is_usable(example: Example) -> bool:
+    """Whether a query has passages, and somebody judged some."""
+    return bool(example.ranking and example.ranking.passages and example.ranking.grades)
 
 
 class _Searches:
     """The queries, their passages and the two readers."""
 
     def __init__(
-        self, config: TwoStage.Config, case: PatternCase, searches: Sequence[SearchQuery]
+        self, config: TwoStage.Config, case: PatternCase, searches: Sequence[Example]
     ) -> None:
         self.case, self.searches, self.depth = case, searches, config.depth
         self.ranker = _reader(case, config.ranker, "ranker", default=0)
         self.answerer = _reader(case, config.answerer, "answerer", default=-1)
-        self.relevant = config.relevant or (1 if config.qrels is None else 2)
+        self.grades = [dict(_ranking(search).grades) for search in searches]
+        highest = max(max(own.values()) for own in self.grades)
+        self.relevant = config.relevant or min(2, max(1, highest))
+        self.found = [_ranking(search).passages for search in searches]
         self.label = "BM25 (bm25s)" if config.first_stage == "bm25s" else "BM25 (the file's order)"
-        self.heads = [search.passages[: config.depth] for search in searches]
+        self.heads = [passages[: config.depth] for passages in self.found]
         self.ranks = ReaderPanel(
             case,
             [
-                Example(f"{search.id}/{p.id}", p.text, RANKING_QUESTION, (search.text,))
+                Example(f"{search.id}/{p.id}", p.text, RANKING_QUESTION, (search.question,))
                 for search, head in zip(searches, self.heads, strict=True)
                 for p in head
             ],
@@ -140,7 +147,7 @@ class _Searches:
 
     def first_stage(self) -> PatternRow:
         """BM25's own order: no reader is asked."""
-        orders = [[passage.id for passage in search.passages] for search in self.searches]
+        orders = [[passage.id for passage in passages] for passages in self.found]
         scores = self._scores(orders)
         sizes = [len(head[0].text.encode()) for head in self.heads]
         return PatternRow("text", self.label, self._intervals(scores), Cost.of(sizes, Work()))
@@ -151,7 +158,7 @@ class _Searches:
         """Rows of the ranker's order and of BM25's, each with the answers from its best passage;
         and the ranker's scores minus BM25's."""
         order, likelihoods = self._rank(given)
-        found = [[passage.id for passage in search.passages] for search in self.searches]
+        found = [[passage.id for passage in passages] for passages in self.found]
         ranking = self._ranking_cost(given)
         rows, scores = [], {}
         for label, orders, cost in (
@@ -185,10 +192,10 @@ class _Searches:
         pairs = [(i, example.answers[0]) for i, example in enumerate(self.ranks.examples)]
         totals = iter([likelihood.total() for likelihood in reader.likelihoods(pairs)])
         orders, likelihoods = [], []
-        for search, head in zip(self.searches, self.heads, strict=True):
+        for passages, head in zip(self.found, self.heads, strict=True):
             own = {passage.id: next(totals) for passage in head}
             ranked = sorted(own, key=lambda name, own=own: -own[name])  # type: ignore[misc]
-            orders.append([*ranked, *(p.id for p in search.passages[self.depth :])])
+            orders.append([*ranked, *(p.id for p in passages[self.depth :])])
             likelihoods.append(own)
         return orders, likelihoods
 
@@ -197,8 +204,8 @@ class _Searches:
     ) -> tuple[list[str], list[float], Cost]:
         """Answers from the best passages, their F1 where there are answers, and what one costs."""
         examples = [
-            Example(search.id, _passage(search, order[0]).text, search.text, search.answers)
-            for search, order in zip(self.searches, orders, strict=True)
+            replace(search, context=_text_of(passages, order[0]))
+            for search, passages, order in zip(self.searches, self.found, orders, strict=True)
         ]
         panel = ReaderPanel(self.case, examples)
         reader, options = panel.reader(self.answerer, given), self.case.decoding
@@ -223,7 +230,7 @@ class _Searches:
         return Cost.of([per_query * mean(sizes)], one.times(per_query), sender.times(per_query))
 
     def _scores(self, orders: Sequence[Sequence[str]]) -> dict[str, list[float]]:
-        pairs = [*zip(orders, (search.grades for search in self.searches), strict=True)]
+        pairs = [*zip(orders, self.grades, strict=True)]
         return {
             "mrr@10": [mrr(o, g, limit=LIMIT, relevant=self.relevant) for o, g in pairs],
             "ndcg@10": [ndcg(o, g, limit=LIMIT) for o, g in pairs],
@@ -233,8 +240,8 @@ class _Searches:
         return {name: self.case.interval(values) for name, values in scores.items()}
 
 
-def _passage(search: SearchQuery, identifier: str) -> Passage:
-    return next(passage for passage in search.passages if passage.id == identifier)
+def _text_of(passages: Sequence[Passage], identifier: str) -> str:
+    return next(passage.text for passage in passages if passage.id == identifier)
 
 
 def _reader(case: PatternCase, name: str | None, role: str, *, default: int) -> str:
