@@ -91,8 +91,9 @@ class PatternArguments:
     Args:
         run: the run folder.
         name: joint_rescoring, routing, two_stage, truthful, or one of your own (--import).
-        data: what it is measured on: for joint_rescoring a source as in training (the run's
-            held-out examples unless given), for the others the official file.
+        data: a source as in training: the run's held-out examples unless given for
+            joint_rescoring, mmlu=FILES for routing, trec=FILE or ms_marco=FILE for two_stage,
+            truthful_qa=FILE for truthful.
         examples: how many questions are scored, at most.
         given: what readers are given, repeatable: text, payload, other_payload (that of another
             question's text), nothing (the question alone); text and payload unless given.
