@@ -121,14 +121,19 @@ def quiet_libraries() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score names its tokenizer there
 
 
-def parse_arguments(kind: type[Arguments], *, prog: str) -> Arguments:
+def parse_arguments(
+    kind: type[Arguments], *, prog: str, arguments: Sequence[str] | None = None
+) -> Arguments:
     """The arguments of the command line. From here on libraries are quiet, and the modules of
     `--import` are imported.
+
+    Args:
+        arguments: those behind the name of a sub-command; all unless given.
 
     Raises:
         ConfigError: as `import_modules`.
     """
-    args = tyro.cli(kind, prog=prog)
+    args = tyro.cli(kind, prog=prog, args=arguments)
     quiet_libraries()
     import_modules(getattr(args, "imports", ()))
     return args

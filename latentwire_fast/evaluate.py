@@ -1,10 +1,12 @@
-"""Evaluate a trained run, or score a file of predictions.
+"""Evaluate a trained run, try a pattern of its readers, or score a file of predictions.
 
     python -m latentwire_fast.evaluate --run runs/demo
     python -m latentwire_fast.evaluate --run runs/demo --fresh-seed 7 --examples 200 --out new.json
     python -m latentwire_fast.evaluate score --data squad.json --predictions predictions.json
+    python -m latentwire_fast.evaluate pattern --run runs/demo --name joint_rescoring
 
-The first scores the held-out examples of the run again, the second new ones.
+The first scores the held-out examples of the run again, the second new ones. The last has the
+readers work on one task together (docs/patterns.md).
 
 From Python: `latentwire_fast.evaluate("runs/demo")`.
 """
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -80,6 +82,44 @@ class ScoreArguments:
 
     data: Path
     predictions: Path
+
+
+@dataclass(frozen=True)
+class PatternArguments:
+    """Have the readers of a trained run work on one task together (docs/patterns.md).
+
+    Args:
+        run: the run folder.
+        name: joint_rescoring, routing, two_stage, truthful, or one of your own (--import).
+        data: a source as in training: the run's held-out examples unless given for
+            joint_rescoring, mmlu=FILES for routing, trec=FILE or ms_marco=FILE for two_stage,
+            truthful_qa=FILE for truthful.
+        examples: how many questions are scored, at most.
+        given: what readers are given, repeatable: text, payload, other_payload (that of another
+            question's text), nothing (the question alone); text and payload unless given.
+        option: FIELD=VALUE, repeatable: a setting of the pattern, such as validation=50.
+        out: the results' file; RUN/eval/pattern_NAME.json unless given.
+        device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
+        dtype: that the readers compute in; the run's own unless given.
+        assignments: PATH=VALUE, repeatable: sets a field of the readers or of the evaluation, such
+            as evaluation.batch_size=8. A value is JSON, or else text.
+        reader_options: NAME.FIELD=VALUE, repeatable: how a reader is loaded.
+        imports: a Python module to import first, repeatable: it registers parts of your own
+            (docs/extending.md).
+    """
+
+    run: Path
+    name: str
+    data: str | None = None
+    examples: int | None = None
+    given: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    out: Path | None = None
+    device: str | None = None
+    dtype: Dtype | None = None
+    assignments: Assignments = ()
+    reader_options: ReaderOptions = ()
+    imports: Imports = ()
 
 
 def evaluate(
@@ -153,6 +193,31 @@ def score_command(arguments: list[str]) -> None:
     print(json.dumps(score_file(args.data, args.predictions)))
 
 
+def pattern_command(arguments: list[str]) -> None:
+    """Run a pattern and print its table."""
+    prog = "latentwire_fast.evaluate pattern"
+    args = parse_arguments(PatternArguments, prog=prog, arguments=arguments)
+    from latentwire_fast.evaluation.patterns.console import pattern_lines
+    from latentwire_fast.evaluation.patterns.pipeline import run_pattern
+    from latentwire_fast.files.run_folder import RunFolder
+
+    results = run_pattern(
+        args.run,
+        args.name,
+        data=args.data,
+        options=args.option,
+        given=args.given or ("text", "payload"),
+        count=args.examples,
+        out=args.out,
+        device=None if args.device is None else choose_device(args.device),
+        dtype=args.dtype,
+        assignments=args.assignments,
+        reader_options=args.reader_options,
+    )
+    print("\n".join(pattern_lines(results)))
+    print(f"results: {args.out or RunFolder(args.run).pattern(args.name)}")
+
+
 def evaluate_command() -> None:
     """Evaluate a run, print the results and say where the report is."""
     args = parse_arguments(RunArguments, prog="latentwire_fast.evaluate")
@@ -175,9 +240,11 @@ def evaluate_command() -> None:
 
 
 def main() -> None:
-    """`score ...` scores a file, anything else evaluates a run."""
+    """`score ...` scores a file, `pattern ...` tries a pattern, anything else evaluates a run."""
     if sys.argv[1:2] == ["score"]:
         score_command(sys.argv[2:])
+    elif sys.argv[1:2] == ["pattern"]:
+        pattern_command(sys.argv[2:])
     else:
         evaluate_command()
 

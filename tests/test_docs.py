@@ -172,7 +172,7 @@ def test_imports_in_examples_work(document: Path) -> None:
 def test_commands_have_the_options_that_are_given(document: Path) -> None:
     for words in command_lines(document.read_text()):
         line = " ".join(words)
-        module = re.search(rf"latentwire_fast\.({'|'.join(COMMANDS)})( score)?\b", line)
+        module = re.search(rf"latentwire_fast\.({'|'.join(COMMANDS)})( score| pattern)?\b", line)
         script = next((word for word in words if word in SCRIPTS), None)
         if module:
             given = options_in(words[words.index(module[0].split()[0]) :])
@@ -188,6 +188,7 @@ def test_commands_have_the_options_that_are_given(document: Path) -> None:
 @each_document
 def test_options_in_sentences_exist(document: Path) -> None:
     every = {name for command in COMMANDS for name in options_of(f"latentwire_fast.{command}")}
+    every |= options_of("latentwire_fast.evaluate pattern")
     every |= {name for script in SCRIPTS for name in options_of(script)} | OPTIONS_OF_OTHERS
     for span in spans(document.read_text()):
         words = span.split()

@@ -58,6 +58,7 @@ PARTS = {
     "data set": ("riddles", "riddles"),
     "evaluation method": ("last_bytes", "last_bytes"),
     "hypothesis": ("above_closed_book", "H_closed_book"),
+    "pattern": ("first_to_agree", "first_to_agree"),
 }
 OF_THE_MODEL = ("encoder", "pooler", "bottleneck", "adapter", "reader attachment")
 TEXT = "Nulnak is already 94 years old."
@@ -356,6 +357,24 @@ def test_a_hypothesis_is_in_every_result(evaluated: tuple[Path, dict[str, Any]])
     assert f"H_closed_book {found['verdict']}" in summary_lines(metrics)[-1]
     claim = "| H_closed_book | The latent is worth at least 10 points of F1 |"
     assert claim in (run / "eval" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_pattern_is_run_and_written(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = evaluated
+    arguments = ("--run", run, "--name", "first_to_agree", "--examples", 2)
+    status, output, error = in_this_process("evaluate", "pattern", *arguments)
+    assert status == 0, error
+    file = run / "eval" / "pattern_first_to_agree.json"
+    written = json.loads(file.read_text())
+    assert [row["given"] for row in written["rows"]] == ["text", "payload"]
+    assert all(row["gflops"] > 0 for row in written["rows"])
+    assert output.startswith("Answers that all agree on: 2 questions (the run's held-out examples)")
+    assert output.rstrip().endswith(f"results: {file}")
+    own = (*arguments[:-2], "--out", file)
+    status, _, error = in_this_process("evaluate", "pattern", *own)
+    assert status == 2
+    assert f"error: {file} belongs to the run; choose another name, or leave --out" in error
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -74,9 +74,9 @@ def with_assignments(
             if trained:
                 steps = _for_a_trained_run(steps, option, text)
             try:
-                _assign(RunConfig, data, steps, _parsed(value))
+                _assign(RunConfig, data, steps, parse_value(value))
             except NothingThere as error:
-                whole, example = steps[: len(steps) - error.behind], _parsed(value)
+                whole, example = steps[: len(steps) - error.behind], parse_value(value)
                 for step in reversed(steps[len(whole) :]):
                     example = {step: example}
                 raise ConfigError(
@@ -113,7 +113,8 @@ def _for_a_trained_run(steps: list[str], option: str, text: str) -> list[str]:
     return [*steps[:2], "compute_dtype"] if is_dtype else steps
 
 
-def _parsed(value: str) -> Any:
+def parse_value(value: str) -> Any:
+    """A value of the command line: JSON, or else text."""
     try:
         return json.loads(value)
     except json.JSONDecodeError:

@@ -1,11 +1,13 @@
 """How a data source is written: its grammar, and the data set and file that each piece names.
 
     NAME                 a built-in set: `testbed`
-    FILE.json            a SQuAD v1.1 or v2.0 file (.json.xz and .json.gz too)
+    FILE.json            a SQuAD v1.1 or v2.0 file, or rows in SQuAD's columns (.json.xz too)
     FILE.json[A:B]       articles A to B - 1 of it, in the order of their titles; `[:24]`, `[-8:]`
     text=FILE            the paragraphs of a text file, without questions
     FOLDER               rows in SQuAD's columns, written by `save_to_disk`
-    NAME=PATH            rows of the set NAME: a `save_to_disk` folder or a JSON (lines) file
+    NAME=PATH            rows of the set NAME: a file as its authors give it out, a copy of the
+                         hub's rows (JSON, CSV, Parquet), an archive or folder of these, or a
+                         `save_to_disk` folder
     hub:NAME             the set NAME from the hub
     A+B+...              all of several of these
     A,B,...              several of these in equal shares, as many of each as the smallest has
@@ -146,16 +148,21 @@ def parse_piece(spec: str) -> Piece:
         raise DataError(
             f"data source {spec!r}: no such file or folder; sources are {', '.join(built_in)}, a "
             "SQuAD JSON file (of which [A:B] takes some articles), a save_to_disk folder, "
-            "text=FILE, NAME=PATH or hub:NAME, with NAME one of " + ", ".join(hub_sets())
+            "text=FILE, NAME=PATH or hub:NAME, with NAME one of "
+            + ", ".join(dict.fromkeys([*hub_sets(), *_with_path()]))
         )
     found = _ARTICLES.fullmatch(spec) if articles else None
     ends = None if found is None else tuple(int(end) if end else None for end in found.groups()[1:])
     if name:
-        with_path = [name for name in DATA_SETS.names() if not DATA_SETS[name].is_built_in]
-        part = _named_set(name, names=with_path)
+        part = _named_set(name, names=_with_path())
     else:
         part = DATA_SETS[BARE_FOLDER if path.is_dir() else BARE_FILE]
     return Piece(spec, part, path, ends)  # type: ignore[arg-type]
+
+
+def _with_path() -> list[str]:
+    """The names of the sets that are given a path."""
+    return [name for name in DATA_SETS.names() if not DATA_SETS[name].is_built_in]
 
 
 def _without_articles(spec: str) -> tuple[str, str]:

@@ -193,6 +193,21 @@ def check_apart(
         )
 
 
+def check_contexts(examples: Iterable[Example], *, mode: Mode, source: str) -> None:
+    """Raise where a latent would stand for contexts, and questions have none.
+
+    Raises:
+        DataError: context mode, and an example of a set without contexts.
+    """
+    empty = [e for e in examples if e.question and not e.context] if mode == "context" else []
+    if empty:
+        raise DataError(
+            f"{source}: {len(empty)} questions have no context, such as "
+            f"{empty[0].question[:60]!r}; in context mode the latent stands for the context: take "
+            "a set with passages, or mode=pure"
+        )
+
+
 def _plain(context: str) -> str:
     return " ".join(context.split()).casefold()
 
@@ -225,7 +240,8 @@ def mix(sets: Mapping[str, Sequence[Example]], *, seed: int) -> list[Example]:
 def in_split(example: Example, split: Split, *, every: int = HELDOUT_EVERY) -> bool:
     """Whether an example of a source without splits of its own, of which one context in `every` is
     held out, belongs to `split`."""
-    is_heldout = zlib.crc32(example.context.encode()) % every == 0
+    text = example.context or example.question
+    is_heldout = zlib.crc32(text.encode()) % every == 0
     return split == "all" or is_heldout == (split == "heldout")
 
 
@@ -263,7 +279,9 @@ def _load_one(
     examples, is_of_split = piece.build(data).load(piece.place, split=split, count=count, seed=seed)
     if not (is_of_split or every is None):
         examples = (example for example in examples if in_split(example, split, every=every))
-    chosen = list(islice(filter(keep, _distinct(examples, spec)), count))
+    name = label_of(spec)
+    named = (replace(example, set_name=name) for example in _distinct(examples, spec))
+    chosen = list(islice(filter(keep, named), count))
     if not chosen:
         advice = "look at its rows"
         if not (is_of_split or every is None):

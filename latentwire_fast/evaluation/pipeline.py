@@ -18,7 +18,7 @@ from latentwire_fast.config.assignments import with_assignments
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
-from latentwire_fast.data.sources import heldout_examples, training_texts
+from latentwire_fast.data.sources import check_contexts, heldout_examples, training_texts
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluation.collapse import measure_collapse
 from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
@@ -166,6 +166,7 @@ def _evaluate(
     examples = heldout_examples(config.data, count=count, seed=fresh_seed, keep=limit.fits)
     source = config.data.eval_source or f"{config.data.source} (held out)"
     limit.report(source)
+    check_contexts(examples, mode=config.mode, source=source)
     check_answers(examples, readers, source=source)
     paragraphs = continuation_texts(config, readers)
     evaluator = Evaluator(

@@ -106,6 +106,10 @@ class RunFolder:
         """One JSON object per held-out example."""
         return self.eval / "predictions.jsonl"
 
+    def pattern(self, name: str) -> Path:
+        """The results of one pattern (`latentwire_fast.evaluate pattern`), as JSON."""
+        return self.eval / f"pattern_{name}.json"
+
     @property
     def report(self) -> Path:
         """The report as a page that holds all of itself."""
@@ -132,6 +136,8 @@ class RunFolder:
         )
         files = (here.config, here.diagnostics, here.validation, here.nonfinite, here.lock)
         report = (here.metrics, here.metrics_table, here.predictions, here.report, here.report_text)
+        if path.parent == here.eval and path.name.startswith("pattern_"):
+            return True
         return path in (*files, *report) or any(path.is_relative_to(f) for f in (*folders, *files))
 
 

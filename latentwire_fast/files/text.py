@@ -21,15 +21,24 @@ def read_unpacked(path: Path, *, error: type[LatentWireError] = DataError) -> by
     Raises:
         OSError: it cannot be read.
     """
-    data = path.read_bytes()
-    unpack = _UNPACK.get(path.suffix.lower())
-    if unpack is None:
+    return unpack(path.read_bytes(), path.name, name=str(path), error=error)
+
+
+def unpack(data: bytes, file: str, *, name: str, error: type[LatentWireError] = DataError) -> bytes:
+    """The bytes of a file of that name; those of a .xz or .gz file unpacked.
+
+    Args:
+        name: of where they come from, for messages.
+        error: what is raised where they cannot be unpacked.
+    """
+    method = _UNPACK.get(Path(file).suffix.lower())
+    if method is None:
         return data
     try:
-        return unpack(data)
+        return method(data)
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as wrong:
         raise error(
-            f"{path}: cannot be unpacked ({wrong}); is the file complete, and is it what its "
+            f"{name}: cannot be unpacked ({wrong}); is the file complete, and is it what its "
             "name says?"
         ) from None
 

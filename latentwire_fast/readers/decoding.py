@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ class DecodeOptions:
         max_new_tokens: stop after so many tokens.
         first_token_temperature: above 0, the first token is sampled.
         first_token_top_p: nucleus for that sample.
+        temperature: above 0, every token is sampled; the first one at `first_token_temperature`,
+            where that is above 0 too.
         eos_ban_steps: forbid the tokens that end an answer for the first steps. Short answers go
             on with words that mean nothing then, so the default is 0.
-        seed: decides the first-token samples, together with each example's number.
+        seed: decides the samples, together with each example's number.
     """
 
     max_new_tokens: int = 12
@@ -32,11 +35,20 @@ class DecodeOptions:
     first_token_top_p: float = 1.0
     eos_ban_steps: int = 0
     seed: int = 0
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}, expected at least 1")
         check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature}, expected 0 or above")
+
+    def sampling(self, step: int) -> tuple[float, float]:
+        """Temperature and nucleus of one step; temperature 0 is the likeliest token."""
+        if step == 0 and self.first_token_temperature > 0:
+            return self.first_token_temperature, self.first_token_top_p
+        return self.temperature, 1.0
 
 
 def token_ids(declared: Any) -> Iterator[int]:
@@ -68,13 +80,15 @@ def pick_tokens(
     if step < options.eos_ban_steps:
         logits_BV = logits_BV.clone()
         logits_BV[:, [*stop_ids]] = -torch.inf
-    if step > 0 or options.first_token_temperature <= 0:
+    temperature, top_p = options.sampling(step)
+    if temperature <= 0:
         return logits_BV.argmax(-1)
-    probs = (logits_BV / options.first_token_temperature).softmax(-1)
+    probs = (logits_BV / temperature).softmax(-1)
     sorted_probs, order = probs.sort(-1, descending=True)
-    outside = sorted_probs.cumsum(-1) - sorted_probs >= options.first_token_top_p
+    outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p
     cumulative = sorted_probs.masked_fill(outside, 0.0).double().cumsum(-1)
-    uniform = [random.Random(f"{options.seed}:{number}").random() for number in numbers]
+    key = f":{step}" if step else ""
+    uniform = [random.Random(f"{options.seed}:{number}{key}").random() for number in numbers]
     level = cumulative.new_tensor(uniform)[:, None] * cumulative[:, -1:]
     rank = torch.minimum((cumulative <= level).sum(-1), (~outside).sum(-1) - 1)
     return order.gather(1, rank[:, None])[:, 0]

@@ -20,6 +20,7 @@ from latentwire_fast.data.examples import Example
 from latentwire_fast.data.source_names import map_paths, split_shares, split_union
 from latentwire_fast.data.sources import (
     check_apart,
+    check_contexts,
     draw_contexts,
     endless_stream,
     load_examples,
@@ -251,6 +252,7 @@ def build_data(config: RunConfig, readers: dict[str, Reader]) -> RunData:
         data.source, split="train", count=count, seed=config.seed, data=data, keep=limit.fits
     )
     limit.report(data.source)
+    check_contexts(examples, mode=config.mode, source=data.source)
     check_answers(examples, readers, source=data.source)
     named = named_sources(config)
     if endless is not None:  # it is one source

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import copy
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from latentwire_fast.data.squad import NO_ANSWER, load_squad
 from latentwire_fast.errors import DataError
 from latentwire_fast.files.text import read_text
 from latentwire_fast.registry import DATA_SETS
+from real_files import real_file
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,8 @@ _Q = ("data", 0, "paragraphs", 1, "qas", 1)
         (_edit((*_Q[:4], "context"), 3), r"article 0, paragraph 1: 'context' is int"),
         (_edit((*_Q[:4], "qas"), None), r"paragraph 1: no 'qas'"),
         (_edit((*_Q, "question"), None), r"paragraph 1, question 1: no 'question'"),
-        (_edit((*_Q, "id"), 7), r"question 1: 'id' is int, expected str"),
+        (_edit((*_Q, "id"), 7.5), r"question 1: 'id' is float, expected str"),
+        (_edit((*_Q, "id"), True), r"question 1: 'id' is bool, expected str"),
         (_edit((*_Q, "answers"), []), r"question 1: no answer with a text; .*is_impossible"),
         (_edit((*_Q, "answers"), [{"text": " \n"}]), r"question 1: no answer with a text"),
         (_edit((*_Q, "answers", 2), "river"), r"question 1, answer 2: no 'text' \(found str\)"),
@@ -232,6 +233,8 @@ TRUTHFUL = {
     "question": "Is it?",
     "mc1_targets": {"choices": [f"option {i}" for i in range(6)], "labels": [1, 0, 0, 0, 0, 0]},
 }
+NQ_OPEN = {"question": "which colour", "answer": ["red", "Red"]}
+XSUM = {"document": "A lamp was lit.\nIt is red.", "summary": "A red lamp was lit.", "id": "x1"}
 SQUAD = {
     "id": "s1",
     "context": "Town by a river.",
@@ -319,6 +322,8 @@ ROWS = {
     "natural_questions": NATURAL | {"annotations": NATURAL["annotations"][1:]},
     "mmlu": MMLU,
     "truthful_qa": TRUTHFUL,
+    "nq_open": NQ_OPEN,
+    "xsum": XSUM,
 }
 
 
@@ -424,7 +429,9 @@ def test_bad_sources(tmp_path: Path, spec: str, message: str) -> None:
 
 def test_row_of_another_form(tmp_path: Path) -> None:
     datasets.Dataset.from_list([SQUAD | {"answers": "river"}]).save_to_disk(tmp_path / "rows")
-    with pytest.raises(DataError, match=r"row 0 .* not of the form of rajpurkar/squad: TypeError"):
+    with pytest.raises(
+        DataError, match=r"row 0: 'answers' is 'river', expected a list of .* rajpurkar/squad"
+    ):
         load_examples(str(tmp_path / "rows"), split="all", count=1, seed=0)
 
 
@@ -509,10 +516,7 @@ def test_mixture_of_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_real_squad_file(split: Split) -> None:
     """The public development set, where a copy is at hand."""
-    root = Path(__file__).parents[2].parent / "shared"
-    path = Path(os.environ.get("LATENTWIRE_SHARED", root)) / "data/squad_v1.1_dev_32_articles.json"
-    if not path.exists():
-        pytest.skip("no copy of the SQuAD development set here")
+    path = real_file("squad_v1.1_dev_32_articles.json")
     examples = load_examples(str(path), split=split, count=None, seed=0)
     assert len(examples) == {"train": 5796, "heldout": 588}[split]
     assert all(any(a in e.context for a in e.answers) for e in examples)

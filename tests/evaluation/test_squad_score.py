@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from latentwire_fast.errors import DataError
 from latentwire_fast.evaluation.squad_score import score_file
+from real_files import real_file
 
 QUESTIONS = {"q1": ["red lamp"], "q2": ["1973", "October 1973"], "q3": []}
 
@@ -76,12 +76,8 @@ def test_bad_files(tmp_path: Path, data: Path) -> None:
 
 def test_published_baseline() -> None:
     """A published baseline, where a copy is at hand: official EM 39.8653, F1 51.1883."""
-    root = Path(__file__).parents[2].parent / "shared"
-    folder = Path(os.environ.get("LATENTWIRE_SHARED", root)) / "data"
-    data = folder / "squad_v1.1_dev_32_articles.json"
-    predictions = folder / "squad_predictions_logistic_regression.json"
-    if not (data.exists() and predictions.exists()):
-        pytest.skip("no copy of the SQuAD development set and baseline predictions here")
+    data = real_file("squad_v1.1_dev_32_articles.json")
+    predictions = real_file("squad_predictions_logistic_regression.json")
     result = score_file(data, predictions)
     assert result["exact_match"] == pytest.approx(39.8653, abs=5e-5)
     assert result["f1"] == pytest.approx(51.1883, abs=5e-5)

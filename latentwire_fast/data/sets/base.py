@@ -55,6 +55,8 @@ class DataSet(ABC):
     Attributes:
         is_built_in: it makes its examples itself: a run names it alone, and gives no path.
         has_questions: its examples have questions, on which a run can be scored.
+        metric: the score by which this set is known, beside exact match and F1: `f1`, `accuracy`
+            or `rougeL`.
         is_endless: it makes training batches without end (`stream`), and has no list of all.
     """
 
@@ -62,6 +64,7 @@ class DataSet(ABC):
     is_built_in: ClassVar[bool] = False
     is_endless: ClassVar[bool] = False
     has_questions: ClassVar[bool] = True
+    metric: ClassVar[str] = "f1"
 
     def __init__(self, config: DataSetConfig) -> None:
         self.config = config

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from latentwire_fast.data.examples import Example
+from latentwire_fast.data.examples import Example, Passage, Ranking
+from latentwire_fast.data.row_files import RowFile
 from latentwire_fast.data.sets.hub_set import HubConfig, HubSet
-from latentwire_fast.data.sets.rows import Row, clip, distinct, first_items, records
+from latentwire_fast.data.sets.rows import (
+    Row,
+    RowError,
+    answer_texts,
+    clip,
+    first_items,
+    identifier,
+    records_of,
+    text,
+    whole,
+)
 
 
 class MSMarco(HubSet):
-    """Search queries with passages of web pages."""
+    """Search queries with passages of web pages.
+
+    Its own files are JSON lines (v1.1) or an object of columns (v2.1).
+    """
 
     @dataclass(frozen=True)
     class Config(HubConfig):
@@ -21,12 +35,27 @@ class MSMarco(HubSet):
         subset: str | None = "v2.1"
         is_streamed: bool = True
 
+    files = "dev_v2.1.json.gz (ranked hits with judgements: trec=FILE)"
+
+    def from_file(self, row: Row, file: RowFile) -> Row:
+        """As it is; hits of a ranker are another set."""
+        if "hits" in row or "candidates" in row:
+            raise RowError("these are the hits of a ranker, without answers: give trec=FILE")
+        return row
+
     def convert(self, row: Row) -> Example | None:
         """A few passages, the one that the annotator used before any other."""
-        passages = records(row["passages"])
-        answers = distinct(a for a in row["answers"] if a != "No Answer Present.")
+        answers = tuple(a for a in answer_texts(row) if a != "No Answer Present.")
         if not answers:
             return None
-        preferred = (i for i, p in enumerate(passages) if p["is_selected"])
-        texts = first_items([p["passage_text"].strip() for p in passages], preferred=preferred)
-        return Example(str(row["query_id"]), clip("\n".join(texts)), row["query"].strip(), answers)
+        records = records_of(row, "passages")
+        found = [text(p, "passage_text") for p in records]
+        selected = [i for i, p in enumerate(records) if whole(p, "is_selected")]
+        query = identifier(row, "query_id")
+        names = [f"{query}-{i}" for i in range(len(found))]
+        ranking = Ranking(
+            tuple(Passage(name, passage) for name, passage in zip(names, found, strict=True)),
+            tuple((name, int(i in selected)) for i, name in enumerate(names)),
+        )
+        context = clip("\n".join(first_items(found, preferred=selected)))
+        return Example(query, context, text(row, "query"), answers, ranking=ranking)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -18,21 +18,38 @@ from latentwire_fast.prompts.sentences import sentences
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each index at DEBUG
 
 
+def bm25_index(texts: Sequence[str]) -> Callable[[str], list[float]]:
+    """What gives the BM25 score (Lucene's form, k1 = 1.5, b = 0.75) of each text for a question; 0
+    without a word in common."""
+    words = _words(texts)
+    if not any(words):  # bm25s has no index of no words
+        return lambda question: [0.0] * len(texts)
+    index = bm25s.BM25()
+    index.index(words, show_progress=False)
+
+    def scores(question: str) -> list[float]:
+        (asked,) = _words([question])
+        if not asked:
+            return [0.0] * len(texts)
+        return [float(score) for score in index.get_scores(asked)]
+
+    return scores
+
+
 def bm25_scores(texts: Sequence[str], question: str) -> list[float]:
-    """BM25 (Lucene's form, k1 = 1.5, b = 0.75) of each text for a question; 0 without a word in
-    common."""
-    *words, asked = bm25s.tokenize(
-        [*texts, question],
+    """The scores of `bm25_index` for one question."""
+    return bm25_index(texts)(question)
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    words: list[list[str]] = bm25s.tokenize(
+        [*texts],
         stopwords=None,
         token_pattern=r"(?u)\b\w+\b",
         return_ids=False,
         show_progress=False,
     )
-    if not any(words) or not asked:  # bm25s has no index of no words
-        return [0.0] * len(texts)
-    index = bm25s.BM25()
-    index.index(words, show_progress=False)
-    return [float(score) for score in index.get_scores(asked)]
+    return words
 
 
 @lru_cache(maxsize=8192)  # every reader and every bit width asks for the same ones
