@@ -16,6 +16,7 @@ from latentwire_fast.config.parts import (
     BottleneckConfig,
     Calibration,
     EncoderConfig,
+    Language,
     Mode,
     ObjectiveConfig,
     PoolerConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "DataConfig",
     "EncoderConfig",
     "EvalConfig",
+    "Language",
     "LoraSettings",
     "Mode",
     "ObjectiveConfig",
@@ -81,6 +83,7 @@ class DataConfig(Settings):
             be told apart.
         questions_per_context: context mode asks several questions of one latent per step.
         eval_examples, eval_seed: size and seed of the held-out set.
+        language: whose rules compare answers: SQuAD's (`en`), or MLQA's for other languages.
     """
 
     source: str = "testbed"
@@ -94,6 +97,7 @@ class DataConfig(Settings):
     questions_per_context: int = 4
     eval_examples: int = 500
     eval_seed: int = 99
+    language: Language = "en"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -280,7 +280,10 @@ def _load_one(
     if not (is_of_split or every is None):
         examples = (example for example in examples if in_split(example, split, every=every))
     name = label_of(spec)
-    named = (replace(example, set_name=name) for example in _distinct(examples, spec))
+    named = (
+        replace(example, set_name=name, language=data.language)
+        for example in _distinct(examples, spec)
+    )
     chosen = list(islice(filter(keep, named), count))
     if not chosen:
         advice = "look at its rows"

@@ -11,9 +11,9 @@ from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.evaluation.hypotheses.base import Evidence, judge_hypotheses
 from latentwire_fast.evaluation.joint import JointResult
+from latentwire_fast.evaluation.languages import normalize_answer
 from latentwire_fast.evaluation.method_result import MethodResult, mean
 from latentwire_fast.evaluation.methods.base import bits_key
-from latentwire_fast.evaluation.metrics import normalize_answer
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.registry import METHODS
 from latentwire_fast.serving.payload_batch import Message
@@ -171,8 +171,8 @@ class EvaluationResults:
             return None
         latent = [reader.methods["latent"] for reader in self.readers.values()]
         agree = [
-            len({normalize_answer(result.predictions[i]) for result in latent}) == 1
-            for i in range(len(self.examples))
+            len({normalize_answer(r.predictions[i], example.language) for r in latent}) == 1
+            for i, example in enumerate(self.examples)
         ]
         return {
             "f1": mean(self.joint.result.f1),
