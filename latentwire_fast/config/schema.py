@@ -67,7 +67,7 @@ class DataConfig(Settings):
         source: `testbed`, a SQuAD-format file (with `[A:B]` behind it, some of its articles), a
             saved `datasets` folder, `text=FILE` (paragraphs without questions), `NAME=PATH` (rows
             of the set NAME), `hub:NAME`; several of these with `+` between them, or with commas
-            for equal shares.
+            for equal shares (`A@3,B@1`: three examples of A for each of B).
         eval_source: what the run is scored on, in the same form; None: the held-out part of
             `source`. No context may be in both.
         text_share: share of the batches that are paragraphs without questions, in stages that can

@@ -14,6 +14,7 @@ from latentwire_fast.evaluation.joint import JointResult
 from latentwire_fast.evaluation.languages import normalize_answer
 from latentwire_fast.evaluation.method_result import MethodResult, mean
 from latentwire_fast.evaluation.methods.base import bits_key
+from latentwire_fast.evaluation.set_scores import set_scores
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.registry import METHODS
 from latentwire_fast.serving.payload_batch import Message
@@ -94,6 +95,9 @@ class EvaluationResults:
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
         }
+        methods = {name: reader.methods for name, reader in self.readers.items()}
+        if by_set := set_scores(self.config, self.examples, methods):
+            measured["sets"] = by_set
         if self.sizes_alone:
             measured["latent"]["private_slots"] = dict(self.config.private_slots)
             measured["bytes"]["payload_alone_mean"] = {
@@ -192,6 +196,7 @@ class EvaluationResults:
             joint = {**self.joint.result.scores_of(i), "scores": self.joint.totals[i]}
         return {
             "id": example.id,
+            **({"set": example.set_name} if example.set_name else {}),
             "context": example.context,
             "question": example.question,
             "answers": list(example.answers),

@@ -92,6 +92,6 @@ def _read_by_question(path: Path, kind: type, words: str) -> dict[str, Any]:
                 f"{path}: the {what} for {identifier!r} is {type(value).__name__}, "
                 f"expected {'text' if kind is str else 'a number'}"
             )
-        if kind is float and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise DataError(f"{path}: the no-answer score for {identifier!r} is {value}")
     return values
