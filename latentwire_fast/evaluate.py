@@ -32,6 +32,7 @@ from latentwire_fast.cli import (
     parse_arguments,
     run_entry_point,
 )
+from latentwire_fast.config.parts import Language
 
 if TYPE_CHECKING:  # `--help` does without torch
     import torch
@@ -77,11 +78,18 @@ class ScoreArguments:
 
     Args:
         data: a file in SQuAD's format.
-        predictions: a JSON object of question id to answer text.
+        predictions: a JSON object of question id to answer text ("" for "no answer").
+        no_answer_scores: v2.0: a JSON object of question id to how sure it is that there is no
+            answer; adds the best scores that a threshold gives.
+        no_answer_threshold: above it, a question counts as answered by "no answer".
+        language: whose rules compare answers: SQuAD's (en), or MLQA's for other languages.
     """
 
     data: Path
     predictions: Path
+    no_answer_scores: Path | None = None
+    no_answer_threshold: float = 1.0
+    language: Language = "en"
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,14 @@ def score_command(arguments: list[str]) -> None:
     args = tyro.cli(ScoreArguments, args=arguments, prog="latentwire_fast.evaluate score")
     from latentwire_fast.evaluation.squad_score import score_file
 
-    print(json.dumps(score_file(args.data, args.predictions)))
+    scores = score_file(
+        args.data,
+        args.predictions,
+        no_answer_scores=args.no_answer_scores,
+        no_answer_threshold=args.no_answer_threshold,
+        language=args.language,
+    )
+    print(json.dumps(scores))
 
 
 def pattern_command(arguments: list[str]) -> None:

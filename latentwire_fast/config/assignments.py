@@ -25,7 +25,7 @@ from latentwire_fast.errors import ConfigError
 
 # What a trained run can be read with anew: all else is in its weights.
 OF_A_TRAINED_RUN = ("readers", "evaluation")
-OF_ITS_DATA = ("facts",)  # and this of the texts that it is scored on
+OF_ITS_DATA = ("facts", "language")  # and these of the texts that it is scored on
 
 
 class NothingThere(ConfigError):

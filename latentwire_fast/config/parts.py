@@ -22,6 +22,7 @@ from latentwire_fast.registry import (
 )
 
 Mode = Literal["context", "pure"]
+Language = Literal["en", "ar", "de", "es", "hi", "vi", "zh"]  # whose rules compare answers
 Calibration = Literal["none", "token", "example", "batch"]
 BITS = (16, 8, 6, 4)
 MOST_LATENTS = 65535  # that a header of the wire format can tell

@@ -16,6 +16,7 @@ from latentwire_fast.config.parts import (
     BottleneckConfig,
     Calibration,
     EncoderConfig,
+    Language,
     Mode,
     ObjectiveConfig,
     PoolerConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "DataConfig",
     "EncoderConfig",
     "EvalConfig",
+    "Language",
     "LoraSettings",
     "Mode",
     "ObjectiveConfig",
@@ -65,7 +67,7 @@ class DataConfig(Settings):
         source: `testbed`, a SQuAD-format file (with `[A:B]` behind it, some of its articles), a
             saved `datasets` folder, `text=FILE` (paragraphs without questions), `NAME=PATH` (rows
             of the set NAME), `hub:NAME`; several of these with `+` between them, or with commas
-            for equal shares.
+            for equal shares (`A@3,B@1`: three examples of A for each of B).
         eval_source: what the run is scored on, in the same form; None: the held-out part of
             `source`. No context may be in both.
         text_share: share of the batches that are paragraphs without questions, in stages that can
@@ -81,6 +83,7 @@ class DataConfig(Settings):
             be told apart.
         questions_per_context: context mode asks several questions of one latent per step.
         eval_examples, eval_seed: size and seed of the held-out set.
+        language: whose rules compare answers: SQuAD's (`en`), or MLQA's for other languages.
     """
 
     source: str = "testbed"
@@ -94,6 +97,7 @@ class DataConfig(Settings):
     questions_per_context: int = 4
     eval_examples: int = 500
     eval_seed: int = 99
+    language: Language = "en"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -66,6 +66,7 @@ class Example:
         ranking: of a question that came with passages.
         subject: what its set files it under: MMLU's subject, TruthfulQA's category.
         set_name: the set or file of a source that it is of.
+        language: whose rules compare its answers (`evaluation/languages.py`).
     """
 
     id: str
@@ -76,3 +77,4 @@ class Example:
     ranking: Ranking | None = None
     subject: str = ""
     set_name: str = field(default="", compare=False)
+    language: str = field(default="en", compare=False)

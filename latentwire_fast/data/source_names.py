@@ -11,6 +11,7 @@
     hub:NAME             the set NAME from the hub
     A+B+...              all of several of these
     A,B,...              several of these in equal shares, as many of each as the smallest has
+    A@3,B@1,...          three examples of A for each of B, until one of them has no more
 
 where NAME is a registered data set (`sets/`).
 """
@@ -30,6 +31,7 @@ from latentwire_fast.registry import DATA_SETS
 
 BARE_FILE, BARE_FOLDER = "squad_file", "squad"  # what a path without a set's name is
 _ARTICLES = re.compile(r"(.+)\[(-?\d*):(-?\d*)\]")
+_WEIGHT = re.compile(r"(.+)@([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,41 @@ class Piece:
 
 
 def split_shares(spec: str) -> list[str]:
-    """The parts of a source that have equal shares."""
-    return [part.strip() for part in spec.split(",") if part.strip()]
+    """The parts of a source that have shares of their own, without their weights.
+
+    Raises:
+        DataError: as `weighted_shares`.
+    """
+    return [part for part, _ in weighted_shares(spec)]
+
+
+def weighted_shares(spec: str) -> list[tuple[str, int]]:
+    """The parts of a source, each with how many of its examples come in a round.
+
+    Raises:
+        DataError: a weight that is no whole number, or 0.
+    """
+    return [_weighted(part.strip()) for part in spec.split(",") if part.strip()]
+
+
+def _weighted(part: str) -> tuple[str, int]:
+    found = _WEIGHT.fullmatch(part)
+    if found is None or Path(_named(part)[1]).exists():
+        return part, 1
+    try:
+        weight = int(found[2])
+    except ValueError:
+        weight = 0
+    if weight < 1:
+        raise DataError(
+            f"data source {part!r}: a weight is a whole number, 1 or more, such as @3 for three "
+            "examples a round"
+        )
+    return found[1], weight
+
+
+def _with_weight(part: str, weight: int) -> str:
+    return part if weight == 1 else f"{part}@{weight}"
 
 
 def split_union(part: str) -> list[str]:
@@ -81,10 +116,10 @@ def with_questions(spec: str) -> str:
     Raises:
         DataError: as `parse_piece`, or it has nothing else.
     """
-    shares = [
-        "+".join(piece for piece in split_union(part) if parse_piece(piece).part.has_questions)
-        for part in split_shares(spec)
-    ]
+    shares = []
+    for part, weight in weighted_shares(spec):
+        pieces = [p for p in split_union(part) if parse_piece(p).part.has_questions]
+        shares.append(_with_weight("+".join(pieces), weight) if pieces else "")
     if not any(shares):
         raise DataError(f"{spec} has no questions to be scored on; give a source with --eval-data")
     return ",".join(filter(None, shares))
@@ -97,10 +132,11 @@ def map_paths(spec: str, change: Callable[[str], str]) -> str:
         DataError: a changed path holds what separates sources: a comma, or in a union a plus sign.
     """
     shares = []
-    for part in split_shares(spec):
+    for part, weight in weighted_shares(spec):
         pieces = split_union(part)
         separators = ",+" if len(pieces) > 1 else ","
-        shares.append("+".join(_map_path(piece, change, separators) for piece in pieces))
+        changed = "+".join(_map_path(piece, change, separators) for piece in pieces)
+        shares.append(_with_weight(changed, weight))
     return ",".join(shares)
 
 
@@ -123,6 +159,16 @@ def label_of(piece: str) -> str:
     """A short name that tells one piece of a source from the others."""
     rest, articles = _without_articles(piece.removeprefix("hub:"))
     return Path(rest.rpartition("=")[2]).stem + articles
+
+
+def metrics_of_sets(spec: str) -> dict[str, str]:
+    """By the label of each piece of a source, the score that its set is known by.
+
+    Raises:
+        DataError: as `parse_piece`.
+    """
+    pieces = [piece for part in split_shares(spec) for piece in split_union(part)]
+    return {label_of(piece): parse_piece(piece).part.metric for piece in pieces}
 
 
 def is_built_in(spec: str) -> bool:

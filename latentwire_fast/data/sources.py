@@ -18,8 +18,8 @@ from latentwire_fast.data.source_names import (
     is_built_in,
     label_of,
     parse_piece,
-    split_shares,
     split_union,
+    weighted_shares,
     with_questions,
 )
 from latentwire_fast.data.streams import Stream
@@ -65,7 +65,7 @@ def load_examples(
     """
     if count is not None and count < 1:
         raise DataError(f"count={count}, expected at least 1, or None for all")
-    shares = split_shares(spec)
+    shares = weighted_shares(spec)
     if not shares:
         raise DataError("no data source given; the simplest is: testbed")
     data = data or DataConfig()
@@ -74,13 +74,22 @@ def load_examples(
     def load(piece: str, count: int | None) -> list[Example]:
         return _load_one(piece, split, count, seed, data, every=every, keep=keep)
 
-    each = None if count is None else -(-count // len(shares))
-    labels = [label_of(piece) for part in shares for piece in split_union(part)]
+    labels = [label_of(piece) for part, _ in shares for piece in split_union(part)]
     if len(set(labels)) < len(labels):
         raise DataError(f"{spec}: two sources of one name; rename a file, or give each set once")
-    loaded = {part: _all_of(part, load, each, seed=seed) for part in shares}
+    rounds = None if count is None else -(-count // sum(weight for _, weight in shares))
+    loaded = {
+        part: _all_of(part, load, None if rounds is None else rounds * weight, seed=seed)
+        for part, weight in shares
+    }
     if len(loaded) > 1:
-        examples = mix({_share_label(part): found for part, found in loaded.items()}, seed=seed)
+        examples = mix(
+            {_share_label(part): found for part, found in loaded.items()},
+            weights={_share_label(part): weight for part, weight in shares},
+            seed=seed,
+        )
+        if not examples:
+            raise DataError(f"{spec}: a set has fewer examples than its weight; take smaller ones")
     else:
         examples = next(iter(loaded.values()))
     if count is not None and len(examples) < count:
@@ -220,20 +229,25 @@ def endless_stream(data: DataConfig, *, mode: Mode, seed: int) -> Stream | None:
     return part(part.settings(data)).stream(data, mode=mode, seed=seed) if part.is_endless else None
 
 
-def mix(sets: Mapping[str, Sequence[Example]], *, seed: int) -> list[Example]:
-    """Equal shares of several sets, as many of each as the smallest has.
+def mix(
+    sets: Mapping[str, Sequence[Example]], *, seed: int, weights: Mapping[str, int] | None = None
+) -> list[Example]:
+    """Shares of several sets, until one of them has too few examples for another round.
 
-    Every run of `len(sets)` examples holds one of each set, in an order drawn with `seed`. Ids
-    become `SET/id`, since sets may share ids.
+    A round holds as many examples of each set as its weight says (one, unless given), in an order
+    drawn with `seed`. Ids become `SET/id`, since sets may share ids.
     """
     rng = random.Random(seed)
-    rounds = zip(
-        *([replace(e, id=f"{name}/{e.id}") for e in examples] for name, examples in sets.items()),
-        strict=False,
-    )
+    sizes = {name: (weights or {}).get(name, 1) for name in sets}
+    rounds = min(len(examples) // sizes[name] for name, examples in sets.items())
     mixed: list[Example] = []
-    for one_of_each in rounds:
-        mixed.extend(rng.sample(one_of_each, len(one_of_each)))
+    for number in range(rounds):
+        of_round = [
+            replace(example, id=f"{name}/{example.id}")
+            for name, examples in sets.items()
+            for example in examples[number * sizes[name] : (number + 1) * sizes[name]]
+        ]
+        mixed.extend(rng.sample(of_round, len(of_round)))
     return mixed
 
 
@@ -280,7 +294,10 @@ def _load_one(
     if not (is_of_split or every is None):
         examples = (example for example in examples if in_split(example, split, every=every))
     name = label_of(spec)
-    named = (replace(example, set_name=name) for example in _distinct(examples, spec))
+    named = (
+        replace(example, set_name=name, language=data.language)
+        for example in _distinct(examples, spec)
+    )
     chosen = list(islice(filter(keep, named), count))
     if not chosen:
         advice = "look at its rows"

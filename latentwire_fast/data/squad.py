@@ -51,6 +51,18 @@ def load_squad(
     return examples
 
 
+def version_of(path: Path) -> int:
+    """The version of a file that `load_squad` reads: 2 where it says so, or has questions without
+    an answer, else 1."""
+    for _, _, record in _all_questions(path, None):
+        if "is_impossible" in record or not record["answers"]:
+            return 2
+        if isinstance(record["answers"], dict) and not record["answers"]["text"]:
+            return 2
+    data = read_json(path, error=DataError) if is_squad_json(path) else {}
+    return 2 if str(data.get("version", "")).lower().lstrip("v").startswith("2") else 1
+
+
 def is_squad_json(path: Path) -> bool:
     """Whether a file is one of articles, by a glance at what it holds."""
     if not is_json(path):

@@ -28,6 +28,7 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
     not_measured = metrics.get("not_measured") or {}
     lines += _method_lines(readers, not_measured)
     lines += _nll_lines(metrics)
+    lines += _set_lines(metrics)
     for bits, size in sizes["payload_mean"].items():
         lines += _width_lines(readers, bits, size)
     lines.append(
@@ -76,6 +77,16 @@ def _nll_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     labels = {way: f"rest | {way}".replace("_", " ") for way in WAYS}
     if given:
         yield from _table(labels, given, lambda entry: entry)
+
+
+def _set_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """The sets of a mixture, each in its own score, for the text and for the latent."""
+    for name, entry in (metrics.get("sets") or {}).items():
+        yield f"{name}: {entry['metric']} on {entry['examples']} examples"
+        for key in ("text", "latent"):
+            found = [methods.get(key) for methods in entry["readers"].values()]
+            cells = ["-" if e is None else _points(e[entry["metric"]]["mean"]) for e in found]
+            yield f"  {key:16}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _table(

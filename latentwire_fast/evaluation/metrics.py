@@ -14,8 +14,6 @@ not independent, and intervals that take them for it are too narrow.
 from __future__ import annotations
 
 import math
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
@@ -23,13 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from latentwire_fast.evaluation.languages import normalize_answer
+
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
 # Resampled values held at once (8 bytes each): all 2,000 x 6,384 of a SQuAD file would take 100 MB.
 _RESAMPLE_ELEMENTS = 2_000_000
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 
 
@@ -44,22 +42,20 @@ class Interval(NamedTuple):
 # --- answers -------------------------------------------------------------------------------------
 
 
-def normalize_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, single spaces (official SQuAD v1.1 script)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
+def exact_match(prediction: str, answers: Sequence[str], language: str = "en") -> float:
     """1.0 if the prediction equals any answer after `normalize_answer`, else 0.0.
 
     Raises:
         ValueError: no answers.
     """
-    return _best(_exact_match, prediction, answers)
+    return _best(_exact_match, prediction, answers, language)
 
 
-def f1(prediction: str, answers: Sequence[str]) -> float:
+def f1(prediction: str, answers: Sequence[str], language: str = "en") -> float:
     """Token-overlap F1 against the best answer (official SQuAD v1.1 script), 0..1.
+
+    Args:
+        language: whose rules say what a token is (`languages.py`).
 
     The answer `""` stands for "no answer" and follows the v2.0 script: only an empty prediction is
     correct.
@@ -67,7 +63,7 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ValueError: no answers.
     """
-    return _best(_f1, prediction, answers)
+    return _best(_f1, prediction, answers, language)
 
 
 def accuracy(predictions: Sequence[str], labels: Sequence[str]) -> float:
@@ -96,21 +92,26 @@ def rouge(prediction: str, answers: Sequence[str]) -> dict[str, float]:
     return {kind: max(s[kind].fmeasure for s in scores) for kind in ROUGE_TYPES}
 
 
-def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
+def _best(
+    score: Callable[[str, str, str], float],
+    prediction: str,
+    answers: Sequence[str],
+    language: str,
+) -> float:
     if not answers:
         raise ValueError("no answers to compare with; an unanswerable question has the answer ''")
-    return max(score(prediction, answer) for answer in answers)
+    return max(score(prediction, answer, language) for answer in answers)
 
 
-def _exact_match(prediction: str, answer: str) -> float:
-    return float(normalize_answer(prediction) == normalize_answer(answer))
+def _exact_match(prediction: str, answer: str, language: str) -> float:
+    return float(normalize_answer(prediction, language) == normalize_answer(answer, language))
 
 
-def _f1(prediction: str, answer: str) -> float:
+def _f1(prediction: str, answer: str, language: str) -> float:
     if not answer:
-        return _exact_match(prediction, answer)
-    predicted = normalize_answer(prediction).split()
-    expected = normalize_answer(answer).split()
+        return _exact_match(prediction, answer, language)
+    predicted = normalize_answer(prediction, language).split()
+    expected = normalize_answer(answer, language).split()
     common = (Counter(predicted) & Counter(expected)).total()
     if common == 0:
         return 0.0

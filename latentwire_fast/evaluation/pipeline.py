@@ -23,6 +23,7 @@ from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluation.collapse import measure_collapse
 from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
 from latentwire_fast.evaluation.evaluator import Evaluator
+from latentwire_fast.evaluation.languages import warn_of_scripts
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.provenance import commit, run_record, versions
 from latentwire_fast.evaluation.report import write_report
@@ -166,6 +167,7 @@ def _evaluate(
     examples = heldout_examples(config.data, count=count, seed=fresh_seed, keep=limit.fits)
     source = config.data.eval_source or f"{config.data.source} (held out)"
     limit.report(source)
+    warn_of_scripts(examples, source=source)
     check_contexts(examples, mode=config.mode, source=source)
     check_answers(examples, readers, source=source)
     paragraphs = continuation_texts(config, readers)

@@ -11,9 +11,10 @@ from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
 from latentwire_fast.evaluation.hypotheses.base import Evidence, judge_hypotheses
 from latentwire_fast.evaluation.joint import JointResult
+from latentwire_fast.evaluation.languages import normalize_answer
 from latentwire_fast.evaluation.method_result import MethodResult, mean
 from latentwire_fast.evaluation.methods.base import bits_key
-from latentwire_fast.evaluation.metrics import normalize_answer
+from latentwire_fast.evaluation.set_scores import set_scores
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.registry import METHODS
 from latentwire_fast.serving.payload_batch import Message
@@ -94,6 +95,9 @@ class EvaluationResults:
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
         }
+        methods = {name: reader.methods for name, reader in self.readers.items()}
+        if by_set := set_scores(self.config, self.examples, methods):
+            measured["sets"] = by_set
         if self.sizes_alone:
             measured["latent"]["private_slots"] = dict(self.config.private_slots)
             measured["bytes"]["payload_alone_mean"] = {
@@ -171,8 +175,8 @@ class EvaluationResults:
             return None
         latent = [reader.methods["latent"] for reader in self.readers.values()]
         agree = [
-            len({normalize_answer(result.predictions[i]) for result in latent}) == 1
-            for i in range(len(self.examples))
+            len({normalize_answer(r.predictions[i], example.language) for r in latent}) == 1
+            for i, example in enumerate(self.examples)
         ]
         return {
             "f1": mean(self.joint.result.f1),
@@ -192,6 +196,7 @@ class EvaluationResults:
             joint = {**self.joint.result.scores_of(i), "scores": self.joint.totals[i]}
         return {
             "id": example.id,
+            **({"set": example.set_name} if example.set_name else {}),
             "context": example.context,
             "question": example.question,
             "answers": list(example.answers),

@@ -33,8 +33,8 @@ def judge_answers(answers: list[str], examples: Sequence[Example]) -> MethodResu
     pairs = list(zip(answers, examples, strict=True))
     return MethodResult(
         answers,
-        [exact_match(answer, example.answers) for answer, example in pairs],
-        [f1(answer, example.answers) for answer, example in pairs],
+        [exact_match(answer, example.answers, example.language) for answer, example in pairs],
+        [f1(answer, example.answers, example.language) for answer, example in pairs],
     )
 
 

@@ -11,12 +11,15 @@ from typing import Any
 
 import datasets
 import pytest
+from huggingface_hub import constants
 
 from latentwire_fast.config.schema import DataConfig
 from latentwire_fast.data import sources
 from latentwire_fast.data.examples import Example, Split
+from latentwire_fast.data.sets import hub_loading
 from latentwire_fast.data.sets.hub_set import hub_sets
 from latentwire_fast.data.sets.rows import CONTEXT_CHARS
+from latentwire_fast.data.source_names import map_paths, with_questions
 from latentwire_fast.data.sources import in_split, load_examples, mix
 from latentwire_fast.data.squad import NO_ANSWER, load_squad
 from latentwire_fast.errors import DataError
@@ -399,6 +402,25 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         load_examples("hub:squad", split="train", count=1, seed=0)
 
 
+def test_without_a_network_the_cache_is_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` would try six times, for 25 seconds."""
+    asked = []
+
+    def load_dataset(*_: Any, **__: Any) -> None:
+        asked.append((datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))
+        raise ConnectionError("not in the cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub_loading, "is_offline", lambda: False)
+    monkeypatch.setattr(hub_loading, "hub_answers", lambda: False)
+    before = constants.HF_HUB_OFFLINE
+    message = r"does not answer.*hotpot_qa=FOLDER, or its files \(hotpot_dev_distractor_v1.json"
+    with pytest.raises(DataError, match=message):
+        load_examples("hub:hotpot_qa", split="train", count=1, seed=0)
+    assert asked == [(True, True)]
+    assert before == constants.HF_HUB_OFFLINE
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -498,6 +520,40 @@ def test_mix_is_balanced_at_every_point() -> None:
     assert len({e.id for e in mixed}) == 60
     assert len({tuple(e.id[0] for e in mixed[i : i + 3]) for i in range(0, 60, 3)}) > 1
     assert [e.id for e in mixed if e.id[0] == "y"] == [f"y/{i}" for i in range(20)]
+
+
+def test_weights_are_kept_at_every_point() -> None:
+    def make(n: int) -> list[Example]:
+        return [Example(str(i), "c", "q", ("a",)) for i in range(n)]
+
+    mixed = mix({"x": make(30), "y": make(20)}, weights={"x": 3}, seed=0)
+    assert len(mixed) == 40  # x has ten rounds
+    for start in range(0, 40, 4):
+        assert sorted(e.id[0] for e in mixed[start : start + 4]) == ["x", "x", "x", "y"]
+    assert len({e.id for e in mixed}) == 40
+    assert mix({"x": make(9), "y": make(9)}, weights={"x": 1, "y": 1}, seed=3) == mix(
+        {"x": make(9), "y": make(9)}, seed=3
+    )
+
+
+def test_a_mixture_with_weights(tmp_path: Path) -> None:
+    file = squad_file(tmp_path / "dev.json", contexts=20)
+    other = squad_file(tmp_path / "a@b.json", contexts=20)
+    spec = f"{file}[:1]@3,{other}"
+    mixed = load_examples(spec, split="all", count=8, seed=2)
+    assert Counter(e.set_name for e in mixed) == {"dev[:1]": 6, "a@b": 2}
+    assert mixed == load_examples(spec, split="all", count=40, seed=2)[:8]
+    assert map_paths(spec, lambda path: f"/x{path}") == f"/x{file}[:1]@3,/x{other}"
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    assert with_questions(f"{file}@2,text={text}@5") == f"{file}@2"
+    whole = load_examples(f"{file}@3", split="all", count=None, seed=0)
+    assert whole == load_examples(str(file), split="all", count=None, seed=0)
+    for weight in ("0", "1.5", "."):
+        with pytest.raises(DataError, match=r"a weight is a whole number, 1 or more"):
+            load_examples(f"{file}@{weight},{other}", split="all", count=None, seed=0)
+    with pytest.raises(DataError, match="fewer examples than its weight"):
+        load_examples(f"{file}@999,{other}", split="all", count=None, seed=0)
 
 
 def test_mixture_of_sources(tmp_path: Path) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from latentwire_fast.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-logger = logging.getLogger(__name__)
 
 SECONDS = 4.0  # to wait for the hub's first answer; `datasets` would try for half a minute
 
@@ -33,15 +30,14 @@ def load_from_hub(
     def load() -> Dataset | IterableDataset:
         return datasets.load_dataset(path, subset, split=split, streaming=streaming)
 
+    is_silent = not (is_offline() or hub_answers())
     try:
-        if is_offline() or hub_answers():
-            return load()
-        logger.info("the hub does not answer: looking for %s in the cache", path)
-        with _offline():
+        with _offline() if is_silent else nullcontext():
             return load()
     except (OSError, ValueError) as error:
+        reason = "the hub does not answer, and its cache has no copy" if is_silent else str(error)
         raise DataError(
-            f"hub data set {path!r}, split {split!r}, cannot be loaded ({error}); without a "
+            f"hub data set {path!r}, split {split!r}, cannot be loaded ({reason}); without a "
             f"network, {advice}"
         ) from error
 

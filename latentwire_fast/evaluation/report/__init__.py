@@ -107,6 +107,11 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
             yield reader, f"continuation_{way}", "nll_per_token", value
         for way, value in entry["latent_minus"].items():
             yield reader, f"continuation_latent_minus_{way}", "nll_per_token", value
+    for name, entry in (metrics.get("sets") or {}).items():
+        for reader, methods in entry["readers"].items():
+            for method, scores in methods.items():
+                for metric, value in scores.items():
+                    yield f"{reader} on {name}", method, metric, value
     for metric, value in (metrics.get("joint") or {}).items():
         yield "joint", "", metric, value
     sizes = metrics.get("bytes") or {}
