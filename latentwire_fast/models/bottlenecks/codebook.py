@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentwire_fast.config.base import require
 from latentwire_fast.models.bottlenecks.gradients import Passing
-from latentwire_fast.models.bottlenecks.symbols import SymbolConfig
+from latentwire_fast.models.bottlenecks.symbol_config import SymbolConfig
 from latentwire_fast.reference import nearest_codes
 
 
