@@ -107,7 +107,7 @@ def _decode(message: bytes, rows: Rows, index: int, count: int) -> list[int]:
         unit = width >> TOTAL_BITS
         value = code // unit
         if value >= TOTAL:
-            raise _unwritten(index, count)
+            raise unwritten(index, count)
         symbol = bisect_right(row, value) - 1
         start = row[symbol]
         code -= unit * start
@@ -144,7 +144,7 @@ class Decoder:
         self._messages, count, most = messages, len(messages), most_bytes(symbols)
         for i, message in enumerate(messages):  # before memory is taken for them
             if len(message) > most:
-                raise _unwritten(i, count)
+                raise unwritten(i, count)
         longest = min(most + 2 * _WINDOW, max(map(len, messages)) + 2 * _WINDOW)
         padded = b"".join(message.ljust(longest, b"\0") for message in messages)
         self._bytes_Bb = np.frombuffer(padded, np.uint8).reshape(count, longest)
@@ -167,7 +167,7 @@ class Decoder:
         unit_B = self._width_B >> np.uint64(TOTAL_BITS)
         value_B = self._code_B // unit_B
         if (value_B >= TOTAL).any():
-            raise _unwritten(int((value_B >= TOTAL).argmax()), len(value_B))
+            raise unwritten(int((value_B >= TOTAL).argmax()), len(value_B))
         if row_S.ndim == 1:
             symbol_B = np.searchsorted(row_S, value_B, "right") - 1
             start_B, end_B = row_S[symbol_B], row_S[symbol_B + 1]
@@ -205,10 +205,11 @@ def _check(message: bytes, code: int, width: int, size: int, index: int, count: 
         low = int.from_bytes(message.ljust(size, b"\0"), "big") - code
         if _shortest(low, width, size) == message:
             return
-    raise _unwritten(index, count)
+    raise unwritten(index, count)
 
 
-def _unwritten(index: int, count: int) -> PayloadError:
+def unwritten(index: int, count: int) -> PayloadError:
+    """The error about one of some messages that `encode` does not write."""
     place = f"payload {index}: " if count > 1 else ""
     return PayloadError(
         f"{place}the body is not what its symbols are coded to; the CRC is right, so it was sent "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentwire_fast.models.bottlenecks.prior_network import learned_prior
+from latentwire_fast.wire.native_prior import NativePrior, prior_of
 from latentwire_fast.wire.range_coder import Rows
 from latentwire_fast.wire.recurrent_prior import Layout, RecurrentPrior
 
@@ -28,10 +29,10 @@ class AutoregressivePrior(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int16))
 
     @cached_property
-    def network(self) -> RecurrentPrior:
+    def network(self) -> RecurrentPrior | NativePrior:
         """What codes with these integers."""
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.named_buffers()}
-        return RecurrentPrior(self.layout, arrays)
+        return prior_of(self.layout, arrays)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
