@@ -27,7 +27,7 @@ class SymbolConfig(BottleneckConfig):
 
     prior: Prior = "static"
     prior_texts: int = 2000
-    prior_steps: int = 400
+    prior_steps: int = 1000
     prior_width: int = 64
     running_prior: bool = False
 
