@@ -59,10 +59,10 @@ def digests(part: SymbolBottleneck, payloads: list[bytes]) -> list[str]:
     symbols, values = hashlib.sha256(), hashlib.sha256()
     for first in range(0, len(payloads), BATCH):
         several = payloads[first : first + BATCH]
-        latent_BMd, headers = part.unpack(several, device=torch.device("cpu"))
-        bodies = [read_frame(payload).body for payload in several]
-        found_BN = part.decode(bodies, headers[0].bits, headers[0].latents)
-        symbols.update(found_BN.astype(np.int64).tobytes())
+        bodies, shape = [read_frame(payload).body for payload in several], SHAPE["latents"]
+        symbols_BN = part.decode(bodies, part.config.bits, shape)
+        latent_BMd = part.values(torch.from_numpy(symbols_BN), part.config.bits, shape)
+        symbols.update(symbols_BN.tobytes())
         values.update(latent_BMd.numpy().tobytes())
     return [symbols.hexdigest(), values.hexdigest()]
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_ROWS, BLOCK_CODES, MOST_WIDTH = 32, 64, 32
-NUM_WARPS = 4
+NUM_WARPS, STAGES = 4, 2  # with 3 stages, some widths spill
 FEWEST = 16  # of a product's sides
 
 
@@ -74,6 +74,7 @@ def nearest_codes(rows_Nd: Tensor, codes_Kd: Tensor) -> Tensor:
             *(rows_Nd, codes_Kd, codes_Kd.square().sum(-1), found, len(rows_Nd)),
             **constants_of(len(codes_Kd), width),
             num_warps=NUM_WARPS,
+            num_stages=STAGES,
         )
     return found
 
