@@ -3,6 +3,7 @@
 import torch
 
 INTERFACE: int
+CODING: int
 
 class Copies:
     prepare: int
@@ -22,3 +23,18 @@ class Placer:
     def place(self, prefix: torch.Tensor, batch: int, stable: bool) -> Placement: ...
 
 def plan(layer_devices: list[str]) -> list[tuple[str, list[tuple[int, int]]]]: ...
+
+class RecurrentPrior:
+    def __init__(
+        self,
+        rows: int,
+        sizes: list[int],
+        features: int,
+        width: int,
+        arrays: dict[str, list[int]],
+        powers: list[int],
+    ) -> None: ...
+    def encode(self, symbols: list[list[int]], rest: list[list[int]]) -> list[bytes]: ...
+    def decode(
+        self, messages: list[bytes], count: int, rest: list[list[int]]
+    ) -> list[list[int]]: ...

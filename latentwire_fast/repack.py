@@ -33,8 +33,9 @@ class RepackArguments:
         run: the run folder of a trained model whose bottleneck is uniform or soft_codebook.
         out: the run folder to make.
         bits: that are sent: 16, 8, 6, 4, 3 or 2; as before unless given.
-        prior: static learns how often each code comes; flat does not.
-        texts: training texts that static learns from.
+        prior: static learns how often each code comes; autoregressive also, how that goes by the
+            codes before (the shortest payloads, which take longer to code); flat learns nothing.
+        texts: training texts that a prior learns from.
         device: cpu, cuda or cuda:NUMBER; an accelerator, if torch sees one, unless given.
         imports: a Python module to import first, repeatable: it registers parts of your own
             (docs/extending.md).
@@ -43,7 +44,7 @@ class RepackArguments:
     run: Path
     out: Path
     bits: int | None = None
-    prior: Literal["static", "flat"] = "static"
+    prior: Literal["static", "autoregressive", "flat"] = "static"
     texts: int = 2000
     device: str | None = None
     imports: Imports = ()

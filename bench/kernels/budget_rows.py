@@ -106,6 +106,26 @@ def quantization_plans() -> Iterator[Plan]:
                 yield Plan(f"K1 fake-quantise, {what}", fake, work=moved, quick=large, **common)
 
 
+def codes_plans() -> Iterator[Plan]:
+    """The nearest codes of a batch of latents, for `vq` and `residual_vq`."""
+    for rows, codes, width in ((65536, 512, 16), (65536, 512, 256)):
+
+        def nearest(steps: list[Any], shape: tuple[int, int, int] = (rows, codes, width)):
+            from latentwire_fast.kernels import codes as kernels
+
+            rows, codes, width = shape
+            kernels.nearest_codes(
+                cuda(rows, width, dtype=torch.float32), cuda(codes, width, dtype=torch.float32)
+            )
+
+        yield Plan(
+            *(f"K1 nearest codes, {rows} x {codes} x {width}", nearest),
+            elements=rows * codes,
+            unit="code of a row",
+            work=Stage(4 * rows * width + 8 * rows),
+        )
+
+
 # --- K2 -------------------------------------------------------------------------------------------
 
 
@@ -324,4 +344,4 @@ def head_plan(shape: tuple[int, int, int], what: str, *, labels: bool, teacher: 
 
 
 def plans() -> list[Plan]:
-    return [*quantization_plans(), *projection_plans(), *distillation_plans()]
+    return [*quantization_plans(), *codes_plans(), *projection_plans(), *distillation_plans()]

@@ -1,4 +1,4 @@
-"""The public ops: quantisation, calibrated projection and distillation KL, with their gradients.
+"""The public ops: quantisation, nearest codes, calibrated projection and distillation KL.
 
 Each is a `torch.library` op whose CPU implementation is `latentwire_fast.reference` and whose CUDA
 implementation is a Triton launcher (imported on first use), wrapped in an `autograd.Function`.
@@ -11,6 +11,7 @@ implementation is a Triton launcher (imported on first use), wrapped in an `auto
 
 from __future__ import annotations
 
+from latentwire_fast.ops.codes import nearest_codes
 from latentwire_fast.ops.dispatch import backend
 from latentwire_fast.ops.distillation import REDUCTIONS, kd_kl
 from latentwire_fast.ops.linear_cross_entropy import linear_cross_entropy_kd
@@ -38,6 +39,7 @@ __all__ = [
     "kd_kl",
     "linear_cross_entropy_kd",
     "linear_kd_kl",
+    "nearest_codes",
     "project_calibrate",
     "quantize_pack",
     "unpack_dequantize",

@@ -21,6 +21,7 @@ TOTAL_BITS = 16  # the frequencies of a row add up to 2^16
 TOTAL = 1 << TOTAL_BITS
 _WINDOW = 7  # bytes that are looked at at once; the width is up to 2^56
 _LEAST_WIDTH = 1 << (8 * (_WINDOW - 1))
+_EIGHT = np.uint64(8)
 _FEW = 12  # up to so many messages, one after the other is faster than side by side
 
 Row = Sequence[int]
@@ -55,11 +56,19 @@ def most_bytes(symbols: int) -> int:
 
 def encode(symbols: Sequence[int], rows: Rows) -> bytes:
     """The message of one symbol per row; its last byte is not 0."""
+    return encode_parts(
+        (row[symbol], row[symbol + 1] - row[symbol])
+        for symbol, row in zip(symbols, rows, strict=True)
+    )
+
+
+def encode_parts(parts: Iterable[tuple[int, int]]) -> bytes:
+    """As `encode`, from where each symbol's part of its row begins, and its frequency."""
     low, width, size = 0, 1 << (8 * _WINDOW), _WINDOW
-    for symbol, row in zip(symbols, rows, strict=True):
-        unit, start = width >> TOTAL_BITS, row[symbol]
+    for start, frequency in parts:
+        unit = width >> TOTAL_BITS
         low += unit * start
-        width = unit * (row[symbol + 1] - start)
+        width = unit * frequency
         while width < _LEAST_WIDTH:
             low, width, size = low << 8, width << 8, size + 1
     return _shortest(low, width, size)
@@ -98,7 +107,7 @@ def _decode(message: bytes, rows: Rows, index: int, count: int) -> list[int]:
         unit = width >> TOTAL_BITS
         value = code // unit
         if value >= TOTAL:
-            raise _unwritten(index, count)
+            raise unwritten(index, count)
         symbol = bisect_right(row, value) - 1
         start = row[symbol]
         code -= unit * start
@@ -112,39 +121,79 @@ def _decode(message: bytes, rows: Rows, index: int, count: int) -> list[int]:
 
 def _decode_side_by_side(messages: Sequence[bytes], rows: Rows) -> np.ndarray:
     """As `_decode`, all messages a symbol at a time."""
-    count, room = len(messages), most_bytes(len(rows)) + 2 * _WINDOW
-    for i, message in enumerate(messages):  # before memory is taken for them
-        if len(message) > most_bytes(len(rows)):
-            raise _unwritten(i, count)
-    longest = min(room, max(map(len, messages)) + 2 * _WINDOW)
-    padded = b"".join(message.ljust(longest, b"\0") for message in messages)
-    bytes_Bb = np.frombuffer(padded, np.uint8).reshape(count, longest)
-    code_B = np.zeros(count, np.uint64)
-    eight, total_bits = np.uint64(8), np.uint64(TOTAL_BITS)
-    for column in range(_WINDOW):
-        code_B = code_B << eight | bytes_Bb[:, column]
-    width_B = np.full(count, 1 << (8 * _WINDOW), np.uint64)
-    at_B = np.full(count, _WINDOW)
-    every_B = np.arange(count)
-    symbols_BN = np.empty((count, len(rows)), np.int64)
+    decoder = Decoder(messages, len(rows))
+    symbols_BN = np.empty((len(messages), len(rows)), np.int64)
     for n, row_S in enumerate(rows.arrays):
-        unit_B = width_B >> total_bits
-        value_B = code_B // unit_B
-        if (value_B >= TOTAL).any():
-            raise _unwritten(int((value_B >= TOTAL).argmax()), count)
-        symbol_B = np.searchsorted(row_S, value_B, "right") - 1
-        start_B = row_S[symbol_B]
-        code_B -= unit_B * start_B
-        width_B = unit_B * (row_S[symbol_B + 1] - start_B)
-        while (small_B := width_B < _LEAST_WIDTH).any():
-            next_B = bytes_Bb[every_B, np.minimum(at_B, longest - 1)]
-            code_B = np.where(small_B, code_B << eight | next_B, code_B)
-            width_B = np.where(small_B, width_B << eight, width_B)
-            at_B += small_B
-        symbols_BN[:, n] = symbol_B
-    for i, message in enumerate(messages):
-        _check(message, int(code_B[i]), int(width_B[i]), int(at_B[i]), i, count)
+        symbols_BN[:, n] = decoder.take(row_S)
+    decoder.finish()
     return symbols_BN
+
+
+class Decoder:
+    """Takes the symbols off some messages, one of each at a time: the next rows may go by the
+    symbols before.
+
+    Args:
+        symbols: how many each message has.
+
+    Raises:
+        PayloadError: a message is longer than any of so many symbols.
+    """
+
+    def __init__(self, messages: Sequence[bytes], symbols: int) -> None:
+        self._messages, count, most = messages, len(messages), most_bytes(symbols)
+        for i, message in enumerate(messages):  # before memory is taken for them
+            if len(message) > most:
+                raise unwritten(i, count)
+        longest = min(most + 2 * _WINDOW, max(map(len, messages)) + 2 * _WINDOW)
+        padded = b"".join(message.ljust(longest, b"\0") for message in messages)
+        self._bytes_Bb = np.frombuffer(padded, np.uint8).reshape(count, longest)
+        self._code_B = np.zeros(count, np.uint64)
+        for column in range(_WINDOW):
+            self._code_B = self._code_B << _EIGHT | self._bytes_Bb[:, column]
+        self._width_B = np.full(count, 1 << (8 * _WINDOW), np.uint64)
+        self._at_B = np.full(count, _WINDOW)
+        self._every_B = np.arange(count)
+
+    def take(self, row_S: np.ndarray) -> np.ndarray:
+        """The next symbols `[B]` int64.
+
+        Args:
+            row_S: uint64, of all messages; or `[B, S]`, one for each.
+
+        Raises:
+            PayloadError: bytes that `encode` never writes.
+        """
+        unit_B = self._width_B >> np.uint64(TOTAL_BITS)
+        value_B = self._code_B // unit_B
+        if (value_B >= TOTAL).any():
+            raise unwritten(int((value_B >= TOTAL).argmax()), len(value_B))
+        if row_S.ndim == 1:
+            symbol_B = np.searchsorted(row_S, value_B, "right") - 1
+            start_B, end_B = row_S[symbol_B], row_S[symbol_B + 1]
+        else:
+            symbol_B = (row_S <= value_B[:, None]).sum(1) - 1
+            start_B = row_S[self._every_B, symbol_B]
+            end_B = row_S[self._every_B, symbol_B + 1]
+        code_B, width_B = self._code_B - unit_B * start_B, unit_B * (end_B - start_B)
+        while (small_B := width_B < _LEAST_WIDTH).any():
+            at_B = np.minimum(self._at_B, self._bytes_Bb.shape[1] - 1)
+            next_B = self._bytes_Bb[self._every_B, at_B]
+            code_B = np.where(small_B, code_B << _EIGHT | next_B, code_B)
+            width_B = np.where(small_B, width_B << _EIGHT, width_B)
+            self._at_B += small_B
+        self._code_B, self._width_B = code_B, width_B
+        return symbol_B
+
+    def finish(self) -> None:
+        """Raise unless the messages are what `encode` writes for the symbols that were taken.
+
+        Raises:
+            PayloadError: one is not.
+        """
+        for i, message in enumerate(self._messages):
+            place = int(self._code_B[i]), int(self._width_B[i]), int(self._at_B[i])
+            _check(message, *place, i, len(self._messages))
 
 
 def _check(message: bytes, code: int, width: int, size: int, index: int, count: int) -> None:
@@ -156,10 +205,11 @@ def _check(message: bytes, code: int, width: int, size: int, index: int, count: 
         low = int.from_bytes(message.ljust(size, b"\0"), "big") - code
         if _shortest(low, width, size) == message:
             return
-    raise _unwritten(index, count)
+    raise unwritten(index, count)
 
 
-def _unwritten(index: int, count: int) -> PayloadError:
+def unwritten(index: int, count: int) -> PayloadError:
+    """The error about one of some messages that `encode` does not write."""
     place = f"payload {index}: " if count > 1 else ""
     return PayloadError(
         f"{place}the body is not what its symbols are coded to; the CRC is right, so it was sent "

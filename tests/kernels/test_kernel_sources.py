@@ -27,7 +27,7 @@ LAUNCHERS = sorted(
 KERNELS = [
     ROOT / "kernels" / f"{name}.py"
     for name in (
-        *("cross_entropy", "distillation", "quantization"),
+        *("codes", "cross_entropy", "distillation", "quantization"),
         *("projection", "projection_rows", "projection_halves", "projection_gradients"),
     )
 ]

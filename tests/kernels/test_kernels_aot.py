@@ -397,8 +397,23 @@ def grouped_cases(flags: dict[str, bool]) -> dict[str, Case]:
     return cases
 
 
+def codes_cases() -> dict[str, Case]:
+    """Codebooks of the sizes that bottlenecks have, for rows in fp32, and one for rows in bf16."""
+    from latentwire_fast.kernels.codes import NUM_WARPS, STAGES, constants_of
+
+    cases = {}
+    for dtype, codes, width in ((FP32, 512, 16), (FP32, 4096, 64), (FP32, 512, 256), (BF16, 64, 8)):
+        name = f"nearest of {codes} codes of {width}{', bf16' if dtype == BF16 else ''}"
+        cases[name] = Case(
+            *("codes", "_nearest_kernel", (dtype, FP32, FP32, "*i64", "i32")),
+            *(constants_of(codes, width), NUM_WARPS, STAGES, ()),
+        )
+    return cases
+
+
 CASES = {
     **quantization_cases(),
+    **codes_cases(),
     **projection_cases(),
     **distillation_cases(),
     **cross_entropy_cases(),

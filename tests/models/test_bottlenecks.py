@@ -56,10 +56,10 @@ def assert_sent(part: Bottleneck, latent_BMd: Tensor, bits: int) -> list[bytes]:
 # --- what is sent ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prior", ["flat", "static"])
+@pytest.mark.parametrize("prior", ["flat", "static", "autoregressive"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_receiver_gets_what_training_saw(kind: str, prior: str) -> None:
-    part = build(kind, prior=prior)
+    part = build(kind, prior=prior, prior_steps=2, prior_width=8)
     part.fit([latents(40, seed=1)])
     for bits in part.config.rates:
         if bits == 16:  # half precision, whose training rounds the sum of two numbers once more
@@ -154,6 +154,14 @@ def test_what_cannot_be_sent_is_refused(kind: str) -> None:
         ("uniform", {"bits": 3}, "bits=3, expected 16, 8, 6 or 4"),
         ("uniform", {"version": 3}, "version=3, expected 1 or 2"),
         ("uniform", {"prior": "static"}, "prior='static' needs version=2"),
+        ("uniform", {"prior": "autoregressive"}, "prior='autoregressive' needs version=2"),
+        (
+            "uniform",
+            {"version": 2, "bits": 16, "prior": "autoregressive"},
+            "prior='autoregressive' needs codes: bits=16 sends the values themselves; take",
+        ),
+        ("vq", {"prior_width": 0}, "prior_width=0, expected at least 1"),
+        ("vq", {"prior_width": 2000}, "prior_width=2000, expected up to 1024"),
         ("uniform", {"version": 2, "prior_texts": 0}, "prior_texts=0"),
         ("fsq", {"bits": 9}, "bits=9, expected 1 to 8"),
         ("fsq", {"levels": (8, 1)}, "levels=1, expected 2 to 4096"),

@@ -34,6 +34,10 @@ BOTTLENECK: dict[str, dict[str, Any]] = {
     "vq ema": {"bits": 4, "update": "ema", **SMALL},
     "residual_vq": {"bits": 10, "code_bits": 5, "stages": 3, **SMALL},
     "soft_codebook": {"version": 2, "codes": 8, **SMALL},
+    "vq autoregressive": {
+        **{"bits": 4, **SMALL, "prior": "autoregressive"},
+        **{"prior_steps": 10, "prior_width": 8},
+    },
 }
 
 

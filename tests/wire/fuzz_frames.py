@@ -16,14 +16,15 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.models.bottlenecks.autoregressive import AutoregressivePrior
 from latentwire_fast.models.bottlenecks.symbols import SymbolBottleneck
 from latentwire_fast.registry import BOTTLENECKS
-from latentwire_fast.wire import range_coder
 from latentwire_fast.wire.frame import FRAME_BYTES, read_frame
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "vq": {"bits": 6},
     "residual_vq": {"bits": 10, "code_bits": 5, "stages": 3},
     "soft_codebook": {"version": 2, "codes": 16, "bits": 4},
+}
+KINDS |= {
+    f"{kind} autoregressive": options
+    | {"prior": "autoregressive", "prior_width": 8, "prior_steps": 1}
+    for kind, options in KINDS.items()
 }
 # A phrase of every way to be refused: of all, of those that read version 1 too, of the others.
 OF_ALL = (
@@ -61,13 +67,26 @@ def refusals(kind: str) -> tuple[str, ...]:
     return (*OF_ALL, *(OF_UNIFORM if "version" in KINDS[kind] else OF_OTHERS))
 
 
+@cache
 def bottleneck(kind: str) -> SymbolBottleneck:
     """A bottleneck with a prior that knows a few latents."""
     torch.manual_seed(0)
-    config = BOTTLENECKS.config(kind, **KINDS[kind])
+    config = BOTTLENECKS.config(kind.split()[0], **KINDS[kind])
     part: SymbolBottleneck = BOTTLENECKS.part_of(config).build(config, latents=M, d_z=D)
     part.eval().fit([latents(60, M, seed=1)])
+    if part.autoregressive is not None:
+        disturb(part.autoregressive)
     return part
+
+
+def disturb(prior: AutoregressivePrior) -> None:
+    """Give every weight of a network something to do, which a training of one step does not."""
+    generator = torch.Generator().manual_seed(5)
+    state = prior.state_dict()
+    for numbers in state.values():
+        noise = torch.randint(-700, 701, numbers.shape, generator=generator)
+        numbers.copy_((numbers.int() + noise).clamp(-30_000, 30_000))
+    prior.load_state_dict(state)
 
 
 def latents(count: int, rows: int, *, seed: int) -> torch.Tensor:
@@ -135,10 +154,9 @@ def check(part: SymbolBottleneck, payload: bytes) -> str | None:
     header = headers[0]
     assert latent_BMd.shape == (1, header.latents, D)
     assert latent_BMd.isfinite().all()
-    rows = part.rows(header.bits, header.latents)
-    body = read_frame(payload).body
-    symbols = range_coder.decode([body], rows)
-    assert range_coder.encode(symbols[0].tolist(), rows) == body, payload.hex()
+    body, shape = read_frame(payload).body, (header.bits, header.latents)
+    symbols_BN = torch.from_numpy(part.decode([body], *shape))
+    assert part.encode(symbols_BN, *shape) == [body], payload.hex()
     if part.config.kind == "uniform":  # the latent has one payload too, not only its symbols
         again = part.pack(latent_BMd, bits=header.bits, fingerprint=header.fingerprint)
         assert again == [payload], payload.hex()

@@ -16,6 +16,7 @@ import fuzz_frames
 import numpy as np
 import pytest
 import torch
+from book import symbols_by_the_book
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -33,22 +34,6 @@ from latentwire_fast.wire.frame import Frame, read_frame, seal_frame
 SPECIFICATION = Path(__file__).parents[2] / "docs" / "wire_format.md"
 GOLDEN = Path(__file__).parent / "golden" / "v2"
 CPU = torch.device("cpu")
-
-
-def by_the_book(body: bytes, rows: list[list[int]]) -> list[int]:
-    """A decoder written from docs/wire_format.md alone: the body is one long fraction."""
-    digits = len(body) + 2 * len(rows) + 8  # more than are looked at
-    number, low, width, size = int.from_bytes(body.ljust(digits, b"\0"), "big"), 0, 2**56, 7
-    symbols = []
-    for row in rows:
-        unit, shift = width // 65536, 8 * (digits - size)
-        inside = [low + unit * start <= number >> shift for start in row]
-        symbol = inside.index(False) - 1 if False in inside else len(row)
-        symbols.append(symbol)
-        low, width = low + unit * row[symbol], unit * (row[symbol + 1] - row[symbol])
-        while width < 2**48:
-            low, width, size = low * 256, width * 256, size + 1
-    return symbols
 
 
 @pytest.fixture(params=fuzz_frames.KINDS)
@@ -81,7 +66,7 @@ def test_the_worked_example_of_version_2_is_what_is_packed() -> None:
     assert part.pack(latent[None], bits=3, fingerprint=0xBEEF) == [payload]
     assert torch.equal(part.unpack([payload], device=CPU)[0][0], decoded)
     rows = list(part.rows(3, 2))
-    symbols = by_the_book(payload[7:], rows)
+    symbols = symbols_by_the_book(part, payload[7:], 3, 2)
     stated = re.findall(r"symbols are ([\d, and]+)\.", section)[0]
     assert symbols == [int(s) for s in re.findall(r"\d+", stated)]
     assert list(rows[0]) == [int(s) for s in re.findall(r"`\[([\d, ]+)\]`", section)[0].split(", ")]
@@ -91,11 +76,10 @@ def test_the_worked_example_of_version_2_is_what_is_packed() -> None:
 def test_bodies_are_read_by_the_book(kind: str) -> None:
     part = fuzz_frames.bottleneck(kind)
     for bits in part.config.rates:
-        rows = part.rows(bits, 3)
         for payload in part.pack(fuzz_frames.latents(3, 3, seed=5), bits=bits, fingerprint=1):
             body = read_frame(payload).body
-            symbols = by_the_book(body, [list(row) for row in rows])
-            assert symbols == range_coder.decode([body], rows)[0].tolist()
+            symbols = symbols_by_the_book(part, body, bits, 3)
+            assert symbols == part.decode([body], bits, 3)[0].tolist()
 
 
 def golden_folders() -> list[Path]:
@@ -114,23 +98,22 @@ def test_golden_payloads_of_version_2_decode_for_ever(folder: Path) -> None:
     assert len(payloads) == len(expected) > 2
     for payload, entry in zip(payloads, expected, strict=True):
         latent_BMd, (header,) = part.unpack([payload], device=CPU)
-        rows = [list(row) for row in part.rows(header.bits, header.latents)]
-        assert by_the_book(read_frame(payload).body, rows) == entry.pop("symbols")
+        body, shape = read_frame(payload).body, (header.bits, header.latents)
+        assert symbols_by_the_book(part, body, *shape) == entry.pop("symbols")
         assert latent_BMd[0].tolist() == entry.pop("latent")
         assert {key: getattr(header, key) for key in entry} == entry
         assert header.version == 2
         again = part.pack(latent_BMd, bits=header.bits, fingerprint=header.fingerprint)
         if part.config.kind in ("uniform", "vq"):  # for others, a latent's latent is another
             assert again == [payload]
-        symbols = range_coder.decode(
-            [read_frame(payload).body], part.rows(header.bits, header.latents)
-        )
-        body = range_coder.encode(symbols[0].tolist(), part.rows(header.bits, header.latents))
-        assert body == read_frame(payload).body
+        symbols_BN = torch.from_numpy(part.decode([body], *shape))
+        assert part.encode(symbols_BN, *shape) == [body]
 
 
 def test_every_bottleneck_of_the_package_has_golden_payloads() -> None:
-    assert [folder.name for folder in golden_folders()] == sorted(BOTTLENECKS.names())
+    names = [folder.name for folder in golden_folders()]
+    own = [f"{name}_autoregressive" for name in BOTTLENECKS.names()]
+    assert names == sorted([*BOTTLENECKS.names(), *own])
 
 
 # --- the range coder ------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from latentwire_fast import ops
 from latentwire_fast.config.base import require
 from latentwire_fast.models.bottlenecks.gradients import Passing
-from latentwire_fast.models.bottlenecks.symbols import SymbolConfig
-from latentwire_fast.reference import nearest_codes
+from latentwire_fast.models.bottlenecks.symbol_config import SymbolConfig
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Codebook(nn.Module):
     def nearest(self, rows: Tensor) -> Tensor:
         """The nearest code of each row `[..., d]`: `[...]` int64."""
         flat_Nd = rows.detach().reshape(-1, rows.shape[-1])
-        return nearest_codes(flat_Nd, self.codes_Kd.detach()).reshape(rows.shape[:-1])
+        return ops.nearest_codes(flat_Nd, self.codes_Kd.detach()).reshape(rows.shape[:-1])
 
     def loss_B(self, rows_BMd: Tensor, chosen_BMd: Tensor) -> Tensor:
         """By text, the mean squared distance of its rows to their codes: the rows' gradient weighs

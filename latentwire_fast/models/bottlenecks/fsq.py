@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from latentwire_fast.config.base import require
+from latentwire_fast.models.bottlenecks.alphabet import Alphabet, require_codes
 from latentwire_fast.models.bottlenecks.gradients import pass_gradient
-from latentwire_fast.models.bottlenecks.symbols import (
-    Alphabet,
-    SymbolBottleneck,
-    SymbolConfig,
-    require_codes,
-)
+from latentwire_fast.models.bottlenecks.symbol_config import SymbolConfig
+from latentwire_fast.models.bottlenecks.symbols import SymbolBottleneck
 from latentwire_fast.reference import bounded, level_values
 
 

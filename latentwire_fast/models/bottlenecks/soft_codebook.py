@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentwire_fast.config.base import require
-from latentwire_fast.models.bottlenecks.symbols import require_codes
+from latentwire_fast.models.bottlenecks.alphabet import require_codes
 from latentwire_fast.models.bottlenecks.uniform import UniformQuantizer
 
 

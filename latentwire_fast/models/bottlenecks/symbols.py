@@ -6,18 +6,19 @@ Shapes: B texts, M latents, d latent width, N symbols of a latent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import BottleneckConfig
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.models.bottlenecks.alphabet import Alphabet, usage_of
+from latentwire_fast.models.bottlenecks.autoregressive import AutoregressivePrior
 from latentwire_fast.models.bottlenecks.base import Bottleneck
 from latentwire_fast.models.bottlenecks.running_prior import RunningPrior
+from latentwire_fast.models.bottlenecks.symbol_config import SymbolConfig
 from latentwire_fast.wire.frame import VERSION_2, Frame, read_frame, seal_frame
 from latentwire_fast.wire.frequencies import (
     fitted_frequencies,
@@ -28,45 +29,9 @@ from latentwire_fast.wire.frequencies import (
 from latentwire_fast.wire.header import Header, located
 from latentwire_fast.wire.payload import require_latent
 from latentwire_fast.wire.range_coder import Rows, decode, encode, most_bytes
+from latentwire_fast.wire.recurrent_prior import Layout
 
-
-@dataclass(frozen=True)
-class SymbolConfig(BottleneckConfig):
-    """What the settings of every bottleneck that sends symbols have.
-
-    Attributes:
-        prior: `static` learns how often each symbol comes, at the end of the training, so that
-            payloads are short; `flat` takes all for equally likely.
-        prior_texts: training texts that `static` learns from.
-        running_prior: keep in training how often each symbol comes, for the objective `rate`.
-    """
-
-    prior: Literal["flat", "static"] = "static"
-    prior_texts: int = 2000
-    running_prior: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least_one("prior_texts")
-        if self.running_prior:
-            require(
-                self.registry.part_of(self).has_soft_symbols and self.prior == "static",
-                "running_prior=True needs prior='static', and a bottleneck whose symbols have an "
-                "order (uniform, fsq or soft_codebook)",
-            )
-
-
-@dataclass(frozen=True)
-class Alphabet:
-    """The symbols of a latent with all its M rows, in the order of the wire.
-
-    Attributes:
-        sizes_N: how many values each has.
-        kinds_N: those of one kind mean the same in different places.
-    """
-
-    sizes_N: np.ndarray
-    kinds_N: np.ndarray
+_UNORDERED_FEATURES = 8  # numbers that stand for a symbol whose values have no order
 
 
 class SymbolBottleneck(Bottleneck):
@@ -89,6 +54,9 @@ class SymbolBottleneck(Bottleneck):
         self.running: RunningPrior | None = None
         if config.running_prior:
             self.running = RunningPrior(self.alphabet(config.bits).sizes_N)
+        self.autoregressive: AutoregressivePrior | None = None
+        if config.prior == "autoregressive":
+            self.autoregressive = AutoregressivePrior(self._layout())
 
     @classmethod
     def build(cls, config: BottleneckConfig, *, latents: int, d_z: int) -> Bottleneck:
@@ -126,9 +94,14 @@ class SymbolBottleneck(Bottleneck):
         raise NotImplementedError
 
     @property
+    def row_symbols(self) -> int:
+        """Symbols of each row at its own width, which stand row by row before all others."""
+        return len(self.places(self.config.bits, 1))
+
+    @property
     def has_prior(self) -> bool:
         """Whether it has frequencies of its own."""
-        return self.config.prior == "static"
+        return self.config.prior != "flat"
 
     def is_fitted_at(self, bits: int) -> bool:
         """Whether these frequencies are those of the symbols at this width."""
@@ -149,6 +122,44 @@ class SymbolBottleneck(Bottleneck):
             self._rows[key] = rows.at(self.places(bits, latents).tolist())
         return self._rows[key]
 
+    def looks_back(self, bits: int) -> bool:
+        """Whether frequencies go by the symbols before at this width."""
+        return self.autoregressive is not None and bits == self.config.bits
+
+    def _layout(self) -> Layout:
+        bits, in_row = self.config.bits, self.row_symbols
+        return Layout(
+            rows=self.latents,
+            sizes_C=tuple(self.alphabet(bits).sizes_N[self.places(bits, 1)][:in_row].tolist()),
+            features=1 if self.has_soft_symbols else _UNORDERED_FEATURES,
+            width=self.config.prior_width,
+        )
+
+    def _rest(self, bits: int, latents: int) -> Rows:
+        """Of the symbols behind those of the rows."""
+        rows = self.rows(bits, latents)
+        return rows.at(range(latents * self.row_symbols, len(rows)))
+
+    def encode(self, symbols_BN: Tensor, bits: int, latents: int) -> list[bytes]:
+        """Symbols `[B, N]` as the bodies of payloads."""
+        if self.looks_back(bits):
+            assert self.autoregressive is not None
+            return self.autoregressive.encode(symbols_BN, self._rest(bits, latents))
+        rows = self.rows(bits, latents)
+        return [encode(of_text, rows) for of_text in symbols_BN.cpu().tolist()]
+
+    def decode(self, bodies: Sequence[bytes], bits: int, latents: int) -> np.ndarray:
+        """The symbols `[B, N]` int64 of bodies.
+
+        Raises:
+            PayloadError: bytes that `encode` never writes.
+        """
+        if self.looks_back(bits):
+            assert self.autoregressive is not None
+            rest, known = self._rest(bits, latents), latents * self.row_symbols
+            return self.autoregressive.decode(bodies, known, rest)
+        return decode(bodies, self.rows(bits, latents))
+
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
         self._rows.clear()  # of other frequencies
@@ -163,18 +174,17 @@ class SymbolBottleneck(Bottleneck):
         """
         self.check_latents(latent_BMd, bits)
         latents = latent_BMd.shape[1]
-        symbols = self.symbols(latent_BMd.detach().float(), bits).cpu().tolist()
-        rows = self.rows(bits, latents)
+        symbols_BN = self.symbols(latent_BMd.detach().float(), bits)
         return [
             seal_frame(
                 Frame(
                     fingerprint=fingerprint,
-                    body=encode(of_text, rows),
+                    body=body,
                     latents=None if latents == self.latents else latents,
                     bits=None if bits == self.config.bits else bits,
                 )
             )
-            for of_text in symbols
+            for body in self.encode(symbols_BN, bits, latents)
         ]
 
     def read_header(self, payload: bytes) -> Header:
@@ -210,7 +220,7 @@ class SymbolBottleneck(Bottleneck):
                     f"{(headers[0].latents, headers[0].bits)}; unpack them one by one"
                 )
         bits, latents = headers[0].bits, headers[0].latents
-        symbols_BN = torch.from_numpy(decode(bodies, self.rows(bits, latents))).to(device)
+        symbols_BN = torch.from_numpy(self.decode(bodies, bits, latents)).to(device)
         return self.values(symbols_BN, bits, latents), headers
 
     def _header(self, frame: Frame) -> Header:
@@ -294,6 +304,20 @@ class SymbolBottleneck(Bottleneck):
         found = fitted_frequencies(symbols_RN.numpy(), alphabet.sizes_N, alphabet.kinds_N.tolist())
         self.frequencies_S.copy_(torch.from_numpy(found))
         self._rows.clear()
+        if self.autoregressive is not None:
+            self._fit_what_goes_by_the_symbols_before(latents, alphabet.sizes_N, found)
+
+    def _fit_what_goes_by_the_symbols_before(
+        self, latents: Sequence[Tensor], sizes_N: np.ndarray, frequencies_S: np.ndarray
+    ) -> None:
+        assert self.autoregressive is not None
+        bits, known = self.config.bits, self.latents * self.row_symbols
+        symbols_RN = torch.cat([self.symbols(z_BMd.float(), bits) for z_BMd in latents])
+        at_known = np.zeros(len(sizes_N), bool)
+        at_known[self.places(bits, self.latents)[:known]] = True
+        of_known = frequencies_S[np.repeat(at_known, sizes_N)]
+        steps = self.config.prior_steps
+        self.autoregressive.fit(symbols_RN[:, :known], of_known, steps=steps)
 
     @torch.no_grad()
     def describe(self, latent_BMd: Tensor) -> dict[str, Any]:
@@ -313,29 +337,7 @@ class SymbolBottleneck(Bottleneck):
 
     def format_tensors(self) -> dict[str, Tensor]:
         """The frequencies, where it has any."""
-        return {} if self.frequencies_S is None else {"frequencies_S": self.frequencies_S}
-
-
-def usage_of(symbols_BN: np.ndarray, alphabet: Alphabet) -> dict[str, dict[str, float]]:
-    """By kind of symbol, the share of its values that come at all, and the perplexity: how many
-    equally likely values would be as hard to guess."""
-    found: dict[str, dict[str, float]] = {}
-    for kind in np.unique(alphabet.kinds_N).tolist():
-        members = np.flatnonzero(alphabet.kinds_N == kind)
-        size = int(alphabet.sizes_N[members[0]])
-        counts = np.bincount(symbols_BN[:, members].reshape(-1), minlength=size)
-        share = counts[counts > 0] / counts.sum()
-        found[str(kind)] = {
-            "usage": len(share) / size,
-            "perplexity": float(np.exp(-(share * np.log(share)).sum())),
-        }
-    return found
-
-
-def require_codes(name: str, codes: int) -> None:
-    """Raise unless a symbol can have so many values.
-
-    Raises:
-        ConfigError: fewer than 2, or more than the range coder's frequencies can tell apart.
-    """
-    require(2 <= codes <= 4096, f"{name}={codes}, expected 2 to 4096")
+        found = {} if self.frequencies_S is None else {"frequencies_S": self.frequencies_S}
+        if self.autoregressive is not None:
+            found |= {f"prior.{name}": of for name, of in self.autoregressive.named_buffers()}
+        return found

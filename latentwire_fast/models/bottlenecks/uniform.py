@@ -17,7 +17,9 @@ from latentwire_fast import ops, reference, wire
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import BITS
 from latentwire_fast.errors import PayloadError
-from latentwire_fast.models.bottlenecks.symbols import Alphabet, SymbolBottleneck, SymbolConfig
+from latentwire_fast.models.bottlenecks.alphabet import Alphabet
+from latentwire_fast.models.bottlenecks.symbol_config import Prior, SymbolConfig
+from latentwire_fast.models.bottlenecks.symbols import SymbolBottleneck
 from latentwire_fast.wire.frame import is_frame
 from latentwire_fast.wire.header import Header, check_frame
 from latentwire_fast.wire.payload import require_range
@@ -46,7 +48,7 @@ class UniformQuantizer(SymbolBottleneck):
 
         group_size: int = 32
         version: Literal[1, 2] = 1
-        prior: Literal["flat", "static"] = "flat"
+        prior: Prior = "flat"
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -59,7 +61,12 @@ class UniformQuantizer(SymbolBottleneck):
             )
             require(
                 self.version == 2 or self.prior == "flat",
-                "prior='static' needs version=2: payloads of version 1 are not entropy coded",
+                f"prior={self.prior!r} needs version=2: version 1 is not entropy coded",
+            )
+            require(
+                self.prior != "autoregressive" or self.bits < 16,
+                "prior='autoregressive' needs codes: bits=16 sends the values themselves; take "
+                "prior='static', or fewer bits",
             )
 
         @property
@@ -135,6 +142,11 @@ class UniformQuantizer(SymbolBottleneck):
             [np.full(values, _KINDS["code"]), np.tile([_KINDS["scale"], _KINDS["digits"]], groups)]
         )
         return Alphabet(np.concatenate([codes, np.tile(_SCALE_SIZES, groups)]), kinds)
+
+    @property
+    def row_symbols(self) -> int:
+        """The codes of a row; the scales stand behind all rows."""
+        return self.d_z
 
     def _groups(self, values: int) -> int:
         return -(-values // self.config.group_size)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from latentwire_fast.config.base import require
 from latentwire_fast.config.schema import RunConfig
+from latentwire_fast.models.bottlenecks.alphabet import Alphabet
 from latentwire_fast.models.bottlenecks.base import Sent
 from latentwire_fast.models.bottlenecks.codebook import Codebook, CodebookConfig
 from latentwire_fast.models.bottlenecks.commitment import check_commitment
 from latentwire_fast.models.bottlenecks.gradients import pass_gradient
-from latentwire_fast.models.bottlenecks.symbols import Alphabet, SymbolBottleneck
+from latentwire_fast.models.bottlenecks.symbols import SymbolBottleneck
 
 
 class VectorQuantizer(SymbolBottleneck):
