@@ -53,7 +53,9 @@ class Zstd:
             try:
                 trained = zstandard.train_dictionary(DICTIONARY_BYTES, [t.encode() for t in texts])
             except zstandard.ZstdError as error:
-                raise ValueError(f"{len(texts)} training texts make no dictionary: {error}") from None
+                raise ValueError(
+                    f"{len(texts)} training texts make no dictionary: {error}"
+                ) from None
             options = {"dict_data": trained, "write_dict_id": False}
             self.dictionary_bytes = len(trained)
         self._compressor = zstandard.ZstdCompressor(

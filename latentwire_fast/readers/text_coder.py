@@ -78,10 +78,12 @@ class TextCoder:
     def text(self, ids: Sequence[int]) -> str:
         """The text of such tokens. It is the one that they were made of where the tokenizer loses
         nothing."""
-        whole: str = self.reader.tokenizer.decode(
-            [*self._label, *ids],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
+        whole = str(
+            self.reader.tokenizer.decode(
+                [*self._label, *ids],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
         )
         return whole if self.mode == "pure" else whole.removeprefix(f"{CONTEXT_LABEL} ")
 

@@ -20,7 +20,7 @@ def flat_row(size: int) -> Row:
 
 
 def whole_frequencies(weights_S: np.ndarray) -> np.ndarray:
-    """Frequencies `[S]` int64 of one symbol: about in proportion to its weights, each at least 1."""
+    """Frequencies `[S]` int64 of one symbol: about as its weights are, each at least 1."""
     free = TOTAL - len(weights_S)
     row_S = 1 + np.floor(weights_S / weights_S.sum() * free).astype(np.int64)
     row_S[row_S.argmax()] += TOTAL - row_S.sum()
