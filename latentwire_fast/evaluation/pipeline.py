@@ -176,7 +176,7 @@ def _evaluate(
         readers,
         examples,
         training_texts=training_texts(config, config.evaluation.pca_texts),
-        dictionary_texts=_dictionary_texts(config),
+        dictionary_texts=dictionary_texts(config),
         progress=progress,
     )
     measured = _truncated(evaluator)
@@ -217,7 +217,7 @@ def _check_settings(config: RunConfig, model: Interlingua, folder: RunFolder) ->
         )
 
 
-def _dictionary_texts(config: RunConfig) -> list[str] | str:
+def dictionary_texts(config: RunConfig) -> list[str] | str:
     """Training texts for the dictionary of zstd, or why there are none: an evaluation has no other
     need of the training data, which may not be here."""
     if why_no_zstd():
