@@ -31,7 +31,7 @@ from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import Reader, load_readers
 from latentwire_fast.readers.text_coder import TextCoder
 
-AT_ONCE = 8  # texts of one pass
+AT_ONCE = 8  # texts between two lines of progress
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +54,8 @@ def coded(reader: Reader, texts: Sequence[str], *, mode: Any, sample: int) -> di
     bits: list[float] = []
     for start in range(0, len(rows), AT_ONCE):
         bits += coder.bits(rows[start : start + AT_ONCE])
-        print(f"{reader.name}: {len(bits)} of {len(rows)} texts", file=sys.stderr)
+        size = sum(bits) / 8 / len(bits)
+        print(f"{reader.name}: {len(bits)} of {len(rows)} texts, {size:.1f} bytes", file=sys.stderr)
     lengths, equal, start_time = [], 0, time.perf_counter()
     for ids in rows[:sample]:
         message = coder.encode(ids)
