@@ -3,7 +3,8 @@
     python tools/results_tables.py runs/demo runs/context
 
 Prints Markdown: F1 of every method with its interval, F1 by bit width, bytes of payloads and of the
-same text in every form, what unpacking coded text costs, verdicts, times, and the command, seed, commit and wall time behind each column. Needs nothing but Python.
+same text in every form, what unpacking coded text costs, verdicts, times, and the command, seed,
+commit and wall time behind each column. Needs nothing but Python.
 """
 
 from __future__ import annotations
