@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import pytest
 
 from latentwire_fast import wire
+from latentwire_fast.config.presets import PRESETS
 from latentwire_fast.data.testbed import make_examples
-from latentwire_fast.evaluation import text_compression
+from latentwire_fast.evaluation import pipeline, text_compression
 from latentwire_fast.evaluation.text_compression import TextSizes, Zstd
 
 TEXTS = [example.context for example in make_examples(6, seed=3)]
@@ -46,6 +48,21 @@ def test_a_frame_without_its_magic_number_is_what_counts() -> None:
     plain = zstandard.ZstdCompressor(compression_params=parameters)
     for text in TEXTS:
         assert abs(Zstd().size(text) - len(plain.compress(text.encode()))) <= 1
+
+
+def test_training_data_that_is_gone_costs_the_dictionary_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An evaluation has no other need of it."""
+    config = PRESETS["testbed_smoke"]()
+    gone = replace(config, data=replace(config.data, source="squad=/nowhere/train.json"))
+    monkeypatch.setattr(pipeline, "why_no_zstd", lambda: None)
+    assert "cannot be read" in pipeline.dictionary_texts(gone)
+    texts = pipeline.dictionary_texts(replace(config, mode="pure"))
+    assert len(texts) == text_compression.DICTIONARY_TEXTS
+    assert all("\nQuestion: " in text for text in texts)
+    monkeypatch.setattr(pipeline, "why_no_zstd", lambda: "it is not installed")
+    assert pipeline.dictionary_texts(gone) == ""
 
 
 def test_why_there_is_no_dictionary() -> None:
