@@ -25,11 +25,11 @@ from latentwire_fast.config.serialization import read_run_config
 from latentwire_fast.data.sources import heldout_examples
 from latentwire_fast.errors import LatentWireError
 from latentwire_fast.evaluation.pipeline import dictionary_texts
+from latentwire_fast.evaluation.text_coder import TextCoder
 from latentwire_fast.evaluation.text_compression import TextSizes
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import Reader, load_readers
-from latentwire_fast.readers.text_coder import TextCoder
 
 AT_ONCE = 8  # texts between two lines of progress
 

@@ -1,7 +1,7 @@
 """Texts coded by the readers themselves: the honest limit of bytes, and what it costs a receiver.
 
 A payload is held against the shortest form of the text that both sides could use as well: the
-reader's own expectations with an arithmetic coder (`readers/text_coder.py`). To read that, a
+reader's own expectations with an arithmetic coder (`evaluation/text_coder.py`). To read that, a
 receiver needs one step of the reader per token, and then a prefill of the text; a payload needs a
 prefill alone.
 """
@@ -18,9 +18,9 @@ from latentwire_fast.errors import PayloadError
 from latentwire_fast.evaluation.method_result import mean
 from latentwire_fast.evaluation.methods.base import EvaluationCase, turns, unanswered
 from latentwire_fast.evaluation.methods.latent import Latent
+from latentwire_fast.evaluation.text_coder import TextCoder
 from latentwire_fast.evaluation.timing import WARM_UPS, milliseconds
 from latentwire_fast.prompts.builder import replaced_text
-from latentwire_fast.readers.text_coder import TextCoder
 from latentwire_fast.serving import Receiver
 
 logger = logging.getLogger(__name__)

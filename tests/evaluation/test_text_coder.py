@@ -10,9 +10,9 @@ import torch
 
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.evaluation.text_coder import TextCoder
 from latentwire_fast.prompts.builder import Turn, full_text
 from latentwire_fast.readers.reader import Reader
-from latentwire_fast.readers.text_coder import TextCoder
 from latentwire_fast.wire import range_coder
 from latentwire_fast.wire.frequencies import whole_frequencies
 from latentwire_fast.wire.range_stream import StreamDecoder
@@ -71,7 +71,7 @@ def test_other_logits_are_noticed_or_give_another_text(
     readers: dict[str, Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing else can be promised of bytes that another reader coded."""
-    monkeypatch.setattr("latentwire_fast.readers.text_coder.MOST_TOKENS", 20)
+    monkeypatch.setattr("latentwire_fast.evaluation.text_coder.MOST_TOKENS", 20)
     ours, theirs = (TextCoder(reader, mode="context") for reader in readers.values())
     (ids,) = ours.ids(["Gargok owns a brown lamp and a green chair."])
     message = ours.encode(ids)
@@ -88,7 +88,7 @@ def test_a_text_without_end_is_refused(
     coder = TextCoder(readers["llama"], mode="context")
     (ids,) = coder.ids(["a lamp, a chair, a box"])
     message = coder.encode(ids)
-    monkeypatch.setattr("latentwire_fast.readers.text_coder.MOST_TOKENS", len(ids) - 1)
+    monkeypatch.setattr("latentwire_fast.evaluation.text_coder.MOST_TOKENS", len(ids) - 1)
     with pytest.raises(PayloadError, match="no text that this reader coded"):
         coder.decode(message)
 
