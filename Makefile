@@ -7,7 +7,7 @@
 #   TRITON       the triton for a torch that brings none, as CPU builds do (the kernels' tests interpret them)
 #   TORCH_INDEX  where pip looks for torch. PyPI's Linux build brings several GB of CUDA libraries; without a
 #                GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu is the small one
-#   EXTRAS       dev,lora,gguf,nf4; with gpu (dev,lora,gguf,nf4,gpu) also triton and flash-attn
+#   EXTRAS       dev,lora,gguf,nf4,zstd; with gpu (dev,lora,gguf,nf4,zstd,gpu) also triton and flash-attn
 #   SQUAD_TRAIN, SQUAD_EVAL   for real: SQuAD files to train on and to be scored on, as of --data
 #   TEXT         for real: a text file whose paragraphs are scored beside the questions (none)
 #   REAL, MINUTES             for real: the run folder (runs/real), and minutes of training at most (60)
@@ -20,7 +20,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 TORCH_INDEX ?=
-EXTRAS ?= dev,lora,gguf,nf4
+EXTRAS ?= dev,lora,gguf,nf4,zstd
 OUT ?= runs/gpu-kernels
 SQUAD_TRAIN ?=
 SQUAD_EVAL ?=

@@ -2,8 +2,9 @@
 
     python tools/results_tables.py runs/demo runs/context
 
-Prints Markdown: F1 of every method with its interval, F1 by bit width, bytes, verdicts, and the
-command, seed, commit and wall time behind each column. Needs nothing but Python.
+Prints Markdown: F1 of every method with its interval, F1 by bit width, bytes of payloads and of the
+same text in every form, what unpacking coded text costs, verdicts, times, and the command, seed,
+commit and wall time behind each column. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -91,6 +92,41 @@ def sizes(runs: Sequence[dict[str, Any]]) -> str:
     return table(["bytes per example", head, "text, UTF-8", "text, brotli"], rows)
 
 
+FORMS = {
+    "text_utf8_mean": "text, UTF-8",
+    "text_zlib_mean": "text, zlib 9",
+    "text_zstd_mean": "text, zstd 22",
+    "text_brotli_mean": "text, brotli 11",
+    "text_zstd_dictionary_mean": "text, zstd 22 with a dictionary",
+}
+
+
+def forms(runs: Sequence[dict[str, Any]]) -> str:
+    """Bytes of the same text in every form; a dash where one was not measured."""
+
+    def row(label: str, values: Iterable[float | None], *, digits: int = 0) -> list[str]:
+        return [label, *("-" if v is None else f"{v:.{digits}f}" for v in values)]
+
+    rows = [row(label, [run["bytes"].get(key) for run in runs]) for key, label in FORMS.items()]
+    for name in dict.fromkeys(name for run in runs for name in run["readers"]):
+        values = [(run["bytes"].get("text_coded_mean") or {}).get(name) for run in runs]
+        rows.append(row(f"text, coded by {name}", values, digits=1))
+    return table(["bytes per example", *(run["label"] for run in runs)], rows)
+
+
+def unpacking(runs: Sequence[dict[str, Any]]) -> str:
+    """What texts that a reader coded cost a receiver, in milliseconds to the first token."""
+    rows = []
+    for run in runs:
+        for name, entry in ((run.get("coded_text") or {}).get("readers") or {}).items():
+            times = (entry or {}).get("first_token_ms_p50") or {}
+            keys = ("payload", "coded_text", "unpacking")
+            cells = ["-" if times.get(key) is None else f"{times[key]:.1f}" for key in keys]
+            rows.append([f"{run['label']}: {name}", *cells])
+    head = ["ms to the first token", "payload", "text coded by the reader", "of that, unpacking"]
+    return table(head, rows)
+
+
 def verdicts(runs: Sequence[dict[str, Any]]) -> str:
     """Every hypothesis with its value, interval and verdict."""
 
@@ -103,8 +139,9 @@ def verdicts(runs: Sequence[dict[str, Any]]) -> str:
 
     rows = []
     for name in runs[0]["hypotheses"]:
-        bars = {run["hypotheses"][name]["bar"] for run in runs} - {None}
-        cells = [cell(run["hypotheses"][name]) for run in runs]
+        entries = [run["hypotheses"].get(name) or {"value": None, "bar": None} for run in runs]
+        bars = {entry["bar"] for entry in entries} - {None}
+        cells = [cell(entry) for entry in entries]
         rows.append([name, " ".join(map(str, sorted(bars))), *cells])
     return table(["hypothesis", "bar", *(run["label"] for run in runs)], rows)
 
@@ -153,7 +190,7 @@ def main() -> None:
     runs = [load(Path(argument)) for argument in sys.argv[1:]]
     if not runs:
         sys.exit("usage: results_tables.py RUN [RUN ...]")
-    parts = (scores, sizes, verdicts, times, origins)
+    parts = (scores, sizes, forms, unpacking, verdicts, times, origins)
     print("\n\n".join(part(runs) for part in parts))
 
 

@@ -128,7 +128,13 @@ def heldout_examples(
 
 
 def training_texts(config: RunConfig, count: int) -> list[str]:
-    """At most `count` different contexts that a run may learn from, drawn with its seed.
+    """The contexts of `training_examples`."""
+    return [example.context for example in training_examples(config, count)]
+
+
+def training_examples(config: RunConfig, count: int) -> list[Example]:
+    """One example of each of at most `count` contexts that a run may learn from, drawn with its
+    seed.
 
     Raises:
         DataError: as `load_examples`.
@@ -140,8 +146,10 @@ def training_texts(config: RunConfig, count: int) -> list[str]:
     examples = load_examples(
         data.source, split="train", count=count if is_endless else None, seed=seed, data=data
     )
-    drawn = draw_contexts(examples, count, seed=seed)
-    return list(dict.fromkeys(example.context for example in drawn))
+    first: dict[str, Example] = {}
+    for example in draw_contexts(examples, count, seed=seed):
+        first.setdefault(example.context, example)
+    return [*first.values()]
 
 
 def split_validation(

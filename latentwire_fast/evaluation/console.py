@@ -35,6 +35,7 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
         f"text {sizes['text_utf8_mean']:.0f} B, brotli {sizes['text_brotli_mean']:.0f} B, "
         f"payload {sizes['payload_mean'][width]:.0f} B at {width} bits"
     )
+    lines += _coded_lines(metrics)
     for name, entry in (metrics.get("lora") or {}).items():
         lines.append(not_frozen(name, entry))
     methods = evaluation_methods()
@@ -111,6 +112,27 @@ def _width_lines(readers: Mapping[str, Any], bits: str, size: float) -> Iterator
             rows.append(f"{label:18}" + "".join(f"{cell:>12}" for cell in cells))
     remark = f"  {size:.0f} B" + (f" ({'; '.join(beside)})" if beside else "")
     yield from (row + remark * (i == 0) for i, row in enumerate(rows))
+
+
+def _coded_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """The same text in its shortest forms, and what reading the one that a reader coded costs."""
+    sizes, coded = metrics["bytes"], metrics.get("coded_text")
+    if coded is None:
+        return
+    forms = {name: sizes.get(f"text_{name}_mean") for name in ("zlib", "zstd")}
+    forms["zstd with a dictionary"] = sizes.get("text_zstd_dictionary_mean")
+    words = [f"{name} {size:.0f} B" for name, size in forms.items() if size is not None]
+    for name, size in (sizes.get("text_coded_mean") or {}).items():
+        if size is not None:
+            words.append(f"coded by {name} {size:.1f} B")
+    yield f"the same text: {', '.join(words)}"
+    for name, entry in coded["readers"].items():
+        times = (entry or {}).get("first_token_ms_p50") or {}
+        if times.get("payload") is not None and times.get("coded_text") is not None:
+            yield (
+                f"to the first token, {name}: {times['payload']:.1f} ms from the payload, "
+                f"{times['coded_text']:.1f} ms from the text that it coded"
+            )
 
 
 def _points(share: float) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from latentwire_fast import wire
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
+from latentwire_fast.evaluation.coded_text import code_texts
 from latentwire_fast.evaluation.encoding import EncodedExamples, encode_examples
 from latentwire_fast.evaluation.fitting import fits_not, why_too_long
 from latentwire_fast.evaluation.joint import rescore
@@ -26,6 +27,7 @@ from latentwire_fast.evaluation.methods.base import (
 )
 from latentwire_fast.evaluation.results import EvaluationResults, ReaderResults
 from latentwire_fast.evaluation.scoring import Scorer, batches
+from latentwire_fast.evaluation.text_compression import TextSizes
 from latentwire_fast.evaluation.timing import time_methods
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.decoding import DecodeOptions
@@ -42,6 +44,7 @@ class Evaluator:
 
     Args:
         training_texts: of `EvaluationCase`.
+        dictionary_texts: of `TextSizes.of`.
         progress: show a progress bar.
     """
 
@@ -53,9 +56,11 @@ class Evaluator:
         examples: Sequence[Example],
         *,
         training_texts: Sequence[str] = (),
+        dictionary_texts: Sequence[str] | str = (),
         progress: bool = True,
     ) -> None:
         self.training_texts = training_texts
+        self.dictionary_texts = dictionary_texts
         self.receivers = {name: Receiver.of(model, reader) for name, reader in readers.items()}
         self.config = config
         self.model = model
@@ -103,6 +108,8 @@ class Evaluator:
         payloads = self.encode()
         results = EvaluationResults(self.config, self.examples, _sizes(payloads))
         results.payloads = payloads[self.bits]
+        texts = [results.replaced_text(example) for example in self.examples]
+        results.text_sizes = TextSizes.of(texts, training_texts=self.dictionary_texts)
         single = (p for message in results.payloads for p in payloads_of(message))
         results.latents = [*map(self.model.latents_of, single)]
         cases = {}
@@ -206,6 +213,9 @@ class Evaluator:
         for key, (prefill, end_to_end) in times.items():
             results.methods[key].prefill_ms = prefill
             results.methods[key].end_to_end_ms = end_to_end
+        self.bar.set_postfix_str(f"{name}: texts coded by it")
+        count = self.config.evaluation.timing_examples
+        results.coded = code_texts(case, receiver, bits=self.bits, count=count)
         return results
 
     def _rescore(self, results: EvaluationResults, payloads: Sequence[Message]) -> None:

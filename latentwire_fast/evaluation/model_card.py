@@ -45,6 +45,8 @@ def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
             f"{trained}. It is in `lora/`, in peft's format. Otherwise the readers are frozen: the "
             "adapters work with exactly their weights and refuse others."
         )
+    found = (sizes.get("text_coded_mean") or {}).items()
+    coded = "".join(f", {n:.1f} coded by {name}" for name, n in found if n is not None)
     size = latent["group_size"]
     groups = "" if size is None else f" in groups of {size}"
     return f"""---
@@ -55,7 +57,7 @@ tags: [prompt-compression, soft-prompt, latent]
 
 {latent["M"]} latents of width {latent["d_z"]}, {width} bits{groups}:
 {sizes["payload_mean"][width]:.0f} bytes on the wire for texts of
-{sizes["text_utf8_mean"]:.0f} bytes (UTF-8; {sizes["text_brotli_mean"]:.0f} with brotli).
+{sizes["text_utf8_mean"]:.0f} bytes (UTF-8; {sizes["text_brotli_mean"]:.0f} with brotli{coded}).
 {meaning}{origin}
 
 F1 on {metrics["examples"]} held-out examples of `{config.data.source}`:

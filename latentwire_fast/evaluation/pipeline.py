@@ -18,8 +18,13 @@ from latentwire_fast.config.assignments import with_assignments
 from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.config.serialization import config_hash, read_run_config, to_json
-from latentwire_fast.data.sources import check_contexts, heldout_examples, training_texts
-from latentwire_fast.errors import CheckpointError, ConfigError
+from latentwire_fast.data.sources import (
+    check_contexts,
+    heldout_examples,
+    training_examples,
+    training_texts,
+)
+from latentwire_fast.errors import CheckpointError, ConfigError, DataError
 from latentwire_fast.evaluation.collapse import measure_collapse
 from latentwire_fast.evaluation.continuation import continuation_texts, measure_continuation
 from latentwire_fast.evaluation.evaluator import Evaluator
@@ -28,6 +33,7 @@ from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.provenance import commit, run_record, versions
 from latentwire_fast.evaluation.report import write_report
 from latentwire_fast.evaluation.results import EvaluationResults
+from latentwire_fast.evaluation.text_compression import DICTIONARY_TEXTS, why_no_zstd
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.lock import RunLock
@@ -35,6 +41,7 @@ from latentwire_fast.files.records import read_records
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.truncation import measure_truncation
 from latentwire_fast.models.interlingua import Interlingua
+from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.readers.answer_checks import check_answers
 from latentwire_fast.readers.context_limit import ContextLimit
 from latentwire_fast.readers.reader import load_readers
@@ -177,6 +184,7 @@ def _evaluate(
         readers,
         examples,
         training_texts=training_texts(config, config.evaluation.pca_texts),
+        dictionary_texts=dictionary_texts(config),
         progress=progress,
     )
     measured = _truncated(evaluator)
@@ -215,6 +223,19 @@ def _check_settings(config: RunConfig, model: Interlingua, folder: RunFolder) ->
             f"{folder.config} is not of the model beside it (differs in "
             f"{', '.join(differ)}); put back the file that the training wrote"
         )
+
+
+def dictionary_texts(config: RunConfig) -> list[str] | str:
+    """Training texts for the dictionary of zstd, or why there are none: an evaluation has no other
+    need of the training data, which may not be here."""
+    if why_no_zstd():
+        return ""
+    try:
+        examples = training_examples(config, DICTIONARY_TEXTS)
+    except DataError as error:
+        logger.warning("zstd gets no dictionary: %s", error)
+        return f"the training data cannot be read ({error})"
+    return [replaced_text(e.context, e.question, mode=config.mode) for e in examples]
 
 
 def _truncated(evaluator: Evaluator) -> dict[str, Any]:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentwire_fast import wire
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.examples import Example
-from latentwire_fast.evaluation.hypotheses.base import Evidence, judge_hypotheses
+from latentwire_fast.evaluation.coded_text import CodedTexts
+from latentwire_fast.evaluation.hypotheses.base import CodedEvidence, Evidence, judge_hypotheses
 from latentwire_fast.evaluation.joint import JointResult
 from latentwire_fast.evaluation.languages import normalize_answer
 from latentwire_fast.evaluation.method_result import MethodResult, mean
 from latentwire_fast.evaluation.methods.base import bits_key
 from latentwire_fast.evaluation.set_scores import set_scores
+from latentwire_fast.evaluation.text_compression import TextSizes
 from latentwire_fast.prompts.builder import replaced_text
 from latentwire_fast.registry import METHODS
 from latentwire_fast.serving.payload_batch import Message
@@ -27,10 +28,12 @@ class ReaderResults:
     Attributes:
         methods: by method, at the run's own bit width.
         by_bits: by method and bit width, for the methods that are scored at every width.
+        coded: the texts coded by this reader; None where it cannot.
     """
 
     methods: dict[str, MethodResult] = field(default_factory=dict)
     by_bits: dict[str, dict[int, MethodResult]] = field(default_factory=dict)
+    coded: CodedTexts | None = None
 
 
 @dataclass
@@ -41,6 +44,7 @@ class EvaluationResults:
         payload_sizes: per bit width, the bytes of each example's payload.
         sizes_alone: the same of payloads for one reader alone, by reader, where readers have slots
             of their own.
+        text_sizes: bytes of each example's text by every compressor.
         payloads: of the examples, at the run's own bit width.
         latents: M of each of these.
         readers: by reader.
@@ -57,6 +61,7 @@ class EvaluationResults:
     joint: JointResult | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
     lora: dict[str, dict[str, int]] = field(default_factory=dict)
+    text_sizes: TextSizes = field(default_factory=lambda: TextSizes([], [], []))
     payloads: Sequence[Message] = ()
     latents: Sequence[int] = ()
     sizes_alone: dict[str, dict[int, list[int]]] = field(default_factory=dict)
@@ -72,9 +77,7 @@ class EvaluationResults:
 
     def metrics(self) -> dict[str, Any]:
         """metrics.json but for `schema_version` and `run`."""
-        texts = [self.replaced_text(e) for e in self.examples]
-        utf8, brotli = map(wire.utf8_bytes, texts), map(wire.brotli_bytes, texts)
-        evidence = self._evidence(utf8=list(utf8), brotli=list(brotli))
+        evidence = self._evidence()
         encoder, bottleneck = self.config.encoder, self.config.bottleneck
         measured: dict[str, Any] = {
             "examples": len(self.examples),
@@ -86,14 +89,14 @@ class EvaluationResults:
                 "group_size": getattr(bottleneck, "group_size", None),
             },
             "bytes": {
-                "text_utf8_mean": mean(evidence.utf8_sizes),
-                "text_brotli_mean": mean(evidence.brotli_sizes),
+                **self._text_bytes(),
                 "payload_mean": {str(b): mean(v) for b, v in self.payload_sizes.items()},
             },
             "readers": {name: self._reader_entry(r) for name, r in self.readers.items()},
             "latent_minus": {name: self._differences(r) for name, r in self.readers.items()},
             "joint": self._joint_entry(),
             "hypotheses": judge_hypotheses(evidence),
+            "coded_text": self._coded_entry(),
         }
         methods = {name: reader.methods for name, reader in self.readers.items()}
         if by_set := set_scores(self.config, self.examples, methods):
@@ -115,15 +118,50 @@ class EvaluationResults:
             measured["lora"] = dict(self.lora)
         return measured
 
-    def _evidence(self, *, utf8: list[int], brotli: list[int]) -> Evidence:
+    def _text_bytes(self) -> dict[str, Any]:
+        """Mean bytes of the texts, by compressor and by reader; None where that was not
+        measured."""
+        sizes = self.text_sizes
+        return {
+            "text_utf8_mean": mean(sizes.utf8),
+            "text_zlib_mean": mean(sizes.zlib),
+            "text_zstd_mean": mean(sizes.zstd) if sizes.zstd else None,
+            "text_brotli_mean": mean(sizes.brotli),
+            "text_zstd_dictionary_mean": (
+                mean(sizes.zstd_dictionary) if sizes.zstd_dictionary else None
+            ),
+            "text_coded_mean": {
+                name: None if reader.coded is None else mean(reader.coded.sizes)
+                for name, reader in self.readers.items()
+            },
+        }
+
+    def _coded_entry(self) -> dict[str, Any]:
+        """How the texts were coded, by readers and with a dictionary."""
+        return {
+            "readers": {
+                name: None if reader.coded is None else reader.coded.entry(self.text_sizes.utf8)
+                for name, reader in self.readers.items()
+            },
+            "zstd_dictionary": dict(self.text_sizes.dictionary) or None,
+            "not_measured": dict(self.text_sizes.not_measured),
+        }
+
+    def _evidence(self) -> Evidence:
+        coded = {
+            name: CodedEvidence(reader.coded.sizes, reader.coded.times.medians())
+            for name, reader in self.readers.items()
+            if reader.coded is not None
+        }
         return Evidence(
             methods={name: reader.methods for name, reader in self.readers.items()},
             by_bits={name: reader.by_bits for name, reader in self.readers.items()},
             joint=None if self.joint is None else self.joint.result,
             bits=self.config.bottleneck.bits,
             payload_sizes=self.payload_sizes,
-            utf8_sizes=utf8,
-            brotli_sizes=brotli,
+            utf8_sizes=self.text_sizes.utf8,
+            brotli_sizes=self.text_sizes.brotli,
+            coded=coded,
             are_added_readers=self.config.base is not None,
             **self._options(),
         )
@@ -190,7 +228,6 @@ class EvaluationResults:
         return [self._record(i, example) for i, example in enumerate(self.examples)]
 
     def _record(self, i: int, example: Example) -> dict[str, Any]:
-        text = self.replaced_text(example)
         joint = None
         if self.joint is not None:
             joint = {**self.joint.result.scores_of(i), "scores": self.joint.totals[i]}
@@ -200,8 +237,8 @@ class EvaluationResults:
             "context": example.context,
             "question": example.question,
             "answers": list(example.answers),
-            "text_utf8_bytes": wire.utf8_bytes(text),
-            "text_brotli_bytes": wire.brotli_bytes(text),
+            "text_utf8_bytes": self.text_sizes.utf8[i],
+            "text_brotli_bytes": self.text_sizes.brotli[i],
             "payload_bytes": {str(b): sizes[i] for b, sizes in self.payload_sizes.items()},
             "readers": {
                 name: self._by_key(

@@ -14,24 +14,35 @@ from latentwire_fast.files.json_files import read_json
 from latentwire_fast.files.records import read_records
 from latentwire_fast.files.run_folder import RunFolder
 
+TEXT_FORMS = ("utf8", "brotli", "zstd_dictionary")  # whose mean bytes a sweep's table has
+
 
 def run_scores(folder: RunFolder) -> dict[str, Any]:
     """The scores of a finished run, as JSON.
 
     Returns:
-        By `readers`: F1 of the latent and of the text, F1 by bits, NLL per token. Besides: bytes,
-        `effective_rank` and `pairwise_cosine` of the held-out latents, steps, `steps_per_second`
-        of the training alone, parameters of the latent, and the digest of the configuration.
+        By `readers`: F1 of the latent and of the text, F1 by bits, that of text cut to as many
+        bytes, NLL per token, bytes of the text coded by the reader. Besides: the bottleneck's kind,
+        bytes of payloads and of texts, `effective_rank` and `pairwise_cosine` of the held-out
+        latents, steps, `steps_per_second` of the training alone, parameters of the latent, and the
+        digest of the configuration.
 
     Raises:
         ConfigError: the run has no readable metrics.json.
     """
     metrics = read_json(folder.metrics, error=ConfigError, advice="evaluate the run first")
     bits = str(metrics["latent"]["bits"])
-    payloads = metrics["bytes"]["payload_mean"]
     latent = (metrics.get("collapse") or {}).get("latent") or {}
+    sizes = metrics["bytes"]
+    payloads = sizes["payload_mean"]
+    coded = sizes.get("text_coded_mean") or {}
     return {
-        "readers": {name: _reader(entry) for name, entry in metrics["readers"].items()},
+        "readers": {
+            name: _reader(entry) | {"coded_bytes": coded.get(name)}
+            for name, entry in metrics["readers"].items()
+        },
+        "bottleneck": read_run_config(folder.path).bottleneck.kind,
+        "text_bytes": {name: sizes.get(f"text_{name}_mean") for name in TEXT_FORMS},
         "latent": metrics["latent"],
         "bytes": payloads.get(bits),
         "bytes_by_bits": payloads,
@@ -49,11 +60,15 @@ def _reader(entry: Mapping[str, Any]) -> dict[str, Any]:
     def score(method: str, name: str) -> Any:
         return ((entry.get(method) or {}).get(name) or {}).get("mean")
 
+    def by_bits(key: str) -> dict[str, float]:
+        return {bits: found["f1"] for bits, found in (entry.get(key) or {}).items()}
+
     return {
         "f1": score("latent", "f1"),
         "text_f1": score("text", "f1"),
         "nll": score("latent", "nll_per_token"),
-        "f1_by_bits": {b: found["f1"] for b, found in (entry.get("latent_bits") or {}).items()},
+        "f1_by_bits": by_bits("latent_bits"),
+        "cut_text_f1_by_bits": by_bits("byte_budget_bits"),
     }
 
 

@@ -67,7 +67,12 @@ def _variant(runs: Sequence[FinishedRun], bases: Mapping[int, FinishedRun]) -> d
         "seeds": [run.seed for run in runs],
         "readers": {name: _reader(name, runs, pairs) for name in first["readers"]},
         **{name: _over_seeds([run.scores[name] for run in runs]) for name in PLAIN},
-        "bytes_by_bits": first["bytes_by_bits"],
+        "bytes_by_bits": {
+            bits: mean([run.scores["bytes_by_bits"][bits] for run in runs])
+            for bits in first["bytes_by_bits"]
+        },
+        "bottleneck": first["bottleneck"],
+        "text_bytes": first["text_bytes"],
         "latent": first["latent"],
         "mode": first["mode"],
         "wall_seconds": mean(seconds) if seconds else None,
@@ -89,10 +94,14 @@ def _reader(
         "f1": _resampled(own, runs[0].examples.contexts),
         "text_f1": _over_seeds([entry["text_f1"] for entry in entries]),
         "nll": _over_seeds([entry["nll"] for entry in entries]),
-        "f1_by_bits": {
-            bits: _over_seeds([entry["f1_by_bits"].get(bits) for entry in entries])
-            for bits in entries[0]["f1_by_bits"]
+        **{
+            key: {
+                bits: _over_seeds([entry[key].get(bits) for entry in entries])
+                for bits in entries[0][key]
+            }
+            for key in ("f1_by_bits", "cut_text_f1_by_bits")
         },
+        "coded_bytes": entries[0]["coded_bytes"],
         "minus_base": _resampled(differences, runs[0].examples.contexts),
     }
 

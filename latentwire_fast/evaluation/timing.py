@@ -37,6 +37,15 @@ class Times(NamedTuple):
     end_to_end: float
 
 
+def milliseconds(call: Callable[..., object], *arguments: object, device: torch.device) -> float:
+    """How long a call takes until its device is done."""
+    start = time.perf_counter()
+    call(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
 def time_methods(
     case: EvaluationCase,
     receiver: Receiver,
@@ -109,8 +118,4 @@ class _Clock:
         return encoded.messages(single.model, bits=self.bits)
 
     def _milliseconds(self, call: Callable[..., object], *arguments: object) -> float:
-        start = time.perf_counter()
-        call(*arguments)
-        if self.case.reader.device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3
+        return milliseconds(call, *arguments, device=self.case.reader.device)

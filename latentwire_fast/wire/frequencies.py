@@ -19,6 +19,14 @@ def flat_row(size: int) -> Row:
     return [value * TOTAL // size for value in range(size + 1)]
 
 
+def whole_frequencies(weights_S: np.ndarray) -> np.ndarray:
+    """Frequencies `[S]` int64 of one symbol: about as its weights are, each at least 1."""
+    free = TOTAL - len(weights_S)
+    row_S = 1 + np.floor(weights_S / weights_S.sum() * free).astype(np.int64)
+    row_S[row_S.argmax()] += TOTAL - row_S.sum()
+    return row_S
+
+
 def flat_frequencies(sizes_N: np.ndarray) -> np.ndarray:
     """Frequencies `[S]` int32 of symbols of these sizes, before anything is known of them."""
     rows = [np.diff(flat_row(size)) for size in sizes_N.tolist()]
@@ -71,7 +79,5 @@ def fitted_frequencies(
     for n, size in enumerate(sizes_N.tolist()):
         own = np.bincount(symbols_RN[:, n], minlength=size)
         weight = own + strength * shared[kinds_N[n]] + 1.0 / size
-        row = 1 + np.floor(weight / weight.sum() * (TOTAL - size)).astype(np.int64)
-        row[row.argmax()] += TOTAL - row.sum()
-        rows.append(row)
+        rows.append(whole_frequencies(weight))
     return np.concatenate(rows).astype(np.int32)

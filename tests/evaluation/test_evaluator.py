@@ -35,6 +35,7 @@ from latentwire_fast.evaluation.metrics import exact_match, f1, normalize_answer
 from latentwire_fast.evaluation.model_card import model_card
 from latentwire_fast.evaluation.pipeline import evaluate_run, stored_metrics
 from latentwire_fast.evaluation.report import write_report
+from latentwire_fast.evaluation.report.text_bytes import COMPRESSORS
 from latentwire_fast.evaluation.scoring import Scorer
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.builder import PromptBuilder, Turn, full_text
@@ -118,7 +119,13 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
         for name, methods in metrics["readers"].items()
     }
     hypotheses = {k: v for k, v in metrics["hypotheses"].items() if k != "H5"}
-    return {**metrics, "readers": readers, "hypotheses": hypotheses}
+    hypotheses["H8"] = {k: v for k, v in hypotheses["H8"].items() if k != "first_token_ms_p50"}
+    coded = {
+        name: {k: v for k, v in entry.items() if k != "first_token_ms_p50"}
+        for name, entry in metrics["coded_text"]["readers"].items()
+    }
+    coded_text = {**metrics["coded_text"], "readers": coded}
+    return {**metrics, "readers": readers, "hypotheses": hypotheses, "coded_text": coded_text}
 
 
 def predictions_of(records: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -145,7 +152,8 @@ def check_metrics(metrics: dict[str, Any], *, examples: int) -> None:
     """The scored parts of metrics.json against its fixed schema."""
     assert metrics["examples"] == examples
     assert metrics["latent"] == {"M": 4, "d_z": 8, "bits": 6, "group_size": 16}
-    assert set(metrics["bytes"]) == {"text_utf8_mean", "text_brotli_mean", "payload_mean"}
+    assert set(metrics["bytes"]) == {"payload_mean", "text_coded_mean", *COMPRESSORS}
+    check_coded(metrics)
     assert tuple(metrics["bytes"]["payload_mean"]) == BITS
     assert set(metrics["readers"]) == {"llama", "qwen"}
     for methods in metrics["readers"].values():
@@ -180,11 +188,30 @@ def check_metrics(metrics: dict[str, Any], *, examples: int) -> None:
                 latent, other = (metrics["readers"][name][m][score] for m in ("latent", key))
                 assert entry[score]["mean"] == pytest.approx(latent["mean"] - other["mean"])
     assert set(metrics["joint"]) == {"f1", "best_single_f1", "agreement", "oracle_f1"}
-    assert list(metrics["hypotheses"]) == [f"H{i}" for i in range(1, 8)]
+    assert list(metrics["hypotheses"]) == [f"H{i}" for i in range(1, 9)]
     for entry in metrics["hypotheses"].values():
         assert set(entry) >= HYPOTHESIS_KEYS
         assert entry["verdict"] in ("pass", "fail", "not measured")
     json.dumps(metrics, allow_nan=False)
+
+
+def check_coded(metrics: dict[str, Any]) -> None:
+    """The texts in their shortest forms."""
+    sizes, coded = metrics["bytes"], metrics["coded_text"]
+    assert set(coded) == {"readers", "zstd_dictionary", "not_measured"}
+    for name in metrics["readers"]:
+        entry = coded["readers"][name]
+        assert sizes["text_coded_mean"][name] > 0
+        expected = 8 * sizes["text_coded_mean"][name] / sizes["text_utf8_mean"]
+        assert entry["bits_per_byte"] == pytest.approx(expected)
+        sample, times = entry["sample"], entry["first_token_ms_p50"]
+        assert sample["examples"] == sample["decoded_equal"] == 2  # as many as are timed
+        assert sample["bytes_mean"] <= 1.02 * sample["information_mean"] + 1
+        assert set(times) == {"payload", "unpacking", "coded_text"}
+        assert 0 < times["payload"] < times["unpacking"] < times["coded_text"]
+        assert entry["lost"] == 0
+    for name in ("zstd", "zstd_dictionary"):
+        assert (sizes[f"text_{name}_mean"] is None) == (name in coded["not_measured"])
 
 
 def check_records(records: list[dict[str, Any]], examples: list[Example]) -> None:

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from latentwire_fast.evaluation.hypotheses.base import NOT_MEASURED, Evidence, judge_hypotheses
+from latentwire_fast.evaluation.hypotheses.base import (
+    NOT_MEASURED,
+    CodedEvidence,
+    Evidence,
+    judge_hypotheses,
+)
 from latentwire_fast.evaluation.method_result import MethodResult
 from latentwire_fast.evaluation.metrics import paired_interval
 
@@ -61,6 +66,7 @@ def verdicts(
     brotli: int = 150,
     utf8: float = 230.0,
     unseen: bool = False,
+    coded: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """`judge_hypotheses` on good readers, but for what is given."""
     results = {name: reader_results() for name in NAMES} if results is None else results
@@ -79,6 +85,10 @@ def verdicts(
             utf8_sizes=[utf8] * COUNT,
             brotli_sizes=[brotli] * COUNT,
             are_added_readers=unseen,
+            coded={
+                name: CodedEvidence([size] * COUNT, {"payload": 2.0, "coded_text": 90.0})
+                for name, size in (coded or dict.fromkeys(results, 150.0)).items()
+            },
             seed=SEED,
             resamples=RESAMPLES,
         )
@@ -90,9 +100,9 @@ def one_reader_with(**changed: MethodResult) -> dict[str, dict[str, MethodResult
     return {"llama": reader_results(), "qwen": reader_results(**changed)}
 
 
-def test_all_seven_are_there_with_their_keys() -> None:
+def test_all_eight_are_there_with_their_keys() -> None:
     judged = verdicts()
-    assert list(judged) == [f"H{i}" for i in range(1, 8)]
+    assert list(judged) == [f"H{i}" for i in range(1, 9)]
     for entry in judged.values():
         assert {"value", "low", "high", "bar", "verdict"} <= set(entry)
         assert entry["verdict"] in ("pass", "fail", "not measured")
@@ -101,6 +111,7 @@ def test_all_seven_are_there_with_their_keys() -> None:
         "not measured",  # one candidate, nothing to rescore
         *("pass", "pass"),
         "not measured",  # no third reader
+        "pass",
     ]
 
 
@@ -237,6 +248,34 @@ def test_no_width_that_keeps_the_score_is_a_failure_however_small_it_is() -> Non
     assert h6["value"] < 1
 
 
+# --- H8: bytes against the text coded by a reader -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("llama", "qwen", "verdict"), [(125, 130, "pass"), (500, 124, "fail"), (11.9, 11.8, "fail")]
+)
+def test_fewer_bytes_than_the_shorter_coded_text_are_needed(
+    llama: float, qwen: float, verdict: str
+) -> None:
+    h8 = verdicts(coded={"llama": llama, "qwen": qwen})["H8"]
+    assert h8["verdict"] == verdict
+    assert h8["value"] == pytest.approx(124 / min(llama, qwen))
+    assert h8["bits"] == 4
+    assert h8["first_token_ms_p50"]["llama"] == {"payload": 2.0, "coded_text": 90.0}
+
+
+def test_coded_text_counts_only_at_enough_of_the_texts_f1() -> None:
+    h8 = verdicts(by_bits=dict.fromkeys(BITS, 0.7), coded=dict.fromkeys(NAMES, 10_000.0))["H8"]
+    assert h8["verdict"] == "fail"
+    assert h8["value"] < 1
+    widths = {16: 0.8, 8: 0.8, 6: 0.8, 4: 0.7}
+    assert verdicts(by_bits=widths, coded=dict.fromkeys(NAMES, 170.0))["H8"]["bits"] == 6
+
+
+def test_coded_text_is_judged_where_every_reader_codes_it() -> None:
+    assert verdicts(coded={"llama": 100.0})["H8"] == NOT_MEASURED
+
+
 # --- H7: readers added afterwards -----------------------------------------------------------------
 
 
@@ -286,7 +325,7 @@ def test_an_untrained_pair_passes_nothing_that_compares_with_text() -> None:
         joint=result(0.0),
         unseen=True,
     )
-    for name in ("H1", "H3", "H4", "H6", "H7"):
+    for name in ("H1", "H3", "H4", "H6", "H7", "H8"):
         assert judged[name] == NOT_MEASURED
     assert judged["H2"]["verdict"] == "fail"
 

@@ -59,6 +59,9 @@ def interval(value: float, spread: float = 0.03) -> dict[str, float]:
     return {"mean": value, "low": max(0.0, value - spread), "high": min(1.0, value + spread)}
 
 
+CODED_MS = {"payload": 5.2, "unpacking": 96.0, "coded_text": 104.0}
+
+
 def make_metrics(*, mode: str = "context", examples: int = 500) -> dict[str, Any]:
     """The metrics of two readers, as an evaluation writes them."""
     readers: dict[str, Any] = {}
@@ -103,6 +106,10 @@ def make_metrics(*, mode: str = "context", examples: int = 500) -> dict[str, Any
         "bytes": {
             "text_utf8_mean": 236.4,
             "text_brotli_mean": 151.7,
+            "text_zlib_mean": 170.2,
+            "text_zstd_mean": 165.1,
+            "text_zstd_dictionary_mean": None,
+            "text_coded_mean": {"llama": 12.34, "qwen": None},
             "payload_mean": dict(PAYLOADS),
         },
         "readers": readers,
@@ -121,6 +128,28 @@ def make_metrics(*, mode: str = "context", examples: int = 500) -> dict[str, Any
                 "bar": -0.05,
                 "verdict": "not measured",
             },
+            "H8": {
+                **{"value": 10.1, "low": 9.8, "high": 10.4, "bar": 1.0, "verdict": "fail"},
+                "bits": 4,
+                "first_token_ms_p50": {"llama": dict(CODED_MS)},
+            },
+        },
+        "coded_text": {
+            "readers": {
+                "llama": {
+                    "bits_per_byte": 0.418,
+                    "tokens_mean": 41.2,
+                    "lost": 3,
+                    "sample": {
+                        **{"examples": 8, "decoded_equal": 7},
+                        **{"bytes_mean": 12.9, "information_mean": 12.31},
+                    },
+                    "first_token_ms_p50": dict(CODED_MS),
+                },
+                "qwen": None,  # it has no positions for the texts
+            },
+            "zstd_dictionary": None,
+            "not_measured": {"zstd_dictionary": "the training data cannot be read"},
         },
     }
 
@@ -371,7 +400,7 @@ def test_csv_holds_every_number(written: Path) -> None:
     assert found["hypotheses", "H1", "fail"]["mean"] == "-0.05"
     assert ("hypotheses", "H7", "not measured") not in found
     assert float(found["llama", "latent", "accuracy"]["mean"]) == pytest.approx(51 / 60)
-    assert len(rows) == 2 * (9 * 8 + 2 * 4 * 2) + 4 + 6 + 6 + 2 * 7 * 4
+    assert len(rows) == 2 * (9 * 8 + 2 * 4 * 2) + 4 + 8 + 7 + 2 * 7 * 4 + 4
 
 
 def test_extra_scores_by_hand() -> None:
@@ -496,6 +525,29 @@ def test_values_name_their_circumstances() -> None:
     h1, h6 = (hypothesis_row(metrics, key)["quantity"] for key in ("H1", "H6"))
     assert h1 == f"latent F1 minus text F1 at 4.8{TIMES} fewer positions"
     assert h6 == "payload bytes over brotli bytes at 4 bits"
+    h8 = hypothesis_row(metrics, "H8")["quantity"]
+    assert h8 == (
+        "payload bytes over bytes of the text coded by a reader at 4 bits; to the first token: "
+        "llama 5 ms against 104 ms"
+    )
+
+
+@pytest.mark.parametrize("file", ["report.html", "report.md"])
+def test_the_same_text_in_every_form(written: Path, file: str) -> None:
+    text = (written / file).read_text()
+    text = re.sub(r"\s*</td><td>\s*", " | ", text)
+    for row in (
+        f"text, UTF-8 | 236 | 1.00{TIMES} | 8.00",
+        f"text, zlib 9 | 170 | 0.72{TIMES} | 5.76",
+        f"text, brotli 11 | 152 | 0.64{TIMES} | 5.13",
+        f"text, coded by llama | 12.3 | 0.05{TIMES} | 0.42",
+        f"text, coded by qwen | {MISSING} | {MISSING} | {MISSING} | not measured",
+        f"llama | 5.2 | 104.0 | 96.0 | 20{TIMES} | 41",  # what each costs
+    ):
+        assert row in text
+    assert "the training data cannot be read" in text
+    assert "7 came back the same, from 12.9 bytes" in text
+    assert "loses something of 3 of the texts" in text
 
 
 @pytest.mark.parametrize("file", ["report.html", "report.md"])

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from latentwire_fast.config.serialization import to_json
 from latentwire_fast.config.sweep import PlannedRun, sweep_from_json
 from latentwire_fast.errors import ConfigError, RunStopped, TrainingError
+from latentwire_fast.evaluation.report import sweep_figure
 from latentwire_fast.files.sweep_folder import SweepFolder
 from latentwire_fast.training.builders import absolute_paths
 from latentwire_fast.training.sweeps import forecast, processes
@@ -50,13 +52,19 @@ def prepare(run: PlannedRun, folder: Path) -> None:
     metrics = {
         "run": {"mode": "context", "device": "cpu", "commit": None, "config_sha256": "0"},
         "latent": {"M": 4, "d_z": 8, "bits": 6},
-        "bytes": {"payload_mean": WIDTHS},
+        "bytes": {
+            "payload_mean": WIDTHS,
+            "text_utf8_mean": 170.0,
+            "text_brotli_mean": 110.0,
+            "text_coded_mean": {"one": 12.0},  # the other reader has no positions for the texts
+        },
         "collapse": {"latent": {"effective_rank": 5.0, "pairwise_cosine": 0.5}},
         "readers": {
             name: {
                 "text": {"f1": {"mean": 1.0}},
                 "latent": {"f1": {"mean": sum(v) / 4}, "nll_per_token": {"mean": 0.5}},
                 "latent_bits": {bits: {"f1": sum(v) / 4} for bits in WIDTHS},
+                "byte_budget_bits": {bits: {"f1": sum(v) / 8} for bits in WIDTHS},
             }
             for name, v in f1.items()
         },
@@ -139,10 +147,37 @@ def test_the_table_compares_run_by_run_of_one_seed(stand_in: list[str], tmp_path
     assert (base["effective_rank"]["mean"], base["bytes"]["mean"]) == (5.0, 100.0)
     assert base["steps_per_second"]["mean"] == 0.5
     assert base["wall_seconds"] > 0
+    one, two = (base["readers"][name] for name in ("one", "two"))
+    assert one["cut_text_f1_by_bits"]["4"]["by_seed"] == [0.25, 0.125]
+    assert (one["coded_bytes"], two["coded_bytes"]) == (12.0, None)
+    assert base["text_bytes"] == {"utf8": 170.0, "brotli": 110.0, "zstd_dictionary": None}
+    assert (base["bottleneck"], base["bytes_by_bits"]) == ("uniform", WIDTHS)
     text = SweepFolder(out).table_text.read_text()
     assert "| better | 0 1 | 87.5 ± 17.7" in text
     assert "| breaks | none finished |" in text
     assert SweepFolder(out).figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_holds_what_payloads_are_held_against(
+    stand_in: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    sweep_run(out, "base", "better").train(PLACES)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(sweep_figure, "png", lambda figure: drawn.append(figure) or b"png")
+    table = json.loads(SweepFolder(out).table.read_text())
+    assert sweep_figure.sweep_figure(table) == b"png"
+    one, two = drawn[0].axes
+    texts = [text.get_text() for text in one.texts]
+    assert {"UTF-8 170", "brotli 110", "coded by one 12"} <= {*texts}
+    assert not any("coded" in text.get_text() for text in two.texts)
+    assert "a  87.5, 60 bytes: better, 4 bits" in texts
+    lines = [[tuple(x) for x in line.get_xydata()] for line in one.lines]
+    assert [(60, 18.75), (100, 18.75)] in lines or [(60, 43.75), (100, 43.75)] in lines  # cut text
+    assert [(60, 37.5), (100, 37.5)] in lines  # base at its widths, joined
+    assert one.get_xlim()[0] < 12
+    old = table | {"variants": {"base": {"readers": {}}, "better": None}}
+    assert sweep_figure.sweep_figure(old) is None
 
 
 def test_a_signal_stops_every_run_and_the_same_sweep_goes_on(

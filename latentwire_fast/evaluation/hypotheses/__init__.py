@@ -8,4 +8,5 @@ PARTS = {
     "H5": "latentwire_fast.evaluation.hypotheses.h5:PrefillTime",
     "H6": "latentwire_fast.evaluation.hypotheses.h6:BytesBelowBrotli",
     "H7": "latentwire_fast.evaluation.hypotheses.h7:AddedReader",
+    "H8": "latentwire_fast.evaluation.hypotheses.h8:BytesBelowCodedText",
 }

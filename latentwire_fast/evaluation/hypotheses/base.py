@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from latentwire_fast.config.base import PartSettings
@@ -33,6 +33,19 @@ NOT_MEASURED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class CodedEvidence:
+    """The texts coded by a reader (`evaluation/coded_text.py`).
+
+    Attributes:
+        sizes: bytes of each example's text.
+        first_token_ms: median milliseconds to an answer's first token, by what the reader is given.
+    """
+
+    sizes: Sequence[float]
+    first_token_ms: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
 class Evidence:
     """The measurements that verdicts rest on.
 
@@ -44,6 +57,7 @@ class Evidence:
         payload_sizes: per bit width, the bytes of each example's payload.
         utf8_sizes, brotli_sizes: bytes of each example's text.
         are_added_readers: the encoder was trained without any of these readers.
+        coded: the texts coded by each reader that can.
         seed, resamples: of the bootstrap. clusters: what is resampled together, per example.
     """
 
@@ -58,6 +72,7 @@ class Evidence:
     seed: int
     resamples: int
     clusters: Sequence[Hashable] | None = None
+    coded: Mapping[str, CodedEvidence] = field(default_factory=dict)
 
     def difference(self, ours: Sequence[float], theirs: Sequence[float]) -> Interval:
         """The mean difference of two scores over the same examples."""
@@ -80,6 +95,18 @@ class Evidence:
     def has(self, *methods: str) -> bool:
         """Whether every reader was measured by all these methods."""
         return all(name in reader for reader in self.methods.values() for name in methods)
+
+    def narrowest(self, *, kept: float) -> tuple[int, bool]:
+        """The narrowest bit width that keeps a share of every reader's text F1; the narrowest of
+        all, and False, where none does."""
+        enough = [bits for bits in self.payload_sizes if self._keeps(bits, kept)]
+        return min(enough or self.payload_sizes), bool(enough)
+
+    def _keeps(self, bits: int, share: float) -> bool:
+        return all(
+            mean(self.by_bits[name]["latent"][bits].f1) >= share * mean(reader["text"].f1)
+            for name, reader in self.methods.items()
+        )
 
     def reads_text(self) -> bool:
         """Whether every reader's text score is above what needs no context or no model."""

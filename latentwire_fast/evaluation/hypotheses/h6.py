@@ -12,7 +12,6 @@ from latentwire_fast.evaluation.hypotheses.base import (
     Hypothesis,
     HypothesisConfig,
 )
-from latentwire_fast.evaluation.method_result import mean
 
 
 class BytesBelowBrotli(Hypothesis):
@@ -41,18 +40,9 @@ class BytesBelowBrotli(Hypothesis):
 
     def judge(self, evidence: Evidence) -> dict[str, Any]:
         """The ratio at that width; at the narrowest of all where none keeps enough."""
-        kept = [bits for bits in evidence.payload_sizes if self._keeps(evidence, bits)]
-        bits = min(kept or evidence.payload_sizes)
+        bits, is_kept = evidence.narrowest(kept=self.config.kept)
         ratio = evidence.ratio(evidence.payload_sizes[bits], evidence.brotli_sizes)
-        return self.verdict(ratio, also=bool(kept), bits=bits)
-
-    def _keeps(self, evidence: Evidence, bits: int) -> bool:
-        """Whether every reader keeps enough of its text F1 at this width."""
-        return all(
-            mean(evidence.by_bits[name]["latent"][bits].f1)
-            >= self.config.kept * mean(reader["text"].f1)
-            for name, reader in evidence.methods.items()
-        )
+        return self.verdict(ratio, also=is_kept, bits=bits)
 
     def circumstance(self, found: Mapping[str, Any]) -> str:
         """The words that say at which bit width."""

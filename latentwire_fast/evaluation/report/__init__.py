@@ -23,6 +23,7 @@ from latentwire_fast.evaluation.methods.base import methods_by_bits
 from latentwire_fast.evaluation.report.extra_scores import Means, extra_scores
 from latentwire_fast.evaluation.report.figures import accuracy_figure, learning_figure
 from latentwire_fast.evaluation.report.formatting import measured
+from latentwire_fast.evaluation.report.text_bytes import COMPRESSORS
 from latentwire_fast.evaluation.report.view import build_view
 from latentwire_fast.files.atomic import write_atomically
 
@@ -120,8 +121,13 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
     for reader, alone in (sizes.get("payload_alone_mean") or {}).items():
         for bits, value in alone.items():
             yield "bytes", f"latent_{bits}_bits_for_{reader}", "payload_mean", value
-    for metric in ("text_utf8_mean", "text_brotli_mean"):
+    for metric in COMPRESSORS:
         yield "bytes", "text", metric, sizes.get(metric)
+    for reader, value in (sizes.get("text_coded_mean") or {}).items():
+        yield "bytes", f"text_coded_by_{reader}", "text_coded_mean", value
+    for reader, entry in ((metrics.get("coded_text") or {}).get("readers") or {}).items():
+        for way, value in ((entry or {}).get("first_token_ms_p50") or {}).items():
+            yield reader, f"coded_text_{way}", "first_token_ms_p50", value
     for name, found in (metrics.get("hypotheses") or {}).items():
         value = {"mean": found.get("value"), "low": found.get("low"), "high": found.get("high")}
         yield "hypotheses", name, str(found.get("verdict")), value

@@ -38,6 +38,7 @@ from latentwire_fast.evaluation.report.latent_facts import latent_facts
 from latentwire_fast.evaluation.report.sanity_checks import find_warnings
 from latentwire_fast.evaluation.report.sets import sets_view
 from latentwire_fast.evaluation.report.shown_examples import choose_examples
+from latentwire_fast.evaluation.report.text_bytes import text_bytes
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -75,6 +76,7 @@ def build_view(
         "width_columns": _width_columns(metrics),
         "widths": list(_width_rows(metrics)),
         "sets": sets_view(metrics),
+        "text_bytes": text_bytes(metrics),
         "joint": _joint(metrics),
         "continuation": continuation(metrics),
         "extra_columns": list(EXTRA_SCORES.values()),
