@@ -8,7 +8,7 @@
     python -m latentwire_fast.encode --run runs/context --context - --out - | ...
 
     python -m latentwire_fast.encode --run runs/context --data passages=corpus.jsonl --out corpus
-    torchrun --nproc-per-node 4 -m latentwire_fast.encode --run runs/context --data ... --out corpus
+    torchrun --nproc-per-node 4 -m -- latentwire_fast.encode --run runs/context --data ... --out ...
     python -m latentwire_fast.encode --run runs/context --data ... --out corpus --ray 8
 """
 
