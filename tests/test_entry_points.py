@@ -30,6 +30,7 @@ from latentwire_fast.errors import ConfigError, RunStopped, TrainingError
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.prompts.builder import full_text
 from latentwire_fast.training.checkpoint import load_checkpoint
+from latentwire_fast.wire.store import PayloadStore
 from runs import (
     changed,
     contents,
