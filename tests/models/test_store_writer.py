@@ -28,12 +28,13 @@ from runs import contents
 COUNT, SHARD, BATCH = 23, 5, 3
 
 
-def byte_model(seed: int = 0, *, mode: str = "context", cls: type = LatentCodec) -> LatentCodec:
-    """A tiny encoder of bytes, with random weights."""
+def byte_model(seed: int = 0, *, mode: str = "context") -> LatentCodec:
+    """A tiny encoder of bytes with random weights, and no readers."""
     torch.manual_seed(seed)
     config = ENCODERS.config("byte", latents=4, d_z=8, width=16, layers=1, heads=2)
     bottleneck = BOTTLENECKS.config("uniform", bits=6, group_size=32)
-    return cls(build_encoder(config, {}), {}, bottleneck=bottleneck, mode=mode).eval()
+    encoder = build_encoder(config, {})
+    return LatentCodec(encoder, {}, bottleneck=bottleneck, mode=mode).eval()  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +170,16 @@ def test_what_a_killed_process_left_is_removed(
 
 
 def test_ray_writes_the_same_bytes(
-    texts: dict[str, str], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    model: LatentCodec, texts: dict[str, str], tmp_path: Path, whole: Path
 ) -> None:
     """Two workers; one shard is there already. An error of a worker is the package's own."""
     pytest.importorskip("ray", reason="Ray is not installed")
     from latentwire_fast.models.store_on_ray import write_store_on_ray
 
-    model = byte_model(cls=Interlingua)
-    saved = model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    whole_model = Interlingua(
+        model.encoder, {}, bottleneck=model.bottleneck_config, attachments=(), mode="context"
+    )
+    saved = whole_model.save_pretrained(tmp_path / "model")
     plan, folder = plan_of(model, texts), tmp_path / "store"
     write_store(model, folder, plan, texts, rank=4, processes=5, progress=False)
     assert write_store_on_ray(saved, folder, plan, texts, workers=2, progress=False) == 20
