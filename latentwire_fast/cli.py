@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeVar
@@ -139,6 +139,31 @@ def parse_arguments(
     return args
 
 
+def check_one_of(options: Mapping[str, object]) -> None:
+    """Raise unless exactly one of these options was given.
+
+    Args:
+        options: what was given, None for nothing, by how the option is written.
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    given = [option for option, value in options.items() if value is not None]
+    if len(given) != 1:
+        names = " or ".join(options)
+        raise ConfigError(
+            f"give {names}" if not given else f"{' and '.join(given)}: give one of them"
+        )
+
+
+def process_of_torchrun() -> tuple[int, int, int]:
+    """This process's number, how many there are, and its number on this machine; (0, 1, 0) for a
+    process that `torchrun` did not start."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank, processes, local = (int(os.environ.get(name, value)) for name, value in names.items())
+    return rank, processes, local
+
+
 def make_callable(module: str, function: Callable[..., Any]) -> None:
     """Let a module be called like the function of its own name.
 
@@ -179,11 +204,13 @@ def import_modules(names: Sequence[str]) -> None:
             raise ConfigError(f"--import {name}: {error}; {advice}") from None
 
 
-def choose_device(name: str | None, *, option: str = "--device") -> torch.device:
+def choose_device(name: str | None, *, option: str = "--device", number: int = 0) -> torch.device:
     """The device of that name; without one the accelerator that torch sees, or else the CPU.
 
     Args:
         option: what the name was given as, for messages.
+        number: of this process on this machine: each takes an accelerator of its own where there
+            are enough, unless a name is given.
 
     Raises:
         ConfigError: torch knows no such device, or this machine has not got it.
@@ -193,7 +220,9 @@ def choose_device(name: str | None, *, option: str = "--device") -> torch.device
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     found = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
     if name is None:
-        return torch.device("cpu") if accelerator is None else accelerator
+        if accelerator is None or not number:
+            return accelerator or torch.device("cpu")
+        return torch.device(accelerator.type, number % torch.accelerator.device_count())
     try:
         device = torch.device(name)
     except RuntimeError:

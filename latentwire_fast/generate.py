@@ -1,9 +1,11 @@
-"""Answer from a payload with one reader.
+"""Answer from a payload, or from those of a store, with one reader.
 
     python -m latentwire_fast.generate --run runs/context --reader llama --payload note.lwire \\
         --question "Where does Nulnak live?"
     python -m latentwire_fast.generate --run runs/context --reader llama --payload book.lwire \\
         --together --question "Where does Nulnak live?"
+    python -m latentwire_fast.generate --run runs/context --reader llama --store corpus \\
+        --ids passage-7 passage-12 --together --question "Where does Nulnak live?"
     ... | python -m latentwire_fast.generate --run runs/demo --reader llama --payload -
 """
 
@@ -23,6 +25,7 @@ from latentwire_fast.cli import (
     Dtype,
     Imports,
     ReaderOptions,
+    check_one_of,
     check_question,
     choose_device,
     parse_arguments,
@@ -49,8 +52,10 @@ class GenerateArguments:
         reader: name of a reader that the model has an adapter for.
         payload: a file written by `latentwire_fast.encode`, or - for standard input; each payload
             in it is answered.
-        together: the payloads of the file are the chunks of one text (`encode --chunk-length`):
-            there is one answer, from all of them.
+        store: a folder written by `encode --data`, in the place of a file.
+        ids: of the passages of the store; there is an answer for each.
+        together: there is one answer, from all payloads of the file, such as the chunks of one text
+            (`encode --chunk-length`), or from all these passages of the store.
         question: the question, as text in context mode; in pure mode it is in the payload
             already, and a question given here is not used.
         max_new_tokens: longest answer.
@@ -73,7 +78,9 @@ class GenerateArguments:
 
     run: Path
     reader: str
-    payload: Path
+    payload: Path | None = None
+    store: Path | None = None
+    ids: tuple[str, ...] = ()
     question: str | None = None
     together: tyro.conf.FlagCreatePairsOff[bool] = False
     max_new_tokens: int = 32
@@ -172,12 +179,13 @@ def answers(
     receiving: ReceiverOptions,
     decoding: DecodeOptions,
 ) -> Iterator[Answer]:
-    """The answers to the payloads of a file or of standard input, in their order; one to all of
-    them with `--together`. A file is read whole before the first answer, so that one that was cut
-    short gives none; what comes through standard input is answered as it comes.
+    """The answers to the payloads of a file, of standard input or of a store, in their order; one
+    to all of them with `--together`. A file is read whole before the first answer, so that one that
+    was cut short gives none; what comes through standard input is answered as it comes.
 
     Raises:
         PayloadError: a payload that is damaged, or of another model.
+        DataError: no complete store, or a passage that it has not.
         CheckpointError: the reader has other weights than the model was trained for.
     """
     import torch
@@ -185,15 +193,13 @@ def answers(
     from latentwire_fast import wire
     from latentwire_fast.prompts.builder import Turn
     from latentwire_fast.serving import Receiver
+    from latentwire_fast.serving.payload_batch import payloads_of
 
     receiver = Receiver.of(model, reader, options=receiving)
     prompt = reader.prompts.build([Turn(args.question or "")], context=None, latent=model.mode)
-    payloads = (
-        wire.read_payload_stream(standard_input("--payload", binary=True), name="standard input")
-        if args.payload == STANDARD
-        else [*wire.read_payloads(args.payload)]
-    )
-    messages: Iterable[Message] = [[*payloads]] if args.together else payloads
+    messages = _messages(model, args)
+    if args.together:
+        messages = [[payload for message in messages for payload in payloads_of(message)]]
     for number, payload in enumerate(messages):
         start = time.perf_counter()
         first = receiver.prefill([prompt], payloads=[payload])
@@ -206,9 +212,27 @@ def answers(
         yield Answer(reader.decode(ids), len(ids), wire.payload_bytes(payload), *seconds)
 
 
+def _messages(model: Interlingua, args: GenerateArguments) -> Iterable[Message]:
+    """What each answer is about."""
+    from latentwire_fast import wire
+    from latentwire_fast.wire.store import PayloadStore
+
+    if args.store is not None:
+        store = PayloadStore(args.store)
+        store.check_model(model.digest)
+        return store.messages(args.ids)
+    assert args.payload is not None
+    if args.payload == STANDARD:
+        stream = standard_input("--payload", binary=True)
+        return wire.read_payload_stream(stream, name="standard input")
+    return [*wire.read_payloads(args.payload)]
+
+
 def main() -> None:
     """Decode the payloads and print each answer, its bytes and times."""
     args = parse_arguments(GenerateArguments, prog="latentwire_fast.generate")
+    check_one_of({"--payload FILE": args.payload, "--store STORE": args.store})
+    check_one_of({"--payload FILE": args.payload, "--ids ID ...": args.ids or None})
     decoding, receiving = decode_options(args), receiver_options(args)
     start = time.perf_counter()
     model, reader = load(args)

@@ -30,6 +30,7 @@ from latentwire_fast.errors import ConfigError, RunStopped, TrainingError
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.prompts.builder import full_text
 from latentwire_fast.training.checkpoint import load_checkpoint
+from latentwire_fast.wire.store import PayloadStore
 from runs import (
     changed,
     contents,
@@ -237,6 +238,35 @@ def test_encode_and_generate_meet_over_a_file_of_bytes(run_dir: Path, tmp_path: 
         assert lines[1].startswith("answer: ")
         assert lines[2].startswith(f"{size} bytes, payload to logits ")
         assert len(lines) == 3
+
+
+def test_encode_and_generate_meet_over_a_store(run_dir: Path, tmp_path: Path) -> None:
+    """Two processes of torchrun, one after the other; the second completes what the first began."""
+    corpus, folder = tmp_path / "corpus.jsonl", tmp_path / "store"
+    texts = {f"p{i}": example.context for i, example in enumerate(make_examples(5, seed=1))}
+    corpus.write_text("\n".join(json.dumps({"id": i, "text": t}) for i, t in texts.items()))
+    encode = ("--run", run_dir, "--data", f"passages={corpus}", "--out", folder, "--shard-size", 2)
+    for rank, encoded in (("1", 2), ("0", 3), ("0", 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+                patch.setenv(name, value)
+            status, output, _ = in_this_process("encode", *encode)
+        assert status == 0
+        assert f"{encoded} of 5 passages encoded by process {int(rank) + 1} of 2" in output
+    stored = PayloadStore(folder)
+    ids = ("p3", "p0")
+    wire.write_payloads(tmp_path / "two.lwire", stored.messages(ids))  # type: ignore[arg-type]
+    ask = ("--run", run_dir, "--reader", "llama", "--question", "Who?", "--max-new-tokens", 3)
+    for together in ((), ("--together",)):
+        found = [
+            re.findall("(?:answer: .*|[0-9]+ bytes,)", in_this_process("generate", *ask, *given)[1])
+            for given in (
+                ("--store", folder, "--ids", *ids, *together),
+                ("--payload", tmp_path / "two.lwire", *together),
+            )
+        ]
+        assert found[0] == found[1]
+        assert len(found[0]) == (2 if together else 4)
 
 
 def test_a_pure_payload_stands_for_its_question_too(
@@ -763,6 +793,52 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "generate",
         "--run {run} --reader llama --payload {payload} --question Who? --eos-ban-steps -3",
         "eos_ban_steps=-3, expected at least 0",
+    ),
+    "nothing to encode": ("encode", "--run {run} --out {tmp}/x", "give --context FILE or --data"),
+    "two things to encode": (
+        "encode",
+        "--run {run} --out {tmp}/x --context {note} --data testbed",
+        "--context FILE and --data SOURCE: give one of them",
+    ),
+    "corpus without end": (
+        "encode",
+        "--run {run} --out {tmp}/x --data testbed",
+        "testbed has no end; say how many passages you want",
+    ),
+    "store in the place of files": (
+        "encode",
+        "--run {run} --out {tmp} --data testbed --passages 2",
+        "holds other files and no store; give a new or empty folder",
+    ),
+    "store over the run": (
+        "encode",
+        "--run {run} --out {run}/model --data testbed --passages 2",
+        "model belongs to the run; give another",
+    ),
+    "corpus with a question": (
+        "encode",
+        "--run {run} --out {tmp}/x --data testbed --passages 2 --question Who?",
+        "--data SOURCE and --question TEXT: give one of them",
+    ),
+    "no workers": (
+        "encode",
+        "--run {run} --out {tmp}/x --data testbed --passages 2 --ray 0",
+        "0 workers, expected at least 1",
+    ),
+    "store without ids": (
+        "generate",
+        "--run {run} --reader llama --store {tmp} --question Who?",
+        "give --payload FILE or --ids ID",
+    ),
+    "ids without a store": (
+        "generate",
+        "--run {run} --reader llama --payload {payload} --ids a --question Who?",
+        "--payload FILE and --ids ID ...: give one of them",
+    ),
+    "no store": (
+        "generate",
+        "--run {run} --reader llama --store {tmp} --ids a --question Who?",
+        "store.json: no such file; give the folder of a payload store",
     ),
     "data to score is no JSON": (
         "evaluate",

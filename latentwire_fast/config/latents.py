@@ -39,8 +39,8 @@ def check_latents(
     for stage, fewer, more in zip(stages, counts, [0, *counts], strict=False):
         require(
             stage.hand_over == "first" or (fewer != more and more != 0),
-            f"stage {stage.name!r}: hand_over={stage.hand_over!r} is for a stage with fewer latents "
-            "than the one before; leave it out, or set latents",
+            f"stage {stage.name!r}: hand_over={stage.hand_over!r} is for a stage with fewer "
+            "latents than the one before; leave it out, or set latents",
         )
     if not has_curriculum(stages, final):
         return

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentwire_fast.errors import ConfigError
+from latentwire_fast.files.atomic import check_replaceable
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -139,6 +142,32 @@ class RunFolder:
         if path.parent == here.eval and path.name.startswith("pattern_"):
             return True
         return path in (*files, *report) or any(path.is_relative_to(f) for f in (*folders, *files))
+
+    def check_output(self, out: Path) -> None:
+        """Raise unless `--out` leaves the run's own files alone.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self.owns(out):
+            raise ConfigError(f"--out {out} belongs to the run; give another")
+
+    def check_output_file(self, out: Path, *, context: Path | None = None) -> None:
+        """Raise unless a file can be written to `--out`.
+
+        Args:
+            context: a file that it must not replace.
+
+        Raises:
+            ConfigError, OSError: it cannot.
+        """
+        check_replaceable(out)
+        self.check_output(out)
+        if not out.parent.is_dir():
+            raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it")
+        both = context is not None and context.exists() and out.exists()
+        if both and context is not None and out.samefile(context):
+            raise ConfigError(f"--out {out} is the context's own file; give another")
 
 
 class TextLoraFolder(RunFolder):

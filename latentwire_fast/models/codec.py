@@ -151,11 +151,21 @@ class LatentCodec(nn.Module):
     def fingerprints(self) -> dict[int, int]:
         """By version of the wire format: 16 bits of the encoder's digest; in version 2 of all that
         a body is read with, since its frame says nothing else about that."""
+        encoder, whole = self._digests()
+        return {1: int(encoder[:4], 16), 2: int(whole[:4], 16)}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that payloads are read with, in hexadecimal: a payload store is recognised
+        by it. Computed at each call."""
+        return self._digests()[1]
+
+    def _digests(self) -> tuple[str, str]:
+        """Those of the encoder, and of the encoder and all else that payloads are read with."""
         encoder = parameter_digest(self.encoder.state_dict().items())
         facts = json.dumps([encoder, *self.bottleneck.format_facts()])
         tensors = parameter_digest(self.bottleneck.format_tensors().items())
-        whole = hashlib.sha256(f"{facts} {tensors}".encode()).hexdigest()
-        return {1: int(encoder[:4], 16), 2: int(whole[:4], 16)}
+        return encoder, hashlib.sha256(f"{facts} {tensors}".encode()).hexdigest()
 
     def fit_bottleneck(self, latents: Sequence[Tensor]) -> None:
         """Have the bottleneck learn what it can from latents `[B, M, d]` of training texts, now

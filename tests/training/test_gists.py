@@ -117,7 +117,7 @@ def test_wrong_gist_tokens_are_refused(llama_folder: Path, tmp_path: Path) -> No
         of(llama_folder, tmp_path, gists=0)
     reader, gists = fresh(llama_folder)
     gists.save(tmp_path)
-    with pytest.raises(ConfigError, match="is a baseline of gist tokens.* without `--gists`"):
+    with pytest.raises(ConfigError, match=r"is a baseline of gist tokens.* without `--gists`"):
         Reader.load(tmp_path, name="r")
     (tmp_path / GISTS).unlink()
     with pytest.raises(CheckpointError):

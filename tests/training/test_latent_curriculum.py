@@ -116,8 +116,12 @@ def test_a_curriculum_that_cannot_be_is_refused(
     if "stages" in changes:
         where, count, *how = changes["stages"]
         first, _, last = config.stages
+
+    def wrong() -> RunConfig:
+        if "stages" not in changes:
+            return replace(config, **changes)
+        behind = StageConfig(where, steps=2, latents=count, hand_over=(how or ["first"])[0])
+        return replace(config, stages=(first, behind) if where == "last" else (first, last, behind))
+
     with pytest.raises(ConfigError, match=words):
-        if "stages" in changes:
-            behind = StageConfig(where, steps=2, latents=count, hand_over=(how or ["first"])[0])
-            changes = {"stages": (first, behind) if where == "last" else (first, last, behind)}
-        replace(config, **changes)
+        wrong()

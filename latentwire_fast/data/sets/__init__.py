@@ -4,6 +4,7 @@ PARTS = {
     "testbed": "latentwire_fast.data.sets.testbed:Testbed",
     "squad_file": "latentwire_fast.data.sets.squad_file:SquadFile",
     "text": "latentwire_fast.data.sets.text:Text",
+    "passages": "latentwire_fast.data.sets.passages:Passages",
     "squad": "latentwire_fast.data.sets.squad:Squad",
     "squad_v2": "latentwire_fast.data.sets.squad_v2:SquadV2",
     "hotpot_qa": "latentwire_fast.data.sets.hotpot_qa:HotpotQA",
