@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of the Hugging Face API as a push and a download of a model need."""
+"""A hub on this machine: what a push and a download of a model need of the Hugging Face API."""
 
 from __future__ import annotations
 

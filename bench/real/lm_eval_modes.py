@@ -26,7 +26,7 @@ from bench.command_line import parser_of
 from latentwire_fast.cli import quiet_libraries, run_entry_point
 from latentwire_fast.config.serialization import read_run_config
 from latentwire_fast.data.examples import Example
-from latentwire_fast.data.squad import load_squad
+from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.testbed import make_examples
 from latentwire_fast.evaluation.harness import MODEL, register
 from latentwire_fast.readers.loading import load_tokenizer, resolve_source
@@ -190,7 +190,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--run", type=Path, required=True, help="a trained run")
     add("--out", type=Path, required=True, help="folder of the tasks and of modes.json")
-    add("--data", type=Path, help="a SQuAD file to ask about; the testbed unless given")
+    add("--data", help="what to ask about, as of --eval-data; the testbed unless given")
     add("--reader", action="append", default=[], help="NAME; all of the run")
     add("--questions", type=int, default=200)
     add("--bits", type=int, help="of the payloads; the model's own unless given")
@@ -205,8 +205,9 @@ def main() -> None:
     if args.data is None:
         examples = make_examples(args.questions, seed=99)
     else:
-        every = load_squad(args.data)
-        examples = random.Random(0).sample(every, min(args.questions, len(every)))
+        examples = load_examples(
+            args.data, split="heldout", count=args.questions, seed=99, whole=True
+        )
     modes: dict[str, Any] = {}
     for name, config in read_run_config(args.run).readers.items():
         if args.reader and name not in args.reader:

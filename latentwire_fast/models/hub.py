@@ -23,14 +23,12 @@ A model of LatentWire Fast: texts to payloads of a few hundred bytes, which froz
     import latentwire_fast as lw
     model = lw.Interlingua.from_pretrained("OWNER/NAME")
 
-Nothing was measured of it when it was pushed: `python -m latentwire_fast.evaluate` writes a card with
-scores and sizes into a run's model folder, which goes along when that model is loaded and pushed.
+Nothing was measured of it when it was pushed: `python -m latentwire_fast.evaluate` writes a card
+with scores and sizes into a run's model folder, and it goes along when that model is pushed.
 """
 
 
-class HubModel(
-    ModelHubMixin, library_name=LIBRARY, tags=[*TAGS], model_card_template=_CARD_TEXT
-):
+class HubModel(ModelHubMixin, library_name=LIBRARY, tags=[*TAGS], model_card_template=_CARD_TEXT):
     """What a model that can be pushed has besides: `push_to_hub` is the mixin's own.
 
     Attributes:

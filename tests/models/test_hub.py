@@ -79,7 +79,7 @@ def test_a_model_without_a_card_gets_one(
 
 def test_what_is_no_id_is_a_folder(tmp_path: Path) -> None:
     for source in (tmp_path / "a" / "b", "runs/demo/model", "model", "../a/b"):
-        with pytest.raises(CheckpointError, match="is .* a saved model"):
+        with pytest.raises(CheckpointError, match=r"is .* a saved model"):
             Interlingua.from_pretrained(source)
 
 

@@ -232,7 +232,9 @@ class LatentWireLM(HFLM):  # type: ignore[misc]
             "latentwire_reader": self.reader.name,
         }
         if self.mode == "payload":
-            info["latentwire_bits"] = self.contexts.bits or self.contexts.model.bottleneck_config.bits
+            info["latentwire_bits"] = (
+                self.contexts.bits or self.contexts.model.bottleneck_config.bits
+            )
             info |= {f"latentwire_{key}": value for key, value in self.contexts.summary().items()}
         return info
 
@@ -324,8 +326,9 @@ def _check_options(
     unknown = sorted(options.keys() - {*_HF_OPTIONS})
     if unknown:
         raise ConfigError(
-            f"--model_args: unknown {', '.join(unknown)}; the model class takes pretrained, reader, "
-            "mode, bits, context_field, chunk_length, prefix_gain, dtype, imports, and of hf: "
+            f"--model_args: unknown {', '.join(unknown)}; the model class takes pretrained, "
+            "reader, mode, bits, context_field, chunk_length, prefix_gain, dtype, imports, and of "
+            "hf: "
             f"{', '.join(_HF_OPTIONS)}"
         )
     if mode == "payload" and str(batch_size).startswith("auto"):
