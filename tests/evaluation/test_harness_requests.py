@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 
 from latentwire_fast.errors import ConfigError, DataError
+from latentwire_fast.evaluation.harness import register
 from latentwire_fast.evaluation.harness.context_payloads import ContextPayloads
 from latentwire_fast.evaluation.harness.request_prompts import RequestPrompts
 from latentwire_fast.evaluation.harness.requests import RequestParts, split_request, whole_question
@@ -128,3 +130,9 @@ def test_each_context_is_encoded_once(
     assert found["payload_bytes_mean"] == sum(len(p) for m in messages[:2] for p in m) / 2
     assert found["text_utf8_bytes_mean"] == sum(map(len, texts[:2])) / 2
     assert ContextPayloads(model).summary() == {"contexts": 0}
+
+
+def test_without_the_harness_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'latentwire-fast\[harness\]'"):
+        register()
