@@ -15,7 +15,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -27,10 +27,9 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 
 from latentwire_fast.cli import choose_device, import_modules
-from latentwire_fast.config.schema import ReaderConfig
-from latentwire_fast.config.serialization import read_run_config
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.harness.context_payloads import ContextPayloads, Key, Message
+from latentwire_fast.evaluation.harness.options import HarnessMode, check_options, reader_of
 from latentwire_fast.evaluation.harness.request_prompts import RequestPrompts
 from latentwire_fast.evaluation.harness.requests import split_request
 from latentwire_fast.files.run_folder import RunFolder
@@ -42,21 +41,7 @@ from latentwire_fast.serving import Receiver, ReceiverOptions
 
 logger = logging.getLogger(__name__)
 
-HarnessMode = Literal["payload", "text"]
 FIRST_TOKENS = 16  # decoded before it is looked whether all answers have ended
-# Options of the harness's own class that mean the same here.
-_HF_OPTIONS = (
-    "add_bos_token",
-    "chat_template_args",
-    "enable_thinking",
-    "logits_cache",
-    "max_batch_size",
-    "max_length",
-    "prefix_token_id",
-    "softmax_dtype",
-    "think_end_token",
-    "truncation",
-)
 
 
 class _Asked(NamedTuple):
@@ -75,13 +60,14 @@ class LatentWireLM(HFLM):  # type: ignore[misc]
         reader: name of one of its readers.
         mode: `payload` or `text`.
         bits: of a payload's values; the model's own number unless given.
-        context_field: the field of a task's documents that holds the context part.
+        context_field: the field of a task's documents that holds the context part; `context`
+            unless given.
         chunk_length: as in `encode --chunk-length`.
         prefix_gain: as in `generate`.
         dtype: that the reader computes in; the run's own unless given.
         imports: modules to import first, with + between them: they register parts of your own.
         device, batch_size: as in the harness; `auto` for the batch size in text mode only.
-        options: those of `hf` that are about how it reads (see `_HF_OPTIONS`).
+        options: those of `hf` (`SHARED_OPTIONS`, `TEXT_OPTIONS`).
 
     Raises:
         ConfigError, CheckpointError: no such run or reader, or an option that cannot be.
@@ -94,20 +80,26 @@ class LatentWireLM(HFLM):  # type: ignore[misc]
         mode: HarnessMode = "payload",
         *,
         bits: int | None = None,
-        context_field: str = "context",
+        context_field: str | None = None,
         chunk_length: int | None = None,
-        prefix_gain: float = 1.0,
+        prefix_gain: float | None = None,
         dtype: str | None = None,
         imports: str = "",
         device: str | None = None,
         batch_size: int | str = 1,
         **options: Any,
     ) -> None:
-        _check_options(mode, bits, batch_size, options)
+        own = {
+            "bits": bits,
+            "context_field": context_field,
+            "chunk_length": chunk_length,
+            "prefix_gain": prefix_gain,
+        }
+        check_options(mode, own, batch_size, options)
         import_modules([name for name in imports.split("+") if name])
         run = RunFolder(Path(pretrained))
         chosen = choose_device(device, option="device=")
-        name, config = _reader_of(run, reader)
+        name, config = reader_of(run, reader)
         self.reader = Reader.from_config(name, config, chosen, dtype=dtype)
         super().__init__(
             pretrained=self.reader.model,
@@ -118,15 +110,14 @@ class LatentWireLM(HFLM):  # type: ignore[misc]
         )
         self.mode = mode
         self.run = run
-        self.context_field = context_field
+        self.context_field = context_field or "context"
         if mode == "text":
             return
         model = Interlingua.from_pretrained(run.model).to(chosen)
         if bits is not None:
             model.bottleneck_config.require_rate(bits, "bits")
-        self.receiver = Receiver.of(
-            model, self.reader, options=ReceiverOptions(prefix_gain=prefix_gain)
-        )
+        gain = 1.0 if prefix_gain is None else prefix_gain
+        self.receiver = Receiver.of(model, self.reader, options=ReceiverOptions(prefix_gain=gain))
         self.contexts = ContextPayloads(
             model, bits=bits, chunk_length=chunk_length, batch_size=self.batch_size
         )
@@ -295,7 +286,7 @@ class LatentWireLM(HFLM):  # type: ignore[misc]
         while True:
             rows = first.generate(DecodeOptions(max_new_tokens=limit))
             texts = [self.tok_decode(ids) for ids in rows]
-            cut = [postprocess_generated_text(text, until, self.think_end_token) for text in texts]
+            cut = [postprocess_generated_text(text, until, None) for text in texts]
             goes_on = (
                 len(ids) == limit and text == short
                 for ids, text, short in zip(rows, texts, cut, strict=True)
@@ -313,37 +304,3 @@ class LatentWireLM(HFLM):  # type: ignore[misc]
                 "with brotli)",
                 *found.values(),
             )
-
-
-def _check_options(
-    mode: str, bits: int | None, batch_size: int | str, options: dict[str, Any]
-) -> None:
-    """Raise where an option of the model class cannot be."""
-    if mode not in get_args(HarnessMode):
-        raise ConfigError(f"mode={mode!r}, expected {' or '.join(get_args(HarnessMode))}")
-    if mode == "text" and bits is not None:
-        raise ConfigError("bits is about payloads; leave it out with mode=text")
-    unknown = sorted(options.keys() - {*_HF_OPTIONS})
-    if unknown:
-        raise ConfigError(
-            f"--model_args: unknown {', '.join(unknown)}; the model class takes pretrained, "
-            "reader, mode, bits, context_field, chunk_length, prefix_gain, dtype, imports, and of "
-            "hf: "
-            f"{', '.join(_HF_OPTIONS)}"
-        )
-    if mode == "payload" and str(batch_size).startswith("auto"):
-        raise ConfigError("--batch_size auto works with mode=text only; give a number")
-
-
-def _reader_of(run: RunFolder, name: str | None) -> tuple[str, ReaderConfig]:
-    """A reader of a run, by its name or because it is the only one.
-
-    Raises:
-        ConfigError, CheckpointError: no such run or reader.
-    """
-    readers = read_run_config(run.path).readers
-    if name is None and len(readers) == 1:
-        name = next(iter(readers))
-    if name not in readers:
-        raise ConfigError(f"reader={name}: this run has {sorted(readers)}; name one of them")
-    return name, readers[name]
