@@ -52,7 +52,7 @@ class _Asked(NamedTuple):
     message: Message
 
 
-class LatentWireLM(HFLM):  # type: ignore[misc]
+class LatentWireLM(HFLM):
     """A reader of a run, behind the harness's interface.
 
     Args:

@@ -84,7 +84,7 @@ class RequestPrompts:
         tokenizer = self.reader.tokenizer
         message = (
             f"reader {self.reader.name!r} learned to read payloads behind "
-            f"{tokenizer.decode(trained)!r}, and in this request the text before is {text[-60:]!r}"
+            f"{tokenizer.decode([*trained])!r}, and in this request the text before is {text[-60:]!r}"
         )
         if self._head:
             raise ConfigError(
