@@ -30,6 +30,7 @@ MINUTES ?= 60
 CONTEXTS ?= 600
 FILES ?= runs/gpu-real-files
 VENV := .venv
+HARNESS := .venv-harness
 BIN := $(VENV)/bin
 # A GPU machine may hold torch in a Python of its own and have no network to install anything from.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -43,7 +44,7 @@ REAL_DATA = --data '$(SQUAD_TRAIN)' --eval-data '$(SQUAD_EVAL)' \
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test check format bench fuzz gpu gpu-kernels gpu-prefill gpu-real-files \
+.PHONY: help setup demo real test test-harness check format bench fuzz gpu gpu-kernels gpu-prefill gpu-real-files \
 	gpu-real clean distclean
 
 help:  ## list the targets
@@ -60,6 +61,9 @@ real: $(VENV)/.readers  ## train and evaluate on SQuAD with two pretrained reade
 
 test: $(VENV)/.installed  ## run every test (those marked gpu are skipped without one)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable
+
+test-harness: $(HARNESS)/.installed  ## runs as models of lm-evaluation-harness, in an environment of its own
+	$(HARNESS)/bin/python -m pytest tests/evaluation/test_lm_eval.py tests/evaluation/test_harness_requests.py
 
 check: $(VENV)/.installed  ## lint, formatting and types
 	$(BIN)/ruff check
@@ -107,7 +111,7 @@ clean:  ## remove build products and caches (keeps .venv and runs)
 	rm -f $(VENV)/.installed
 
 distclean: clean  ## clean, and remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(HARNESS)
 
 # torch comes first and alone: the extension is compiled against it, and a resolver that is free to choose
 # would take a newer one.
@@ -134,4 +138,13 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt CMake
 	@echo "[4/4] dependencies, and the C++ extension"
 	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	@$(BIN)/python -c "from latentwire_fast.readers import kv_placement"
+	@touch $@
+
+# lm-evaluation-harness brings packages that nothing else needs. Its environment finds those of .venv, too.
+SITE := import site; print(site.getsitepackages()[0])
+$(HARNESS)/.installed: $(VENV)/.installed
+	@$(BIN)/python -m venv --without-pip --clear $(HARNESS)
+	@$(BIN)/python -c "$(SITE)" > "$$($(HARNESS)/bin/python -c '$(SITE)')/of_venv.pth"
+	@$(BIN)/python -m pip --disable-pip-version-check -qq --python $(HARNESS)/bin/python \
+	    install -c constraints.txt "$$(grep '^lm-eval==' constraints.txt | cut -d' ' -f1)"
 	@touch $@

@@ -29,7 +29,16 @@ FOLDERS = ("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "doc
 MADE_BY_USERS = ("bench/results",)
 # A file that docs/extending.md asks its readers to write.
 MODULES_TO_WRITE = ("latentwire_fast.models.encoders.letters",)
-COMMANDS = ("train", "train_text_lora", "repack", "evaluate", "encode", "generate", "sweep")
+COMMANDS = (
+    "train",
+    "train_text_lora",
+    "repack",
+    "evaluate",
+    "encode",
+    "generate",
+    "sweep",
+    "lm_eval",
+)
 SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py")
 OPTIONS_OF_OTHERS = {"--nproc-per-node", "--benchmark-only", "--predict"}  # torchrun, pytest
 each_document = pytest.mark.parametrize(
@@ -94,7 +103,7 @@ def options_of(command: str) -> frozenset[str]:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return frozenset(re.findall(r"--[a-z][a-z-]*[a-z]", done.stdout))
+    return frozenset(re.findall(r"--[a-z][a-z_-]*[a-z]", done.stdout))
 
 
 def options_in(words: list[str]) -> set[str]:

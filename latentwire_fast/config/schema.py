@@ -28,6 +28,7 @@ from latentwire_fast.config.stage import FACTS, StageConfig, with_level
 from latentwire_fast.config.validation import ValidationConfig
 from latentwire_fast.registry import ATTACHMENTS, BOTTLENECKS, ENCODERS, SCHEDULES
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 # Users of a configuration find all of it here, the settings of its parts with the rest.
 __all__ = [
     "BITS",
@@ -171,6 +172,8 @@ class RunConfig(Settings):
         private_slots: how many of the encoder's latents are one reader's own, by its name; the
             others are for all readers. Each reader gets the shared ones and its own.
         loss_norms_every: steps between two measurements of each loss's own gradient; None for none.
+        trackers: what shows the numbers of the log: `tensorboard`, `wandb`, `trackio`. The log
+            itself, `diagnostics.jsonl`, is always written.
     """
 
     preset: str = "custom"
@@ -195,6 +198,7 @@ class RunConfig(Settings):
     warm_start: dict[str, str] = field(default_factory=dict)
     loss_norms_every: int | None = None
     private_slots: dict[str, int] = field(default_factory=dict)
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,6 +210,7 @@ class RunConfig(Settings):
         require(
             self.minutes is None or self.minutes > 0, f"minutes={self.minutes}, expected above 0"
         )
+        self._check_trackers()
         self._check_attachments()
         self._check_objectives()
         require(
@@ -222,6 +227,13 @@ class RunConfig(Settings):
         )
         for part in (self.encoder, self.bottleneck, *self.attachments):
             part.check(self)
+
+    def _check_trackers(self) -> None:
+        for name in self.trackers:
+            require(
+                name in TRACKERS and self.trackers.count(name) == 1,
+                f"trackers: {name!r}, expected each at most once of {', '.join(TRACKERS)}",
+            )
 
     def _check_attachments(self) -> None:
         require(bool(self.attachments), "attachments: at least one is needed, such as soft")

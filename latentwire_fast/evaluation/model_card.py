@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.methods.base import evaluation_methods
 from latentwire_fast.evaluation.report.formatting import percent
+from latentwire_fast.models.hub import LIBRARY, TAGS
 
 
 def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
@@ -50,8 +54,7 @@ def model_card(config: RunConfig, metrics: dict[str, Any]) -> str:
     size = latent["group_size"]
     groups = "" if size is None else f" in groups of {size}"
     return f"""---
-library_name: latentwire-fast
-tags: [prompt-compression, soft-prompt, latent]
+{_card_data(config, metrics, methods)}
 ---
 # Interlingua `{metrics["run"]["name"]}` (preset `{config.preset}`)
 
@@ -64,7 +67,49 @@ F1 on {metrics["examples"]} held-out examples of `{config.data.source}`:
 
 {table}
 
+{_bytes_table(metrics)}
+
 {readers}
 A chat template that names today's date was given {" or ".join(dates)} instead.
 Trained by commit {metrics["run"]["commit"]}, configuration {metrics["run"]["config_sha256"][:12]}.
 """
+
+
+def _card_data(config: RunConfig, metrics: dict[str, Any], methods: dict[str, str]) -> str:
+    """What the hub reads of a card, as YAML: library, tags, and scores as a model index."""
+    # Names of files and sets: where they are on this machine is nobody's business.
+    place = re.sub(r"[^+,=]*/", "", config.data.eval_source or config.data.source)
+    data = ModelCardData(
+        library_name=LIBRARY,
+        tags=[*TAGS],
+        model_name=metrics["run"]["name"] or "latentwire",
+        eval_results=[
+            EvalResult(
+                task_type="question-answering",
+                task_name="Question answering",
+                dataset_type=re.sub(r"[^\w.+-]+", "-", place),
+                dataset_name=f"{metrics['examples']} held-out examples of {place}",
+                metric_type="f1",
+                metric_name=f"F1, {name}, {label.lower()}",
+                metric_value=round(100 * entry[key]["f1"]["mean"], 2),
+            )
+            for name, entry in metrics["readers"].items()
+            for key, label in methods.items()
+            if entry.get(key)
+        ],
+    )
+    return data.to_yaml().strip()
+
+
+def _bytes_table(metrics: dict[str, Any]) -> str:
+    """Bytes of a text, and of its payload at each width, on average."""
+    sizes = metrics["bytes"]
+    text = sizes["text_utf8_mean"]
+    named = {
+        "text (UTF-8)": text,
+        "text, compressed (brotli)": sizes["text_brotli_mean"],
+        **{f"payload, {bits} bits": mean for bits, mean in sizes["payload_mean"].items()},
+    }
+    rows = ["| sent | bytes | of the text |", "| --- | --- | --- |"]
+    rows += [f"| {name} | {mean:.0f} | {mean / text:.0%} |" for name, mean in named.items()]
+    return "\n".join(rows)

@@ -1,7 +1,7 @@
 """Encoder, bottleneck and every reader's attachments as one model: what is trained, saved and
 shared.
 
-    model = Interlingua.from_pretrained("runs/demo/model")
+    model = Interlingua.from_pretrained("runs/demo/model")                         # or a hub id
     payload = model.encode_payloads(["Nulnak is already 94 years old."])[0]     # bytes
     latent_BMd = model.decode_payloads([payload])
     soft_BMD = model.prefix("llama", latent_BMd)
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -27,6 +27,7 @@ from latentwire_fast.models import saved_model
 from latentwire_fast.models.attachments.base import Attachment, Place, ReaderInputs
 from latentwire_fast.models.codec import LatentCodec
 from latentwire_fast.models.encoders.base import Encoder
+from latentwire_fast.models.hub import HubModel, local_folder
 from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.lora import ReaderLora
@@ -39,7 +40,7 @@ LORA = "lora"  # the folder of a saved model that holds those of its readers
 HEADS = "heads"  # what is trained with a model and is no part of it
 
 
-class Interlingua(LatentCodec):
+class Interlingua(LatentCodec, HubModel):
     """One latent language: an encoder that writes it, a bottleneck that sends it, and attachments
     that let each reader understand it.
 
@@ -241,9 +242,22 @@ class Interlingua(LatentCodec):
         """Named parameters that receive gradients."""
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(  # type: ignore[override]  # returns the folder
+        self,
+        folder: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
+    ) -> Path:
         """Write config.json, model.safetensors, what the encoder saves besides, and readers'
-        low-rank updates in `lora/NAME`, as peft does."""
+        low-rank updates in `lora/NAME`, as peft does.
+
+        Args:
+            push_to_hub: push it too, to `repo_id` or a repository of the folder's name.
+            options: of `push_to_hub`, which itself calls this with `model_card_kwargs`: the model
+                card is written for the hub alone, or by an evaluation.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {
@@ -269,17 +283,25 @@ class Interlingua(LatentCodec):
         named = self.trained_parameters()
         size = sum(p.numel() for name, p in named if not name.startswith(f"{HEADS}."))
         saved_model.write(folder, settings, trained_parameters=size, files=files)
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name, **options)
+        elif "model_card_kwargs" in options:
+            self.write_card(folder)
         return folder
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Interlingua:
-        """Load what `save_pretrained` wrote.
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Interlingua:  # type: ignore[override]
+        """Load what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: a folder, or `OWNER/NAME` on the hub (`local_folder`).
+            options: for the hub, such as `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             CheckpointError: a file is missing or damaged, another version wrote them, or they name
-                a part that is not registered.
+                a part that is not registered; or there is no such model on the hub.
         """
-        folder = Path(folder)
+        folder = local_folder(source, **options)
         saved = saved_model.read(folder)
         model = cls(
             ENCODERS.part_of(saved.encoder).load(folder, saved.encoder),
@@ -292,4 +314,5 @@ class Interlingua(LatentCodec):
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
         for name in saved.lora:
             model.lora[name] = ReaderLora.load(folder / LORA / name)
+        model.read_card(folder)
         return model.eval()

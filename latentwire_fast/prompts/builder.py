@@ -143,6 +143,11 @@ class PromptBuilder:
         return len(self._template.opening)
 
     @property
+    def after_prefix_ids(self) -> list[int]:
+        """The fixed ids right behind a latent: none, or the BOS token where it is asked for."""
+        return self._template.after_prefix
+
+    @property
     def control_ids_used(self) -> set[int]:
         """Every id that prompts have besides those of texts."""
         fixed = self._template
@@ -151,6 +156,10 @@ class PromptBuilder:
     def text_ids(self, text: str) -> list[int]:
         """Token ids of user text; control tokens spelled in it stay plain text."""
         return self._text.ids(text)
+
+    def template_ids(self, text: str) -> list[int]:
+        """Token ids of a text whose control tokens are meant, as those of a chat template are."""
+        return self._text.template_ids(text)
 
     def text_ids_of_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`text_ids` of each text, tokenised together."""

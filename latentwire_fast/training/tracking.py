@@ -1,60 +1,72 @@
-"""The log of a run: `diagnostics.jsonl`, TensorBoard scalars, statistics."""
+"""The log of a run: `diagnostics.jsonl`, its numbers on boards, statistics."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.files.records import read_records
 from latentwire_fast.files.run_folder import RunFolder
+from latentwire_fast.training.boards import open_boards
 
 
 class Tracker:
-    """Appends one JSON object per logged step and mirrors its numbers to TensorBoard.
+    """Appends one JSON object per logged step and mirrors its numbers to boards.
 
     Args:
         folder: of the run; made if missing.
         resume_step: records of later steps are dropped, as the run is about to write them again;
             None starts anew.
+        trackers: names of the boards (`RunConfig.trackers`).
+        config: the run's configuration, for those that show it.
+
+    Raises:
+        ConfigError: a tracker does not start.
     """
 
-    def __init__(self, folder: RunFolder, *, resume_step: int | None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        resume_step: int | None,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = folder.diagnostics
         folder.path.mkdir(parents=True, exist_ok=True)
         kept = []
         if resume_step is not None:
             kept = [r for r in read_records(self.path) if r["step"] <= resume_step]
         write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._boards = open_boards(trackers, folder, resume_step=resume_step, config=config)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(folder.tensorboard), purge_step=0 if resume_step is None else resume_step + 1
-        )
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Write one record with its `step`; tensors are 0-d; non-finite numbers become null."""
         plain = _plain(record)
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in _scalars(plain):
-            if name != "step":
-                self._board.add_scalar(name, value, plain["step"])
+        self._show({key: v for key, v in _scalars(plain) if key != "step"}, plain["step"])
 
     def mirror(self, prefix: str, values: Mapping[str, Any], *, step: int) -> None:
-        """Numbers for TensorBoard alone, under names that begin with the prefix."""
-        for name, value in _scalars(_plain(values), f"{prefix}/"):
-            self._board.add_scalar(name, value, step)
+        """Numbers for the boards alone, under names that begin with the prefix."""
+        self._show(dict(_scalars(_plain(values), f"{prefix}/")), step)
+
+    def _show(self, values: Mapping[str, float], step: int) -> None:
+        for board in self._boards:
+            board.add(values, step)
 
     def close(self) -> None:
-        """Flush and close both logs."""
+        """Flush and close all logs."""
         self._file.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
     def __enter__(self) -> Tracker:
         return self

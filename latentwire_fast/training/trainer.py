@@ -31,6 +31,7 @@ from latentwire_fast.files.atomic import replace_folder, write_atomically
 from latentwire_fast.files.lock import RunLock
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.ops.bf16 import is_fast_at_bf16
+from latentwire_fast.training.boards import check_trackers
 from latentwire_fast.training.builders import absolute_paths, check_stored_config
 from latentwire_fast.training.distributed import Reducer
 from latentwire_fast.training.optimizer_state import rng_state
@@ -73,6 +74,7 @@ class Trainer:
         cache: bool = True,
         device: torch.device | None = None,
     ) -> None:
+        check_trackers(config.trackers)
         self.config = absolute_paths(config)
         self.heldout = heldout
         self.cache = cache
@@ -161,7 +163,12 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return contextlib.nullcontext()
         step = self.session.state.step
-        return Tracker(self.folder, resume_step=step - 1 if step else None)
+        return Tracker(
+            self.folder,
+            resume_step=step - 1 if step else None,
+            trackers=self.config.trackers,
+            config=to_json(self.config),
+        )
 
     def _loop(self, tracker: Tracker | None) -> None:
         total = self.session.config.total_steps
