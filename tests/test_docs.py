@@ -30,8 +30,13 @@ MADE_BY_USERS = ("bench/results",)
 # A file that docs/extending.md asks its readers to write.
 MODULES_TO_WRITE = ("latentwire_fast.models.encoders.letters",)
 COMMANDS = ("train", "train_text_lora", "repack", "evaluate", "encode", "generate", "sweep")
-SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py")
-OPTIONS_OF_OTHERS = {"--nproc-per-node", "--benchmark-only", "--predict"}  # torchrun, pytest
+SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py", "bench/vllm_throughput.py")
+OPTIONS_OF_OTHERS = {
+    "--nproc-per-node",  # torchrun
+    "--benchmark-only",  # pytest
+    "--predict",
+    "--enable-prompt-embeds",  # vllm serve
+}
 each_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
 )

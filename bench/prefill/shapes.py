@@ -86,7 +86,7 @@ def build_reader(
         model = AutoModelForCausalLM.from_config(
             SHAPES[source], dtype=dtype, attn_implementation=attention
         )
-    return Reader(model, _tokenizer_for(source), name=source)
+    return Reader(model, tokenizer_for(source), name=source)
 
 
 def build_encoder(
@@ -98,11 +98,12 @@ def build_encoder(
     config = ENCODERS.config("lm", source=source, latents=latents, d_z=d_z, max_tokens=max_tokens)
     with torch.device(device):
         core = AutoModel.from_config(SHAPES[source], dtype=dtype)
-        encoder = LMEncoder(core, _tokenizer_for(source), config)
+        encoder = LMEncoder(core, tokenizer_for(source), config)
     return encoder.eval().requires_grad_(False)
 
 
-def _tokenizer_for(shape: str) -> Any:
+def tokenizer_for(shape: str) -> Any:
+    """The testbed's tokenizer that a shape gets."""
     return load_tokenizer("testbed:qwen" if shape.startswith("qwen") else "testbed:llama")
 
 
