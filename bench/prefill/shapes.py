@@ -35,8 +35,10 @@ from latentwire_fast.registry import ENCODERS
 
 SMALL = decoder_sizes(vocabulary=32000, width=768, inner=3072, layers=12, heads=12, kv_heads=12)
 TINY = decoder_sizes(vocabulary=1000, width=32, inner=64, layers=2, heads=4, kv_heads=2)
+LITTLE = decoder_sizes(vocabulary=32000, width=512, inner=1376, layers=8, heads=8, kv_heads=8)
 POSITIONS = 8192
-# Llama-3.1-8B and Qwen2.5-7B as on the hub; the others are ours: 160M parameters, and for tests.
+# Llama-3.1-8B and Qwen2.5-7B as on the hub; the others are ours: named after their parameters, or
+# for tests.
 SHAPES: dict[str, LlamaConfig | Qwen2Config] = {
     "llama-3.1-8b": KNOWN["meta-llama/Llama-3.1-8B-Instruct"],
     "qwen2.5-7b": KNOWN["Qwen/Qwen2.5-7B-Instruct"],
@@ -45,6 +47,7 @@ SHAPES: dict[str, LlamaConfig | Qwen2Config] = {
         **{**SMALL, "intermediate_size": 3328, "num_key_value_heads": 4},
         max_position_embeddings=POSITIONS,
     ),
+    "llama-58m": LlamaConfig(**LITTLE, max_position_embeddings=POSITIONS),
     "llama-tiny": LlamaConfig(**TINY, max_position_embeddings=POSITIONS),
     "qwen2-tiny": Qwen2Config(**TINY, max_position_embeddings=POSITIONS),
 }

