@@ -215,13 +215,12 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     import vllm
 
     contest = contest_of(args, scratch)
-    counts = {"warm_ups": args.warm_ups, "repeats": args.repeats}
-    rows = [
-        row
-        for batch in args.batches
-        for new_tokens in args.new_tokens
-        for row in contest.rows(batch, new_tokens, **counts)
-    ]
+    rows: list[Row] = []
+    for batch in args.batches:
+        for new_tokens in args.new_tokens:
+            found = contest.rows(batch, new_tokens, warm_ups=args.warm_ups, repeats=args.repeats)
+            rows += found
+            print(table(found), file=sys.stderr, flush=True)
     has_gpu = torch.cuda.is_available()
     return {
         "reader": args.reader,
