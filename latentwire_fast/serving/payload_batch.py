@@ -22,6 +22,7 @@ from torch import Tensor
 
 from latentwire_fast import wire
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.models.codec import LatentCodec
 from latentwire_fast.models.joined import Pieces
 from latentwire_fast.models.slots import Slots
 from latentwire_fast.serving.input_buffer import Fields
@@ -133,6 +134,26 @@ class PayloadKind:
     slots: Slots | None = None
     reader: str = ""
     decode: Unpack | None = None
+
+    @classmethod
+    def of(cls, model: LatentCodec, reader: str, *, unpacked: bool = False) -> PayloadKind:
+        """The kind that `model` writes, for one of its readers.
+
+        Args:
+            unpacked: the bottleneck unpacks them, also where the reader's device could.
+        """
+        encoder, bottleneck = model.encoder_config, model.bottleneck
+        sends_codes = bottleneck.sends_codes and bottleneck.version == wire.VERSION
+        opened = partial(model.open_payloads, reader=reader)
+        return cls(
+            encoder.latents,
+            encoder.d_z,
+            model.fingerprint,
+            unpack=None if sends_codes and not unpacked else opened,
+            slots=model.slots if model.slots.private else None,
+            reader=reader,
+            decode=opened if encoder.varies else None,
+        )
 
     @property
     def view(self) -> Callable[[Tensor], Tensor] | None:

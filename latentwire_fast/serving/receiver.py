@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from latentwire_fast import wire
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.prompts.batch import LayerUpdates
 from latentwire_fast.prompts.builder import Prompt
@@ -132,24 +131,12 @@ class Receiver:
             ConfigError, CheckpointError: `model` was not trained for this reader.
         """
         model.adapt(reader, merge=options is not None and options.merge_lora)
-        encoder = model.encoder_config
-        sends_codes = model.bottleneck.sends_codes and model.bottleneck.version == wire.VERSION
-        opened = partial(model.open_payloads, reader=reader.name)
-        kind = PayloadKind(
-            encoder.latents,
-            encoder.d_z,
-            model.fingerprint,
-            unpack=None if sends_codes else opened,
-            slots=model.slots if model.slots.private else None,
-            reader=reader.name,
-            decode=opened if encoder.varies else None,
-        )
         return cls(
             reader,
             model.attachment(reader.name, "prefixes"),
             deep_prefix=model.attachment(reader.name, "deep"),
             layers=model.attachment(reader.name, "layers"),
-            payload_kind=kind,
+            payload_kind=PayloadKind.of(model, reader.name),
             options=options,
         )
 
