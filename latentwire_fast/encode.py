@@ -26,6 +26,7 @@ from latentwire_fast.cli import (
     check_question,
     choose_device,
     import_modules,
+    program,
     quiet_libraries,
     run_entry_point,
     standard_input,
@@ -72,7 +73,7 @@ class EncodeArguments:
 
 def main() -> None:
     """Encode one text and print its sizes and times."""
-    args = tyro.cli(EncodeArguments, prog="latentwire_fast.encode")
+    args = tyro.cli(EncodeArguments, prog=program("latentwire_fast.encode"))
     if args.out != STANDARD:
         _encode(args, None)
         return

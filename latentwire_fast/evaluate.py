@@ -28,6 +28,7 @@ from latentwire_fast.cli import (
     choose_device,
     make_callable,
     parse_arguments,
+    program,
     run_entry_point,
 )
 
@@ -147,7 +148,7 @@ def evaluate(
 
 def score_command(arguments: list[str]) -> None:
     """Print official scores as JSON."""
-    args = tyro.cli(ScoreArguments, args=arguments, prog="latentwire_fast.evaluate score")
+    args = tyro.cli(ScoreArguments, args=arguments, prog=program("latentwire_fast.evaluate score"))
     from latentwire_fast.evaluation.squad_score import score_file
 
     print(json.dumps(score_file(args.data, args.predictions)))

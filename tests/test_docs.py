@@ -64,7 +64,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
                 words = shlex.split(line, comments=True)
             except ValueError:  # a formula
                 continue
-            if words and words[0] in ("python", "torchrun", "make", "pytest"):
+            if words and words[0] in ("python", "torchrun", "make", "pytest", "latentwire"):
                 yield words
 
 
@@ -171,6 +171,8 @@ def test_imports_in_examples_work(document: Path) -> None:
 @each_document
 def test_commands_have_the_options_that_are_given(document: Path) -> None:
     for words in command_lines(document.read_text()):
+        if words[0] == "latentwire" and words[1].replace("-", "_") in COMMANDS:
+            words = ["python", "-m", f"latentwire_fast.{words[1].replace('-', '_')}", *words[2:]]
         line = " ".join(words)
         module = re.search(rf"latentwire_fast\.({'|'.join(COMMANDS)})( score)?\b", line)
         script = next((word for word in words if word in SCRIPTS), None)
