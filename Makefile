@@ -31,6 +31,7 @@ CONTEXTS ?= 600
 FILES ?= runs/gpu-real-files
 VENV := .venv
 BIN := $(VENV)/bin
+DOCS := .venv-docs
 # A GPU machine may hold torch in a Python of its own and have no network to install anything from.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -43,7 +44,7 @@ REAL_DATA = --data '$(SQUAD_TRAIN)' --eval-data '$(SQUAD_EVAL)' \
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test check format bench fuzz gpu gpu-kernels gpu-prefill gpu-real-files \
+.PHONY: help setup demo real test check format docs bench fuzz gpu gpu-kernels gpu-prefill gpu-real-files \
 	gpu-real clean distclean
 
 help:  ## list the targets
@@ -69,6 +70,9 @@ check: $(VENV)/.installed  ## lint, formatting and types
 format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(DOCS)/.installed  ## build the documentation as a site, build/site/index.html (links are checked)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
 bench: $(VENV)/.installed  ## time the kernels into runs/bench (without a GPU: small shapes), and placement
 	@mkdir -p runs/bench
@@ -106,8 +110,8 @@ clean:  ## remove build products and caches (keeps .venv and runs)
 	find latentwire_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f $(VENV)/.installed
 
-distclean: clean  ## clean, and remove .venv
-	rm -rf $(VENV)
+distclean: clean  ## clean, and remove .venv and .venv-docs
+	rm -rf $(VENV) $(DOCS)
 
 # torch comes first and alone: the extension is compiled against it, and a resolver that is free to choose
 # would take a newer one.
@@ -134,4 +138,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt CMake
 	@echo "[4/4] dependencies, and the C++ extension"
 	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	@$(BIN)/python -c "from latentwire_fast.readers import kv_placement"
+	@touch $@
+
+# In an environment of its own: it needs neither torch nor the package.
+$(DOCS)/.installed: constraints.txt
+	@tools/venv.sh $(PYTHON) $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt mkdocs-material
 	@touch $@

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import yaml
 
 from latentwire_fast.config.presets import PRESETS
 
@@ -216,3 +218,42 @@ def test_presets_and_make_targets_exist(document: Path) -> None:
             preset = words[words.index("latentwire_fast.train") + 1]
             known = preset in PRESETS or preset.endswith(".json") or preset.isupper()
             assert known, f"{document.name}: there is no preset {preset!r}"
+
+
+# --- the site -----------------------------------------------------------------------------------
+
+
+def site_pages() -> ModuleType:
+    """`tools/site_pages.py`, imported from its place."""
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "tools" / "site_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_has_every_page() -> None:
+    """`make docs` fails too where one is left out; this says so without MkDocs."""
+    sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    entries = [entry for section in sections for entry in section.values()]
+    named = [page for entry in entries for page in ([entry] if isinstance(entry, str) else entry)]
+    made = site_pages().PAGES.values()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} | set(made)
+    assert len(named) == len(set(named))
+    assert set(named) == pages
+
+
+def test_pages_of_the_root_have_their_links_in_the_site() -> None:
+    pages = site_pages()
+    for name in pages.PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", pages.page(name)):
+            target = link.partition("#")[0]
+            known = "://" in link or target in ("", *pages.PAGES.values())
+            assert known or (ROOT / "docs" / target).is_file(), f"{name}: {link}"
+
+
+@each_document
+def test_the_site_has_the_anchors_of_github(document: Path) -> None:
+    headings = re.findall(r"^#+ (.*)$", prose(document.read_text()), re.M)
+    assert {site_pages().slug(heading, "-") for heading in headings} == slugs(document)
