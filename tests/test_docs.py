@@ -27,7 +27,10 @@ DOCUMENTS = sorted(
     ]
 )
 # Folders whose paths the documents name; what a user makes there is not in a checkout.
-FOLDERS = ("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "docs", "configs")
+FOLDERS = (
+    *("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "docs", "configs"),
+    "examples",
+)
 MADE_BY_USERS = ("bench/results",)
 # A file that docs/extending.md asks its readers to write.
 MODULES_TO_WRITE = ("latentwire_fast.models.encoders.letters",)
@@ -249,7 +252,7 @@ def test_pages_of_the_root_have_their_links_in_the_site() -> None:
     for name in pages.PAGES:
         for link in re.findall(r"\]\(([^)\s]+)\)", pages.page(name)):
             target = link.partition("#")[0]
-            known = "://" in link or target in ("", *pages.PAGES.values())
+            known = "://" in link or target in ("", *pages.FILES, *pages.PAGES.values())
             assert known or (ROOT / "docs" / target).is_file(), f"{name}: {link}"
 
 

@@ -19,6 +19,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
 }
+FILES = ("examples/quickstart.ipynb",)  # what these pages link to besides
 
 
 def page(name: str) -> str:
@@ -44,9 +45,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the root."""
+    """Add the pages of the root, and what they link to."""
     from mkdocs.structure.files import File
 
     for name, target in PAGES.items():
         files.append(File.generated(config, target, content=page(name)))
+    for name in FILES:
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
