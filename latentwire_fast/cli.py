@@ -121,6 +121,18 @@ def quiet_libraries() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score names its tokenizer there
 
 
+def program(module: str) -> str:
+    """What a command calls itself: `latentwire NAME` where it was started so, or else its module.
+
+    Args:
+        module: such as `latentwire_fast.train`, or this and a sub-command.
+    """
+    command = module.removeprefix("latentwire_fast.")
+    started = sys.argv[0] if sys.argv else ""
+    as_one = f"latentwire {command}".replace("_", "-")
+    return as_one if started.startswith("latentwire ") else module
+
+
 def parse_arguments(
     kind: type[Arguments], *, prog: str, arguments: Sequence[str] | None = None
 ) -> Arguments:
@@ -133,7 +145,7 @@ def parse_arguments(
     Raises:
         ConfigError: as `import_modules`.
     """
-    args = tyro.cli(kind, prog=prog, args=arguments)
+    args = tyro.cli(kind, prog=program(prog), args=arguments)
     quiet_libraries()
     import_modules(getattr(args, "imports", ()))
     return args

@@ -32,6 +32,7 @@ from latentwire_fast.cli import (
     choose_device,
     import_modules,
     process_of_torchrun,
+    program,
     quiet_libraries,
     run_entry_point,
     standard_input,
@@ -93,7 +94,7 @@ class EncodeArguments:
 
 def main() -> None:
     """Encode one text, or many, and print sizes and times."""
-    args = tyro.cli(EncodeArguments, prog="latentwire_fast.encode")
+    args = tyro.cli(EncodeArguments, prog=program("latentwire_fast.encode"))
     check_one_of({"--context FILE": args.context, "--data SOURCE": args.data})
     if args.data is not None:
         _encode_data(args, args.data)

@@ -30,6 +30,7 @@ from latentwire_fast.cli import (
     choose_device,
     make_callable,
     parse_arguments,
+    program,
     run_entry_point,
 )
 from latentwire_fast.config.parts import Language
@@ -195,7 +196,7 @@ def evaluate(
 
 def score_command(arguments: list[str]) -> None:
     """Print official scores as JSON."""
-    args = tyro.cli(ScoreArguments, args=arguments, prog="latentwire_fast.evaluate score")
+    args = tyro.cli(ScoreArguments, args=arguments, prog=program("latentwire_fast.evaluate score"))
     from latentwire_fast.evaluation.squad_score import score_file
 
     scores = score_file(

@@ -20,6 +20,7 @@ from latentwire_fast.cli import (
     Imports,
     choose_device,
     import_modules,
+    program,
     quiet_libraries,
     run_entry_point,
 )
@@ -52,7 +53,7 @@ class RepackArguments:
 
 def main() -> None:
     """Repack a run."""
-    args = tyro.cli(RepackArguments, prog="latentwire_fast.repack")
+    args = tyro.cli(RepackArguments, prog=program("latentwire_fast.repack"))
     quiet_libraries()
     import_modules(args.imports)
     from latentwire_fast.training.repacking import repack

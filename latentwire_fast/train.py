@@ -47,8 +47,8 @@ class TrainArguments:
     """Train an encoder, and adapters for a set of frozen readers; then evaluate them.
 
     Args:
-        preset: a preset (testbed, testbed_context, testbed_byte, testbed_smoke, squad_small,
-            squad_llama_qwen) or a .json file.
+        preset: a preset (testbed, testbed_context, testbed_quick, testbed_byte, testbed_smoke,
+            squad_small, squad_llama_qwen) or a .json file.
         run: run folder, runs/PRESET if not given (with --base runs/PRESET_READERS). An unfinished
             run in it is resumed.
         reader: NAME=SOURCE, repeatable: replaces the preset's readers. SOURCE is a local folder, a

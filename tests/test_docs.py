@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import yaml
 
 from latentwire_fast.config.presets import PRESETS
 
@@ -25,7 +27,10 @@ DOCUMENTS = sorted(
     ]
 )
 # Folders whose paths the documents name; what a user makes there is not in a checkout.
-FOLDERS = ("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "docs", "configs")
+FOLDERS = (
+    *("latentwire_fast", "kernels", "csrc", "bench", "tests", "tools", "docs", "configs"),
+    "examples",
+)
 MADE_BY_USERS = ("bench/results",)
 # A file that docs/extending.md asks its readers to write.
 MODULES_TO_WRITE = ("latentwire_fast.models.encoders.letters",)
@@ -78,7 +83,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
                 words = shlex.split(line, comments=True)
             except ValueError:  # a formula
                 continue
-            if words and words[0] in ("python", "torchrun", "make", "pytest"):
+            if words and words[0] in ("python", "torchrun", "make", "pytest", "latentwire"):
                 yield words
 
 
@@ -185,6 +190,8 @@ def test_imports_in_examples_work(document: Path) -> None:
 @each_document
 def test_commands_have_the_options_that_are_given(document: Path) -> None:
     for words in command_lines(document.read_text()):
+        if words[0] == "latentwire" and words[1].replace("-", "_") in COMMANDS:
+            words = ["python", "-m", f"latentwire_fast.{words[1].replace('-', '_')}", *words[2:]]
         line = " ".join(words)
         module = re.search(rf"latentwire_fast\.({'|'.join(COMMANDS)})( score| pattern)?\b", line)
         script = next((word for word in words if word in SCRIPTS), None)
@@ -229,3 +236,42 @@ def test_presets_and_make_targets_exist(document: Path) -> None:
             preset = words[words.index("latentwire_fast.train") + 1]
             known = preset in PRESETS or preset.endswith(".json") or preset.isupper()
             assert known, f"{document.name}: there is no preset {preset!r}"
+
+
+# --- the site -----------------------------------------------------------------------------------
+
+
+def site_pages() -> ModuleType:
+    """`tools/site_pages.py`, imported from its place."""
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "tools" / "site_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_has_every_page() -> None:
+    """`make docs` fails too where one is left out; this says so without MkDocs."""
+    sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    entries = [entry for section in sections for entry in section.values()]
+    named = [page for entry in entries for page in ([entry] if isinstance(entry, str) else entry)]
+    made = site_pages().PAGES.values()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} | set(made)
+    assert len(named) == len(set(named))
+    assert set(named) == pages
+
+
+def test_pages_of_the_root_have_their_links_in_the_site() -> None:
+    pages = site_pages()
+    for name in pages.PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", pages.page(name)):
+            target = link.partition("#")[0]
+            known = "://" in link or target in ("", *pages.FILES, *pages.PAGES.values())
+            assert known or (ROOT / "docs" / target).is_file(), f"{name}: {link}"
+
+
+@each_document
+def test_the_site_has_the_anchors_of_github(document: Path) -> None:
+    headings = re.findall(r"^#+ (.*)$", prose(document.read_text()), re.M)
+    assert {site_pages().slug(heading, "-") for heading in headings} == slugs(document)

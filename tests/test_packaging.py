@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PROBE = (
     "import importlib, sys, latentwire_fast\n"
@@ -17,6 +20,14 @@ PROBE = (
     "kernels = importlib.import_module('latentwire_fast.kernels')\n"
     "assert 'kernels' not in sys.modules\n"
     "print(latentwire_fast.__file__, next(iter(kernels.__path__)))\n"
+)
+# A preset, a shipped reader with its chat template, and a prompt.
+READ = (
+    "import latentwire_fast as lw\n"
+    "config = lw.load_preset('testbed_quick')\n"
+    "reader = lw.load_readers(config.readers, 'cpu')['llama']\n"
+    "assert reader.tokenizer.chat_template\n"
+    "assert reader.prompts.build([lw.Turn('Who?')], context='x').ids\n"
 )
 
 
@@ -76,7 +87,8 @@ def test_a_build_without_the_extension(
 
 @pytest.mark.slow
 def test_wheel(repository: Path, source: Path, tmp_path: Path) -> None:
-    """A wheel built from the sources holds kernels, weights, templates and the type marker."""
+    """A wheel built from the sources holds every file of the package and the kernels, and works
+    where there is no checkout."""
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), ".", cwd=source)
@@ -85,11 +97,10 @@ def test_wheel(repository: Path, source: Path, tmp_path: Path) -> None:
 
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    data = {".py", ".pyi", ".typed", ".safetensors", ".json", ".j2", ".md"}
     wanted = {
         str(path.relative_to(repository))
         for path in (repository / "latentwire_fast").rglob("*")
-        if path.suffix in data and path.is_file()
+        if path.is_file() and path.suffix not in (".so", ".pyc")
     }
     wanted |= {
         f"latentwire_fast/{p.relative_to(repository)}" for p in (repository / "kernels").glob("*.*")
@@ -110,3 +121,26 @@ def test_wheel(repository: Path, source: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
         PYTHONPATH=str(site),
     )
+    script = site / "bin" / "latentwire"
+    said = run(sys.executable, str(script), "--version", cwd=tmp_path, PYTHONPATH=str(site))
+    assert said.startswith("latentwire ")
+    run(sys.executable, "-c", READ, cwd=tmp_path, PYTHONPATH=str(site))
+
+
+def test_the_image_holds_what_the_package_asks_for(repository: Path) -> None:
+    """The Dockerfile cannot be built here: its versions, extras and files are held against the
+    tree."""
+    text = (repository / "Dockerfile").read_text()
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = map(Requirement, [*project["dependencies"], *extras["gpu"]])
+    allowed = {requirement.name: requirement.specifier for requirement in wanted}
+    pinned = dict(re.findall(r" (torch|triton)==([\d.]+)", text))
+    assert set(pinned) == {"torch", "triton"}
+    for name, version in pinned.items():
+        assert version in allowed[name], name
+    (installed,) = re.findall(r'-e "\.\[([\w,]+)\]"', text)
+    assert set(installed.split(",")) <= set(extras)
+    # The constraints hold together with that torch, which wants an older setuptools.
+    constraints = (repository / "constraints.txt").read_text()
+    assert int(re.findall(r"^setuptools==(\d+)", constraints, re.MULTILINE)[0]) < 82

@@ -112,6 +112,21 @@ def testbed_context() -> RunConfig:
     )
 
 
+def testbed_quick() -> RunConfig:
+    """`testbed_context` with one reader and passages of two facts: a payload is answered from after
+    two minutes on one core. It shows how things are used and proves nothing: texts as short as
+    these are shorter than their payloads."""
+    base = testbed_context()
+    steps = {"select": 30, "match": 130, "answer": 30, "quantized": 50}
+    return replace(
+        base,
+        preset="testbed_quick",
+        readers={"llama": TESTBED_READERS["llama"]},
+        data=replace(base.data, facts=2),
+        stages=tuple(replace(stage, steps=steps[stage.name]) for stage in base.stages),
+    )
+
+
 def testbed_byte() -> RunConfig:
     """The pure-mode run with the byte encoder in the place of the LM: the same budget, for
     comparison."""
@@ -308,6 +323,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     for function in (
         testbed,
         testbed_context,
+        testbed_quick,
         testbed_byte,
         testbed_smoke,
         squad_small,
