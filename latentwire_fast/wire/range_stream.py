@@ -11,7 +11,7 @@ from latentwire_fast.wire.range_coder import (
     TOTAL_BITS,
     Row,
     _check,
-    _unwritten,
+    unwritten,
 )
 
 
@@ -35,7 +35,7 @@ class StreamDecoder:
         unit = self._width >> TOTAL_BITS
         value = self._code // unit
         if value >= TOTAL:
-            raise _unwritten(0, 1)
+            raise unwritten(0, 1)
         symbol = bisect_right(row, value) - 1
         start = row[symbol]
         self._code -= unit * start

@@ -15,7 +15,8 @@ import numpy as np
 from latentwire_fast.config.base import require
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import heldout_examples, load_examples, split_validation
-from latentwire_fast.evaluation.metrics import exact_match, f1, normalize_answer
+from latentwire_fast.evaluation.languages import normalize_answer
+from latentwire_fast.evaluation.metrics import exact_match, f1
 from latentwire_fast.evaluation.patterns.base import (
     Pattern,
     PatternCase,

@@ -16,7 +16,8 @@ import numpy as np
 
 from latentwire_fast.config.base import require
 from latentwire_fast.data.examples import Choices, Example
-from latentwire_fast.evaluation.metrics import Interval, normalize_answer, rouge
+from latentwire_fast.evaluation.languages import normalize_answer
+from latentwire_fast.evaluation.metrics import Interval, rouge
 from latentwire_fast.evaluation.patterns.base import (
     Pattern,
     PatternCase,
