@@ -24,13 +24,13 @@ from latentwire_fast.cli import (
     Assignments,
     Dtype,
     Imports,
+    Language,
     ReaderOptions,
     choose_device,
     make_callable,
     parse_arguments,
     run_entry_point,
 )
-from latentwire_fast.config.parts import Language
 
 if TYPE_CHECKING:  # `--help` does without torch
     import torch
