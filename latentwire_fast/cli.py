@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # `--help` does without torch
 
 Arguments = TypeVar("Arguments")  # the dataclass of an entry point
 Dtype = Literal["float32", "bfloat16", "float16"]
+Language = Literal["en", "ar", "de", "es", "hi", "vi", "zh"]  # as config/parts.py has them
 STANDARD = Path("-")  # in the place of a file: standard input, or standard output
 # `import` is a word of Python's, so the field of the arguments has another name than the option.
 Imports = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import")]

@@ -26,6 +26,7 @@ from latentwire_fast.cli import (
     Assignments,
     Dtype,
     Imports,
+    Language,
     ReaderOptions,
     choose_device,
     make_callable,
@@ -33,7 +34,6 @@ from latentwire_fast.cli import (
     program,
     run_entry_point,
 )
-from latentwire_fast.config.parts import Language
 
 if TYPE_CHECKING:  # `--help` does without torch
     import torch

@@ -225,6 +225,7 @@ def _table_rows(file: RowFile, delimiter: str, headerless: Sequence[str]) -> lis
 
 
 def _parquet_rows(file: RowFile) -> list[FileRow]:
+    # it comes with `datasets`
     from pyarrow import ArrowException, BufferReader, parquet
 
     try:

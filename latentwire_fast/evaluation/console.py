@@ -8,6 +8,7 @@ from typing import Any
 from latentwire_fast.evaluation.continuation import WAYS
 from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.methods.base import by_kind, evaluation_methods, methods_by_bits
+from latentwire_fast.evaluation.set_scores import METRIC_NAMES
 
 _NLL_METHODS = {
     "text": "text",
@@ -83,7 +84,8 @@ def _nll_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
 def _set_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     """The sets of a mixture, each in its own score, for the text and for the latent."""
     for name, entry in (metrics.get("sets") or {}).items():
-        yield f"{name}: {entry['metric']} on {entry['examples']} examples"
+        metric = METRIC_NAMES.get(entry["metric"], entry["metric"])
+        yield f"{name}: {metric} on {entry['examples']} examples"
         for key in ("text", "latent"):
             found = [methods.get(key) for methods in entry["readers"].values()]
             cells = ["-" if e is None else _points(e[entry["metric"]]["mean"]) for e in found]

@@ -71,6 +71,10 @@ class EvaluationResults:
         """The examples' contexts."""
         return [example.context for example in self.examples]
 
+    @property
+    def _is_mixture(self) -> bool:
+        return len({example.set_name for example in self.examples}) > 1
+
     def replaced_text(self, example: Example) -> str:
         """The text that the payload stands for."""
         return replaced_text(example.context, example.question, mode=self.config.mode)
@@ -233,7 +237,7 @@ class EvaluationResults:
             joint = {**self.joint.result.scores_of(i), "scores": self.joint.totals[i]}
         return {
             "id": example.id,
-            **({"set": example.set_name} if example.set_name else {}),
+            **({"set": example.set_name} if self._is_mixture else {}),
             "context": example.context,
             "question": example.question,
             "answers": list(example.answers),

@@ -25,6 +25,7 @@ SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
     "accuracy": _accuracy,
     "rougeL": _rouge_l,
 }
+METRIC_NAMES = {"f1": "F1", "accuracy": "Accuracy", "rougeL": "ROUGE-L"}  # for people
 
 
 def set_scores(

@@ -93,7 +93,7 @@ def test_terminal_and_report_show_the_sets(
         "sets": scores_of(*mixture),
     }
     lines = summary_lines(metrics)
-    at = lines.index("maths_test: accuracy on 2 examples")
+    at = lines.index("maths_test: Accuracy on 2 examples")
     assert lines[at + 1 : at + 3] == [f"  {'text':16}{'100.0':>12}", f"  {'latent':16}{'50.0':>12}"]
     write_report(tmp_path, metrics=metrics, predictions=[], diagnostics=[], config={})
     markdown = (tmp_path / "report.md").read_text()

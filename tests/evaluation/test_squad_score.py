@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from latentwire_fast import cli
+from latentwire_fast.config import parts
 from latentwire_fast.config.schema import DataConfig
 from latentwire_fast.data.sources import load_examples
 from latentwire_fast.data.squad import load_squad
 from latentwire_fast.errors import ConfigError, DataError
+from latentwire_fast.evaluation.languages import normalize_answer
 from latentwire_fast.evaluation.scoring import judge_answers
 from latentwire_fast.evaluation.squad_score import score_file
 from real_files import real_file
@@ -209,6 +212,12 @@ def test_rules_of_languages(
     data = squad_file(tmp_path / "d.json", {"q": [gold]}, "1.1")
     result = score_file(data, write(tmp_path / "p.json", {"q": prediction}), language=language)
     assert (result["exact_match"], result["f1"]) == pytest.approx((exact, overlap))
+
+
+def test_every_language_has_rules() -> None:
+    assert get_args(parts.Language) == get_args(cli.Language)
+    for language in get_args(parts.Language):
+        assert normalize_answer("Tea, ", language) == "tea"
 
 
 def test_english_rules_on_another_script_warn(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from latentwire_fast.errors import DataError
@@ -53,11 +54,19 @@ def hub_answers() -> bool:
     """Whether the hub answers within `SECONDS`."""
     from huggingface_hub import constants, get_session
 
-    try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # of whichever HTTP library this version of huggingface_hub has
-        return False
-    return True
+    answered = threading.Event()
+
+    def ask() -> None:
+        # Errors are of whichever HTTP library this version of huggingface_hub has.
+        with suppress(Exception):
+            get_session().head(constants.ENDPOINT, timeout=SECONDS)
+            answered.set()
+
+    # A thread, because no timeout counts while a name is looked up.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    return answered.is_set()
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from typing import Any
 
 from latentwire_fast.evaluation.methods.base import by_kind
 from latentwire_fast.evaluation.report.formatting import percent
-
-METRICS = {"f1": "F1", "em": "EM", "accuracy": "Accuracy", "rougeL": "ROUGE-L"}
+from latentwire_fast.evaluation.set_scores import METRIC_NAMES
 
 
 def sets_view(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -17,7 +16,7 @@ def sets_view(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "name": name,
             "examples": entry["examples"],
-            "metric": METRICS.get(entry["metric"], entry["metric"]),
+            "metric": METRIC_NAMES.get(entry["metric"], entry["metric"]),
             "readers": list(entry["readers"]),
             "rows": list(_rows(entry)),
         }
