@@ -188,7 +188,7 @@ class JointRescoring(Pattern):
         f1s["oracle"] = [max(v) for v in zip(*(f1s[name] for name in case.readers), strict=True)]
         best = max(case.readers, key=lambda name: sum(f1s[name][tested:]))
         clusters = [example.context for example in examples[:tested]]
-        costs = self._costs(case, panel, given, chosen)
+        costs = self._costs(case, panel, given, chosen, tested)
         rows = []
         for method, values in f1s.items():
             scores = {"f1": case.interval(values[:tested], clusters)}
@@ -213,6 +213,7 @@ class JointRescoring(Pattern):
         panel: ReaderPanel,
         given: Given,
         chosen: Mapping[str, Sequence[str]],
+        tested: int,
     ) -> dict[str, Cost]:
         """What one question costs by each method; an oracle is none, and costs what rescoring
         does."""
@@ -226,7 +227,7 @@ class JointRescoring(Pattern):
             return reader.likelihoods([(0, chosen[name][i]) for name in readers])
 
         scoring = sum((reader.cost(score, timed) for reader in readers.values()), Work())
-        sizes, sender = panel.texts.sizes(given), panel.sender(given)
+        sizes, sender = panel.texts.sizes(given)[:tested], panel.sender(given)
         every = sum(answering.values(), scoring)
         costs = {name: Cost.of(sizes, work, sender) for name, work in answering.items()}
         return costs | {rule: Cost.of(sizes, every, sender) for rule in (*RULES, "oracle")}

@@ -168,7 +168,7 @@ class _Searches:
             scores[label] = self._scores(orders)
             answers, f1s, answering = self._answer(given, orders)
             own = scores[label] | ({"f1": f1s} if f1s else {})
-            total = Cost(
+            total = Cost(  # the best passage is one of those that were sent to be ranked
                 max(cost.bytes, answering.bytes),
                 cost.gflops + answering.gflops,
                 cost.ms + answering.ms,
