@@ -38,7 +38,7 @@ def setups(own: BottleneckConfig) -> dict[str, BottleneckConfig]:
     found = {}
     for bits in (6, 4):
         found[f"version 1, {bits} bits"] = uniform(bits=bits, group_size=size)
-    for prior in ("flat", "static"):
+    for prior in ("flat", "static", "autoregressive"):
         for bits in (6, 4, 3, 2):
             name = f"version 2, {bits} bits, {prior} prior"
             found[name] = uniform(bits=bits, group_size=size, version=2, prior=prior)

@@ -174,7 +174,7 @@ def test_what_cannot_be_sent_is_refused(kind: str) -> None:
         ("residual_vq", {"bits": 13}, "bits=13, expected 36, 27, 18 or 9"),
         ("residual_vq", {"stages": 0}, "stages=0"),
         ("residual_vq", {"dropout": 2.0}, "dropout=2.0"),
-        ("vq", {"running_prior": True}, "running_prior=True needs prior='static', and a bottl"),
+        ("vq", {"running_prior": True}, "running_prior=True needs prior='static' or 'auto"),
         ("fsq", {"running_prior": True, "prior": "flat"}, "running_prior=True needs prior='st"),
         (
             "uniform",

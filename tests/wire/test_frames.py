@@ -221,6 +221,8 @@ def test_W2_two_bit_flips_are_refused() -> None:
 @pytest.mark.parametrize("kind", fuzz_frames.KINDS)
 @pytest.mark.parametrize("count", [1500, pytest.param(40_000, marks=pytest.mark.slow)])
 def test_W4_mutated_payloads_are_refused_or_canonical(kind: str, count: int) -> None:
+    if "autoregressive" in kind:  # the same frames, with another coder
+        count //= 3
     counts = fuzz_frames.fuzz(kind, 0, lambda counts: counts.total() < count)
     assert set(counts) == {"accepted", *fuzz_frames.refusals(kind)}
     assert counts["accepted"] > count / 50
