@@ -594,7 +594,7 @@ def test_a_run_is_evaluated_into_its_folder(run_dir: Path) -> None:
             "readers",
             "collapse",
         ),
-        *("latent_minus", "joint", "hypotheses"),
+        *("latent_minus", "joint", "hypotheses", "coded_text"),
     }
     assert metrics["schema_version"] == 1
     assert set(metrics["run"]) == RUN_KEYS
