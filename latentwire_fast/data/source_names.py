@@ -4,6 +4,7 @@
     FILE.json            a SQuAD v1.1 or v2.0 file (.json.xz and .json.gz too)
     FILE.json[A:B]       articles A to B - 1 of it, in the order of their titles; `[:24]`, `[-8:]`
     text=FILE            the paragraphs of a text file, without questions
+    passages=FILE        passages with ids (JSON lines or .tsv), without questions
     FOLDER               rows in SQuAD's columns, written by `save_to_disk`
     NAME=PATH            rows of the set NAME: a `save_to_disk` folder or a JSON (lines) file
     hub:NAME             the set NAME from the hub
