@@ -4,6 +4,7 @@
     FILE.json            a SQuAD v1.1 or v2.0 file, or rows in SQuAD's columns (.json.xz too)
     FILE.json[A:B]       articles A to B - 1 of it, in the order of their titles; `[:24]`, `[-8:]`
     text=FILE            the paragraphs of a text file, without questions
+    passages=FILE        passages with ids (JSON lines or .tsv), without questions
     FOLDER               rows in SQuAD's columns, written by `save_to_disk`
     NAME=PATH            rows of the set NAME: a file as its authors give it out, a copy of the
                          hub's rows (JSON, CSV, Parquet), an archive or folder of these, or a

@@ -96,7 +96,7 @@ def write_store_on_ray(
                 *(str(model.resolve()), str(folder.resolve()), plan, device, [*imports]),
             ),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            concurrency=workers,
             num_gpus=1 if device == "cuda" else 0,
         )
         label = f"encode (Ray, workers: {workers})"
