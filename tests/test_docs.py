@@ -37,7 +37,7 @@ COMMANDS = (
     "encode",
     "generate",
     "sweep",
-    "lm_eval",
+    "evaluation.harness",
 )
 SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py")
 OPTIONS_OF_OTHERS = {"--nproc-per-node", "--benchmark-only", "--predict"}  # torchrun, pytest
