@@ -14,8 +14,8 @@ from latentwire_fast.errors import LatentWireError
 from latentwire_fast.evaluation.harness import register
 
 HELP = """\
-usage: python -m latentwire_fast.evaluation.harness [run] --model latentwire --model_args NAME=VALUE,...
-           --tasks TASK[,TASK] [options of lm-eval]
+usage: python -m latentwire_fast.evaluation.harness [run] --model latentwire
+           --model_args NAME=VALUE,... --tasks TASK[,TASK] [options of lm-eval]
 
 The command of lm-evaluation-harness (pip install 'latentwire-fast[harness]') with one more model
 class, latentwire. Every option is the harness's own; `run --help` prints all of them.
