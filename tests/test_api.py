@@ -25,8 +25,11 @@ SIGNATURES = {
         "'BottleneckConfig', attachments: 'Sequence[AttachmentConfig]', mode: 'Mode', "
         "private_slots: 'Mapping[str, int] | None' = None) -> 'None'"
     ),
-    "Interlingua.from_pretrained": "(folder: 'str | Path') -> 'Interlingua'",
-    "Interlingua.save_pretrained": "(self, folder: 'str | Path') -> 'Path'",
+    "Interlingua.from_pretrained": "(folder: 'str | Path', **options: 'Any') -> 'Interlingua'",
+    "Interlingua.save_pretrained": (
+        "(self, folder: 'str | Path', *, push_to_hub: 'bool' = False, repo_id: 'str | None' = "
+        "None, **options: 'Any') -> 'Path'"
+    ),
     "Interlingua.encode": (
         "(self, contexts: 'Sequence[str]', questions: 'Sequence[str] | None' = None) -> 'Tensor'"
     ),
@@ -130,7 +133,8 @@ SIGNATURES = {
         "'ValidationConfig | None' = None, log_every: 'int' = 10, save_every: 'int' = 200, "
         "minutes: 'float | None' = None, warm_start: 'dict[str, str]' = <factory>, "
         "loss_norms_every: 'int | None' = None, private_slots: 'dict[str, int]' = "
-        "<factory>) -> None"
+        "<factory>, trackers: 'tuple[str, ...]' = "
+        "('tensorboard',)) -> None"
     ),
     "Turn": "(question: 'str', answer: 'str | None' = None) -> None",
     "evaluate": (

@@ -39,7 +39,7 @@ FLOORS = [
     "evaluation",
     "training",
     "testbed",
-    "train train_text_lora repack evaluate encode generate sweep lm_eval",
+    "train train_text_lora repack evaluate encode generate sweep",
     "__main__",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}

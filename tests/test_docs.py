@@ -42,7 +42,7 @@ COMMANDS = (
     "encode",
     "generate",
     "sweep",
-    "lm_eval",
+    "evaluation.harness",
 )
 SCRIPTS = ("bench/prefill_latency.py", "bench/train_step.py", "bench/vllm_throughput.py")
 OPTIONS_OF_OTHERS = {

@@ -290,18 +290,18 @@ class Interlingua(LatentCodec, HubModel):
         return folder
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> Interlingua:  # type: ignore[override]
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Interlingua:  # type: ignore[override]
         """Load what `save_pretrained` or `push_to_hub` wrote.
 
         Args:
-            source: a folder, or `OWNER/NAME` on the hub (`local_folder`).
+            folder: one on this machine, or `OWNER/NAME` on the hub (`local_folder`).
             options: for the hub, such as `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             CheckpointError: a file is missing or damaged, another version wrote them, or they name
                 a part that is not registered; or there is no such model on the hub.
         """
-        folder = local_folder(source, **options)
+        folder = local_folder(folder, **options)
         saved = saved_model.read(folder)
         model = cls(
             ENCODERS.part_of(saved.encoder).load(folder, saved.encoder),

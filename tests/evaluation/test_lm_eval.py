@@ -277,7 +277,7 @@ def test_a_task_that_samples_is_refused(context_run: Path, examples: list[Exampl
 def test_the_command(context_run: Path, tasks: Path, tmp_path: Path) -> None:
     args = f"pretrained={context_run},reader=llama,mode=payload,bits=6"
     command = [
-        *(sys.executable, "-m", "latentwire_fast.lm_eval", "--model", "latentwire"),
+        *(sys.executable, "-m", "latentwire_fast.evaluation.harness", "--model", "latentwire"),
         *("--model_args", args, "--tasks", "squad_like,mmlu_like", "--include_path", str(tasks)),
         *("--batch_size", "2", "--limit", "2", "--device", "cpu", "--apply_chat_template"),
         *("--output_path", str(tmp_path / "out")),

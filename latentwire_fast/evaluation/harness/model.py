@@ -11,6 +11,7 @@ Shapes: N tokens of the continuations of a batch.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,10 +27,14 @@ from lm_eval.models.utils import (
 )
 from tqdm import tqdm
 
-from latentwire_fast.cli import choose_device, import_modules
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.evaluation.harness.context_payloads import ContextPayloads, Key, Message
-from latentwire_fast.evaluation.harness.options import HarnessMode, check_options, reader_of
+from latentwire_fast.evaluation.harness.options import (
+    HarnessMode,
+    check_options,
+    device_of,
+    reader_of,
+)
 from latentwire_fast.evaluation.harness.request_prompts import RequestPrompts
 from latentwire_fast.evaluation.harness.requests import split_request
 from latentwire_fast.files.run_folder import RunFolder
@@ -96,9 +101,10 @@ class LatentWireLM(HFLM):
             "prefix_gain": prefix_gain,
         }
         check_options(mode, own, batch_size, options)
-        import_modules([name for name in imports.split("+") if name])
+        for module in filter(None, imports.split("+")):
+            importlib.import_module(module)
         run = RunFolder(Path(pretrained))
-        chosen = choose_device(device, option="device=")
+        chosen = device_of(device)
         name, config = reader_of(run, reader)
         self.reader = Reader.from_config(name, config, chosen, dtype=dtype)
         super().__init__(

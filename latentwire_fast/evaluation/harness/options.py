@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch
+
 from latentwire_fast.config.schema import ReaderConfig
 from latentwire_fast.config.serialization import read_run_config
 from latentwire_fast.errors import ConfigError
@@ -67,3 +69,17 @@ def reader_of(run: RunFolder, name: str | None) -> tuple[str, ReaderConfig]:
     if name not in readers:
         raise ConfigError(f"reader={name}: this run has {sorted(readers)}; name one of them")
     return name, readers[name]
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; without one the accelerator that torch sees, or else the CPU.
+
+    Raises:
+        ConfigError: torch knows no such device.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is no device; give cpu or cuda:NUMBER") from None

@@ -82,9 +82,10 @@ class RequestPrompts:
     def _explain(self, text: str, trained: Sequence[int]) -> None:
         """Say, or raise where nothing can come of it, that the latent is in an unknown place."""
         tokenizer = self.reader.tokenizer
+        learned = tokenizer.decode([*trained])
         message = (
             f"reader {self.reader.name!r} learned to read payloads behind "
-            f"{tokenizer.decode([*trained])!r}, and in this request the text before is {text[-60:]!r}"
+            f"{learned!r}, and in this request the text before is {text[-60:]!r}"
         )
         if self._head:
             raise ConfigError(

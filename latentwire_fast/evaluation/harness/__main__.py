@@ -1,8 +1,8 @@
 """Evaluate a run with EleutherAI's lm-evaluation-harness (`lm-eval`).
 
-    python -m latentwire_fast.lm_eval --model latentwire --tasks TASK \\
+    python -m latentwire_fast.evaluation.harness --model latentwire --tasks TASK \\
         --model_args pretrained=runs/context,reader=llama,mode=payload,bits=6
-    python -m latentwire_fast.lm_eval --model latentwire --tasks TASK \\
+    python -m latentwire_fast.evaluation.harness --model latentwire --tasks TASK \\
         --model_args pretrained=runs/context,reader=llama,mode=text
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import sys
 
-from latentwire_fast.cli import quiet_libraries, run_entry_point
+from latentwire_fast.errors import LatentWireError
+from latentwire_fast.evaluation.harness import register
 
 HELP = """\
-usage: python -m latentwire_fast.lm_eval [run] --model latentwire --model_args NAME=VALUE,...
-           --tasks TASK[,TASK] [options of lm-eval]
+usage: python -m latentwire_fast.evaluation.harness [run] --model latentwire
+           --model_args NAME=VALUE,... --tasks TASK[,TASK] [options of lm-eval]
 
 The command of lm-evaluation-harness (pip install 'latentwire-fast[harness]') with one more model
 class, latentwire. Every option is the harness's own; `run --help` prints all of them.
@@ -50,14 +51,15 @@ def main() -> None:
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP, end="")
         return
-    quiet_libraries()
-    from latentwire_fast.evaluation.harness import register
+    try:
+        register()
+        from lm_eval.__main__ import cli_evaluate
 
-    register()
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
+        cli_evaluate()
+    except LatentWireError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    main()
