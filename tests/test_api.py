@@ -189,6 +189,7 @@ SIGNATURES = {
         "teacher_bias: 'Tensor | None' = None, vocabulary: 'int | None' = None, scale: "
         "'float' = 1.0) -> 'Tensor'"
     ),
+    "ops.nearest_codes": "(rows: 'Tensor', codes: 'Tensor') -> 'Tensor'",
     "ops.project_calibrate": (
         "(x: 'Tensor', weight: 'Tensor', bias: 'Tensor | None' = None, *, norm_weight: "
         "'Tensor | None' = None, norm_bias: 'Tensor | None' = None, gamma: 'Tensor | "
