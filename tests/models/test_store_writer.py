@@ -169,6 +169,7 @@ def test_what_a_killed_process_left_is_removed(
     assert write_store(model, folder, plan, texts, progress=False) == 0
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray warns of its own settings
 def test_ray_writes_the_same_bytes(
     model: LatentCodec, texts: dict[str, str], tmp_path: Path, whole: Path
 ) -> None:
