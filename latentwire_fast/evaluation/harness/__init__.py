@@ -1,7 +1,7 @@
 """The model class `latentwire` for EleutherAI's lm-evaluation-harness (`lm-eval`).
 
-    python -m latentwire_fast.evaluation.harness --model latentwire \\
-        --model_args pretrained=RUN,reader=NAME --tasks TASK
+    python -m latentwire_fast.evaluation.harness --model latentwire --tasks TASK \\
+        --model_args pretrained=RUN,reader=NAME
 
 A module of this folder that imports the harness is imported by the harness alone: the package does
 without it.
