@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from latentwire_fast.errors import ConfigError, LatentWireError
+from latentwire_fast.errors import ConfigError, DataError, LatentWireError
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.models.store_writer import shard_texts, write_shard
 from latentwire_fast.wire.store.plan import StorePlan, finish_store, start_store
@@ -40,13 +40,18 @@ class ShardEncoder:
         self.folder, self.plan = Path(folder), plan
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Write the shards of a batch; returns how many passages each has."""
-        counts = []
+        """Write the shards of a batch; returns how many passages each has, and what went wrong: Ray
+        keeps only the words of an error, among many of its own."""
+        counts, errors = [], []
         for shard, ids, texts in zip(batch["shard"], batch["ids"], batch["texts"], strict=True):
             own = dict(zip(map(str, ids), map(str, texts), strict=True))
-            write_shard(self.model, self.folder, self.plan, int(shard), own)
+            try:
+                write_shard(self.model, self.folder, self.plan, int(shard), own)
+                errors.append("")
+            except (LatentWireError, OSError) as error:
+                errors.append(str(error))
             counts.append(len(own))
-        return {"passages": np.array(counts)}
+        return {"passages": np.array(counts), "error": np.array(errors)}
 
 
 def write_store_on_ray(
@@ -69,7 +74,8 @@ def write_store_on_ray(
         device: of each worker; `cuda` takes one GPU for each.
 
     Raises:
-        ConfigError: Ray is not installed; otherwise as `write_store`.
+        ConfigError: Ray is not installed, or as `write_store`.
+        DataError: what stopped a worker.
     """
     if workers < 1:
         raise ConfigError(f"{workers} workers, expected at least 1")
@@ -104,11 +110,12 @@ def write_store_on_ray(
         with tqdm(
             total=plan.passages, initial=done, desc=label, unit=" passages", disable=not progress
         ) as bar:
-            try:
-                for batch in written.iter_batches(batch_size=None):
-                    bar.update(int(batch["passages"].sum()))
-            except ray.exceptions.RayError as error:
-                raise _own_error(error) from None
+            errors: list[str] = []  # raised when all other shards are there
+            for batch in written.iter_batches(batch_size=None):
+                errors += [str(error) for error in batch["error"] if error]
+                bar.update(int(batch["passages"].sum()))
+        if errors:
+            raise DataError(errors[0])
     finish_store(folder, plan)
     return missing
 
@@ -116,13 +123,3 @@ def write_store_on_ray(
 def _row(plan: StorePlan, shard: int, texts: Mapping[str, str]) -> dict[str, Any]:
     own = shard_texts(plan, shard, texts)
     return {"shard": shard, "ids": [*own], "texts": [*own.values()]}
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """The error of this package, or of the file system, that a worker raised, if it is one."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, LatentWireError | OSError):
-            return found
-        found = getattr(found, "cause", None) or found.__cause__
-    return error
