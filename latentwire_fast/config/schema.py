@@ -274,7 +274,7 @@ class RunConfig(Settings):
         require(
             not has_curriculum(self.stages, self.encoder.latents)
             or not (self.private_slots or getattr(self.bottleneck, "prior", "flat") != "flat"),
-            "stages: latents become fewer, and private_slots and a bottleneck's prior='static' are "
+            "stages: latents become fewer, and private_slots and a bottleneck's learned prior are "
             "about places among all of them; leave them out, or take prior='flat'",
         )
         for stage in self.stages:

@@ -30,9 +30,10 @@ def check_varying(pooler: PoolerConfig, run: RunConfig) -> None:
             f"attachment {attachment.kind!r}: calibration={calibration!r} is over all M latents; "
             f"{advice} 'token' or 'none'",
         )
+    prior = getattr(run.bottleneck, "prior", "flat")
     require(
-        getattr(run.bottleneck, "prior", "flat") == "flat",
-        f"bottleneck {run.bottleneck.kind!r}: prior='static' counts the symbols of M latents of "
+        prior == "flat",
+        f"bottleneck {run.bottleneck.kind!r}: prior={prior!r} counts the symbols of M latents of "
         "every text; leave out encoder.tokens_per_latent, or take prior='flat'",
     )
     require(
