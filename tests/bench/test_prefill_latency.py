@@ -746,6 +746,7 @@ BARE = {
     "torch",
     "jinja2",
     "transformers",
+    "huggingface_hub",
     "numpy",
     "safetensors",
     "tokenizers",
