@@ -55,7 +55,10 @@ def test_the_help_lists_every_command(
     assert status == 0
     for name in KINDS:
         assert f"\n  {name} " in output
-    assert "\n  encode           Write the payload of a context.\n" in output
+    assert (
+        "\n  encode           Write the payload of a context, or those of many passages.\n"
+        in output
+    )
     assert said(capsys, monkeypatch) == (2, output, "")
     assert said(capsys, monkeypatch, "--version") == (0, f"latentwire {__version__}\n", "")
 
