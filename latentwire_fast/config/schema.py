@@ -336,12 +336,15 @@ class RunConfig(Settings):
                 "which holds one; make batch_size and optim.micro_batch larger",
             )
         self._check_heads(objectives)
+        begins_trained = any(part.split(".")[0] in ("all", "encoder") for part in self.warm_start)
         require(
             not self.encoder.selects_positions
             or self.base is not None
+            or begins_trained
             or any(objective.teaches_positions and objective.weight for objective in objectives),
             "encoder pooler 'selected' and an objective that teaches positions ('select') need "
-            "each other: add it to a stage",
+            "each other: add it to a stage, or begin as in a run that has learned them "
+            "(`warm_start`)",
         )
 
     def _check_heads(self, objectives: list[ObjectiveConfig]) -> None:

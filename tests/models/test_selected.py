@@ -323,3 +323,16 @@ def test_selection_and_its_stages_go_together(
             attachments=attachments,
             stages=(StageConfig("a", steps=1, objectives=weighted(**stage)),),
         )
+
+
+@pytest.mark.parametrize("part", ["all", "encoder", "encoder.pooler"])
+def test_positions_that_another_run_has_learned_need_no_stage(
+    llama_folder: Path, qwen_folder: Path, part: str
+) -> None:
+    stage = StageConfig("a", steps=1, objectives=weighted(answer=1.0))
+    options: dict[str, Any] = {"encoder": SELECTED, "attachments": DEEP, "stages": (stage,)}
+    tiny_config(llama_folder, qwen_folder, **options, warm_start={part: "runs/a"})
+    with pytest.raises(ConfigError, match=r"begin as in a run .*warm_start"):
+        tiny_config(
+            llama_folder, qwen_folder, **options, warm_start={"attachments.llama": "runs/a"}
+        )
