@@ -83,10 +83,8 @@ def main(
         return receiver.prefill([prompt], payloads=[payloads])
 
     ways = (
-        Way("text", lambda ids: sum(map(store.text_bytes, ids)), from_texts),
-        Way(
-            "payload", lambda ids: sum(lw.wire.payload_bytes(store[i]) for i in ids), from_payloads
-        ),
+        Way("text", store.text_bytes, from_texts),
+        Way("payload", lambda one: lw.wire.payload_bytes(store[one]), from_payloads),
     )
     decoding = DecodeOptions(max_new_tokens=max_new_tokens)
     print(f"{len(texts):,} passages, {len(asked):,} questions, reader {reader}")

@@ -153,7 +153,7 @@ def test_outside_parts_are_in_every_result(
 
     metrics = evaluate_run(tmp_path, progress=False)
     assert metrics["examples"] == 4
-    assert list(metrics["hypotheses"]) == [*(f"H{i}" for i in range(1, 8)), "H_end"]
+    assert list(metrics["hypotheses"]) == [*(f"H{i}" for i in range(1, 9)), "H_end"]
     assert metrics["hypotheses"]["H_end"]["verdict"] in ("pass", "fail")
     for methods in metrics["readers"].values():
         assert methods["last_bytes"]["prefill_ms_p50"] > 0

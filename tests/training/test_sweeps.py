@@ -186,8 +186,13 @@ def test_a_signal_stops_every_run_and_the_same_sweep_goes_on(
     out = tmp_path / "out"
     sweep = sweep_run(out, "base", "waits")
 
+    def others_wait() -> bool:
+        """Whether the runs of `base` are finished, and those of `waits` under way."""
+        started = all((out / "waits" / f"seed{s}" / "started").exists() for s in (0, 1))
+        return started and SweepFolder(out).history.exists() and len(history(out)) == 2
+
     def interrupt() -> None:
-        while not all((out / "waits" / f"seed{s}" / "started").exists() for s in (0, 1)):
+        while not others_wait():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
