@@ -236,7 +236,7 @@ class LMEncoder(Encoder):
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
         text = self._text(contexts, questions)
-        return self._latent(text, self.pooler(text))
+        return self._present(text, self._latent(self.pooler(text)))
 
     def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
         """Latents `[B, M, d_z]` fp32, and the positions that they stand at.
@@ -246,7 +246,7 @@ class LMEncoder(Encoder):
         """
         text = self._text(contexts, questions)
         selection = self.pooler.select(text)
-        return self._latent(text, selection.states_BMD), selection
+        return self._present(text, self._latent(selection.states_BMD)), selection
 
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read."""
@@ -255,8 +255,11 @@ class LMEncoder(Encoder):
             return ends[: self.config.max_tokens]
         return cut_context(ends, ends, context, limit=self.config.max_tokens)
 
-    def _latent(self, text: TokenStates, states_BMD: Tensor) -> Tensor:
-        latent_BMd = rms_normalize(self.project(self.norm(states_BMD.float())).float())
+    def _latent(self, states_BMD: Tensor) -> Tensor:
+        return rms_normalize(self.project(self.norm(states_BMD.float())).float())
+
+    def _present(self, text: TokenStates, latent_BMd: Tensor) -> Tensor:
+        """Latents with zeros in the place of those that a text does not get."""
         absent_BM = text.absent_BM(self.config.latents)
         return latent_BMd if absent_BM is None else latent_BMd.masked_fill(absent_BM[..., None], 0)
 
