@@ -33,7 +33,7 @@ from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen
 
 LORA_METHODS = ("text_lora", "closed_book_lora")  # of readers with a LoRA
 BUDGETS_IN_BYTES = ("byte_budget", "selective_context_bytes", "bm25_sentences_bytes")
-OPTIONAL_METHODS = ("pca", "latent_alone", "hybrid")  # where a run asks for them
+OPTIONAL_METHODS = ("pca", "latent_alone", "latent_hinted", "hybrid")  # where a run asks for them
 METHODS = (  # what an evaluation gives a reader to read
     "text",
     "latent",

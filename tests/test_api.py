@@ -35,7 +35,8 @@ SIGNATURES = {
     ),
     "Interlingua.encode_payloads": (
         "(self, contexts: 'Sequence[str]', questions: 'Sequence[str] | None' = None, *, "
-        "bits: 'int | None' = None, reader: 'str | None' = None) -> 'list[bytes]'"
+        "bits: 'int | None' = None, reader: 'str | None' = None, "
+        "answer_lengths: 'Sequence[int] | None' = None) -> 'list[bytes]'"
     ),
     "Interlingua.encode_chunks": (
         "(self, contexts: 'Sequence[str]', questions: 'Sequence[str] | None' = None, *, "

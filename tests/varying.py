@@ -23,6 +23,7 @@ POOLED: dict[str, dict[str, Any]] = {
     "layer_spans": {"heads": 2, "states": 2, "layers": 1},
     "mean": {},
     "convolution": {},
+    "selected": {},
 }
 
 

@@ -70,6 +70,11 @@ class EncoderConfig(PartSettings):
         """Whether a text may get fewer latents than `latents`."""
         return False
 
+    @property
+    def hints(self) -> bool:
+        """Whether its last latent is a hint about the answer (`Encoder.with_hints`)."""
+        return False
+
     def with_source(self, source: str) -> EncoderConfig:
         """A copy of these settings that starts from another LM.
 

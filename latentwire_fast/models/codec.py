@@ -215,14 +215,18 @@ class LatentCodec(nn.Module):
         *,
         bits: int | None = None,
         reader: str | None = None,
+        answer_lengths: Sequence[int] | None = None,
     ) -> list[bytes]:
         """Text to payload bytes.
 
         Args:
             reader: as in `payloads`.
+            answer_lengths: how long each answer will be (`Encoder.length_of`), for an encoder that
+                gives hints; without them it says that this is not known.
 
         Raises:
-            ConfigError: as `encode` and `payloads`.
+            ConfigError: as `encode` and `payloads`; lengths for an encoder without hints, or not
+                one for each context.
             DataError: a text is longer than the encoder reads.
         """
         self._check_texts(contexts, questions)
@@ -230,6 +234,13 @@ class LatentCodec(nn.Module):
             self.encoder.check_length(text, question)
         slots = self.encoder.latent_counts(contexts, questions)
         latent_BMd = self.encode(contexts, questions)
+        if answer_lengths is not None:
+            if len(answer_lengths) != len(contexts):
+                raise ConfigError(
+                    f"{len(answer_lengths)} answer_lengths for {len(contexts)} contexts; give one "
+                    "for each"
+                )
+            latent_BMd = self.encoder.with_hints(latent_BMd, [[n] for n in answer_lengths])
         return self.payloads(latent_BMd, bits=bits, reader=reader, slots=slots)
 
     @torch.no_grad()

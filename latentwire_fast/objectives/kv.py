@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class KV(Objective):
     @dataclass(frozen=True)
     class Config(ObjectiveConfig):
         """Settings of keys and values: their weight alone."""
+
+        takes_fewer: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless there are positions, and a prefix that holds keys and values."""
@@ -61,7 +63,7 @@ class KV(Objective):
         return 4 * g.layers * g.heads * g.head_width * self.model.slots.count(reader.name)
 
     def compute(self, batch: ReaderBatch) -> Tensor:
-        """The mean distance, summed over texts."""
+        """The mean distance over a text's latents, summed over texts."""
         selection = batch.encoded.positions
         start = batch.reader.prompts.content_start
         places_BM = start + move_places(selection.places_BM, token_ends(batch))
@@ -73,4 +75,8 @@ class KV(Objective):
             batch.model.cards[batch.reader.name].kv.rms, device=target_L2BHMD.device
         )
         error = (predicted_L2BHMD - target_L2BHMD) / rms_L2[:, :, None, None, None, None]
-        return error.pow(2).mean((0, 1, 3, 4, 5)).sum()
+        absent_BM = batch.encoded.pieces.absent_RM(error.shape[4], device=error.device)
+        if absent_BM is None:
+            return error.pow(2).mean((0, 1, 3, 4, 5)).sum()
+        error_BM = error.pow(2).mean((0, 1, 3, 5)).masked_fill(absent_BM, 0)
+        return (error_BM.sum(1) / (~absent_BM).sum(1)).sum()

@@ -89,6 +89,10 @@ class EncodedBatch:
             self.selection = replace(selection, scores_BT=scores_BT)
         else:
             latent_BMd = self._encode(contexts, questions)
+        if model.encoder_config.hints and model.training:  # a validation knows no answers
+            length_of = model.encoder.length_of
+            lengths = [[length_of(turn.answer or "") for turn in p.item.turns] for p in items]
+            latent_BMd = model.encoder.with_hints(latent_BMd, lengths, drop=True)
         self.latent_BMd = latent_BMd.detach()
         self.bottleneck_loss_B: Tensor | None = None
         self.rate_B: Tensor | None = None

@@ -30,6 +30,7 @@ class Select(Objective):
 
         teaches_positions: ClassVar[bool] = True
         reads_answers: ClassVar[bool] = True
+        takes_fewer: ClassVar[bool] = True
 
         def check(self, run: RunConfig) -> None:
             """Raise unless the run's encoder has positions to learn."""

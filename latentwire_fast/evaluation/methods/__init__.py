@@ -5,6 +5,7 @@ PARTS = {
     "text": "latentwire_fast.evaluation.methods.text:Text",
     "latent": "latentwire_fast.evaluation.methods.latent:Latent",
     "latent_alone": "latentwire_fast.evaluation.methods.latent_alone:LatentAlone",
+    "latent_hinted": "latentwire_fast.evaluation.methods.latent_hinted:LatentHinted",
     "token_budget": "latentwire_fast.evaluation.methods.token_budget:TokenBudget",
     "token_budget_question": (
         "latentwire_fast.evaluation.methods.token_budget_question:TokenBudgetQuestion"

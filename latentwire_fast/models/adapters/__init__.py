@@ -5,4 +5,5 @@ PARTS = {
     "linear": "latentwire_fast.models.adapters.linear:LinearAdapter",
     "mlp": "latentwire_fast.models.adapters.mlp:MLPAdapter",
     "film": "latentwire_fast.models.adapters.film:FiLMAdapter",
+    "hinted": "latentwire_fast.models.adapters.hinted:HintedAdapter",
 }

@@ -37,9 +37,13 @@ class FiLMAdapter(Adapter):
         """Rows `[B, M, D]`."""
         latents = latent_BMd.shape[1]
         lifted_BMD = self.lift(latent_BMd) + self.slots[:latents]
-        modulation_BMC = self.modulation[:latents] + self.condition(latent_BMd)
-        scale_BMD, shift_BMD = modulation_BMC.chunk(2, -1)
+        scale_BMD, shift_BMD = self.modulation_of(latent_BMd).chunk(2, -1)
         return lifted_BMD * (1 + scale_BMD) + shift_BMD
+
+    def modulation_of(self, latent_BMd: Tensor) -> Tensor:
+        """Scales and shifts `[B, M, 2 D]`."""
+        modulation: Tensor = self.modulation[: latent_BMd.shape[1]] + self.condition(latent_BMd)
+        return modulation
 
     def first_projection(self) -> Tensor:
         """The identity, `[D, D]`."""

@@ -7,4 +7,5 @@ PARTS = {
     "token_query": "latentwire_fast.models.encoders.token_query:TokenQueryEncoder",
     "sentence": "latentwire_fast.models.encoders.sentence:SentenceEncoder",
     "anchor_guided": "latentwire_fast.models.encoders.anchor_guided:AnchorGuidedEncoder",
+    "hinted": "latentwire_fast.models.encoders.hinted:HintedEncoder",
 }

@@ -97,6 +97,20 @@ class Encoder(nn.Module):
         the others. None where each gets M."""
         return None
 
+    def with_hints(
+        self, latent_BMd: Tensor, lengths: Sequence[Sequence[int]], *, drop: bool = False
+    ) -> Tensor:
+        """Latents that tell how long their answers are.
+
+        Args:
+            lengths: per latent, those of the answers that it is to lead to (`length_of`).
+            drop: leave out some of them, as a training does.
+
+        Raises:
+            ConfigError: this encoder gives no hints.
+        """
+        raise ConfigError(f"encoder {self.config.kind!r} gives no hints: the encoder 'hinted' does")
+
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read.
 

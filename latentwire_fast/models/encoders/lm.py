@@ -236,9 +236,7 @@ class LMEncoder(Encoder):
     def forward(self, contexts: Texts, questions: Texts | None = None) -> Tensor:
         """Latents `[B, M, d_z]` fp32 of contexts, or of contexts with questions (pure mode)."""
         text = self._text(contexts, questions)
-        latent_BMd = self._latent(self.pooler(text))
-        absent_BM = text.absent_BM(self.config.latents)
-        return latent_BMd if absent_BM is None else latent_BMd.masked_fill(absent_BM[..., None], 0)
+        return self._present(text, self._latent(self.pooler(text)))
 
     def select(self, contexts: Texts, questions: Texts | None = None) -> tuple[Tensor, Selection]:
         """Latents `[B, M, d_z]` fp32, and the positions that they stand at.
@@ -246,8 +244,9 @@ class LMEncoder(Encoder):
         Raises:
             ConfigError: the encoder's pooler selects no positions.
         """
-        selection = self.pooler.select(self._text(contexts, questions))
-        return self._latent(selection.states_BMD), selection
+        text = self._text(contexts, questions)
+        selection = self.pooler.select(text)
+        return self._present(text, self._latent(selection.states_BMD)), selection
 
     def text_ends(self, context: str, question: str | None = None) -> list[int]:
         """Index of the character behind each token of the text that is read."""
@@ -258,6 +257,11 @@ class LMEncoder(Encoder):
 
     def _latent(self, states_BMD: Tensor) -> Tensor:
         return rms_normalize(self.project(self.norm(states_BMD.float())).float())
+
+    def _present(self, text: TokenStates, latent_BMd: Tensor) -> Tensor:
+        """Latents with zeros in the place of those that a text does not get."""
+        absent_BM = text.absent_BM(self.config.latents)
+        return latent_BMd if absent_BM is None else latent_BMd.masked_fill(absent_BM[..., None], 0)
 
     def _text(self, contexts: Texts, questions: Texts | None) -> TokenStates:
         cache = self.states_cache if self.config.frozen else None

@@ -16,7 +16,7 @@ def check_varying(pooler: PoolerConfig, run: RunConfig) -> None:
     require(
         pooler.varies,
         f"pooler {pooler.kind!r} makes M latents of every text; {advice} 'spans', 'layer_spans', "
-        "'queries', 'cross_attention', 'convolution' or 'mean'",
+        "'selected', 'queries', 'cross_attention', 'convolution' or 'mean'",
     )
     for attachment in run.attachments:
         require(

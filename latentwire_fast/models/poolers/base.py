@@ -21,7 +21,8 @@ class Selection:
 
     Attributes:
         scores_BT: of every position, minus infinity where none may be chosen.
-        places_BM: the chosen ones, ascending.
+        places_BM: the chosen ones, ascending. Where a text gets fewer than M, its last is repeated
+            in the place of the others.
         states_BMD: what the pooler makes of them.
     """
 

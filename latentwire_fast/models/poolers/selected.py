@@ -42,6 +42,7 @@ class SelectedPooler(Pooler):
         nothing to set."""
 
     selects_positions = True
+    varies = True
 
     def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
@@ -70,21 +71,24 @@ class SelectedPooler(Pooler):
         normed = [F.layer_norm(h.float(), h.shape[-1:]) for h in states]
         scores_BT = torch.stack([f(h) for f, h in zip(self.scores, normed, strict=True)]).sum(0)
         scores_BT = scores_BT.squeeze(-1).masked_fill(~is_text_BT, -torch.inf)
-        places_BM = best_places(scores_BT.detach(), self.latents)
+        places_BM = best_places(scores_BT.detach(), self.latents, counts_B=text.counts_B)
         mixed = [f(h) for f, h in zip(self.mixes, normed, strict=True)]
         states_BTD = self.body(torch.stack(mixed).sum(0), src_key_padding_mask=~is_text_BT)
         index = places_BM[..., None].expand(-1, -1, states_BTD.shape[-1])
         return Selection(scores_BT, places_BM, states_BTD.gather(1, index))
 
 
-def best_places(scores_BT: Tensor, count: int) -> Tensor:
+def best_places(scores_BT: Tensor, count: int, *, counts_B: Tensor | None = None) -> Tensor:
     """The `count` best positions `[B, count]`, ascending; a row with fewer repeats its last.
 
     Args:
         scores_BT: minus infinity where a position is none, but not in a whole row.
+        counts_B: how many positions each row gets, where that differs: from 1 to `count`.
     """
     best, places = scores_BT.topk(min(count, scores_BT.shape[1]))
     real = best > -torch.inf
+    if counts_B is not None:
+        real &= torch.arange(best.shape[1], device=best.device) < counts_B[:, None]
     last = places.masked_fill(~real, 0).amax(1, keepdim=True)
     places = torch.where(real, places, last).sort(1).values
     return F.pad(places, (0, count - places.shape[1]), mode="replicate")
