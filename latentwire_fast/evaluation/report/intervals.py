@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from latentwire_fast.evaluation.languages import normalize_answer
 from latentwire_fast.evaluation.methods.base import methods_by_bits
-from latentwire_fast.evaluation.metrics import normalize_answer
 
 RESAMPLES = 2000
 SAME = 1e-6  # a mean that differs more from the stored one is of other examples
