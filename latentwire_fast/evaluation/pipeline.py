@@ -30,7 +30,7 @@ from latentwire_fast.evaluation.continuation import continuation_texts, measure_
 from latentwire_fast.evaluation.evaluator import Evaluator
 from latentwire_fast.evaluation.languages import warn_of_scripts
 from latentwire_fast.evaluation.model_card import model_card
-from latentwire_fast.evaluation.provenance import commit, run_record, versions
+from latentwire_fast.evaluation.provenance import command, commit, run_record, versions
 from latentwire_fast.evaluation.report import write_report
 from latentwire_fast.evaluation.results import EvaluationResults
 from latentwire_fast.evaluation.text_compression import DICTIONARY_TEXTS, why_no_zstd
@@ -100,18 +100,31 @@ def evaluate_run(
     config = with_assignments(
         read_run_config(run_dir), assignments, reader_options=reader_options, trained=True
     )
+    made_by = command(
+        "latentwire_fast.evaluate",
+        folder.name,
+        fresh_seed=fresh_seed,
+        examples=count,
+        out=out and out.name,
+        best=best,
+        dtype=dtype,
+        set=assignments,
+        reader_options=reader_options,
+    )
     if out is None:
         with RunLock(run_dir):  # only the run's own report goes there
             _check_eval_dir(folder.eval)
             metrics, results = _evaluate(
                 folder, config, fresh_seed, count, progress, device=device, dtype=dtype
             )
+            metrics["run"]["command"] = made_by
             _write(folder, metrics, results)
         return metrics
     _check_out(folder, out)
     metrics, _ = _evaluate(
         folder, config, fresh_seed, count, progress, device=device, dtype=dtype, best=best
     )
+    metrics["run"]["command"] = made_by
     write_atomically(out, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -250,6 +263,18 @@ def _truncated(evaluator: Evaluator) -> dict[str, Any]:
         return {}
     logger.warning("held-out data: %s; scores and text sizes are of the whole text", truncation)
     return {"truncated": {"examples": truncation.cut, "text_share": truncation.share}}
+
+
+def rewrite_report(folder: RunFolder) -> None:
+    """The run's report again, from the files of its evaluation: with what came after it."""
+    lines = folder.predictions.read_text(encoding="utf-8").splitlines()
+    write_report(
+        folder.eval,
+        metrics=read_json(folder.metrics, error=CheckpointError),
+        predictions=[json.loads(line) for line in lines],
+        diagnostics=read_records(folder.diagnostics),
+        config=to_json(read_run_config(folder.path)),
+    )
 
 
 def _write(folder: RunFolder, metrics: dict[str, Any], results: EvaluationResults) -> None:

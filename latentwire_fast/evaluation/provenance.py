@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,30 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
+def command(module: str, run: str, **options: Any) -> str:
+    """A command of the package on a run, as it is typed, with the folder `runs/NAME`.
+
+    Args:
+        module: with its subcommand, where it has one: `latentwire_fast.evaluate pattern`.
+        run: the run's name.
+        options: by the name of the argument. None, False and () are left out, True is a flag, and
+            a sequence is given once per item.
+    """
+    words = ["--run", f"runs/{run}"]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            words += [word for item in items for word in (flag, str(item))]
+    return f"python -m {module} {shlex.join(words)}"
+
+
 def run_record(
     config: RunConfig, *, name: str, device: torch.device, eval_seed: int
 ) -> dict[str, Any]:
-    """The `run` entry of metrics.json but for `wall_seconds`.
+    """The `run` entry of metrics.json but for `command` and `wall_seconds`.
 
     Args:
         eval_seed: what the held-out examples were drawn with.

@@ -57,7 +57,7 @@ TIMES = {"prefill_ms_p50", "end_to_end_ms_p50"}
 METHOD_KEYS = {*INTERVALS, *TIMES, "prefix_positions_mean"}
 RUN_KEYS = {
     *("name", "preset", "mode", "seed", "commit", "config_sha256", "device", "versions"),
-    *("eval_seed", "wall_seconds", "vocab_sizes"),
+    *("eval_seed", "wall_seconds", "vocab_sizes", "command"),
 }
 HYPOTHESIS_KEYS = {"value", "low", "high", "bar", "verdict"}
 

@@ -271,7 +271,8 @@ class _Checker(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.scripts += tag == "script"
-        self.sources += [v or "" for k, v in attrs if k in ("src", "href")]
+        found = [v or "" for k, v in attrs if k in ("src", "href")]
+        self.sources += [source for source in found if not source.startswith("#")]
         if tag not in self.VOID:
             self.open.append(tag)
 

@@ -16,14 +16,17 @@ from latentwire_fast.config.overrides import with_overrides
 from latentwire_fast.config.serialization import from_json, read_run_config, to_json
 from latentwire_fast.errors import CheckpointError, ConfigError
 from latentwire_fast.evaluation.patterns.base import PatternCase, PatternConfig, PatternResult
-from latentwire_fast.evaluation.patterns.given import check_given
-from latentwire_fast.evaluation.provenance import run_record
+from latentwire_fast.evaluation.patterns.given import Given, check_given
+from latentwire_fast.evaluation.pipeline import rewrite_report
+from latentwire_fast.evaluation.provenance import command, run_record
 from latentwire_fast.files.atomic import write_atomically
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.registry import PATTERNS
 from latentwire_fast.serving import Receiver
+
+DEFAULT_GIVEN: tuple[Given, ...] = ("text", "payload")
 
 
 def pattern_config(name: str, options: Sequence[str] = ()) -> PatternConfig:
@@ -51,7 +54,7 @@ def run_pattern(
     *,
     data: str | None = None,
     options: Sequence[str] = (),
-    given: Sequence[str] = ("text", "payload"),
+    given: Sequence[str] = DEFAULT_GIVEN,
     count: int | None = None,
     out: Path | None = None,
     device: torch.device | None = None,
@@ -67,8 +70,9 @@ def run_pattern(
         options: as in `pattern_config`.
         given: what readers are given (`given.py`).
         count: how many questions are scored, at most.
-        out: the results' file; `RUN/eval/pattern_NAME.json` unless given. The answers to each
-            question go into a file of the same name that ends in `.jsonl`.
+        out: the results' file; `RUN/eval/pattern_NAME.json` unless given, which the report of the
+            run then shows, if it has one. The answers to each question go into a file of the same
+            name that ends in `.jsonl`.
         device, dtype, assignments, reader_options: as in `evaluate_run`.
 
     Returns:
@@ -99,6 +103,18 @@ def run_pattern(
     case = PatternCase(config, model, receivers, data, count, things, progress)
     result: PatternResult = PATTERNS[name](settings).run(case)
     run = run_record(config, name=folder.name, device=device, eval_seed=config.data.eval_seed)
+    run["command"] = command(
+        "latentwire_fast.evaluate pattern",
+        folder.name,
+        name=name,
+        data=data,
+        examples=count,
+        given=things if things != DEFAULT_GIVEN else (),
+        option=options,
+        dtype=dtype,
+        set=assignments,
+        reader_options=reader_options,
+    )
     content = {
         "schema_version": 1,
         "pattern": name,
@@ -110,6 +126,8 @@ def run_pattern(
     records = "".join(json.dumps(record) + "\n" for record in result.records)
     write_atomically(path.with_suffix(".jsonl"), records)
     write_atomically(path, json.dumps(content, indent=2) + "\n")
+    if out is None and folder.metrics.exists():
+        rewrite_report(folder)
     return content
 
 

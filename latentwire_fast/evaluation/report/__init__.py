@@ -1,6 +1,7 @@
 """The report of an evaluation: `report.html`, `report.md` with its figures, and `metrics.csv`.
 
-`metrics` is what `metrics.json` holds; `extra_scores.py` adds a few scores from the predictions.
+`metrics` is what `metrics.json` holds; `extra_scores.py` adds a few scores from the predictions,
+`intervals.py` the bounds of scores that are plain means there.
 Scores are shares of 1, each a number or `{"mean", "low", "high"}`; hypotheses that compare F1 are
 differences of such shares, the others ratios. `run.vocab_sizes` (reader name to V), where present,
 lets the report check that the text baseline's NLL is below ln V. Whatever is missing prints as not
@@ -20,9 +21,12 @@ from typing import Any
 import jinja2
 
 from latentwire_fast.evaluation.methods.base import methods_by_bits
+from latentwire_fast.evaluation.report.contents import sections
 from latentwire_fast.evaluation.report.extra_scores import Means, extra_scores
 from latentwire_fast.evaluation.report.figures import accuracy_figure, learning_figure
 from latentwire_fast.evaluation.report.formatting import measured
+from latentwire_fast.evaluation.report.intervals import Bootstrap, with_intervals
+from latentwire_fast.evaluation.report.patterns import stored_patterns
 from latentwire_fast.evaluation.report.text_bytes import COMPRESSORS
 from latentwire_fast.evaluation.report.view import build_view
 from latentwire_fast.files.atomic import write_atomically
@@ -43,7 +47,7 @@ def write_report(
 
     Args:
         eval_dir: created when missing; gets report.html (self-contained), report.md, metrics.csv
-            and figures/*.png.
+            and figures/*.png. The pattern_*.json in it are shown too.
         metrics: the content of metrics.json.
         predictions: the records of predictions.jsonl.
         diagnostics: the records of the run's diagnostics.jsonl; may be empty.
@@ -52,8 +56,11 @@ def write_report(
     Raises:
         OSError: the disk refused; each file is the old one or the new one.
     """
-    extra = extra_scores(predictions)
-    view = build_view(metrics, predictions, diagnostics, config, extra=extra)
+    bootstrap = Bootstrap(predictions, seed=config.get("seed") or 0)
+    metrics = with_intervals(metrics, predictions, bootstrap)
+    extra = extra_scores(predictions, bootstrap)
+    patterns = stored_patterns(eval_dir)
+    view = build_view(metrics, predictions, diagnostics, config, extra=extra, patterns=patterns)
     validations = (metrics.get("validation") or {}).get("validations") or []
     drawn = {
         "accuracy": accuracy_figure(metrics),
@@ -70,7 +77,8 @@ def write_report(
     linked = {name: f"figures/{name}.png" for name in figures}
     templates = _environment()
     for file, images in (("report.html", embedded), ("report.md", linked)):
-        text = templates.get_template(f"{file}.j2").render(view, figures=images)
+        content = {**view, "figures": images, "sections": sections(view, images)}
+        text = templates.get_template(f"{file}.j2").render(content)
         write_atomically(eval_dir / file, text)
     write_atomically(eval_dir / "metrics.csv", metrics_csv(metrics, extra))
 
@@ -133,7 +141,7 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
         yield "hypotheses", name, str(found.get("verdict")), value
 
 
-def _extra_rows(extra: Means) -> Iterator[tuple[str, str, str, float]]:
+def _extra_rows(extra: Means) -> Iterator[tuple[str, str, str, Any]]:
     for reader, methods in extra.items():
         for method, means in methods.items():
             for metric, value in means.items():

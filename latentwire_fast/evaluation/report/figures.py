@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, groupby
+from itertools import chain, cycle, groupby
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -18,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from latentwire_fast.evaluation.methods.base import methods_by_bits
+from latentwire_fast.evaluation.report.figure_names import FONTS, MANY, shown_names
 from latentwire_fast.evaluation.report.formatting import Measured, measured
 
 Records = Sequence[Mapping[str, Any]]
@@ -25,20 +27,23 @@ Curve = tuple[list[float], list[float]]
 
 # Okabe and Ito (2008): told apart by readers of every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK, MUTED = "#1e293b", "#64748b"
+# Pictures are transparent: these are read on white and on the dark page alike.
+INK, MUTED = "#6b7a90", "#75839a"
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
+    "font.family": FONTS,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.edgecolor": "#cbd5e1",
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.edgecolor": "#94a3b880",
     "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e2e8f0",
+    "grid.color": "#94a3b84d",
     "grid.linewidth": 0.7,
     "text.color": INK,
     "xtick.color": MUTED,
@@ -61,7 +66,8 @@ def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
         PNG bytes, or None when no payload was scored.
     """
     readers = {
-        name: _Points(methods, metrics) for name, methods in (metrics.get("readers") or {}).items()
+        name: _Points(methods, metrics)
+        for name, methods in _few_readers(metrics.get("readers") or {}).items()
     }
     widths = {bits: size for points in readers.values() for size, _, bits in points.latent}
     if not widths:
@@ -86,12 +92,35 @@ def accuracy_figure(metrics: Mapping[str, Any]) -> bytes | None:
         curves = [m.by_bits for m in methods_by_bits().values() if m.by_bits]
         markers = [(curve.marker, True, curve.legend) for curve in curves]
         for marker, is_filled, label in (*markers, *TEXT_MARKERS):
-            face = MUTED if is_filled else "white"
+            face = MUTED if is_filled else "none"
             handles.append(
                 Line2D([], [], color=MUTED, marker=marker, mfc=face, linestyle="", label=label)
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         return png(figure)
+
+
+def _few_readers(readers: Mapping[str, Any]) -> dict[str, Any]:
+    """The readers' scores by the names that are drawn; of many readers, their median F1 with bars
+    from the lowest to the highest."""
+    if len(readers) <= MANY:
+        return {shown: readers[name] for name, shown in shown_names(list(readers)).items()}
+    entries = list(readers.values())
+
+    def spread(found: list[Any]) -> dict[str, Any]:
+        means = sorted(score.mean for score in map(measured, found) if score)
+        if not means:
+            return {"f1": None}
+        return {"f1": {"mean": median(means), "low": means[0], "high": means[-1]}}
+
+    drawn: dict[str, Any] = {"text": spread([(e.get("text") or {}).get("f1") for e in entries])}
+    for key in methods_by_bits():
+        of_entries = [entry.get(key) or {} for entry in entries]
+        drawn[key] = {
+            bits: spread([(of_entry.get(bits) or {}).get("f1") for of_entry in of_entries])
+            for bits in dict.fromkeys(chain.from_iterable(of_entries))
+        }
+    return {f"median of {len(readers)} readers": drawn}
 
 
 def byte_axis(axes: Axes, sizes: Sequence[float]) -> None:
@@ -157,7 +186,7 @@ class _Points:
                 scale = 8.5 if bits == self.bits else 5.5
                 _dot(axes, size, score, colour, marker=curve.marker, scale=scale)
         if self.text:
-            for text_size, face in zip(self.text_sizes, ("white", colour), strict=True):
+            for text_size, face in zip(self.text_sizes, ("none", colour), strict=True):
                 if text_size:
                     _dot(axes, text_size, self.text, colour, marker="s", face=face)
 
@@ -237,9 +266,10 @@ def _validation_curves(validations: Records, score: str) -> dict[str, Curve]:
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
     """Each curve as logged, faint, under a running mean; named at its right end."""
+    shown = shown_names(list(curves))
     for colour, (name, (steps, values)) in zip(cycle(COLOURS), curves.items(), strict=False):
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
-        axes.plot(steps, _running_mean(values), color=colour, linewidth=1.9, label=name)
+        axes.plot(steps, _running_mean(values), color=colour, linewidth=1.9, label=shown[name])
     axes.set_ylim(bottom=0)
     if len(curves) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05))
@@ -270,6 +300,9 @@ def _curves(rows: Iterator[tuple[int, Mapping[str, Any]]] | Sequence[Any]) -> di
     """Per name the steps at which it was logged, and its values."""
     curves: dict[str, Curve] = {}
     for step, values in rows:
+        named = [value for value in values.values() if value is not None]
+        if len(named) > MANY:
+            values = {"highest": max(named), "median": median(named), "lowest": min(named)}
         for name, value in values.items():
             if value is not None:
                 steps, logged = curves.setdefault(name, ([], []))
@@ -299,5 +332,5 @@ def png(figure: Figure) -> bytes:
     """A figure as the bytes of a file."""
     buffer = io.BytesIO()
     # Without the version that matplotlib would add, two machines can write the same bytes.
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, transparent=True, metadata={"Software": None})
     return buffer.getvalue()

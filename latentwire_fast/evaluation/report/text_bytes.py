@@ -26,8 +26,15 @@ def text_bytes(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "rows": [*_rows(metrics)],
         "costs": [*_costs(coded)],
+        "timed": _timed(coded),
         "notes": [*_notes(coded)],
     }
+
+
+def _timed(coded: Mapping[str, Any]) -> str:
+    """How many texts the times are of."""
+    counts = {entry["sample"]["examples"] for entry in coded["readers"].values() if entry}
+    return f"{max(counts, default=0)} texts"
 
 
 def _rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -9,8 +9,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latentwire_fast.config.presets import PRESETS
-from latentwire_fast.config.serialization import to_json
 from latentwire_fast.evaluation.console import not_frozen
 from latentwire_fast.evaluation.fitting import DOES_NOT_FIT, fits_not
 from latentwire_fast.evaluation.hypotheses.base import hypotheses
@@ -21,8 +19,14 @@ from latentwire_fast.evaluation.methods.base import (
     sorted_widths,
 )
 from latentwire_fast.evaluation.report.collapse import collapse_view
+from latentwire_fast.evaluation.report.commands import (
+    commands,
+    evaluate_command,
+    train_command,
+)
 from latentwire_fast.evaluation.report.differences import continuation, difference_rows
 from latentwire_fast.evaluation.report.extra_scores import EXTRA_SCORES, Means
+from latentwire_fast.evaluation.report.figure_names import figure_note
 from latentwire_fast.evaluation.report.formatting import (
     MISSING,
     Cell,
@@ -35,6 +39,7 @@ from latentwire_fast.evaluation.report.formatting import (
 )
 from latentwire_fast.evaluation.report.hypothesis_rows import hypothesis_row, verdict
 from latentwire_fast.evaluation.report.latent_facts import latent_facts
+from latentwire_fast.evaluation.report.patterns import patterns_view
 from latentwire_fast.evaluation.report.sanity_checks import find_warnings
 from latentwire_fast.evaluation.report.sets import sets_view
 from latentwire_fast.evaluation.report.shown_examples import choose_examples
@@ -50,16 +55,18 @@ def build_view(
     config: Mapping[str, Any],
     *,
     extra: Means,
+    patterns: Records = (),
 ) -> dict[str, Any]:
     """Everything that the templates print, except the figures."""
+    run = metrics.get("run") or {}
     return {
-        "run": metrics.get("run") or {},
+        "run": run,
         "examples": metrics.get("examples") or 0,
         "base": config.get("base"),
         "not_frozen": [
             not_frozen(name, entry) for name, entry in (metrics.get("lora") or {}).items()
         ],
-        "is_pure": (metrics.get("run") or {}).get("mode") == "pure",
+        "is_pure": run.get("mode") == "pure",
         "headline": headline(metrics),
         "tiles": list(_tiles(metrics)),
         "warnings": find_warnings(metrics, predictions, diagnostics),
@@ -76,16 +83,22 @@ def build_view(
         "width_columns": _width_columns(metrics),
         "widths": list(_width_rows(metrics)),
         "sets": sets_view(metrics),
+        "patterns": patterns_view(patterns),
         "text_bytes": text_bytes(metrics),
         "joint": _joint(metrics),
         "continuation": continuation(metrics),
         "extra_columns": list(EXTRA_SCORES.values()),
         "extra": list(_extra_rows(extra)),
         "collapse": collapse_view(metrics),
+        "timed": (config.get("evaluation") or {}).get("timing_examples") or "a few",
+        "logged": f"{len(diagnostics):,} logged steps",
+        "figure_note": figure_note(list(metrics.get("readers") or {})),
         "validation": _validation(metrics.get("validation") or {}),
         "shown_examples": choose_examples(predictions, metrics),
         "facts": list(_facts(metrics)),
-        "commands": _commands(metrics.get("run") or {}, config),
+        "commands": commands(run, config),
+        "evaluate_command": evaluate_command(run),
+        "train_command": train_command(run, config),
         "config": json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False),
         "missing": MISSING,
     }
@@ -284,6 +297,7 @@ def _validation(found: Mapping[str, Any]) -> dict[str, Any] | None:
         "columns": [f"{name} {score}" for name in names for score in ("NLL / token", "F1")],
         "rows": rows,
         "note": note,
+        "examples": found["examples"],
     }
 
 
@@ -320,25 +334,6 @@ def _facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     versions = sorted((run.get("versions") or {}).items())
     if versions:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions)
-
-
-def _commands(run: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """The commands that reproduce the run: a preset by its name, any other by its config.json."""
-    commit, changed, _ = (run.get("commit") or "").partition("+changes")
-    preset = run.get("preset")
-    is_preset = preset in PRESETS and to_json(PRESETS[preset]()) == config
-    what, folder = preset if is_preset else "config.json", f"runs/{run.get('name') or 'NAME'}"
-    lines = [
-        f"python -m latentwire_fast.train {what} --run {folder}",
-        f"python -m latentwire_fast.evaluate --run {folder}",
-    ]
-    if not is_preset:
-        lines.insert(0, "# with the config.json of the run folder:")
-    if commit:
-        lines.insert(0, f"git checkout {commit}")
-    if changed:
-        lines.insert(1, "# with the changes that were not committed")
-    return lines
 
 
 # --- shorthands -----------------------------------------------------------------------------------
