@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from latentwire_fast.config.presets import PRESETS
+from latentwire_fast.config.serialization import to_json
 from latentwire_fast.evaluation.metrics import mean_interval
+from latentwire_fast.evaluation.pipeline import rewrite_report
 from latentwire_fast.evaluation.provenance import command
 from latentwire_fast.evaluation.report import figures, write_report
 from latentwire_fast.evaluation.report.contents import SECTIONS
 from latentwire_fast.evaluation.report.figure_names import LONGEST, MANY, figure_note, shown_names
 from latentwire_fast.evaluation.report.figures import accuracy_figure, learning_figure
 from latentwire_fast.evaluation.report.intervals import Bootstrap, with_intervals
+from latentwire_fast.files.run_folder import RunFolder
 
 F1 = {"mean": 0.5, "low": 0.4, "high": 0.6}
 EVALUATE = "python -m latentwire_fast.evaluate --run runs/mine --examples 40"
@@ -238,6 +242,21 @@ def test_patterns_are_shown(full: dict[str, str], file: str) -> None:
     assert "joint minus llama" in text
     assert "+50.0" in text
     assert "170" in text
+
+
+def test_a_report_is_written_again_from_its_files(tmp_path: Path) -> None:
+    """As a pattern does it: with the pattern in it, the scores as they were."""
+    folder = RunFolder(tmp_path)
+    folder.eval.mkdir()
+    folder.metrics.write_text(json.dumps(everything()))
+    folder.predictions.write_text("".join(json.dumps(record) + "\n" for record in records()))
+    folder.config.write_text(json.dumps(to_json(PRESETS["testbed"]())))
+    folder.pattern("routing").write_text(json.dumps(pattern_results()))
+    rewrite_report(folder)
+    found = folder.report.read_text()
+    assert "patterns" in anchors(found)
+    assert "50.0" in found
+    assert EVALUATE in found
 
 
 def test_scores_at_every_width_have_intervals(tmp_path: Path) -> None:
