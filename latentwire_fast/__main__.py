@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -40,20 +41,28 @@ def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     name = command.replace("-", "_")
     if command in ("-h", "--help"):
-        print(help_text())
+        say(help_text() + "\n")
         sys.exit(0 if sys.argv[1:] else 2)
     elif command == "--version":
         print(f"latentwire {__version__}")
     elif command == "completion":
         if len(arguments) != 1 or arguments[0] not in SHELLS:
             mistake(f"completion takes the name of a shell: {' or '.join(SHELLS)}")
-        print(completion_script(arguments[0]), end="")
+        say(completion_script(arguments[0]))
     elif name in COMMANDS:
         sys.argv = [f"latentwire {command}", *arguments]
         module = importlib.import_module(f"{__package__}.{name}")
         module.run_entry_point(module.main)  # as its last line does
     else:
         mistake(f"no command {command!r}; there are {', '.join(typed_names())}")
+
+
+def say(text: str) -> None:
+    """Print all of it; a pager or `head` that ends before it is no error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def typed_names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -132,3 +133,15 @@ def test_zsh_reads_its_script() -> None:
     code = completion_script("zsh") + "whence -w _latentwire"
     done = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("_latentwire: function\n", "")
+
+
+def test_a_reader_that_ends_early_is_no_error() -> None:
+    """As in `latentwire --help | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "latentwire_fast", "--help"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
