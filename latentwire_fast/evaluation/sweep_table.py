@@ -132,28 +132,41 @@ def _resampled(
 
 
 def table_lines(table: Mapping[str, Any]) -> list[str]:
-    """The table as Markdown. F1 and its differences are in points."""
+    """The table as Markdown, F1 and its differences in points; below it what is not finished."""
     readers: Sequence[str] = table["readers"]
     heads = ["variant", "seeds"]
     heads += [f"{name} F1" for name in readers]
     heads += [f"{name} minus {table['base']}" for name in readers]
     heads += [f"{name} NLL" for name in readers]
     heads += ["effective rank", "bytes", "steps/s"]
-    rows = [_row(name, found, readers) for name, found in table["variants"].items()]
+    finished = {name: found for name, found in table["variants"].items() if found is not None}
+    missing = [name for name in table["variants"] if name not in finished]
     return [
         _line(heads),
         _line(["---", *["---:"] * (len(heads) - 1)]),
-        *(_line([*row, *[MISSING] * (len(heads) - len(row))]) for row in rows),
+        *(_line(_row(name, found, readers)) for name, found in finished.items()),
         "",
+        *([f"Not finished, with any seed: {', '.join(missing)}.", ""] if missing else []),
         "F1 in points of 100: the mean over the seeds, ± the standard deviation over the seeds, "
         "and in brackets the 95% interval over the held-out examples. Differences are paired by "
         "seed and by example. NLL is per token, steps/s of the training alone.",
+        *_wall_time(list(finished.values())),
     ]
 
 
-def _row(name: str, found: Mapping[str, Any] | None, readers: Sequence[str]) -> list[str]:
-    if found is None:
-        return [name, "none finished"]
+def _wall_time(finished: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How long the runs took, where that was noted."""
+    timed = [found for found in finished if found["wall_seconds"] is not None]
+    hours = sum(found["wall_seconds"] * len(found["seeds"]) for found in timed) / 3600
+    runs = sum(len(found["seeds"]) for found in timed)
+    return (
+        ["", f"{runs} runs took {number(hours)} hours in all, evaluations included."]
+        if runs
+        else []
+    )
+
+
+def _row(name: str, found: Mapping[str, Any], readers: Sequence[str]) -> list[str]:
     entries = [found["readers"].get(reader) or {} for reader in readers]
     return [
         name,
