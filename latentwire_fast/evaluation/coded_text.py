@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -25,7 +26,9 @@ from latentwire_fast.serving import Receiver
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 8  # texts that are really coded and decoded, at most: each token is a step of the reader
+# What is really coded and decoded, at most: each token is two steps of the reader. Long texts are
+# fewer, so that an evaluation does not become as long as two generations of all of them.
+SAMPLE, SAMPLE_TOKENS = 8, 512
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def code_texts(
 
     Args:
         bits: of the payloads that are timed beside.
-        count: how many are really coded, at most `SAMPLE`.
+        count: how many are really coded, at most (`sample_size`).
 
     Returns:
         None where the reader has no positions for a text.
@@ -112,7 +115,7 @@ def code_texts(
         sum(coder.text(ids) != text for text, ids in rows.items()),
     )
     trial = _Trial(case, receiver, coder, bits=bits)
-    for i, text in enumerate(texts[: min(count, SAMPLE)]):
+    for i, text in enumerate(texts[: sample_size(coded.tokens, count)]):
         with case.reader.base():
             message = coder.encode(rows[text])
         coded.sample.append(len(message))
@@ -122,6 +125,17 @@ def code_texts(
         coded.equal += found == rows[text]
         coded.times.payload.append(trial.payload(i))
     return coded
+
+
+def sample_size(tokens: Sequence[int], count: int) -> int:
+    """How many of the first texts are really coded: at most `count` and `SAMPLE`, and as many as
+    have `SAMPLE_TOKENS` together; one at least, if there is any.
+
+    Args:
+        tokens: of each text.
+    """
+    fitting = sum(total <= SAMPLE_TOKENS for total in accumulate(tokens[: min(count, SAMPLE)]))
+    return max(fitting, min(1, count, len(tokens)))
 
 
 class _Trial:

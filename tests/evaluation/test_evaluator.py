@@ -208,7 +208,8 @@ def check_coded(metrics: dict[str, Any]) -> None:
         assert sample["examples"] == sample["decoded_equal"] == 2  # as many as are timed
         assert sample["bytes_mean"] <= 1.02 * sample["information_mean"] + 1
         assert set(times) == {"payload", "unpacking", "coded_text"}
-        assert 0 < times["payload"] < times["unpacking"] < times["coded_text"]
+        assert times["payload"] > 0  # whether it is less is measured, not tested
+        assert 0 < times["unpacking"] < times["coded_text"]  # the second holds the first
         assert entry["lost"] == 0
     for name in ("zstd", "zstd_dictionary"):
         assert (sizes[f"text_{name}_mean"] is None) == (name in coded["not_measured"])

@@ -10,6 +10,7 @@ import torch
 
 from latentwire_fast.data.examples import Example
 from latentwire_fast.errors import PayloadError
+from latentwire_fast.evaluation.coded_text import sample_size
 from latentwire_fast.evaluation.text_coder import TextCoder
 from latentwire_fast.prompts.builder import Turn, full_text
 from latentwire_fast.readers.reader import Reader
@@ -114,3 +115,12 @@ def test_the_stream_decoder_reads_what_the_encoder_writes() -> None:
             except PayloadError:
                 continue
             assert range_coder.encode(found, range_coder.Rows(rows)) == other
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "expected"),
+    [([42] * 20, 16, 8), ([42] * 20, 3, 3), ([100] * 9, 16, 5), ([9000, 1], 4, 1), ([], 4, 0)],
+)
+def test_long_texts_are_fewer(tokens: list[int], count: int, expected: int) -> None:
+    """Coding one takes two steps of the reader per token, in every evaluation."""
+    assert sample_size(tokens, count) == expected
