@@ -214,7 +214,7 @@ def pattern_command(arguments: list[str]) -> None:
     prog = "latentwire_fast.evaluate pattern"
     args = parse_arguments(PatternArguments, prog=prog, arguments=arguments)
     from latentwire_fast.evaluation.patterns.console import pattern_lines
-    from latentwire_fast.evaluation.patterns.pipeline import run_pattern
+    from latentwire_fast.evaluation.patterns.pipeline import DEFAULT_GIVEN, run_pattern
     from latentwire_fast.files.run_folder import RunFolder
 
     results = run_pattern(
@@ -222,7 +222,7 @@ def pattern_command(arguments: list[str]) -> None:
         args.name,
         data=args.data,
         options=args.option,
-        given=args.given or ("text", "payload"),
+        given=args.given or DEFAULT_GIVEN,
         count=args.examples,
         out=args.out,
         device=None if args.device is None else choose_device(args.device),
