@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from latentwire_fast.config.base import Settings, require
+from latentwire_fast.registry import METHODS
 
 
 def check_decoding(temperature: float, top_p: float, eos_ban_steps: int) -> None:
@@ -45,6 +46,9 @@ class EvalConfig(Settings):
     Attributes:
         bits: the widths that payloads are scored at, beside the run's own. A bottleneck that sends
             none of them is scored at all that it sends.
+        methods: score these alone, `latent` among them; None: all. Most of the time goes into texts
+            that are cut to as many positions or bytes, and a sweep can do without them. Hypotheses
+            about a method that is left out are not measured.
         chunk_length: of the chunks that scored contexts are cut into; None: as in training
             (`DataConfig.chunk_length`).
         hybrid_tokens: how many of a context's first tokens (the reader's own) the method `hybrid`
@@ -57,6 +61,7 @@ class EvalConfig(Settings):
     batch_size: int = 50
     max_new_tokens: int = 12
     bits: tuple[int, ...] = (16, 8, 6, 4)
+    methods: tuple[str, ...] | None = None
     timing_examples: int = 16
     resamples: int = 2000
     first_token_temperature: float = 0.0
@@ -79,5 +84,19 @@ class EvalConfig(Settings):
         )
         for bits in self.bits:
             require(bits >= 1, f"bits={bits}, expected widths that the bottleneck sends")
+        self._check_methods()
         require(self.pca_texts >= 0, f"pca_texts={self.pca_texts}, expected at least 0")
         check_decoding(self.first_token_temperature, self.first_token_top_p, self.eos_ban_steps)
+
+    def _check_methods(self) -> None:
+        if self.methods is None:
+            return
+        unknown = sorted(set(self.methods) - set(METHODS.names()))
+        require(
+            not unknown,
+            f"methods={unknown}, expected names out of {', '.join(METHODS.names())}",
+        )
+        require(
+            "latent" in self.methods,
+            f"methods={list(self.methods)}, and 'latent' is not among them; add it",
+        )

@@ -66,7 +66,12 @@ class Evaluator:
         self.model = model
         self.bits = model.bottleneck_config.bits
         self.examples = [e for e in examples if e.answers]
-        self.methods = evaluation_methods()
+        wanted = config.evaluation.methods
+        self.methods = {
+            name: method
+            for name, method in evaluation_methods().items()
+            if wanted is None or name in wanted
+        }
         self.options = DecodeOptions(
             max_new_tokens=config.evaluation.max_new_tokens,
             first_token_temperature=config.evaluation.first_token_temperature,

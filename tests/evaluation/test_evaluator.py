@@ -314,6 +314,32 @@ def test_one_context_has_no_shuffled_latent(
     assert "| Shuffled latent | \N{EM DASH} |" in report
 
 
+def test_only_the_methods_that_are_asked_for_are_scored(
+    folders: dict[str, Path],
+    model: Interlingua,
+    readers: dict[str, Reader],
+    examples: list[Example],
+    measured: Measured,
+    run_dir: Path,
+) -> None:
+    config = make_config(folders, model, methods=("latent", "text"))
+    metrics, records = evaluate(config, model, readers, examples)
+    for name, methods in metrics["readers"].items():
+        assert set(methods) == {"text", "latent", "latent_bits"}
+        assert methods["latent"]["f1"] == measured[0]["readers"][name]["latent"]["f1"]
+    assert "not_measured" not in metrics
+    assert metrics["hypotheses"]["H2"]["verdict"] == "not measured"
+    assert [r["joint"] for r in records] == [r["joint"] for r in measured[1]]
+    shorter = evaluate_run(run_dir, assignments=['evaluation.methods=["latent"]'], progress=False)
+    assert all(set(m) == {"latent", "latent_bits"} for m in shorter["readers"].values())
+    assert any(line.startswith("latent") for line in summary_lines(shorter))
+    assert (run_dir / "eval" / "report.html").is_file()
+    with pytest.raises(ConfigError, match=r"methods=\['txt'\], expected names out of text, latent"):
+        EvalConfig(methods=("txt", "latent"))
+    with pytest.raises(ConfigError, match="'latent' is not among them"):
+        EvalConfig(methods=("text",))
+
+
 def test_never_more_than_one_batch_of_prefixes_is_held(
     folders: dict[str, Path],
     model: Interlingua,
