@@ -206,12 +206,13 @@ def cases_of(name: str, **options: bool) -> list[Any]:
     elif name == "K4":
         from bench.placement.bench_placement import cases
     else:
-        from bench.kernels import bench_cross_entropy
+        from bench.kernels import bench_both_losses, bench_cross_entropy
         from bench.kernels.bench_distill import hidden_cases, logits_cases
 
         if name == "K3a":
             return logits_cases(**options)
-        return [*hidden_cases(**options), *bench_cross_entropy.cases(**options)]
+        alone = [*hidden_cases(**options), *bench_cross_entropy.cases(**options)]
+        return [*alone, *bench_both_losses.cases(**options)]
     return cases(**options)
 
 
