@@ -3,7 +3,8 @@
     python -m bench.loss_memory --rows 2400 --vocabulary 128256 --width 256      # 10 GB, minutes
 
 On the CPU, in fp32, each in a process of its own: the resident set at its peak, beyond the inputs.
-`counted` is what the op itself holds: a chunk's logits and gradients, and the hidden states'.
+`counted` is what the op allows itself: a chunk's logits and gradients, and the hidden states'. The
+reference, which a CPU runs, needs less: its gradients take the place of the logits.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def counted(rows: int, vocabulary: int, width: int, *, distils: bool) -> float:
-    """Megabytes that the op holds at a time."""
+    """Megabytes that the op allows itself at a time."""
     terms = 1 + distils
     chunk = default_chunk_rows(rows, vocabulary, terms=terms, distils=distils)
     return 4e-6 * (chunk * vocabulary * (1 + distils + terms) + terms * rows * width)
