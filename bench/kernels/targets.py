@@ -124,7 +124,7 @@ def targets(ceilings: Ceilings) -> list[Target]:
     forward, both = "project*, forward", "project*backward"
     tanh, payload = "tanh*, forward", "from a payload*"
     logits, head = "KL of logits*backward", "KL through*backward"
-    labels = "cross-entropy through*"
+    labels, pair = "cross-entropy through*", "both losses through*"
     return [
         Target("K1", "*", "share of copy bandwidth, 256 MB", 0.85, "ours", bandwidth, large),
         Target("K1", "*", "launches, paper size", 1, "ours", started, paper, at_most=True),
@@ -160,6 +160,12 @@ def targets(ceilings: Ceilings) -> list[Target]:
         Target(
             *("K3", labels, "cross-entropy: peak memory over eager's, N 4096", 1 / 8, "eager"),
             *(memory, lambda shape: shape[0] == 4096),
+            at_most=True,
+        ),
+        Target("K3", pair, "both losses: times faster than Liger's two", 1.3, "liger", ratio),
+        Target("K3", pair, "both losses: times faster than compile", 1.2, "compile", ratio),
+        Target(
+            *("K3", pair, "both losses: peak memory over eager's", 1 / 8, "eager", memory),
             at_most=True,
         ),
         Target("K4", "*", "copies started on the device", 2, "ours", started, at_most=True),

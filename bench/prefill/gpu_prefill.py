@@ -7,8 +7,9 @@ Runs from a checkout that need not be installed, on torch, triton, transformers 
 for the tests, accelerate for two devices, matplotlib for the figure, and a compiler with cmake and
 pybind11 for the extension, where they are there). Every section is a process of its own with a time
 limit, and writes what it has after every group of rows; OUT/all.tar.gz holds everything so far.
-`compile` is one batch and length only: a backbone of 32 layers compiles for a minute or more, and
-where the arithmetic decides there is nothing in it.
+What a section leaves of its time, the later ones have. `compile` is one batch and length only: a
+backbone of 32 layers compiles for a minute or more, and where the arithmetic decides there is
+nothing in it.
 
 Exit status: 0; 1 where a section failed; 2 without a GPU.
 """
@@ -28,48 +29,56 @@ from bench.processes import FAILED, OK, ROOT, build_extension, finish, ready, st
 
 TOTAL_SECONDS = 530
 # A section stops starting rows this long before it would be ended: the row that runs, and writing.
-MARGIN_SECONDS = 12
+# The less where there are few rows, and fast ones.
+MARGIN_SECONDS, SHORT_MARGIN_SECONDS = 12, 6
 # What a section spends before its first reader: torch and transformers imported, ceilings measured.
 IMPORT_SECONDS = 12
 LATENCY = ROOT / "bench" / "prefill_latency.py"
 TESTS = tuple(
     ROOT / "tests" / f"{name}.py"
-    for name in ("serving/test_receiver", "kernels/test_kernels_prefill", "readers/test_kv_cache")
+    for name in (
+        *("serving/test_receiver", "serving/test_stream_order", "kernels/test_kernels_prefill"),
+        *("readers/test_kv_cache", "readers/test_kv_placement"),
+    )
 )
-EXTENSION_SECONDS, TESTS_SECONDS, DECODING_SECONDS = 40, 45, 30
-DECODED = "--reader llama-3.1-8b --tokens 1 8 32"
+# A section may take that share of the time left which its seconds are of those still to come: what
+# one leaves over, the later ones have. tests/bench/test_prefill_rehearsal.py holds all of them.
+EXTENSION_SECONDS, TESTS_SECONDS, DECODING_SECONDS = 40, 45, 33
+DECODED = "--reader llama-3.1-8b --tokens 1 8 32 --runs 5"
 
 
 @dataclass(frozen=True)
 class Section:
-    """One process: options of `prefill_latency.py`, and the seconds that it may take in all."""
+    """One process: options of `prefill_latency.py`, its seconds (see above), and its margin."""
 
     name: str
     seconds: int
     options: str
+    margin: int = MARGIN_SECONDS
 
 
 # Batches of more than 32,000 tokens of text take seconds each: 4,000 tokens at batch 32 are left to
-# the prediction. The sender's rows are there for one batch. The last section may also have what the
-# others left.
+# the prediction. The sender's rows are there for one batch.
 SECTIONS = (
     Section(
         "tables",
-        320,
+        306,
         "--readers llama-3.1-8b qwen2.5-7b --engines eager graph --most-tokens 32000 "
         "--sender-batches 8",
     ),
     Section(
         "two_devices",
-        28,
+        30,
         "--readers llama-160m --half-on-cpu --batches 1 --text-tokens 250 --latents 32 "
         "--methods text latent_cached deep_prefix --warm-ups 3 --repeats 20",
+        SHORT_MARGIN_SECONDS,
     ),
     Section(
         "compile",
-        67,
+        76,
         "--readers llama-3.1-8b --engines eager compile --batches 1 --text-tokens 250 --latents 32 "
         "--methods text latent_cached",
+        SHORT_MARGIN_SECONDS,
     ),
 )
 TINY = (
@@ -97,16 +106,18 @@ def latency(section: Section, folder: Path, seconds: float, commit: str | None) 
     """One run of the benchmark."""
     ends = time.monotonic() + seconds
     command = [sys.executable, str(LATENCY), *section.options.split()]
-    command += ["--out", str(folder / section.name), "--until", str(ends - MARGIN_SECONDS)]
+    command += ["--out", str(folder / section.name), "--until", str(ends - section.margin)]
     command += ["--commit", commit] if commit else []
     return finish(start(command), by=ends)
 
 
 def decoding(folder: Path, seconds: float) -> str:
     """The time until n tokens are on the host, op by op and with graphs."""
+    ends = time.monotonic() + seconds
     program = [sys.executable, "-m", "bench.prefill.time_to_tokens", *DECODED.split()]
     program += ["--json", str(folder / "decoding.json")]
-    return finish(start(program, folder / "decoding.log"), by=time.monotonic() + seconds)
+    program += ["--until", str(ends - SHORT_MARGIN_SECONDS)]
+    return finish(start(program, folder / "decoding.log"), by=ends)
 
 
 def pack(folder: Path) -> None:
@@ -118,6 +129,27 @@ def pack(folder: Path) -> None:
             if path not in left_out:
                 tar.add(path, arcname=path.name)
     temporary.replace(archive)
+
+
+def works(
+    folder: Path, sections: Sequence[Section], *, tiny: bool, commit: str | None
+) -> list[tuple[str, int, Callable[[float], str]]]:
+    """What a run does, in order: its name, its seconds, and the work."""
+
+    def measured(section: Section) -> tuple[str, int, Callable[[float], str]]:
+        work = lambda limit: latency(section, folder, limit, commit)  # noqa: E731
+        return section.name, section.seconds, work
+
+    if tiny:
+        return [measured(section) for section in sections]
+    log = folder / "extension.log"
+    return [
+        ("extension", EXTENSION_SECONDS, lambda limit: build_extension(log, limit)),
+        ("tests", TESTS_SECONDS, lambda limit: tests(folder, limit)),
+        *(measured(section) for section in sections[:-1]),
+        ("decoding", DECODING_SECONDS, lambda limit: decoding(folder, limit)),
+        measured(sections[-1]),
+    ]
 
 
 def run_all(
@@ -133,9 +165,11 @@ def run_all(
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     outcomes: dict[str, str] = {}
-
-    def run(name: str, most: float, work: Callable[[float], str]) -> None:
-        limit = min(most, deadline - time.monotonic())
+    to_come = works(folder, sections, tiny=tiny, commit=commit)
+    while to_come:
+        limit = max(0.0, deadline - time.monotonic()) / sum(share for _, share, _ in to_come)
+        name, share, work = to_come.pop(0)
+        limit *= share
         print(f"== {name}: at most {limit:.0f} s", flush=True)
         started = time.monotonic()
         late = limit < MARGIN_SECONDS
@@ -144,16 +178,6 @@ def run_all(
         lines = [f"{name}: {outcome}" for name, outcome in outcomes.items()]
         (folder / "sections.txt").write_text("\n".join(lines) + "\n")
         pack(folder)
-
-    if not tiny:
-        log = folder / "extension.log"
-        run("extension", EXTENSION_SECONDS, lambda limit: build_extension(log, limit))
-        run("tests", TESTS_SECONDS, lambda limit: tests(folder, limit))
-    for section in sections:
-        if section == sections[-1] and not tiny:
-            run("decoding", DECODING_SECONDS, lambda limit: decoding(folder, limit))
-        most = seconds if section == sections[-1] else section.seconds
-        run(section.name, most, lambda limit, s=section: latency(s, folder, limit, commit))
     print((folder / "sections.txt").read_text())
     # Placement has a torch path: without the extension the tables are correct, and they say so.
     return int(any(o != OK for name, o in outcomes.items() if name != "extension"))

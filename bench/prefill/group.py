@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,18 +73,19 @@ class Group:
 
     def measure(
         self,
+        rows: Sequence[Row],
         *,
         ceilings: Ceilings | None,
         rates: Ceilings | None,
         machine: dict[str, Any],
-        deadline: float | None,
+        effort: Effort,
     ) -> list[Result]:
-        """Results of all rows. What could not be measured is told in the machine's `absent`, how
+        """Results of these rows. What could not be measured is told in the machine's `absent`, how
         far the others were from their reference in its `gates`."""
         found = measure_rows(
-            self.rows,
+            rows,
             self._ready,
-            effort=Effort(self.args.warm_ups, self.args.repeats, deadline),
+            effort=effort,
             release=lambda: release(self.bench.device),
             watch=lambda runs, total: progress(
                 runs, total=total, title=f"{self.args.name}, batch {self.batch}"
@@ -115,6 +116,12 @@ class Group:
         )
         lengths = [row.text_tokens] if row.text_tokens else list(self.workloads)
         return [for_text(result, n, self.workloads[n].text_bytes) for n in lengths]
+
+    def compile_kernels(self) -> None:
+        """Read a payload of each kind, so that the first row need not wait for a compiler."""
+        rows = {row.method: replace(row, engine="eager") for row in self.rows if row.latents}
+        for row in rows.values():
+            build_case(self.bench, row, self._workload(row)).logits()
 
     def logits(self) -> dict[Row, Tensor]:
         """Logits of the eager rows, which are not timed here: other processes compare with them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +19,16 @@ from bench.prefill.cost import cpu_ceilings
 from bench.prefill.files import write
 from bench.prefill.group import Group, release
 from bench.prefill.results import Results
-from bench.prefill.rows import DTYPES, TEMPLATE_POSITIONS, Sizes, adapter_of, plan_of
-from bench.prefill.schedule import Effort, Timetable, expected_seconds, reason
+from bench.prefill.rows import DTYPES, TEMPLATE_POSITIONS, Row, Sizes, adapter_of, plan_of
+from bench.prefill.schedule import (
+    COMPILE_SECONDS,
+    KERNELS_SECONDS,
+    READER_SECONDS,
+    Effort,
+    Timetable,
+    expected_seconds,
+    reason,
+)
 from bench.prefill.shapes import SHAPES, build_reader, config_of
 from bench.prefill.tables import short_table
 from bench.processes import driver
@@ -31,6 +39,12 @@ from latentwire_fast.readers.shapes import Dims
 
 # A machine may be slower than predicted by this; time is shared out as if it were.
 CAUTION = 1.25
+# An entry of the timetable: a reader and a batch, with a third part for its rows that compile; a
+# reader that is built; the kernels that a process compiles first.
+Key = tuple[Any, ...]
+READER, KERNELS = "reader", ("kernels",)
+# Why rows are absent from files that a run left which was ended.
+COMPILING = "its compilation had not ended"
 # `latent` of the schema is two rows.
 NOTE = "rows of method latent: those with a phase 'load encoder' are cold, the others warm"
 
@@ -138,12 +152,10 @@ class Run:
         """Every reader in turn."""
         for source in self.args.readers:
             self.args.name = f"{source}, half on cpu" if self.args.half_on_cpu else source
-            # The first group's time starts with its reader's.
-            deadlines = [self.timetable.start((source, self.args.batches[0]))]
             with self._reporting(self.args.name):
-                self._measure_reader(source, deadlines)
-            for batch in self.args.batches:
-                self.timetable.skip((source, batch))
+                self._measure_reader(source)
+            for key in self._keys(source):
+                self.timetable.skip(key)
             release(self.args.device)
         for row, why in self.results.machine["absent"]:
             print(f"not measured: {row}: {why}")
@@ -162,7 +174,7 @@ class Run:
             return
         self.results.machine["absent"].append([what, why])
 
-    def _measure_reader(self, source: str, deadlines: list[float | None]) -> None:
+    def _measure_reader(self, source: str) -> None:
         args = self.args
         reader = build_reader(
             source,
@@ -176,22 +188,46 @@ class Run:
             for batch in args.batches:
                 expected[batch] = self._group(reader, batch, None).logits()
             split_over_cpu(reader, args.device)
+        self.timetable.skip((source, READER))
+        if args.until is not None and source == args.readers[0]:
+            with self._reporting(f"{args.name}, first kernels"):
+                self._group(reader, args.batches[0], None).compile_kernels()
+            self.timetable.skip(KERNELS)
         for batch in args.batches:
-            if batch != args.batches[0]:
-                deadlines.append(self.timetable.start((source, batch)))
             with self._reporting(f"{args.name}, batch {batch}"):
-                self._measure_group(reader, batch, expected.get(batch), deadlines[-1])
+                self._measure_group(source, reader, batch, expected.get(batch))
             release(args.device)
 
-    def _measure_group(
-        self, reader: Any, batch: int, expected: Any, deadline: float | None
-    ) -> None:
-        self.results.results += self._group(reader, batch, expected).measure(
+    def _measure_group(self, source: str, reader: Any, batch: int, expected: Any) -> None:
+        """The rows of a batch. Those that compile for minutes follow the others, which are written
+        before: a run that is ended meanwhile has them."""
+        group, absent = self._group(reader, batch, expected), self.results.machine["absent"]
+        quick, compiled = (
+            [row for row in group.rows if (row.engine == "compile") == slow]
+            for slow in (False, True)
+        )
+        if quick:
+            self._measure_rows(group, quick, (source, batch))
+            waiting = [[row.title, COMPILING] for row in compiled]
+            absent.extend(waiting)
+            self._show(batch)
+            absent[:] = absent[: len(absent) - len(waiting)]
+        if compiled:
+            self._measure_rows(group, compiled, (source, batch, "compile"))
+            self._show(batch)
+
+    def _measure_rows(self, group: Group, rows: Sequence[Row], key: Key) -> None:
+        deadline, args = self.timetable.start(key), self.args
+        self.results.results += group.measure(
+            rows,
             ceilings=self.ceilings,
             rates=self.rates,
             machine=self.results.machine,
-            deadline=deadline,
+            effort=Effort(args.warm_ups, args.repeats, deadline, latest=args.until),
         )
+
+    def _show(self, batch: int) -> None:
+        """Print a group's rows, and write everything so far."""
         title = (self.args.name, batch)
         shown = [r for r in self.results.ordered() if (r.row.reader, r.row.batch) == title]
         print(f"\n{self.args.name}, batch {batch}\n{short_table(self.results, shown)}", flush=True)
@@ -209,21 +245,38 @@ class Run:
         )
         return Group(bench, plan_of(args), args, batch=batch, expected=expected)
 
-    def _expected(self, ceilings: Any) -> dict[tuple[str, int], float]:
-        """Seconds of each group, by what its rows should take."""
-        groups, readers = {}, {}
-        for source in self.args.readers:
-            for batch in self.args.batches:
-                groups[source, batch] = row_seconds(self.args, source, batch, ceilings)
-                readers[source, batch] = batch == self.args.batches[0]
-        effort = Effort(self.args.warm_ups, self.args.repeats, self.args.until)
-        return expected_seconds(groups, readers=readers, effort=effort)
+    def _keys(self, source: str) -> list[Key]:
+        """The entries of a reader in the timetable, in order."""
+        kinds = ("compile" in self.args.engines, {*self.args.engines} != {"compile"})
+        keys: list[Key] = [(source, READER)]
+        for batch in self.args.batches:
+            keys += [(source, batch)] * kinds[1] + [(source, batch, "compile")] * kinds[0]
+        return keys
+
+    def _expected(self, ceilings: Any) -> dict[Key, float]:
+        """Seconds of each group, by what its rows should take, and of what is built."""
+        args = self.args
+        groups: dict[Key, list[float]] = {}
+        builds: dict[Key, float] = {KERNELS: KERNELS_SECONDS}
+        for source in args.readers:
+            for key in self._keys(source):
+                if READER in key:
+                    builds[key] = READER_SECONDS
+                else:
+                    groups[key] = row_seconds(args, key, ceilings)
+                    builds[key] = COMPILE_SECONDS * ("compile" in key)
+        effort = Effort(args.warm_ups, args.repeats, args.until)
+        return expected_seconds(groups, builds=builds, effort=effort)
 
 
-def row_seconds(args: argparse.Namespace, source: str, batch: int, rates: Any) -> list[float]:
+def row_seconds(args: argparse.Namespace, key: Key, rates: Any) -> list[float]:
     """Seconds that one run of each row of a group should take at these rates, with a margin."""
+    source, batch, *compiled = key
     dims, encoder = Dims.of(config_of(source)), Dims.of(config_of(args.encoder))
     element = DTYPES[args.dtype]
     sizes = Sizes(dims, encoder, args.d_z, TEMPLATE_POSITIONS, element, adapter_of(args))
-    rows = plan_of(args).rows(source, batch, dims, element=element)
-    return [CAUTION * sizes.cost(row).predict(rates, engine=row.engine) for row in rows]
+    return [
+        CAUTION * sizes.cost(row).predict(rates, engine=row.engine)
+        for row in plan_of(args).rows(source, batch, dims, element=element)
+        if (row.engine == "compile") == bool(compiled)
+    ]

@@ -99,37 +99,37 @@ class Plan:
 
     def rows(self, reader: str, batch: int, dims: Dims, *, element: int) -> Iterator[Row]:
         """The rows of one reader and batch, in the order in which they are made: an engine's text
-        first, which its other rows are compared with, and eager rows before graphs.
+        first, which its other rows are compared with, and eager rows before graphs. Rows with an
+        encoder and of KV reuse come last: where time is short, the others are there.
 
         All M are there for the last engine, the middle one for the others. A deep prefix is as
         long as M and else costs the same, and the sender's cost does not depend on the receiver's
         engine, bits and hardly on M: their rows are there for the middle M, those with an encoder
         for the first bit width and the last engine.
         """
-        middle = sorted(self.latents)[len(self.latents) // 2]
+        middle, last = sorted(self.latents)[len(self.latents) // 2], self.engines[-1]
         for engine in self.engines:
-            last = engine == self.engines[-1]
             if "text" in self.methods:
                 for tokens in self.lengths(batch):
                     yield Row(reader, "text", engine, batch, tokens)
             for bits in self.bits:
                 # The time of a cached payload does not depend on the text that it stands for.
                 if "latent_cached" in self.methods:
-                    for latents in self.latents if last else (middle,):
+                    for latents in self.latents if engine == last else (middle,):
                         yield Row(reader, "latent_cached", engine, batch, 0, latents, bits)
                 if "deep_prefix" in self.methods and engine != "compile":
                     yield Row(reader, "deep_prefix", engine, batch, 0, middle, bits)
-            if engine == self.engines[0] and "kv_reuse" in self.methods:
+        sends = self.sender_batches is None or batch in self.sender_batches
+        if sends and "latent" in self.methods:
+            sent = Row(reader, "latent", last, batch, 0, middle, self.bits[0])
+            for encoder in ("warm", "cold"):
                 for tokens in self.lengths(batch):
-                    held = batch * Pass(dims, batch, tokens, element=element).kv_bytes
-                    if held <= self.kv_limit:
-                        yield Row(reader, "kv_reuse", "eager", batch, tokens)
-            sends = self.sender_batches is None or batch in self.sender_batches
-            if last and sends and "latent" in self.methods:
-                for tokens in self.lengths(batch):
-                    sent = Row(reader, "latent", engine, batch, tokens, middle, self.bits[0])
-                    yield replace(sent, encoder="warm")
-                    yield replace(sent, encoder="cold")
+                    yield replace(sent, text_tokens=tokens, encoder=encoder)
+        if "kv_reuse" in self.methods:
+            for tokens in self.lengths(batch):
+                held = batch * Pass(dims, batch, tokens, element=element).kv_bytes
+                if held <= self.kv_limit:
+                    yield Row(reader, "kv_reuse", "eager", batch, tokens)
 
 
 def plan_of(args: argparse.Namespace) -> Plan:

@@ -3,7 +3,9 @@
 Rows of one reader and batch form a group. Groups follow one another, and each gets the share of the
 time left that it is expected to need. In a group all rows are made and warmed up first, those that
 others are compared with before the others; then they take turns, a cheap one several times in each
-round. Knows nothing of torch: a test runs it over the real plan with a clock of its own.
+round. A group that took longer to be made than expected may exceed its share by the least runs of
+the rows that are there. Knows nothing of torch: a test runs it over the real plan with a clock of
+its own.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ LEAST_WARM_UPS, LEAST_REPEATS = 1, 5
 WARM_UP_SECONDS = 0.6
 # Rows that take less than this (seconds) get all their runs before slower ones get more than 5.
 FAST_SECONDS = 0.05
-# What is expected besides the runs of rows, in seconds: the first kernels of a process, a reader,
-# a row that is made and captured. Making a row runs it a few times.
-START_SECONDS, READER_SECONDS, ROW_SECONDS, MAKING_RUNS = 15.0, 8.0, 0.5, 3
+# What is expected besides the runs of rows, in seconds: the first kernels of a process, a reader
+# (the first one on an H100 machine took 20), a backbone that is compiled, a row that is made and
+# captured. Making a row runs it a few times.
+KERNELS_SECONDS, READER_SECONDS, COMPILE_SECONDS = 15.0, 8.0, 75.0
+ROW_SECONDS, MAKING_RUNS = 0.5, 3
 # A group's rows are not planned to the last second.
 SLACK = 0.95
 OUT_OF_TIME = "out of time"
@@ -123,12 +127,15 @@ def _fill(seconds: float, costs: Sequence[float], *, repeats: int) -> list[int]:
     return runs(low)
 
 
-def interleave(rows: Sequence[Timed[Any]], *, deadline: float | None) -> Iterator[int]:
+def interleave(
+    rows: Sequence[Timed[Any]], *, deadline: float | None, latest: float | None = None
+) -> Iterator[int]:
     """Run the rows in turns until each has the samples it wants, so that what disturbs the machine
     disturbs all of them: in as many rounds as the slowest row wants samples.
 
     Args:
-        deadline: of `time.monotonic`, after which nothing more is started.
+        deadline: of `time.monotonic`, after which only rows with less than 5 samples go on.
+        latest: after which nothing more is started; the deadline if not given.
 
     Yields:
         After each run, how many are done.
@@ -137,13 +144,19 @@ def interleave(rows: Sequence[Timed[Any]], *, deadline: float | None) -> Iterato
     for number in range(1, rounds + 1):
         for row in rows:
             while row.failure is None and len(row.samples) < row.wanted * number // rounds:
-                if deadline is not None and time.monotonic() > deadline:
+                if _over(deadline if latest is None else latest):
                     return
+                if len(row.samples) >= LEAST_REPEATS and _over(deadline):
+                    break
                 sample = row.once()
                 if sample is not None:
                     row.samples.append(sample)
                 done += 1
                 yield done
+
+
+def _over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 @dataclass(frozen=True)
@@ -152,11 +165,13 @@ class Effort:
 
     Attributes:
         deadline: of `time.monotonic`; None where there is time for everything.
+        latest: when the runs must end that a row gets in any case; the deadline if not given.
     """
 
     warm_ups: int
     repeats: int
     deadline: float | None = None
+    latest: float | None = None
 
     @property
     def left(self) -> float:
@@ -202,10 +217,11 @@ def measure_rows(
     if effort.deadline is not None:
         costs = [timed.cost for timed in there]
         wanted = runs_within(SLACK * effort.left, costs, repeats=effort.repeats)
-    for timed, runs in zip(there, wanted, strict=True):
-        timed.wanted = runs
+    for timed, most in zip(there, wanted, strict=True):
+        timed.wanted = most
     failed = 0
-    for _ in watch(interleave(there, deadline=effort.deadline), sum(wanted)):
+    runs = interleave(there, deadline=effort.deadline, latest=effort.latest)
+    for _ in watch(runs, sum(wanted)):
         if (failures := sum(timed.failure is not None for timed in there)) > failed:
             failed = failures
             release()
@@ -224,7 +240,7 @@ def _made(row: Row, make: Callable[[Row], Callable[[], Sample]]) -> Timed[Row]:
 
 
 class Timetable(Generic[Key]):
-    """Deadlines of groups that follow one another.
+    """Deadlines of groups that follow one another; readers and kernels are built in between.
 
     Args:
         expected: seconds, by group; see `expected_seconds`.
@@ -245,27 +261,28 @@ class Timetable(Generic[Key]):
         return now + share * max(0.0, self._deadline - now)
 
     def skip(self, group: Key) -> None:
-        """Give the time of a group that cannot start to the others."""
+        """Give the time of a group that cannot start to the others. The same for what was built,
+        which no deadline ends: the others share what it left, or lack."""
         self._expected.pop(group, None)
 
 
 def expected_seconds(
     groups: Mapping[Key, Sequence[float]],
     *,
-    readers: Mapping[Key, bool],
+    builds: Mapping[Key, float],
     effort: Effort,
 ) -> dict[Key, float]:
-    """Seconds that each group should take.
+    """Seconds that each group should take, and what is built.
 
     Args:
         groups: seconds of one run of each row.
-        readers: whether a reader has to be built for the group first.
+        builds: seconds besides the rows: of groups, or of what is built between them.
         effort: of all groups together.
     """
     costs = [cost for group in groups.values() for cost in group]
-    fixed: dict[Key, float] = {}
-    for number, (key, group) in enumerate(groups.items()):
-        fixed[key] = START_SECONDS * (number == 0) + READER_SECONDS * readers[key]
+    fixed = dict(builds)
+    for key, group in groups.items():
+        fixed[key] = fixed.get(key, 0.0)
         fixed[key] += sum(ROW_SECONDS + MAKING_RUNS * cost for cost in group)
         fixed[key] += sum(_warm_ups(cost, effort) * cost for cost in group)
     wanted = [effort.repeats] * len(costs)
@@ -273,7 +290,9 @@ def expected_seconds(
         left = SLACK * effort.left - sum(fixed.values())
         wanted = runs_within(left, costs, repeats=effort.repeats)
     samples = iter(runs * cost for runs, cost in zip(wanted, costs, strict=True))
-    return {key: fixed[key] + sum(next(samples) for _ in group) for key, group in groups.items()}
+    for key, group in groups.items():
+        fixed[key] += sum(next(samples) for _ in group)
+    return fixed
 
 
 def _warm_ups(cost: float, effort: Effort) -> int:

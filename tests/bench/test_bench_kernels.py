@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from bench import gpu_tests, processes, wheels
 from bench.kernels import (
+    bench_both_losses,
     bench_cross_entropy,
     bench_distill,
     bench_projection,
@@ -152,7 +153,11 @@ LIGER = (LigerKLDIVLoss, LigerFusedLinearJSD, LigerFusedLinearCrossEntropyLoss)
 
 @on_cpu
 @pytest.mark.parametrize(
-    "make", [bench_distill.logits_cases, bench_distill.hidden_cases, bench_cross_entropy.cases]
+    "make",
+    [
+        *(bench_distill.logits_cases, bench_distill.hidden_cases),
+        *(bench_cross_entropy.cases, bench_both_losses.cases),
+    ],
 )
 def test_liger_rows_compute_the_same_loss(
     make: Callable[[], list[Case]], monkeypatch: pytest.MonkeyPatch
