@@ -19,8 +19,7 @@ from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.encoders.base import build_encoder
 from latentwire_fast.models.encoders.lm import LMEncoder
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.models.poolers.gated_queries import sinusoids
-from latentwire_fast.models.poolers.selected import best_places, ordinals
+from latentwire_fast.models.poolers.selected import best_places
 from latentwire_fast.objectives.objective_set import ObjectiveSet
 from latentwire_fast.objectives.prepared import total_counts
 from latentwire_fast.objectives.token_alignment import move_attention, move_places
@@ -47,31 +46,6 @@ def test_best_places_are_the_highest_scores_in_order() -> None:
 def test_a_text_with_fewer_positions_repeats_its_last() -> None:
     scores = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf], [1.0, 4.0, 3.0, 2.0]])
     assert best_places(scores, 6).tolist() == [[1, 2, 2, 2, 2, 2], [0, 1, 2, 3, 3, 3]]
-
-
-def test_ordinals_count_the_texts_own_positions() -> None:
-    is_text = torch.tensor([[False, True, True, True], [True, True, False, False]])
-    made = ordinals(is_text, 6)
-    assert torch.equal(made[0, 1:], sinusoids(3, 6))
-    assert torch.equal(made[1, :2], sinusoids(2, 6))
-
-
-@torch.no_grad()
-def test_positions_that_know_their_places_are_padded_as_they_like(
-    readers: dict[str, Reader], examples: list[Example]
-) -> None:
-    """A setting that changes latents, and leaves batches equal to single texts."""
-    made = []
-    for known in (False, True):
-        torch.manual_seed(1)
-        pooler = POOLERS.config("selected", ordinals=known)
-        source = readers["llama"].source
-        config = ENCODERS.config("lm", **{**SELECTED, "pooler": pooler}, source=source)
-        built = build_encoder(config, readers).eval()
-        texts = [examples[0].context, examples[1].context[:40]]
-        made.append(built(texts))
-        torch.testing.assert_close(built(texts[1:])[0], made[-1][1], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(made[0], made[1], atol=1e-3)
 
 
 @pytest.fixture(params=["llama", "qwen"])

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from latentwire_fast.config.schema import PoolerConfig
 from latentwire_fast.models.layers import pre_norm_layer
 from latentwire_fast.models.poolers.base import Pooler, Selection
-from latentwire_fast.models.poolers.gated_queries import sinusoids
 from latentwire_fast.models.token_states import StatesFacts, TokenStates
 
 HEADS, BLOCKS = 4, 2  # of the transformer over the positions
@@ -39,14 +38,8 @@ class SelectedPooler(Pooler):
 
     @dataclass(frozen=True)
     class Config(PoolerConfig):
-        """Positions that answers will look at; a stage with `select` teaches it which.
-
-        Attributes:
-            ordinals: the transformer over the positions knows where each stands (sinusoids). Without
-                them it knows of the order of a text only what the LM's states hold of it.
-        """
-
-        ordinals: bool = False
+        """Positions that answers will look at; a stage with `select` teaches it which. There is
+        nothing to set."""
 
     selects_positions = True
     varies = True
@@ -54,7 +47,6 @@ class SelectedPooler(Pooler):
     def __init__(self, config: Config, lm: StatesFacts) -> None:
         super().__init__(config, lm)
         self.latents = lm.latents
-        self.has_ordinals = config.ordinals
         states = lm.layers + 1  # the embeddings as well
         self.scores = nn.ModuleList(nn.Linear(lm.width, 1, bias=False) for _ in range(states))
         self.mixes = nn.ModuleList(nn.Linear(lm.width, lm.width, bias=False) for _ in range(states))
@@ -81,18 +73,9 @@ class SelectedPooler(Pooler):
         scores_BT = scores_BT.squeeze(-1).masked_fill(~is_text_BT, -torch.inf)
         places_BM = best_places(scores_BT.detach(), self.latents, counts_B=text.counts_B)
         mixed = [f(h) for f, h in zip(self.mixes, normed, strict=True)]
-        mixed_BTD = torch.stack(mixed).sum(0)
-        if self.has_ordinals:
-            mixed_BTD = mixed_BTD + ordinals(is_text_BT, mixed_BTD.shape[-1])
-        states_BTD = self.body(mixed_BTD, src_key_padding_mask=~is_text_BT)
+        states_BTD = self.body(torch.stack(mixed).sum(0), src_key_padding_mask=~is_text_BT)
         index = places_BM[..., None].expand(-1, -1, states_BTD.shape[-1])
         return Selection(scores_BT, places_BM, states_BTD.gather(1, index))
-
-
-def ordinals(is_text_BT: Tensor, width: int) -> Tensor:
-    """Sinusoids `[B, T, width]` of the places that positions have in their texts, from 0."""
-    table_TD = sinusoids(is_text_BT.shape[1], width).to(is_text_BT.device)
-    return table_TD[(is_text_BT.cumsum(1) - 1).clamp(min=0)]
 
 
 def best_places(scores_BT: Tensor, count: int, *, counts_B: Tensor | None = None) -> Tensor:
