@@ -25,6 +25,7 @@ from bench.kernels.bench_distill import (
 from bench.kernels.ceilings import Stage
 from bench.kernels.clocks import Inputs
 from bench.kernels.harness import DEVICE, Case, Forward, dtype_of, grid, report_row
+from bench.kernels.head_chunks import chunks
 from latentwire_fast import ops
 
 # As of the cross-entropy alone: ours may take an eighth of eager torch's memory.
@@ -73,11 +74,8 @@ def case_of(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
     rows, width, vocabulary = shape
 
     def inputs() -> Inputs:
-        teacher = torch.randn(rows, width, device=DEVICE)
-        student = (teacher + torch.randn(rows, width, device=DEVICE)).to(dtype)
-        weight = torch.randn(vocabulary, width, device=DEVICE) * width**-0.5
-        labels = torch.randint(vocabulary, (rows,), device=DEVICE)
-        return student.requires_grad_(), teacher.to(dtype), weight.to(dtype), labels
+        models = bench_distill.hidden_inputs(shape, dtype, backward=True)
+        return *models, torch.randint(vocabulary, (rows,), device=DEVICE)
 
     element = dtype.itemsize
     return Case(
@@ -101,18 +99,13 @@ def chunk_stages(shape: tuple[int, int, int], element: int) -> tuple[Stage, ...]
     Per chunk: difference and stack, multiply; statistics and gradient of each loss, which walk over
     both logits twice; two products back; what the difference lost by rounding, the rows' factors.
     """
-    rows, width, vocabulary = shape
     stages: list[Stage] = []
-    for start in range(0, rows, CHUNK_ROWS):
-        count = min(CHUNK_ROWS, rows - start)
-        hidden, hidden_fp32 = count * width * element, count * width * 4
-        logits, logits_fp32 = count * vocabulary * element, count * vocabulary * 4
-        product, head = 2 * count * vocabulary * width, vocabulary * width * element
-        stages.append(Stage(10 * hidden + 6 * hidden_fp32, launches=8))
-        stages.append(Stage(2 * hidden + head + 2 * logits_fp32, 2 * product))
-        stages += [Stage(4 * logits_fp32 + logits)] * 2
-        stages += [Stage(logits + head + hidden_fp32, product)] * 2
-        stages.append(Stage(14 * hidden_fp32, launches=8))
+    for c in chunks(shape, element, chunk_rows=CHUNK_ROWS):
+        stages.append(Stage(10 * c.hidden + 6 * c.hidden_fp32, launches=8))
+        stages.append(Stage(2 * c.hidden + c.head + 2 * c.logits_fp32, 2 * c.product))
+        stages += [Stage(4 * c.logits_fp32 + c.logits)] * 2
+        stages += [Stage(c.logits + c.head + c.hidden_fp32, c.product)] * 2
+        stages.append(Stage(14 * c.hidden_fp32, launches=8))
     return tuple(stages)
 
 

@@ -25,6 +25,7 @@ from bench.kernels.bench_distill import (
 from bench.kernels.ceilings import Stage
 from bench.kernels.clocks import Inputs
 from bench.kernels.harness import DEVICE, Case, Forward, dtype_of, grid, library, report_row
+from bench.kernels.head_chunks import chunks
 from latentwire_fast import ops
 
 # Fewer than the KL's: eager torch needs half as much memory here, of which ours may take an eighth.
@@ -97,18 +98,13 @@ def chunk_stages(shape: tuple[int, int, int], element: int) -> tuple[Stage, ...]
     Per chunk: rows that count, multiply, statistics and gradient (two walks), multiply back, the
     rows' factors.
     """
-    rows, width, vocabulary = shape
     stages: list[Stage] = []
-    for start in range(0, rows, CHUNK_ROWS):
-        count = min(CHUNK_ROWS, rows - start)
-        hidden, hidden_fp32 = count * width * element, count * width * 4
-        logits, logits_fp32 = count * vocabulary * element, count * vocabulary * 4
-        product, head = 2 * count * vocabulary * width, vocabulary * width * element
-        stages.append(Stage(2 * hidden, launches=5))
-        stages.append(Stage(hidden + head + logits_fp32, product))
-        stages.append(Stage(2 * logits_fp32 + logits))
-        stages.append(Stage(logits + head + hidden_fp32, product))
-        stages.append(Stage(8 * hidden_fp32, launches=4))
+    for c in chunks(shape, element, chunk_rows=CHUNK_ROWS):
+        stages.append(Stage(2 * c.hidden, launches=5))
+        stages.append(Stage(c.hidden + c.head + c.logits_fp32, c.product))
+        stages.append(Stage(2 * c.logits_fp32 + c.logits))
+        stages.append(Stage(c.logits + c.head + c.hidden_fp32, c.product))
+        stages.append(Stage(8 * c.hidden_fp32, launches=4))
     return tuple(stages)
 
 

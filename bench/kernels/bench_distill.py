@@ -29,6 +29,7 @@ from bench.kernels.harness import (
     library,
     report_row,
 )
+from bench.kernels.head_chunks import chunks
 from bench.kernels.records import Errors
 from latentwire_fast import ops
 
@@ -179,14 +180,19 @@ def logits_case(shape: tuple[int, int], dtype: torch.dtype, *, backward: bool) -
     )
 
 
+def hidden_inputs(
+    shape: tuple[int, int, int], dtype: torch.dtype, *, backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of a student and its teacher, and the head that both use."""
+    rows, width, vocabulary = shape
+    teacher = torch.randn(rows, width, device=DEVICE)
+    student = (teacher + torch.randn(rows, width, device=DEVICE)).to(dtype)
+    weight = torch.randn(vocabulary, width, device=DEVICE) * width**-0.5
+    return student.requires_grad_(backward), teacher.to(dtype), weight.to(dtype)
+
+
 def hidden_case(shape: tuple[int, int, int], dtype: torch.dtype, *, backward: bool) -> Case:
     rows, width, vocabulary = shape
-
-    def inputs() -> Inputs:
-        teacher = torch.randn(rows, width, device=DEVICE)
-        student = (teacher + torch.randn(rows, width, device=DEVICE)).to(dtype)
-        weight = torch.randn(vocabulary, width, device=DEVICE) * width**-0.5
-        return student.requires_grad_(backward), teacher.to(dtype), weight.to(dtype)
 
     def ours(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         return ops.linear_kd_kl(student, teacher, weight, tau=TAU, chunk_rows=CHUNK_ROWS)
@@ -201,7 +207,7 @@ def hidden_case(shape: tuple[int, int, int], dtype: torch.dtype, *, backward: bo
         # Hidden states and head in, the gradient out; what is between may stay on chip.
         work=Stage(head + products * hidden, flops),
         design=chunk_stages(shape, dtype.itemsize),
-        inputs=inputs,
+        inputs=lambda: hidden_inputs(shape, dtype, backward=backward),
         truth=lambda inputs: exact(inputs, backward=backward),
         errors=errors,
         # Liger's makes its gradient in any forward call: alone, that would count against it.
@@ -219,18 +225,13 @@ def chunk_stages(shape: tuple[int, int, int], element: int) -> tuple[Stage, ...]
     Per chunk: difference and stack, multiply, statistics and gradient, multiply back, what the
     difference lost by rounding.
     """
-    rows, width, vocabulary = shape
     stages: list[Stage] = []
-    for start in range(0, rows, CHUNK_ROWS):
-        count = min(CHUNK_ROWS, rows - start)
-        hidden, hidden_fp32 = count * width * element, count * width * 4
-        logits, logits_fp32 = count * vocabulary * element, count * vocabulary * 4
-        product, head = 2 * count * vocabulary * width, vocabulary * width * element
-        stages.append(Stage(8 * hidden + 6 * hidden_fp32, launches=5))
-        stages.append(Stage(2 * hidden + head + 2 * logits_fp32, 2 * product))
-        stages.append(Stage(4 * logits_fp32 + logits))
-        stages.append(Stage(logits + head + hidden_fp32, product))
-        stages.append(Stage(6 * hidden_fp32, launches=4))
+    for c in chunks(shape, element, chunk_rows=CHUNK_ROWS):
+        stages.append(Stage(8 * c.hidden + 6 * c.hidden_fp32, launches=5))
+        stages.append(Stage(2 * c.hidden + c.head + 2 * c.logits_fp32, 2 * c.product))
+        stages.append(Stage(4 * c.logits_fp32 + c.logits))
+        stages.append(Stage(c.logits + c.head + c.hidden_fp32, c.product))
+        stages.append(Stage(6 * c.hidden_fp32, launches=4))
     return tuple(stages)
 
 

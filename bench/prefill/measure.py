@@ -211,7 +211,7 @@ class Run:
             waiting = [[row.title, COMPILING] for row in compiled]
             absent.extend(waiting)
             self._show(batch)
-            absent[:] = absent[: len(absent) - len(waiting)]
+            del absent[len(absent) - len(waiting) :]
         if compiled:
             self._measure_rows(group, compiled, (source, batch, "compile"))
             self._show(batch)
@@ -247,10 +247,13 @@ class Run:
 
     def _keys(self, source: str) -> list[Key]:
         """The entries of a reader in the timetable, in order."""
-        kinds = ("compile" in self.args.engines, {*self.args.engines} != {"compile"})
+        engines = {*self.args.engines}
         keys: list[Key] = [(source, READER)]
         for batch in self.args.batches:
-            keys += [(source, batch)] * kinds[1] + [(source, batch, "compile")] * kinds[0]
+            if engines != {"compile"}:
+                keys.append((source, batch))
+            if "compile" in engines:
+                keys.append((source, batch, "compile"))
         return keys
 
     def _expected(self, ceilings: Any) -> dict[Key, float]:
