@@ -1,7 +1,7 @@
 """The time of a training step by part: encoder, readers, backward, optimiser, data, logging.
 
     python bench/train_step.py testbed --steps 20
-    python bench/train_step.py testbed_context --stage answer --threads 1 --json step.json
+    python bench/train_step.py testbed_context --stage quantized --threads 1 --json step.json
     python bench/train_step.py my_run.json --steps 5 --batches 2        # with frozen work kept
     python bench/train_step.py my_run.json --steps 5 --no-cache         # and without
 

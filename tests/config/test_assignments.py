@@ -35,9 +35,9 @@ def at(config: RunConfig, *steps: str | int) -> Any:
         ("readers.llama.source=a=b", ("readers", "llama", "source"), "a=b"),
         ('readers.llama.source="7"', ("readers", "llama", "source"), "7"),
         ("stages.2.steps=10", ("stages", 2, "steps"), 10),
-        ("stages.answer.lr=2", ("stages", 2, "lr"), 2),
+        ("stages.match.lr=2", ("stages", 2, "lr"), 2),
         ("stages.select.objectives.kv.weight=0.5", ("stages", 0, "objectives", 1, "weight"), 0.5),
-        ("stages.quantized.quantize=null", ("stages", 3, "quantize"), None),
+        ("stages.quantized.quantize=null", ("stages", 4, "quantize"), None),
         ("optim.lr_schedule.warmup_steps=3", ("optim", "lr_schedule", "warmup_steps"), 3),
         ("attachments.deep.width=64", ("attachments", 0, "width"), 64),
         ("evaluation.bits=[6,4]", ("evaluation", "bits"), [6, 4]),
@@ -97,13 +97,13 @@ def test_entries_with_dots_in_their_names_are_added_and_changed(config: RunConfi
     changed = with_assignments(
         config,
         [
-            f"stages.answer.schedules.answer.weight{schedule}",
-            "stages.answer.schedules.answer.weight.end=0.5",
+            f"stages.quantized.schedules.answer.weight{schedule}",
+            "stages.quantized.schedules.answer.weight.end=0.5",
             "warm_start.attachments.llama=runs/a",
             "warm_start.encoder=runs/b",
         ],
     )
-    assert at(changed, "stages", 2, "schedules", "answer.weight", "end") == 0.5
+    assert at(changed, "stages", 4, "schedules", "answer.weight", "end") == 0.5
     assert changed.warm_start == {"attachments.llama": "runs/a", "encoder": "runs/b"}
 
 
@@ -123,7 +123,7 @@ def test_a_later_one_wins_and_nothing_changes_nothing(config: RunConfig) -> None
         ("readers.llama.load_4bit=true", "did you mean load_in_4bit"),
         ("encoder.pooler.kind=span", "did you mean spans"),
         ("encoder.poler.kind=spans", "did you mean pooler"),
-        ("stages.4.steps=3", r"no entry '4'; there are 0 \(select\), 1 \(match\)"),
+        ("stages.9.steps=3", r"no entry '9'; there are 0 \(select\), 1 \(sharpen\)"),
         ("stages.anwser.steps=3", "no entry 'anwser'"),
         ("seed.x=3", "nothing within it"),
         ("encoder.kind.x=3", "'kind' has no fields"),
@@ -134,8 +134,8 @@ def test_a_later_one_wins_and_nothing_changes_nothing(config: RunConfig) -> None
         (".seed=3", "there is no ''"),
         ("xyz=3", "there is no 'xyz'; there are preset"),
         ("readers.x={}", "there is no 'x'; there are llama, qwen"),
-        ("stages.answer.schedules.gian=1", "schedules"),
-        ("stages.answer.schedules.gain.end=1", "schedules"),
+        ("stages.quantized.schedules.gian=1", "schedules"),
+        ("stages.quantized.schedules.gain.end=1", "schedules"),
     ],
 )
 def test_what_cannot_be_set_says_why(config: RunConfig, assignment: str, message: str) -> None:

@@ -60,8 +60,9 @@ EXPECTED = {
     },
     "testbed_context": {
         "select": PROJECTION,
+        "sharpen": PROJECTION,
         "match": PROJECTION,
-        "answer": PROJECTION | LOSSES,
+        "settle": PROJECTION,
         "quantized": PROJECTION | QUANTISED | LOSSES,
         "evaluate": ON_THE_WIRE | LOSSES | {"project_calibrate"},
         "encode": ON_THE_WIRE,
