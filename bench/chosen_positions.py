@@ -12,7 +12,8 @@ with `in_place`). The run's own latents are not read, and nothing is trained.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor
 
 from bench.command_line import add_json, parser_of, write_json
+from latentwire_fast.cli import quiet_libraries
 from latentwire_fast.config.serialization import read_run_config
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import heldout_examples
+from latentwire_fast.errors import ConfigError, LatentWireError
 from latentwire_fast.evaluation.methods.base import turns
+from latentwire_fast.evaluation.scoring import batches
 from latentwire_fast.files.run_folder import RunFolder
 from latentwire_fast.models.encoders.base import Encoder
 from latentwire_fast.models.interlingua import Interlingua
@@ -87,7 +91,8 @@ def measure(
     scores = {"the text": Score()}
     scores |= {name: Score() for count in counts for name in _names(count)}
     head = head_keys_values(reader, "context").float()
-    for batch in _batches(examples):
+    for rows in batches(len(examples), BATCH):
+        batch = [examples[i] for i in rows]
         build = reader.prompts.build
         with_text = [build(turns(e), context=e.context) for e in batch]
         prompts = [build(turns(e), context=e.context, latent="context") for e in batch]
@@ -108,11 +113,6 @@ def _names(count: int) -> tuple[str, str]:
     return f"{count} positions, before the prompt", f"{count} positions, in the text's place"
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), BATCH):
-        yield examples[start : start + BATCH]
-
-
 def _places(encoder: Encoder, reader: Reader, batch: Sequence[Example], count: int) -> Tensor:
     """The reader's positions `[B, count]` of what the encoder scores highest."""
     contexts = [example.context for example in batch]
@@ -130,19 +130,40 @@ def _read(reader: Reader, prompts: Sequence[Prompt], deep: Tensor, *, head: int)
     return reader.score(prompts, prefixes=none, deep=deep, head=head)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and print a table per reader."""
+def measure_run(
+    run: Path, *, examples: int, positions: Sequence[int]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By reader: `measure`.
+
+    Raises:
+        ConfigError: no run of context mode, or an encoder that selects no positions.
+    """
+    config = read_run_config(run)
+    if config.mode != "context":
+        raise ConfigError(f"{run} is of {config.mode} mode; give a run of context mode")
+    model = Interlingua.from_pretrained(RunFolder(run).model)
+    heldout = heldout_examples(config.data, count=examples, seed=None)
+    readers = load_readers(config.readers, torch.device("cpu"))
+    return {
+        name: measure(model.encoder, reader, heldout, positions) for name, reader in readers.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print a table. Exit status: 0; 2 for what cannot be measured."""
     args = parse(arguments)
-    config = read_run_config(args.run)
-    model = Interlingua.from_pretrained(RunFolder(args.run).model)
-    examples = heldout_examples(config.data, count=args.examples, seed=None)
-    found = {}
-    for name, reader in load_readers(config.readers, torch.device("cpu")).items():
-        found[name] = measure(model.encoder, reader, examples, args.positions)
-        for way, row in found[name].items():
+    quiet_libraries()
+    try:
+        found = measure_run(args.run, examples=args.examples, positions=args.positions)
+    except LatentWireError as error:
+        print(f"chosen_positions: error: {error}", file=sys.stderr)
+        return 2
+    for name, ways in found.items():
+        for way, row in ways.items():
             print(f"{name:8s} {way:38s}", *(f"{key} {value:.3f}" for key, value in row.items()))
     write_json(found, args.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

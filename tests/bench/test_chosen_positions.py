@@ -60,9 +60,34 @@ def test_the_command_prints_a_line_for_each_way(
     model.save_pretrained(RunFolder(tmp_path).model)
     RunFolder(tmp_path).config.write_text(json.dumps(to_json(config)))
     result = tmp_path / "found.json"
-    chosen_positions.main(
-        [str(tmp_path), "--examples", "3", "--positions", "4", "--json", str(result)]
-    )
+    arguments = [str(tmp_path), "--examples", "3", "--positions", "4", "--json", str(result)]
+    assert chosen_positions.main(arguments) == 0
     ways = {"the text", "4 positions, before the prompt", "4 positions, in the text's place"}
     assert set(json.loads(result.read_text())["llama"]) == ways
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "pure"}, "is of pure mode; give a run of context mode"),
+        ({"mode": "context"}, "pooler 'spans' selects no positions"),
+    ],
+    ids=["pure mode", "no positions"],
+)
+def test_what_cannot_be_measured_is_one_line(
+    llama_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    message: str,
+) -> None:
+    config = tiny_config(llama_folder, **changes)
+    model = build_model(config, load_readers(config.readers, torch.device("cpu")))
+    model.save_pretrained(RunFolder(tmp_path).model)
+    RunFolder(tmp_path).config.write_text(json.dumps(to_json(config)))
+    capsys.readouterr()  # what loading the readers wrote
+    assert chosen_positions.main([str(tmp_path), "--examples", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("chosen_positions: error: ")
+    assert message in error
