@@ -21,6 +21,7 @@ PARTS: dict[str, str] = {
     "contrastive": "latentwire_fast.objectives.contrastive:Contrastive",
     "reconstruct": "latentwire_fast.objectives.reconstruct:Reconstruct",
     "gist": "latentwire_fast.objectives.gist:Gist",
+    "window": "latentwire_fast.objectives.window:Window",
     "diversity": "latentwire_fast.objectives.diversity:Diversity",
     "entropy": "latentwire_fast.objectives.entropy:Entropy",
     "scales": "latentwire_fast.objectives.scales:Scales",

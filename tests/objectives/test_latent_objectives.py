@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentwire_fast.config.schema import ObjectiveConfig, RunConfig, StageConfig
+from latentwire_fast.config.schema import Mode, ObjectiveConfig, RunConfig, StageConfig
 from latentwire_fast.errors import ConfigError
 from latentwire_fast.models.text_model import TextModel
 from latentwire_fast.objectives.objective_set import ObjectiveSet
 from latentwire_fast.objectives.prepared import total_counts
 from latentwire_fast.prompts.builder import encoded_text, replaced_text
+from latentwire_fast.registry import POOLERS
 from runs import changed, deep, soft, tiny_config
 from stage_batches import StageBatch, assert_cut_alike, objective
 
@@ -158,6 +159,47 @@ def test_masked_tokens_are_not_asked_for(batch: StageBatch) -> None:
         assert set(asked[0]) < text
         assert a.counts["gist", "llama"] == len(set(asked[0])) == round(len(text) / 2)
         assert asked[0] != asked[1], "drawn anew"
+
+
+@pytest.mark.parametrize("mode", ["context", "pure"])
+def test_the_window_is_the_tokens_around_each_position(
+    mode: Mode, llama_folder: Path, qwen_folder: Path
+) -> None:
+    """The encoder cuts texts as `llama` does; its positions are moved to `qwen`'s tokens."""
+    config = objective("window", reach=12, width=16)
+    batch = StageBatch.of(
+        llama_folder,
+        qwen_folder,
+        mode=mode,
+        encoder={"pooler": POOLERS.config("selected")},
+        attachments=(soft("linear"),),
+        stages=(StageConfig("s", steps=1, objectives=(objective("select"), config)),),
+    )
+    losses = batch.compute(config)[0]
+    assert_reaches(batch, "window")
+    questions = tuple(item.question for item in batch.items) if mode == "pure" else None
+    contexts = tuple(item.context for item in batch.items)
+    latent, selection = batch.model.encoder.select(contexts, questions)
+    for name, reader in batch.readers.items():
+        head: Any = batch.model.heads["window"][name]  # type: ignore[index]
+        expected, outside = 0.0, 0
+        for b, item in enumerate(batch.items):
+            text = encoded_text(item.context, item.question if mode == "pure" else None)
+            own = batch.readers["llama"].prompts.text_ends(text)
+            ids, ends = reader.prompts.text_ids(text), reader.prompts.text_ends(text)
+            terms = []
+            for m, place in enumerate(selection.places_BM[b].tolist()):
+                at = next(i for i, end in enumerate(ends) if end >= own[place])
+                for k, vector in enumerate(head(latent[b, m])):
+                    if 0 <= at + k - 12 < len(ids):
+                        log = reader.output_head.logits(vector[None]).log_softmax(-1)[0]
+                        terms.append(-log[ids[at + k - 12]].item())
+                    else:
+                        outside += 1
+            expected += sum(terms) / len(terms)
+        assert losses.sums["window", name].item() == pytest.approx(expected, rel=1e-4)
+        assert outside > 0
+    assert_cut_alike(batch, config)
 
 
 @pytest.mark.parametrize("form", ["texts", "slots", "covariance"])
@@ -313,6 +355,7 @@ def test_one_reader_after_the_other_gives_the_same_gradients(
         ("reconstruct", {"width": 20, "heads": 8}, "width=20, expected an even number that divid"),
         ("diversity", {"std": 2.0}, r"std=2.0, expected in \(0, 1\]"),
         ("diversity", {"covariance": -1.0}, "covariance=-1.0, expected at least 0"),
+        ("window", {"reach": 0}, "reach=0, expected at least 1"),
         ("gist", {"mask": 1.0}, r"mask=1.0, expected in \[0, 1\)"),
         ("gist", {"width": 10, "heads": 4}, "width=10 does not divide among heads=4"),
     ],
@@ -350,3 +393,9 @@ def test_stages_share_a_head(llama_folder: Path) -> None:
     )
     with pytest.raises(ConfigError, match="'contrastive' has one head for all of them; give it th"):
         tiny_config(llama_folder, stages=stages)
+
+
+def test_the_window_needs_positions(llama_folder: Path) -> None:
+    stage = StageConfig("s", steps=1, objectives=(objective("window"),))
+    with pytest.raises(ConfigError, match="objective 'window' needs encoder pooler 'selected'"):
+        tiny_config(llama_folder, stages=(stage,))

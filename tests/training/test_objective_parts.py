@@ -10,7 +10,7 @@ import torch
 from latentwire_fast.config.schema import ObjectiveConfig, RunConfig, StageConfig
 from latentwire_fast.config.serialization import run_config_from_json, to_json
 from latentwire_fast.models.interlingua import Interlingua
-from latentwire_fast.registry import SCHEDULES
+from latentwire_fast.registry import POOLERS, SCHEDULES
 from runs import assert_resumes, records, tiny_config, train
 from stage_batches import objective
 
@@ -28,6 +28,7 @@ OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "contrastive": (objective("contrastive"),),
     "reconstruct": (objective("reconstruct", width=16, heads=2),),
     "gist": (objective("gist", width=16, heads=2),),
+    "window": (objective("select"), objective("window", reach=2, width=16)),
     "align_readers": (objective("align_readers"),),
     "align_mean": (objective("align_mean"),),
     "semantic_anchor": (objective("semantic_anchor", source="ANCHOR"),),
@@ -42,7 +43,8 @@ def config_of(name: str, *folders: Path, files: dict[str, Path]) -> RunConfig:
     )
     schedules = {"sampled.share": RAMP} if name == "sampled" else {}
     stage = StageConfig("s", steps=2, objectives=objectives, quantize=6, schedules=schedules)
-    return tiny_config(*folders, stages=(stage,))
+    encoder = {"pooler": POOLERS.config("selected" if name == "window" else "spans")}
+    return tiny_config(*folders, encoder=encoder, stages=(stage,))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES_OF)
