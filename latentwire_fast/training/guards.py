@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class SpikeGuard:
 
     A spike is `loss > mean + threshold * deviation`, with exponential averages of the loss and of
     its absolute deviation. A spike enters the averages at that limit, so a lasting new level is
-    accepted after a few steps.
+    accepted after a few steps. Each stage begins anew: its objectives are of another size.
 
     Attributes:
         threshold: in mean absolute deviations.
@@ -104,12 +105,12 @@ class SpikeGuard:
     threshold: float = 8.0
     decay: float = 0.95
     warmup: int = 20
-    state: dict[str, float] = field(
-        default_factory=lambda: {"mean": 0.0, "deviation": 0.0, "steps": 0}
-    )
+    state: dict[str, Any] = field(default_factory=dict)
 
-    def watch(self, loss: float, *, step: int) -> bool:
-        """Take in one loss; whether it is a spike."""
+    def watch(self, loss: float, *, step: int, stage: str) -> bool:
+        """Take in one loss of a stage; whether it is a spike."""
+        if self.state.get("stage") != stage:
+            self.state = {"stage": stage, "mean": 0.0, "deviation": 0.0, "steps": 0}
         mean, deviation = self.state["mean"], self.state["deviation"]
         limit = mean + self.threshold * deviation
         spike = self.state["steps"] >= self.warmup and loss > limit
@@ -125,6 +126,7 @@ class SpikeGuard:
         # the first steps average plainly, as the exponential average starts from nothing
         rate = max(1 - self.decay, 1 / (self.state["steps"] + 1))
         self.state = {
+            "stage": stage,
             "mean": mean + rate * (value - mean),
             "deviation": deviation + rate * (abs(value - mean) - deviation),
             "steps": self.state["steps"] + 1,

@@ -155,7 +155,7 @@ def train_step(session: Session, accelerator: Accelerator, reducer: Reducer) -> 
     )
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.optim.clip)
     scale_learning_rates(state.optimizers, factor)
-    state.spikes.watch(loss.item(), step=state.step)
+    state.spikes.watch(loss.item(), step=state.step, stage=stage.name)
     for optimizer in state.optimizers:
         optimizer.step()
     latent_BMd = torch.cat([losses.latent_BMd for losses in made])

@@ -327,34 +327,43 @@ def noisy_losses(count: int, level: float = 2.0) -> list[float]:
 def test_a_spike_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     guard = SpikeGuard()
     for step, loss in enumerate(noisy_losses(100)):
-        assert not guard.watch(loss, step=step)
+        assert not guard.watch(loss, step=step, stage="a")
     assert caplog.records == []
-    assert guard.watch(6.0, step=100)
+    assert guard.watch(6.0, step=100, stage="a")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "step 100: loss 6 is a spike" in caplog.text
-    assert not guard.watch(2.0, step=101)
+    assert not guard.watch(2.0, step=101, stage="a")
 
 
 def test_no_spike_during_warm_up_nor_in_a_fall() -> None:
     guard = SpikeGuard(warmup=20)
     losses = [9.0, 1.0, 9.0, *torch.linspace(8, 1, 100).tolist()]
-    assert not any(guard.watch(loss, step=i) for i, loss in enumerate(losses))
+    assert not any(guard.watch(loss, step=i, stage="a") for i, loss in enumerate(losses))
 
 
 def test_a_lasting_new_level_is_accepted() -> None:
     guard = SpikeGuard()
     for step, loss in enumerate(noisy_losses(100)):
-        guard.watch(loss, step=step)
-    spikes = [guard.watch(loss, step=100) for loss in noisy_losses(60, level=5.0)]
+        guard.watch(loss, step=step, stage="a")
+    spikes = [guard.watch(loss, step=100, stage="a") for loss in noisy_losses(60, level=5.0)]
     assert 1 <= sum(spikes) <= 15
     assert not any(spikes[-40:])
+
+
+def test_a_stage_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """Its loss is another one: that it is ten times as large says nothing."""
+    guard = SpikeGuard()
+    for step, loss in enumerate([*noisy_losses(50), *noisy_losses(50, level=20.0)]):
+        assert not guard.watch(loss, step=step, stage="match" if step < 50 else "answer")
+    assert caplog.records == []
+    assert guard.watch(40.0, step=100, stage="answer")
 
 
 def test_spike_state_goes_through_json() -> None:
     first = SpikeGuard()
     for step, loss in enumerate(noisy_losses(50)):
-        first.watch(loss, step=step)
+        first.watch(loss, step=step, stage="a")
     second = SpikeGuard(state=json.loads(json.dumps(first.state)))
     for step, loss in enumerate([*noisy_losses(5), 4.0, 2.0]):
-        assert first.watch(loss, step=step) == second.watch(loss, step=step)
+        assert first.watch(loss, step=step, stage="a") == second.watch(loss, step=step, stage="a")
     assert first.state == second.state
