@@ -49,8 +49,8 @@ class WindowHead(nn.Module):
 
 
 class Window(Objective):
-    """Cross-entropy over a reader's tokens at `reach` places before each chosen position, at the
-    position and at `reach` places behind it; each place has a vector of its own.
+    """Cross-entropy over a reader's tokens at some places before each chosen position, at the
+    position and at some places behind it; each place has a vector of its own.
 
     Places outside the text are not asked for. The mean over a text's places, summed over texts.
     The head is trained with the model and is no part of it.
@@ -64,20 +64,26 @@ class Window(Objective):
         """Settings of the tokens around a position.
 
         Attributes:
-            reach: places on each side.
+            before, behind: how many places.
             width: of the head's layer.
         """
 
         of_latents: ClassVar[bool] = True
         takes_fewer: ClassVar[bool] = True
-        head_fields: ClassVar[tuple[str, ...]] = ("reach", "width")
+        head_fields: ClassVar[tuple[str, ...]] = ("before", "behind", "width")
 
-        reach: int = 8
+        before: int = 8
+        behind: int = 8
         width: int = 64
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            self.at_least_one("reach", "width")
+            self.at_least_one("width")
+            require(
+                min(self.before, self.behind) >= 0,
+                f"objective {self.kind!r}: before={self.before}, behind={self.behind}, expected at "
+                "least 0",
+            )
 
         def check(self, run: RunConfig) -> None:
             """Raise unless there are positions."""
@@ -94,7 +100,7 @@ class Window(Objective):
     ) -> nn.Module:
         """One for each reader, to its output embedding."""
         assert isinstance(config, Window.Config)
-        places = 2 * config.reach + 1
+        places = config.before + config.behind + 1
         d_z = model.encoder_config.d_z
         return nn.ModuleDict(
             {
@@ -124,8 +130,9 @@ class Window(Objective):
             padding_value=-1,
         ).to(device)
         places_BM = move_places(batch.encoded.positions.places_BM, _ends(batch))
-        reach = self.config.reach
-        places_BMK = places_BM[..., None] + torch.arange(-reach, reach + 1, device=device)
+        config = self.config
+        window_K = torch.arange(-config.before, config.behind + 1, device=device)
+        places_BMK = places_BM[..., None] + window_K
         inside_BMK = (places_BMK >= 0) & (places_BMK < ids_BT.shape[1])
         index_BN = places_BMK.clamp(0, ids_BT.shape[1] - 1).flatten(1)
         labels_BMK = ids_BT.gather(1, index_BN).view_as(places_BMK)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from latentwire_fast.config.schema import RunConfig
 from latentwire_fast.data.streams import Stream
@@ -20,27 +22,36 @@ _BATCH = 50
 
 @torch.no_grad()
 def fit_bottleneck(model: Interlingua, stream: Stream, config: RunConfig) -> None:
-    """Fit the bottleneck of a trained model to the first training texts, as many as it wants; a
-    finite data set may have fewer, which then come more than once. The model is in eval mode
-    afterwards."""
+    """Fit the bottleneck of a trained model to the first training texts, as many as it wants. A
+    text that comes again, as those of a finite data set do, is not read again. The model is in eval
+    mode afterwards."""
     model.eval()
-    start, texts = time.perf_counter(), model.bottleneck.fits_texts
-    latents = [
-        _latents(model, stream, number, config, texts=min(_BATCH, texts - number * _BATCH))
-        for number in range(-(-texts // _BATCH))
-    ]
-    model.fit_bottleneck(latents)
+    start = time.perf_counter()
+    texts = _texts(model, stream, config)
+    parts = [texts[first : first + _BATCH] for first in range(0, len(texts), _BATCH)]
+    bar = tqdm(parts, desc="texts for the prior", unit="batch", dynamic_ncols=True, disable=None)
+    model.fit_bottleneck([_latents(model, part, config) for part in bar])
     seconds = time.perf_counter() - start
-    logger.info("bottleneck fitted to %d texts in %.1f s", texts, seconds)
+    logger.info("bottleneck fitted to %d texts in %.1f s", len(texts), seconds)
 
 
-def _latents(
-    model: Interlingua, stream: Stream, number: int, config: RunConfig, *, texts: int
-) -> Tensor:
-    """The latents `[B, M, d]` of the first texts of one training batch, or of their chunks."""
-    items = stream.batch(number, _BATCH, facts=config.data.facts, texts=model.mode == "context")
-    prepared = [PreparedItem(item, model.mode) for item in items[:texts]]
-    questions = [p.question for p in prepared if p.question is not None] or None
-    contexts = [p.item.context for p in prepared]
+def _texts(model: Interlingua, stream: Stream, config: RunConfig) -> list[PreparedItem]:
+    """What the encoder reads of the first training batches, each text once."""
+    wanted = model.bottleneck.fits_texts
+    found: dict[tuple[str, str | None], PreparedItem] = {}
+    for first in range(0, wanted, _BATCH):
+        items = stream.batch(
+            first // _BATCH, _BATCH, facts=config.data.facts, texts=model.mode == "context"
+        )
+        for item in items[: wanted - first]:
+            prepared = PreparedItem(item, model.mode)
+            found.setdefault((item.context, prepared.question), prepared)
+    return list(found.values())
+
+
+def _latents(model: Interlingua, texts: Sequence[PreparedItem], config: RunConfig) -> Tensor:
+    """The latents `[B, M, d]` of some texts, or of their chunks."""
+    questions = [p.question for p in texts if p.question is not None] or None
+    contexts = [p.item.context for p in texts]
     chunks = model.cut(contexts, questions, length=config.data.chunk_length)
     return model.encode(chunks.contexts, chunks.questions)

@@ -166,7 +166,7 @@ def test_the_window_is_the_tokens_around_each_position(
     mode: Mode, llama_folder: Path, qwen_folder: Path
 ) -> None:
     """The encoder cuts texts as `llama` does; its positions are moved to `qwen`'s tokens."""
-    config = objective("window", reach=12, width=16)
+    config = objective("window", before=12, behind=9, width=16)
     batch = StageBatch.of(
         llama_folder,
         qwen_folder,
@@ -355,7 +355,7 @@ def test_one_reader_after_the_other_gives_the_same_gradients(
         ("reconstruct", {"width": 20, "heads": 8}, "width=20, expected an even number that divid"),
         ("diversity", {"std": 2.0}, r"std=2.0, expected in \(0, 1\]"),
         ("diversity", {"covariance": -1.0}, "covariance=-1.0, expected at least 0"),
-        ("window", {"reach": 0}, "reach=0, expected at least 1"),
+        ("window", {"before": -1}, "before=-1, behind=8, expected at least 0"),
         ("gist", {"mask": 1.0}, r"mask=1.0, expected in \[0, 1\)"),
         ("gist", {"width": 10, "heads": 4}, "width=10 does not divide among heads=4"),
     ],

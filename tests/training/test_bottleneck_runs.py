@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from latentwire_fast.prompts.builder import Turn
 from latentwire_fast.readers.reader import load_readers
 from latentwire_fast.registry import BOTTLENECKS
 from latentwire_fast.serving import Receiver
+from latentwire_fast.training.bottleneck_fit import fit_bottleneck
 from runs import assert_same_run, records, tiny_config, tiny_squad, train
 from test_entry_points import in_this_process
 
@@ -180,6 +182,24 @@ def test_a_trained_run_gets_smaller_payloads_of_the_same_values(
 def evaluated_settings(run: Path) -> Any:
     """The bottleneck of a run's configuration, by which an evaluation checks the model."""
     return read_run_config(run).bottleneck
+
+
+def test_a_text_of_a_finite_data_set_is_fitted_to_once(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 texts are wanted, and the data set has fewer: each is encoded once."""
+    data = tiny_squad(tmp_path / "data.json", passages=7)
+    trainer = train(config_of("uniform", llama_folder, data={"source": str(data)}), tmp_path / "a")
+    encode, read = Interlingua.encode, []
+
+    def watched(model: Interlingua, contexts: Sequence[str], *rest: Any) -> torch.Tensor:
+        read.extend(contexts)
+        return encode(model, contexts, *rest)
+
+    monkeypatch.setattr(Interlingua, "encode", watched)
+    session: Any = trainer.session
+    fit_bottleneck(session.model, session.stream, session.config)
+    assert sorted(read) == sorted({item.context for item in session.stream.items})
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ OBJECTIVES_OF: dict[str, tuple[ObjectiveConfig, ...]] = {
     "contrastive": (objective("contrastive"),),
     "reconstruct": (objective("reconstruct", width=16, heads=2),),
     "gist": (objective("gist", width=16, heads=2),),
-    "window": (objective("select"), objective("window", reach=2, width=16)),
+    "window": (objective("select"), objective("window", before=2, width=16)),
     "align_readers": (objective("align_readers"),),
     "align_mean": (objective("align_mean"),),
     "semantic_anchor": (objective("semantic_anchor", source="ANCHOR"),),
