@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bench.command_line import add_json, parser_of, write_json
-from latentwire_fast.cli import quiet_libraries
+from latentwire_fast.cli import parse_pairs, quiet_libraries
+from latentwire_fast.config.reader import ReaderConfig
 from latentwire_fast.config.serialization import read_run_config
 from latentwire_fast.data.examples import Example
 from latentwire_fast.data.sources import heldout_examples
@@ -79,6 +80,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a finished run with encoder pooler 'selected'")
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--positions", type=int, nargs="+", default=[8, 12], help="how many")
+    parser.add_argument(
+        "--reader",
+        action="append",
+        default=[],
+        help="NAME=SOURCE in the place of the run's readers, repeatable: one that it has not seen",
+    )
     add_json(parser)
     return parser.parse_args(arguments)
 
@@ -131,9 +138,12 @@ def _read(reader: Reader, prompts: Sequence[Prompt], deep: Tensor, *, head: int)
 
 
 def measure_run(
-    run: Path, *, examples: int, positions: Sequence[int]
+    run: Path, *, examples: int, positions: Sequence[int], sources: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """By reader: `measure`.
+
+    Args:
+        sources: readers by name, in the place of the run's.
 
     Raises:
         ConfigError: no run of context mode, or an encoder that selects no positions.
@@ -143,7 +153,8 @@ def measure_run(
         raise ConfigError(f"{run} is of {config.mode} mode; give a run of context mode")
     model = Interlingua.from_pretrained(RunFolder(run).model)
     heldout = heldout_examples(config.data, count=examples, seed=None)
-    readers = load_readers(config.readers, torch.device("cpu"))
+    chosen = {name: ReaderConfig(source) for name, source in (sources or {}).items()}
+    readers = load_readers(chosen or config.readers, torch.device("cpu"))
     return {
         name: measure(model.encoder, reader, heldout, positions) for name, reader in readers.items()
     }
@@ -154,7 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     quiet_libraries()
     try:
-        found = measure_run(args.run, examples=args.examples, positions=args.positions)
+        sources = parse_pairs(args.reader, option="--reader")
+        found = measure_run(
+            args.run, examples=args.examples, positions=args.positions, sources=sources
+        )
     except LatentWireError as error:
         print(f"chosen_positions: error: {error}", file=sys.stderr)
         return 2

@@ -3,10 +3,11 @@
 A deep prefix that learns one reader's keys and values needs of a position what *this* reader holds
 there. The testbed's readers hold different halves of a name at a fact's value, so an encoder that
 was trained for one of them drops what the other needs. The tokens around a position are of no
-reader, and both halves are among them.
+reader, and both halves are among them. The loss asks for the missing half and does not teach it
+(docs/results.md, "A reader that is added later"): it is kept as what was tried.
 
-Shapes: B texts, M latents, d `d_z`, K places of a window, W the head's width, D a reader's, N
-places that are asked for.
+Shapes: B texts, T tokens of one, M latents, d `d_z`, K places of a window, W the head's width, D a
+reader's.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from latentwire_fast.config.schema import ObjectiveConfig, RunConfig
 from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.objectives.base import Objective
 from latentwire_fast.objectives.micro_batch import ReaderBatch
+from latentwire_fast.objectives.positions import token_ends
 from latentwire_fast.objectives.prepared import PreparedItem
-from latentwire_fast.objectives.token_alignment import Ends, move_places
+from latentwire_fast.objectives.token_alignment import move_places
 from latentwire_fast.prompts.builder import Prompt, encoded_text
 from latentwire_fast.readers.reader import Reader
+
+_OUTSIDE = -1  # in the place of a token's id
 
 
 class WindowHead(nn.Module):
@@ -114,9 +118,12 @@ class Window(Objective):
 
         def text() -> Prompt:
             prompt = Prompt()
-            prompt.add(reader.prompts.text_ids(_text(prepared)), content=True)
+            read = encoded_text(prepared.item.context, prepared.question)
+            prompt.add(reader.prompts.text_ids(read), content=True)
             return prompt
 
+        if prepared.mode == "pure":
+            prepared.text_prompt(reader)  # `token_ends` is of the text with its question then
         prepared.prompt(self.config.kind, reader, text)
         return 1
 
@@ -124,19 +131,15 @@ class Window(Objective):
         """The mean cross-entropy over a text's places, summed over texts."""
         latent_BMd = batch.encoded.sent_BMd
         device = latent_BMd.device
-        ids_BT = pad_sequence(
-            [torch.tensor(prompt.ids) for prompt in batch.prompts(self.config.kind)],
-            batch_first=True,
-            padding_value=-1,
-        ).to(device)
-        places_BM = move_places(batch.encoded.positions.places_BM, _ends(batch))
         config = self.config
-        window_K = torch.arange(-config.before, config.behind + 1, device=device)
-        places_BMK = places_BM[..., None] + window_K
-        inside_BMK = (places_BMK >= 0) & (places_BMK < ids_BT.shape[1])
-        index_BN = places_BMK.clamp(0, ids_BT.shape[1] - 1).flatten(1)
-        labels_BMK = ids_BT.gather(1, index_BN).view_as(places_BMK)
-        asked_BMK = inside_BMK & (labels_BMK >= 0)
+        places_BM = move_places(batch.encoded.positions.places_BM, token_ends(batch))
+        ids = [torch.tensor(prompt.ids) for prompt in batch.prompts(config.kind)]
+        ids_BT = pad_sequence(ids, batch_first=True, padding_value=_OUTSIDE).to(device)
+        padded_BT = nn.functional.pad(ids_BT, (config.before, config.behind), value=_OUTSIDE)
+        window_K = torch.arange(config.before + config.behind + 1, device=device)
+        places_BMK = places_BM[..., None] + window_K  # in the padded text
+        labels_BMK = padded_BT.gather(1, places_BMK.flatten(1)).view_as(places_BMK)
+        asked_BMK = labels_BMK != _OUTSIDE
         absent_BM = batch.encoded.pieces.absent_RM(latent_BMd.shape[1], device=device)
         if absent_BM is not None:
             asked_BMK &= ~absent_BM[..., None]
@@ -148,17 +151,3 @@ class Window(Objective):
             label_weights=share_B[:, None, None].expand_as(asked_BMK)[asked_BMK],
         )
         return losses.cross_entropy
-
-
-def _text(prepared: PreparedItem) -> str:
-    """What the encoder reads of an item."""
-    return encoded_text(prepared.item.context, prepared.question)
-
-
-def _ends(batch: ReaderBatch) -> Ends:
-    """Per text, the character behind each token: of the encoder's, and of the reader's."""
-    encoder, prompts = batch.model.encoder, batch.reader.prompts
-    return [
-        (encoder.text_ends(p.item.context, p.question), prompts.text_ends(_text(p)))
-        for p in batch.items
-    ]

@@ -47,7 +47,7 @@ def test_all_positions_in_the_texts_place_are_the_text(
 
 
 def test_the_command_prints_a_line_for_each_way(
-    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama_folder: Path, qwen_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(
         llama_folder,
@@ -65,6 +65,10 @@ def test_the_command_prints_a_line_for_each_way(
     ways = {"the text", "4 positions, before the prompt", "4 positions, in the text's place"}
     assert set(json.loads(result.read_text())["llama"]) == ways
     assert len(capsys.readouterr().out.splitlines()) == 3
+    assert chosen_positions.main([*arguments, "--reader", f"added={qwen_folder}"]) == 0
+    assert {name: set(found) for name, found in json.loads(result.read_text()).items()} == {
+        "added": ways
+    }
 
 
 @pytest.mark.parametrize(
