@@ -29,7 +29,11 @@ from latentwire_fast.models.interlingua import Interlingua
 from latentwire_fast.readers.card import ReaderCard
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.registry import ADAPTERS, ATTACHMENTS, BOTTLENECKS, ENCODERS
-from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
+from latentwire_fast.testbed.tokenizers import (
+    build_llama_tokenizer,
+    build_mistral_tokenizer,
+    build_qwen_tokenizer,
+)
 
 LORA_METHODS = ("text_lora", "closed_book_lora")  # of readers with a LoRA
 BUDGETS_IN_BYTES = ("byte_budget", "selective_context_bytes", "bm25_sentences_bytes")
@@ -115,6 +119,12 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """The testbed's Metaspace BPE."""
     return build_qwen_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """The testbed's Metaspace BPE that begins every text with a space."""
+    return build_mistral_tokenizer()
 
 
 def _save(

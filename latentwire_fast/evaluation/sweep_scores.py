@@ -88,24 +88,29 @@ def _training(folder: RunFolder) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExampleScores:
-    """F1 of the latent for every held-out example of a run.
+    """Scores of the latent for every held-out example of a run.
 
     Attributes:
         f1: by reader and by the example's id.
+        logprobs: the same, of the gold answer's tokens; without the examples that have none.
         contexts: by the example's id; examples of one context are resampled together.
     """
 
     f1: dict[str, dict[str, float]]
+    logprobs: dict[str, dict[str, list[float]]]
     contexts: dict[str, str]
 
     @classmethod
     def read(cls, folder: RunFolder) -> ExampleScores:
         """Those of a finished run."""
-        f1: dict[str, dict[str, float]] = {}
-        contexts = {}
+        found = cls({}, {}, {})
         with folder.predictions.open(encoding="utf-8") as lines:
             for record in map(json.loads, lines):
-                contexts[record["id"]] = record["context"]
+                key = record["id"]
+                found.contexts[key] = record["context"]
                 for name, methods in record["readers"].items():
-                    f1.setdefault(name, {})[record["id"]] = methods["latent"]["f1"]
-        return cls(f1, contexts)
+                    latent = methods["latent"]
+                    found.f1.setdefault(name, {})[key] = latent["f1"]
+                    if gold := latent.get("gold_logprobs"):
+                        found.logprobs.setdefault(name, {})[key] = gold
+        return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from latentwire_fast.evaluation.metrics import Interval, mean_interval
+from latentwire_fast.evaluation.metrics import Interval, mean_interval, ratio_interval
 from latentwire_fast.evaluation.report.formatting import MISSING, number
 from latentwire_fast.evaluation.sweep_scores import ExampleScores
 
@@ -26,7 +26,7 @@ class FinishedRun:
 
     Attributes:
         scores: of `run_scores`.
-        examples: F1 of every held-out example.
+        examples: the scores of every held-out example.
         seconds: from the start of its process to the end, loading and evaluation included, where
             that was noted.
     """
@@ -84,11 +84,13 @@ def _reader(
 ) -> dict[str, Any]:
     entries = [run.scores["readers"][name] for run in runs]
     own = [run.examples.f1[name] for run in runs]
-    both = [(run, base) for run, base in pairs if name in base.examples.f1]
+    both = [
+        (run.examples, base.examples)
+        for run, base in pairs
+        if name in base.examples.f1 and run.examples.contexts == base.examples.contexts
+    ]
     differences = [
-        {key: f1 - base.examples.f1[name][key] for key, f1 in run.examples.f1[name].items()}
-        for run, base in both
-        if run.examples.contexts == base.examples.contexts
+        {key: f1 - base.f1[name][key] for key, f1 in run.f1[name].items()} for run, base in both
     ]
     return {
         "f1": _resampled(own, runs[0].examples.contexts),
@@ -103,7 +105,28 @@ def _reader(
         },
         "coded_bytes": entries[0]["coded_bytes"],
         "minus_base": _resampled(differences, runs[0].examples.contexts),
+        "nll_minus_base": _nll_difference(name, both),
     }
+
+
+def _nll_difference(
+    name: str, pairs: Sequence[tuple[ExampleScores, ExampleScores]]
+) -> dict[str, Any] | None:
+    """By how much the NLL per token is above the base's, as `_resampled`."""
+    found = [(run.logprobs.get(name, {}), base.logprobs.get(name, {})) for run, base in pairs]
+    keys = list(found[0][0]) if found else []
+    if not keys or any(scores.keys() != set(keys) for pair in found for scores in pair):
+        return None
+    tokens = [len(found[0][0][key]) for key in keys]
+    rises = [[sum(theirs[key]) - sum(ours[key]) for key in keys] for ours, theirs in found]
+    interval = ratio_interval(
+        [mean(of_seeds) for of_seeds in zip(*rises, strict=True)],
+        tokens,
+        seed=SEED,
+        clusters=[pairs[0][0].contexts[key] for key in keys],
+    )
+    over = _over_seeds([sum(rise) / sum(tokens) for rise in rises]) or {}
+    return {**over, "low": interval.low, "high": interval.high}
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -138,6 +161,7 @@ def table_lines(table: Mapping[str, Any]) -> list[str]:
     heads += [f"{name} F1" for name in readers]
     heads += [f"{name} minus {table['base']}" for name in readers]
     heads += [f"{name} NLL" for name in readers]
+    heads += [f"{name} NLL minus {table['base']}" for name in readers]
     heads += ["effective rank", "bytes", "steps/s"]
     finished = {name: found for name, found in table["variants"].items() if found is not None}
     missing = [name for name in table["variants"] if name not in finished]
@@ -174,6 +198,7 @@ def _row(name: str, found: Mapping[str, Any], readers: Sequence[str]) -> list[st
         *(_points(entry.get("f1")) for entry in entries),
         *(_points(entry.get("minus_base"), signed=True) for entry in entries),
         *(_number(entry.get("nll"), 3) for entry in entries),
+        *(_spread(entry.get("nll_minus_base"), digits=3) for entry in entries),
         _number(found["effective_rank"], 1),
         _number(found["bytes"], 0),
         _number(found["steps_per_second"], 2),
@@ -182,13 +207,21 @@ def _row(name: str, found: Mapping[str, Any], readers: Sequence[str]) -> list[st
 
 def _points(value: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     """A share in points, with its spread and its interval."""
+    return _spread(value, scale=100, signed=signed)
+
+
+def _spread(
+    value: Mapping[str, Any] | None, *, scale: float = 1, digits: int = 1, signed: bool = True
+) -> str:
+    """A mean over seeds, with its spread and its interval."""
     if value is None:
         return MISSING
-    text = number(100 * value["mean"], signed=signed)
-    if value["sd"] is not None:
-        text += f" ± {number(100 * value['sd'])}"
-    ends = [number(100 * value[end], signed=signed) for end in ("low", "high")]
-    return f"{text} ({ends[0]} to {ends[1]})"
+
+    def text(score: float, *, signed: bool = signed) -> str:
+        return number(scale * score, digits=digits, signed=signed)
+
+    spread = "" if value["sd"] is None else f" ± {text(value['sd'], signed=False)}"
+    return f"{text(value['mean'])}{spread} ({text(value['low'])} to {text(value['high'])})"
 
 
 def _number(value: Mapping[str, Any] | None, digits: int) -> str:

@@ -27,6 +27,11 @@ class SweepFolder:
         return self.path / name / "train.log"
 
     @property
+    def frozen_work(self) -> Path:
+        """What the first run that finished computed with frozen models, lent to the others."""
+        return self.path / "frozen_work"
+
+    @property
     def history(self) -> Path:
         """One JSON object per process that ended: how, after how long, and with which scores."""
         return self.path / "metrics_history.jsonl"

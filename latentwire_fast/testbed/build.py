@@ -26,12 +26,17 @@ from latentwire_fast.prompts.builder import Turn, full_text
 from latentwire_fast.readers.reader import Reader
 from latentwire_fast.serving import Receiver
 from latentwire_fast.testbed.recipes import RECIPES
-from latentwire_fast.testbed.tokenizers import build_llama_tokenizer, build_qwen_tokenizer
+from latentwire_fast.testbed.tokenizers import (
+    build_llama_tokenizer,
+    build_mistral_tokenizer,
+    build_qwen_tokenizer,
+)
 from latentwire_fast.testbed.training import ReaderTraining
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "llama": build_llama_tokenizer,
     "qwen": build_qwen_tokenizer,
+    "mistral": build_mistral_tokenizer,
 }
 
 

@@ -16,6 +16,7 @@ class Recipe:
     """The recipe of one reader, in steps.
 
     Attributes:
+        kv_heads: key/value heads (grouped-query attention); None: as many as `heads`.
         lr_knots: (step, factor on the learning rates), linear in between; the last step ends the
             run.
         one_fact_from, two_facts_from, four_facts_from: the curriculum; before it, copying alone.
@@ -35,6 +36,7 @@ class Recipe:
     muon_lr: float = 0.01
     adamw_lr: float = 1e-3
     seed: int = 0
+    kv_heads: int | None = None
 
     @property
     def steps(self) -> int:
@@ -99,5 +101,15 @@ RECIPES = {
             (6700, 0.0),
         ),
         final_from=3000,
+    ),
+    # Not shipped: a third family, to be added to an encoder that was trained for the other two.
+    "mistral": Recipe(
+        "mistral",
+        hidden_size=144,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        lr_knots=((100, 1.0), (1200, 1.0), (3300, 0.0), (3301, 0.3), (3600, 0.0)),
+        final_from=3300,
     ),
 }

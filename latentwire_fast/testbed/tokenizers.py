@@ -1,8 +1,7 @@
-"""The two testbed tokenizers: a byte-level BPE for the Llama reader, a Metaspace BPE for the Qwen
-reader.
+"""The testbed tokenizers: a byte-level BPE for the Llama reader, Metaspace BPEs for the other two.
 
-Both are trained on training passages and lists of names, at sizes where every name is exactly two
-tokens, every other value word one, and every age two. (A vocabulary that cuts names unevenly held
+All are trained on training passages and lists of names, at sizes where every name is exactly two
+tokens, every other value word one, and every age two (but one, of the Mistral reader). (A vocabulary that cuts names unevenly held
 the reader's copy accuracy at 0.8.) Their control tokens and chat templates differ.
 """
 
@@ -93,5 +92,37 @@ def build_qwen_tokenizer(*, vocab_size: int = 720, seed: int = 8) -> PreTrainedT
         unk_token="<unk>",
         additional_special_tokens=["<|user|>", "<|assistant|>"],
         chat_template=QWEN_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_mistral_tokenizer(*, vocab_size: int = 710, seed: int = 9) -> PreTrainedTokenizerFast:
+    """A Metaspace BPE that begins every text with a space, in the manner of Mistral 7B."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Split("\n", "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.train_from_iterator(
+        _corpus(seed),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<unk>"],
+            initial_alphabet=[*map(chr, range(33, 127)), "\n"],
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["[INST]", "[/INST]"],
+        chat_template=LLAMA_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

@@ -9,12 +9,10 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from latentwire_fast.config.schema import OptimConfig
@@ -46,7 +44,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
         "intermediate_size": 2 * recipe.hidden_size,
         "num_hidden_layers": recipe.layers,
         "num_attention_heads": recipe.heads,
-        "num_key_value_heads": recipe.heads,
+        "num_key_value_heads": recipe.kv_heads or recipe.heads,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "initializer_range": 0.05,
@@ -55,10 +53,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
         "eos_token_id": tokenizer.eos_token_id,
     }
     torch.manual_seed(recipe.seed)
-    if recipe.architecture == "llama":
-        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**shape))
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**shape))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.architecture, **shape))
     add_induction_circuit(model)
     return model
 

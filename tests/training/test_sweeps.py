@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from latentwire_fast.evaluation.report import sweep_figure
 from latentwire_fast.files.sweep_folder import SweepFolder
 from latentwire_fast.training.builders import absolute_paths
 from latentwire_fast.training.sweeps import forecast, processes
+from latentwire_fast.training.sweeps import sweep as sweep_module
 from latentwire_fast.training.sweeps.sweep import SweepRun
 from runs import environment_on_the_cpu
 
@@ -35,6 +38,8 @@ STAND_IN = """
 import os, shutil, signal, sys, time
 prepared, folder, behaviour = sys.argv[1:]
 print("place", os.environ["PLACE"])
+lent = folder + "/frozen_work/kept.bin"
+print("lent", open(lent).read() if os.path.exists(lent) else "nothing")
 if behaviour == "breaks":
     sys.exit("error: it broke")
 if behaviour == "waits":
@@ -73,7 +78,10 @@ def prepare(run: PlannedRun, folder: Path) -> None:
         {
             "id": str(i),
             "context": str(i // 2),
-            "readers": {name: {"latent": {"f1": v[i]}} for name, v in f1.items()},
+            "readers": {
+                name: {"latent": {"f1": v[i], "gold_logprobs": [-1 / right] * i}}
+                for name, v in f1.items()
+            },
         }
         for i in range(4)
     ]
@@ -84,6 +92,8 @@ def prepare(run: PlannedRun, folder: Path) -> None:
     records = [{"step": i, "stage": "a", "seconds": 2.0 * (i + 1)} for i in range(6)]
     (folder / "diagnostics.jsonl").write_text("\n".join(map(json.dumps, records)))
     (folder / "checkpoints").mkdir()
+    (folder / "frozen_work").mkdir()
+    (folder / "frozen_work" / "kept.bin").write_text(run.name)
 
 
 @pytest.fixture
@@ -133,6 +143,41 @@ def test_runs_are_trained_once_and_one_that_fails_stops_no_other(
     assert stand_in == ["breaks/seed0", "breaks/seed1"]
 
 
+def test_what_frozen_models_computed_for_the_first_run_is_lent_to_the_others(
+    stand_in: list[str], tmp_path: Path
+) -> None:
+    out = SweepFolder(tmp_path / "out")
+
+    def lent_to(name: str) -> str:
+        return out.log(name).read_text().splitlines()[1]
+
+    sweep_run(out.path, "base", "better", "breaks").train(PLACES[:1])
+    assert lent_to("base/seed0") == "lent nothing"
+    assert lent_to("base/seed1") == lent_to("breaks/seed1") == "lent base/seed0"
+    assert out.frozen_work.exists()  # for the runs that are left
+    assert not any(out.run(f"better/seed{seed}").frozen_work.exists() for seed in (0, 1))
+
+    sweep_run(out.path, "base", "better").train(PLACES[:1])
+    assert not out.frozen_work.exists()
+
+
+def test_a_run_is_lent_the_frozen_work_of_the_run_that_it_starts_from(
+    stand_in: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_run(tmp_path / "out", "base")
+    first = replace(sweep.runs[0].config, warm_start={"all": str(tmp_path / "earlier")})
+    sweep.runs[0] = replace(sweep.runs[0], config=first)
+    (tmp_path / "earlier" / "frozen_work").mkdir(parents=True)
+    (tmp_path / "earlier" / "frozen_work" / "kept.bin").write_text("earlier")
+    own = sweep.folder.run("base/seed0").frozen_work
+    monkeypatch.setattr(sweep_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    sweep._lend(sweep.runs[0])
+    assert not own.exists()  # a second copy would take more than half of what is free
+    monkeypatch.undo()
+    sweep._lend(sweep.runs[0])
+    assert (own / "kept.bin").read_text() == "earlier"
+
+
 def test_the_table_compares_run_by_run_of_one_seed(stand_in: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     sweep_run(out, "base", "better", "breaks").train(PLACES)
@@ -152,6 +197,10 @@ def test_the_table_compares_run_by_run_of_one_seed(stand_in: list[str], tmp_path
     assert (one["coded_bytes"], two["coded_bytes"]) == (12.0, None)
     assert base["text_bytes"] == {"utf8": 170.0, "brotli": 110.0, "zstd_dictionary": None}
     assert (base["bottleneck"], base["bytes_by_bits"]) == ("uniform", WIDTHS)
+    nll = better["readers"]["two"]["nll_minus_base"]
+    assert nll["by_seed"] == pytest.approx([1 / 4 - 1 / 2, 1 / 3 - 1])
+    assert [nll["low"], nll["high"]] == pytest.approx([nll["mean"]] * 2)  # all examples alike
+    assert base["readers"]["one"]["nll_minus_base"] is None
     text = SweepFolder(out).table_text.read_text()
     assert "| better | 0 1 | 87.5 ± 17.7" in text
     assert "| breaks |" not in text

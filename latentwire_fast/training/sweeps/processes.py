@@ -67,6 +67,7 @@ class Processes:
     Args:
         folder: of the sweep.
         places: one for each run that may go on at a time.
+        on_start: called with a run before its process starts, in that run's thread.
         on_end: called in the main thread with each outcome.
     """
 
@@ -75,9 +76,11 @@ class Processes:
         folder: SweepFolder,
         places: Sequence[Environment],
         *,
+        on_start: Callable[[PlannedRun], None],
         on_end: Callable[[Outcome], None],
     ) -> None:
         self.folder = folder
+        self.on_start = on_start
         self.on_end = on_end
         self.signal: int | None = None  # that came first
         self._free: queue.SimpleQueue[Environment] = queue.SimpleQueue()
@@ -125,6 +128,7 @@ class Processes:
         start = time.perf_counter()
         log = self.folder.log(run.name)
         log.parent.mkdir(parents=True, exist_ok=True)
+        self.on_start(run)
         with log.open("ab") as output:
             with self._lock:
                 if self._is_stopped():

@@ -119,9 +119,11 @@ class SweepRun:
                 done += 1
                 self._note(outcome, done, len(left))
 
-            processes = Processes(self.folder, places, on_end=on_end)
+            processes = Processes(self.folder, places, on_start=self._lend, on_end=on_end)
             outcomes = processes.run(left)
             self.write_tables()
+            if all(self.folder.run(run.name).metrics.exists() for run in self.runs):
+                shutil.rmtree(self.folder.frozen_work, ignore_errors=True)
         if processes.signal is not None:
             raise RunStopped(
                 f"stopped by a signal with {len(self.left())} runs left; everything is saved. Run "
@@ -130,15 +132,34 @@ class SweepRun:
             )
         return [outcome for outcome in outcomes if outcome.status == "failed"]
 
+    def _lend(self, run: PlannedRun) -> None:
+        """Give a run that begins a copy of what frozen models computed for the first run, or for
+        one that it starts from. It is found by the model's weights and the text: what this run
+        needs is used, and the rest is left."""
+        own = self.folder.run(run.name).frozen_work
+        starts = [RunFolder(Path(path)).frozen_work for path in run.config.warm_start.values()]
+        lent = next((p for p in (self.folder.frozen_work, *starts) if p.exists()), None)
+        if lent is None or own.exists():
+            return
+        size = sum(path.stat().st_size for path in lent.iterdir())
+        if size < shutil.disk_usage(lent).free / 2:
+            shutil.copytree(lent, own)
+
+    def _keep(self, folder: RunFolder) -> None:
+        """Drop what only a resume of a finished run needs, many times the size of the model."""
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        if folder.frozen_work.exists() and not self.folder.frozen_work.exists():
+            folder.frozen_work.rename(self.folder.frozen_work)
+        shutil.rmtree(folder.frozen_work, ignore_errors=True)
+
     def _note(self, outcome: Outcome, done: int, total: int) -> None:
         """Add an outcome to the history, and say it."""
         folder = self.folder.run(outcome.run.name)
         finished = outcome.status == "finished" and folder.metrics.exists()
         if outcome.seconds:
             append_outcome(self.folder, outcome, run_scores(folder) if finished else None)
-        if finished:  # what only a resume needs, many times the size of the model
-            for path in (folder.checkpoints, folder.frozen_work):
-                shutil.rmtree(path, ignore_errors=True)
+        if finished:
+            self._keep(folder)
         words = f" ({outcome.error})" if outcome.error else ""
         logger.info(
             "%s %s after %.1f minutes, %d of %d%s",
