@@ -1,8 +1,9 @@
 """The testbed tokenizers: a byte-level BPE for the Llama reader, Metaspace BPEs for the other two.
 
 All are trained on training passages and lists of names, at sizes where every name is exactly two
-tokens, every other value word one, and every age two (but one, of the Mistral reader). (A vocabulary that cuts names unevenly held
-the reader's copy accuracy at 0.8.) Their control tokens and chat templates differ.
+tokens, every other value word one, and every age two, but for one age of the Mistral reader. (A
+vocabulary that cuts names unevenly held the reader's copy accuracy at 0.8.) Their control tokens
+and chat templates differ.
 """
 
 from __future__ import annotations
