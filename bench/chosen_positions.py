@@ -109,10 +109,10 @@ def measure(
             places_BM = _places(encoder, reader, batch, count)
             before, in_place = _names(count)
             deep = observation.keys_values(places_BM)
-            scores[before].add(_read(reader, prompts, deep, head=0))
+            scores[before].add(read_behind(reader, prompts, deep, head=0))
             moved = observation.keys_values(places_BM, first=head.shape[4])
             deep = torch.cat([head.expand(-1, -1, len(batch), -1, -1, -1), moved], 4)
-            scores[in_place].add(_read(reader, prompts, deep, head=head.shape[4]))
+            scores[in_place].add(read_behind(reader, prompts, deep, head=head.shape[4]))
     return {name: score.row() for name, score in scores.items()}
 
 
@@ -132,7 +132,10 @@ def _places(encoder: Encoder, reader: Reader, batch: Sequence[Example], count: i
     return reader.prompts.content_start + places_BM
 
 
-def _read(reader: Reader, prompts: Sequence[Prompt], deep: Tensor, *, head: int) -> TargetScores:
+def read_behind(
+    reader: Reader, prompts: Sequence[Prompt], deep: Tensor, *, head: int = 0
+) -> TargetScores:
+    """Scores of the prompts' answers behind keys and values, which hold `head` of their ids."""
     none = torch.zeros(len(prompts), 0, reader.d_model, device=reader.device)
     return reader.score(prompts, prefixes=none, deep=deep, head=head)
 

@@ -18,6 +18,7 @@ PARTS: dict[str, str] = {
     "kv": "latentwire_fast.objectives.kv:KV",
     "attention": "latentwire_fast.objectives.attention:Attention",
     "attention_continued": "latentwire_fast.objectives.attention_continued:AttentionContinued",
+    "own_kv": "latentwire_fast.objectives.own_kv:OwnKV",
     "contrastive": "latentwire_fast.objectives.contrastive:Contrastive",
     "reconstruct": "latentwire_fast.objectives.reconstruct:Reconstruct",
     "gist": "latentwire_fast.objectives.gist:Gist",

@@ -63,20 +63,23 @@ class KV(Objective):
         return 4 * g.layers * g.heads * g.head_width * self.model.slots.count(reader.name)
 
     def compute(self, batch: ReaderBatch) -> Tensor:
-        """The mean distance over a text's latents, summed over texts."""
-        selection = batch.encoded.positions
-        start = batch.reader.prompts.content_start
-        places_BM = start + move_places(selection.places_BM, token_ends(batch))
-        places_BM = batch.model.slots.of(batch.reader.name, places_BM)
-        # Both [L, 2, B, H, M, d_head].
-        target_L2BHMD = batch.keys_values(places_BM)
-        predicted_L2BHMD = cast(Tensor, batch.inputs["deep"])[..., batch.inputs["head"] :, :]
+        """The mean distance over a text's positions, summed over texts."""
+        # Both [L, 2, B, H, P, d_head].
+        target_L2BHPD = batch.keys_values(self.places(batch))
+        predicted_L2BHPD = cast(Tensor, batch.inputs["deep"])[..., batch.inputs["head"] :, :]
         rms_L2 = torch.tensor(
-            batch.model.cards[batch.reader.name].kv.rms, device=target_L2BHMD.device
+            batch.model.cards[batch.reader.name].kv.rms, device=target_L2BHPD.device
         )
-        error = (predicted_L2BHMD - target_L2BHMD) / rms_L2[:, :, None, None, None, None]
-        absent_BM = batch.encoded.pieces.absent_RM(error.shape[4], device=error.device)
-        if absent_BM is None:
+        error = (predicted_L2BHPD - target_L2BHPD) / rms_L2[:, :, None, None, None, None]
+        absent_BP = batch.encoded.pieces.absent_RM(error.shape[4], device=error.device)
+        if absent_BP is None:
             return error.pow(2).mean((0, 1, 3, 4, 5)).sum()
-        error_BM = error.pow(2).mean((0, 1, 3, 5)).masked_fill(absent_BM, 0)
-        return (error_BM.sum(1) / (~absent_BM).sum(1)).sum()
+        error_BP = error.pow(2).mean((0, 1, 3, 5)).masked_fill(absent_BP, 0)
+        return (error_BP.sum(1) / (~absent_BP).sum(1)).sum()
+
+    def places(self, batch: ReaderBatch) -> Tensor:
+        """The reader's positions `[B, P]` of each text, one for each of the prefix."""
+        start = batch.reader.prompts.content_start
+        chosen_BM = batch.encoded.positions.places_BM
+        places_BM = start + move_places(chosen_BM, token_ends(batch))
+        return batch.model.slots.of(batch.reader.name, places_BM)
