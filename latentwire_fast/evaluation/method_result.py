@@ -116,6 +116,7 @@ class MethodResult:
         if self.sent_bytes:
             entry["sent_bytes"] = self.sent_bytes[i]
         if self.nll:
+            entry["nll"], entry["tokens"] = self.nll[i], self.tokens[i]
             entry["first_token_id"] = self.first_token_ids[i]
             entry["first_token_reciprocal_rank"] = self.reciprocal_ranks[i]
             entry["gold_logprobs"] = self.gold_logprobs[i]

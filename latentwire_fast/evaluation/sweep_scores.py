@@ -92,12 +92,13 @@ class ExampleScores:
 
     Attributes:
         f1: by reader and by the example's id.
-        logprobs: the same, of the gold answer's tokens; without the examples that have none.
+        nll: the same, of the whole gold answer, with its number of tokens; without the examples
+            that have none.
         contexts: by the example's id; examples of one context are resampled together.
     """
 
     f1: dict[str, dict[str, float]]
-    logprobs: dict[str, dict[str, list[float]]]
+    nll: dict[str, dict[str, tuple[float, int]]]
     contexts: dict[str, str]
 
     @classmethod
@@ -111,6 +112,6 @@ class ExampleScores:
                 for name, methods in record["readers"].items():
                     latent = methods["latent"]
                     found.f1.setdefault(name, {})[key] = latent["f1"]
-                    if gold := latent.get("gold_logprobs"):
-                        found.logprobs.setdefault(name, {})[key] = gold
+                    if "nll" in latent:
+                        found.nll.setdefault(name, {})[key] = latent["nll"], latent["tokens"]
         return found

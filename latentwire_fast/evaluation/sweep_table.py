@@ -113,12 +113,12 @@ def _nll_difference(
     name: str, pairs: Sequence[tuple[ExampleScores, ExampleScores]]
 ) -> dict[str, Any] | None:
     """By how much the NLL per token is above the base's, as `_resampled`."""
-    found = [(run.logprobs.get(name, {}), base.logprobs.get(name, {})) for run, base in pairs]
+    found = [(run.nll.get(name, {}), base.nll.get(name, {})) for run, base in pairs]
     keys = list(found[0][0]) if found else []
     if not keys or any(scores.keys() != set(keys) for pair in found for scores in pair):
         return None
-    tokens = [len(found[0][0][key]) for key in keys]
-    rises = [[sum(theirs[key]) - sum(ours[key]) for key in keys] for ours, theirs in found]
+    tokens = [found[0][0][key][1] for key in keys]
+    rises = [[ours[key][0] - theirs[key][0] for key in keys] for ours, theirs in found]
     interval = ratio_interval(
         [mean(of_seeds) for of_seeds in zip(*rises, strict=True)],
         tokens,

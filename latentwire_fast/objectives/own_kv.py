@@ -3,7 +3,8 @@
 The positions that an encoder chose for other readers may not be those at which this one keeps what
 it answers from. With its own keys and values at them a third reader of the testbed (`mistral`) has
 10% of the answers right, at 8 and 16 of its own 52% and 85% (text 92%). The positions are needed in
-training only.
+training only. What it is worth there: so far less than `kv`, whose target latents can tell
+(docs/results.md, "A third reader").
 """
 
 from __future__ import annotations

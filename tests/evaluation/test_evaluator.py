@@ -231,7 +231,7 @@ def check_records(records: list[dict[str, Any]], examples: list[Example]) -> Non
             for method in METHODS:
                 assert set(methods[method]) == {
                     *("prediction", "em", "f1", "positions", "gold_logprobs"),
-                    *("first_token_id", "first_token_reciprocal_rank"),
+                    *("first_token_id", "first_token_reciprocal_rank", "nll", "tokens"),
                 }
                 assert 1 < len(methods[method]["gold_logprobs"]) <= 4
             assert set(methods["first_words"]) == {"prediction", "em", "f1"}
@@ -442,6 +442,8 @@ def test_likelihoods_are_those_of_the_gold_answer_given_the_whole_text(
             logprobs = logits[-len(gold) - 1 : -1].log_softmax(-1)
             expected = [logprobs[t, token].item() for t, token in enumerate(gold)]
             assert entry["gold_logprobs"] == pytest.approx(expected[:4], abs=1e-4)
+            assert entry["nll"] == pytest.approx(-sum(expected), abs=1e-3)
+            assert entry["tokens"] == len(expected)
             assert entry["first_token_id"] == logprobs[0].argmax().item()
             top1.append(entry["first_token_id"] == gold[0])
             top5.append(gold[0] in logprobs[0].topk(5).indices.tolist())

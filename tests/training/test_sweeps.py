@@ -79,7 +79,7 @@ def prepare(run: PlannedRun, folder: Path) -> None:
             "id": str(i),
             "context": str(i // 2),
             "readers": {
-                name: {"latent": {"f1": v[i], "gold_logprobs": [-1 / right] * i}}
+                name: {"latent": {"f1": v[i], "nll": (i + 1) / right, "tokens": i + 1}}
                 for name, v in f1.items()
             },
         }
