@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from latentwire_fast.data.testbed import make_passage, random_name
 from latentwire_fast.prompts.builder import ANCHOR, full_text
 
+PRINTABLE = [*map(chr, range(33, 127)), "\n"]
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "[INST]{{ m['content'] }}[/INST]"
@@ -40,19 +42,23 @@ def _corpus(seed: int, passages: int = 6000) -> Iterator[str]:
         yield " ".join(random_name(rng) for _ in range(12))
 
 
+def _train(tokenizer: Tokenizer, *, seed: int, **options: Any) -> None:
+    """Learn the merges; `options` are the trainer's."""
+    trainer = trainers.BpeTrainer(show_progress=False, **options)
+    tokenizer.train_from_iterator(_corpus(seed), trainer)
+
+
 def build_llama_tokenizer(*, vocab_size: int = 920, seed: int = 7) -> PreTrainedTokenizerFast:
     """A byte-level BPE in the manner of Llama 3, with `<s>`, `</s>` and `[INST]` markers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        _corpus(seed),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<pad>", "<s>", "</s>", "[INST]", "[/INST]"],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
+    _train(
+        tokenizer,
+        seed=seed,
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>", "[INST]", "[/INST]"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -76,15 +82,12 @@ def build_qwen_tokenizer(*, vocab_size: int = 720, seed: int = 8) -> PreTrainedT
         ]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    printable = [chr(c) for c in range(33, 127)]
-    tokenizer.train_from_iterator(
-        _corpus(seed),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<pad>", "<|user|>", "<|assistant|>", "<|end|>", "<unk>"],
-            initial_alphabet=[*printable, "\n"],
-            show_progress=False,
-        ),
+    _train(
+        tokenizer,
+        seed=seed,
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<|user|>", "<|assistant|>", "<|end|>", "<unk>"],
+        initial_alphabet=PRINTABLE,
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -108,14 +111,12 @@ def build_mistral_tokenizer(*, vocab_size: int = 710, seed: int = 9) -> PreTrain
         ]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    tokenizer.train_from_iterator(
-        _corpus(seed),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<unk>"],
-            initial_alphabet=[*map(chr, range(33, 127)), "\n"],
-            show_progress=False,
-        ),
+    _train(
+        tokenizer,
+        seed=seed,
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "<unk>"],
+        initial_alphabet=PRINTABLE,
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
