@@ -145,8 +145,9 @@ class SweepRun:
         if size < shutil.disk_usage(lent).free / 2:
             shutil.copytree(lent, own)
 
-    def _keep(self, folder: RunFolder) -> None:
-        """Drop what only a resume of a finished run needs, many times the size of the model."""
+    def _drop(self, folder: RunFolder) -> None:
+        """Drop what only a resume of a finished run needs, many times the size of the model; what
+        frozen models computed for the first one is kept, to be lent."""
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
         if folder.frozen_work.exists() and not self.folder.frozen_work.exists():
             folder.frozen_work.rename(self.folder.frozen_work)
@@ -159,7 +160,7 @@ class SweepRun:
         if outcome.seconds:
             append_outcome(self.folder, outcome, run_scores(folder) if finished else None)
         if finished:
-            self._keep(folder)
+            self._drop(folder)
         words = f" ({outcome.error})" if outcome.error else ""
         logger.info(
             "%s %s after %.1f minutes, %d of %d%s",
